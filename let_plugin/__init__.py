@@ -1,0 +1,25 @@
+"""Late-to-Early Training for torchtitan: a small pretrained teacher guides an early block of a larger student."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from let_plugin.errors import ConfigError as ConfigError
+    from let_plugin.teacher.titan import register_teacher_spec as register_teacher_spec
+    from let_plugin.trainer import with_let as with_let
+
+# Imported when first used: `import let_plugin` stays cheap, and does not import torch before the host is set up.
+_EXPORTS = {
+    "ConfigError": "let_plugin.errors",
+    "register_teacher_spec": "let_plugin.teacher.titan",
+    "with_let": "let_plugin.trainer",
+}
+__all__ = [*_EXPORTS, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,60 @@
+"""`python -m let_plugin.demo [CONFIG.toml]`: trains a configuration with and without LET, and compares the two runs.
+
+Same seed, same order of the data; each run is a process of its own, so that neither warms the other up. What the
+runs logged is kept; the comparison is printed, plotted, and written to `result.json` with where it came from.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from let_plugin.demo import compare
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m let_plugin.demo", description=__doc__.split("\n\n")[0])
+    parser.add_argument("config", nargs="?", default="train_configs/demo.toml", help="a TOML file with a [let] table")
+    parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="parent of the new result folder")
+    args, overrides = parser.parse_known_args()
+
+    out: Path = args.out / time.strftime("%Y%m%d-%H%M%S")
+    started = time.monotonic()
+    runs = {}
+    for name, switch in (("plain", "--let.no-enable"), ("let", "--let.enable")):
+        command = [sys.executable, "-m", "let_plugin.train", args.config, switch, *overrides]
+        command += ["--dump_folder", str(out / name)]
+        print(f"\n=== {name}: let-train {' '.join(command[3:])}", flush=True)
+        code = subprocess.run(command).returncode
+        if code != 0:
+            raise SystemExit(code)
+        runs[name] = compare.read_run(out / name)
+
+    result = compare.compare(runs["plain"], runs["let"])
+    provenance = {"command": [*sys.argv], "seconds": round(time.monotonic() - started, 1), **_provenance()}
+    (out / "result.json").write_text(json.dumps({**provenance, **result}) + "\n")
+    compare.plot(runs["plain"], runs["let"], out / "comparison.png")
+
+    print(f"\n{compare.table(result)}\n")
+    print(f"plot         {out / 'comparison.png'}")
+    print(f"TensorBoard  tensorboard --logdir {out}")
+    print(f"numbers      {out / 'result.json'}, {out}/*/metrics.jsonl")
+
+
+def _provenance() -> dict[str, Any]:
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "commit": git.stdout.strip() or None,
+        "device": f"{platform.machine()} {platform.system()}",
+        "versions": {name: version(name) for name in ("let-plugin", "torch", "torchtitan")},
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""One clear error for bad input: every mistake at once, each with its field, its value and the remedy."""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+_ABSENT = object()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake of the user's.
+
+    Attributes:
+        key: Dotted name of the field, as in TOML and on the command line (``training.steps``).
+        message: What is wrong, and what to do about it.
+        value: The offending value; left out when there is none (a missing key, say).
+        source: The file or ``command line`` that the value came from, if known.
+    """
+
+    key: str
+    message: str
+    value: Any = _ABSENT
+    source: str = ""
+
+    def __str__(self) -> str:
+        where = f"{self.source}: " if self.source else ""
+        value = "" if self.value is _ABSENT else f" = {self.value!r}"
+        return f"{where}{self.key}{value}: {self.message}"
+
+
+class ConfigError(ValueError):
+    """Bad input. Raised once, before anything is trained or written, with all the problems found."""
+
+    def __init__(self, problems: Problem | Iterable[Problem]) -> None:
+        self.problems = [problems] if isinstance(problems, Problem) else list(problems)
+        assert self.problems, "a ConfigError without a problem"
+        super().__init__("\n".join(map(str, self.problems)))
+
+
+def suggest(name: str, valid: Iterable[str]) -> str:
+    """The remedy for an unknown name: the nearest valid one if there is one, then all of them."""
+    names = sorted(set(valid))
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    did_you_mean = f"did you mean {near[0]!r}? " if near else ""
+    return f"{did_you_mean}valid names: {', '.join(names) or '(none)'}"

@@ -1,0 +1,250 @@
+"""Runs torchtitan on this host: the process's place in the job, and execution on the CPU.
+
+torchtitan 0.3.0 assumes an accelerator. This is the only module that patches it, and with an accelerator it patches
+nothing. On the CPU, what differs from an accelerator is:
+
+* the device module that torchtitan talks to (memory statistics are the process's resident memory);
+* gloo has no PREMUL_SUM, so FSDP2 reduces with a plain sum;
+* FlexAttention has no backward on the CPU: attention runs as SDPA under the same mask, made dense. Packed documents
+  stay isolated exactly as FlexAttention isolates them.
+
+`set_up` must run before any torchtitan module other than `torchtitan.config` builds something.
+"""
+
+import contextlib
+import ctypes
+import os
+import platform
+import resource
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
+
+if TYPE_CHECKING:
+    from torchtitan.protocols.model_spec import ModelSpec
+
+_KIB = 1024
+
+
+def set_up(device: Literal["auto", "cpu"] = "auto") -> torch.device:
+    """Prepares this process: its rank, and, where there is no accelerator or it is not wanted, the CPU.
+
+    Without torchrun the process becomes a job of its own (rank 0 of 1); no environment variable is needed.
+
+    Returns:
+        The type of device that the run will use.
+    """
+    _set_single_process_environment()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if device == "auto" and accelerator is not None:
+        return accelerator
+    _patch_for_cpu()
+    return torch.device("cpu")
+
+
+def adapt_model_spec(spec: "ModelSpec") -> None:
+    """Replaces, in place, what a model specification asks for and the CPU cannot do. No-op with an accelerator."""
+    from torchtitan.models.common.attention import FlexAttention
+    from torchtitan.tools import utils
+
+    if utils.device_type != "cpu":
+        return
+    cpu_attention = _cpu_attention_class()
+    for _, config, parent, field_name in list(spec.traverse(FlexAttention.Config)):
+        if isinstance(config, cpu_attention.Config):
+            continue
+        replacement = cpu_attention.Config(
+            block_size=config.block_size, param_init=config.param_init, sharding_config=config.sharding_config
+        )
+        if isinstance(parent, list):
+            parent[field_name] = replacement
+        else:
+            setattr(parent, str(field_name), replacement)
+
+
+def _set_single_process_environment() -> None:
+    if "RANK" in os.environ:
+        return
+    from torch.distributed.elastic.utils.distributed import get_free_port
+
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="localhost")
+    # A fixed port would make two single-process runs on one machine collide.
+    os.environ.setdefault("MASTER_PORT", str(get_free_port()))
+
+
+def _patch_for_cpu() -> None:
+    from torchtitan.tools import utils
+
+    if isinstance(utils.device_module, CpuDeviceModule):
+        return
+    device_module = CpuDeviceModule()
+
+    import torchtitan.components.metrics as metrics
+    import torchtitan.distributed.fsdp as fsdp
+    import torchtitan.distributed.parallel_dims as parallel_dims
+    import torchtitan.distributed.utils as distributed_utils
+    import torchtitan.models.common.attention as attention
+    import torchtitan.models.common.token_dispatcher as token_dispatcher
+
+    # `from ... import device_type` copies the value, so each copy is replaced.
+    for module in (utils, metrics, parallel_dims, distributed_utils, token_dispatcher):
+        for name, value in (("device_type", "cpu"), ("device_module", device_module)):
+            if hasattr(module, name):
+                setattr(module, name, value)
+
+    fsdp.disable_fsdp_gradient_division = _with_sum_reduction(fsdp.disable_fsdp_gradient_division)
+    attention._compiled_create_block_mask = _dense_mask
+
+
+def _with_sum_reduction(disable_fsdp_gradient_division: Callable[[Any], None]) -> Callable[[Any], None]:
+    def disable(model: torch.nn.Module) -> None:
+        from torch.distributed.fsdp import FSDPModule
+
+        disable_fsdp_gradient_division(model)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_force_sum_reduction_for_comms(True)
+
+    return disable
+
+
+def _dense_mask(
+    mask_mod: Callable[..., torch.Tensor],
+    B: int | None,
+    H: int | None,
+    Q_LEN: int,
+    KV_LEN: int,
+    device: torch.device | str,
+    **_: Any,
+) -> torch.Tensor:
+    """The boolean mask, [B, 1, Q, KV], that `create_block_mask` would describe in blocks."""
+    from torch.nn.attention.flex_attention import create_mask
+
+    return create_mask(mask_mod, B, H, Q_LEN, KV_LEN, device=str(device))
+
+
+_cpu_attention: Any = None
+
+
+def _cpu_attention_class() -> Any:
+    """FlexAttention's stand-in on the CPU. Made on first use: torchtitan is not imported before `set_up`."""
+    global _cpu_attention
+    if _cpu_attention is not None:
+        return _cpu_attention
+
+    from dataclasses import dataclass
+
+    from torchtitan.models.common.attention import FlexAttention
+
+    class CpuAttention(FlexAttention):
+        """SDPA under the dense mask of `_dense_mask`. Shapes: B batch, L sequence, N heads, H head width."""
+
+        @dataclass(kw_only=True, slots=True)
+        class Config(FlexAttention.Config):
+            pass
+
+        def forward(
+            self,
+            q_BLNH: torch.Tensor,
+            k_BLNH: torch.Tensor,
+            v_BLNH: torch.Tensor,
+            *,
+            attention_masks: torch.Tensor | None = None,
+            scale: float | None = None,
+            enable_gqa: bool = False,
+            score_mod: Any = None,
+            out_transform: Any = None,
+            **_: Any,
+        ) -> torch.Tensor:
+            if score_mod is not None or out_transform is not None:
+                raise ValueError("attention with a score_mod or attention sinks needs an accelerator: no CPU kernel")
+            if isinstance(attention_masks, DTensor):
+                attention_masks = attention_masks.to_local()
+            out_BNLH = F.scaled_dot_product_attention(
+                q_BLNH.transpose(1, 2),
+                k_BLNH.transpose(1, 2),
+                v_BLNH.transpose(1, 2),
+                attn_mask=attention_masks,
+                is_causal=attention_masks is None,
+                scale=scale,
+                enable_gqa=enable_gqa,
+            )
+            return out_BNLH.transpose(1, 2)
+
+    _cpu_attention = CpuAttention
+    return _cpu_attention
+
+
+class CpuDeviceModule:
+    """The part of `torch.cuda`'s interface that torchtitan uses, for the CPU.
+
+    Memory is the process's resident memory, in bytes.
+    """
+
+    def __init__(self) -> None:
+        self._peak_is_resettable = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cpu, name)  # Stream, Event, current_stream, ...
+
+    def set_device(self, device: Any) -> None:
+        pass
+
+    def current_device(self) -> int:
+        return 0
+
+    def device_count(self) -> int:
+        return 1
+
+    def synchronize(self, device: Any = None) -> None:
+        pass
+
+    def get_device_name(self, device: Any = None) -> str:
+        return f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
+
+    def get_device_properties(self, device: Any = None) -> Any:
+        total_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return SimpleNamespace(name=self.get_device_name(), total_memory=total_memory)
+
+    def memory_stats(self, device: Any = None) -> dict[str, int]:
+        peak = peak_resident_memory()
+        return {
+            "active_bytes.all.peak": peak,
+            "reserved_bytes.all.peak": peak,
+            "num_alloc_retries": 0,
+            "num_ooms": 0,
+        }
+
+    def reset_peak_memory_stats(self, device: Any = None) -> None:
+        """Resets the peak to the present, where the kernel allows it (Linux: /proc/self/clear_refs)."""
+        if not self._peak_is_resettable:
+            return
+        try:
+            with open("/proc/self/clear_refs", "w") as f:
+                f.write("5")
+        except OSError:  # another kernel, or a container that forbids it: the peak is then the process's
+            self._peak_is_resettable = False
+
+    def empty_cache(self) -> None:
+        """Gives freed memory back to the kernel, as an accelerator's empty_cache gives it back to the driver."""
+        # Without glibc the allocator decides by itself.
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def peak_resident_memory() -> int:
+    """Peak resident memory of this process in bytes, since its start or the last reset."""
+    try:
+        with open("/proc/self/status") as f:
+            for line in f:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * _KIB
+    except OSError:
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * _KIB  # macOS counts bytes, other systems KiB

@@ -1,0 +1,97 @@
+"""LET's numbers, through torchtitan's metrics processor to TensorBoard and W&B, and to `metrics.jsonl`."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torchtitan.components.metrics import BaseLogger
+
+
+class JsonlLogger(BaseLogger):
+    """Adds LET's metrics to torchtitan's, hands them all on, and writes each logged step as one line of JSON.
+
+    Validation is a line of its own, with the step and `validation_metrics/*`.
+
+    Args:
+        inner: The logger that torchtitan built (TensorBoard, W&B, or one that does nothing).
+        path: The file to append to; None on the ranks that do not log.
+        extra_metrics: Called once per logged training step, on every rank (it may communicate).
+    """
+
+    def __init__(self, inner: BaseLogger, path: str | None, extra_metrics: Callable[[], dict[str, float]]) -> None:
+        self._inner = inner
+        self._extra_metrics = extra_metrics
+        self._file = None
+        if path is not None:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            # Appended: a resumed run continues its file. Line-buffered: a killed run keeps what it logged.
+            self._file = open(path, "a", buffering=1)  # noqa: SIM115
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        if "loss_metrics/global_avg_loss" in metrics:
+            metrics = {**metrics, **self._extra_metrics()}
+        self._inner.log(metrics, step)
+        if self._file is not None:
+            self._file.write(json.dumps({"step": step, "time": time.time(), **metrics}) + "\n")
+
+    def close(self) -> None:
+        self._inner.close()
+        if self._file is not None:
+            self._file.close()
+
+
+class DeviceTimer:
+    """Seconds that the device spends in a region, without making the host wait for it.
+
+    On an accelerator two events are recorded per region and read in `pop`, on logging steps only; on the CPU the
+    host's clock is the device's.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seconds = 0.0
+        self._started = 0.0
+        self._events: list[tuple[torch.Event, torch.Event]] = []
+
+    def __enter__(self) -> "DeviceTimer":
+        if self._device.type == "cpu":
+            self._started = time.perf_counter()
+        else:
+            start, end = (torch.Event(self._device, enable_timing=True) for _ in range(2))
+            start.record()
+            self._events.append((start, end))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._device.type == "cpu":
+            self._seconds += time.perf_counter() - self._started
+        else:
+            self._events[-1][1].record()
+
+    def pop(self) -> float:
+        """The seconds since the last call; waits for the device."""
+        if self._events:
+            self._events[-1][1].synchronize()
+            self._seconds += sum(start.elapsed_time(end) for start, end in self._events) / 1000
+        seconds, self._seconds, self._events = self._seconds, 0.0, []
+        return seconds
+
+
+class Progress:
+    """Time to the end of the run, from the pace since the last logged step."""
+
+    def __init__(self, total_steps: int) -> None:
+        self._total_steps = total_steps
+        self._last: tuple[int, float] | None = None
+
+    def eta(self, step: int) -> str:
+        """`h:mm:ss` until the last step; a dash until the pace is known. `step` steps are done."""
+        now = time.monotonic()
+        last, self._last = self._last, (step, now)
+        if last is None or step <= last[0]:
+            return "-"
+        seconds = round((now - last[1]) / (step - last[0]) * (self._total_steps - step))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"

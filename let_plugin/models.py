@@ -1,0 +1,105 @@
+"""Llama-architecture models in sizes that torchtitan's own flavours do not offer, out of torchtitan's parts."""
+
+from functools import partial
+
+import torch.nn as nn
+from torchtitan.distributed.pipeline_parallel import pipeline_llm
+from torchtitan.models.common import ComplexRoPE, Embedding, Linear, RMSNorm
+from torchtitan.models.common.config_utils import get_attention_config, make_ffn_config, make_gqa_config
+from torchtitan.models.common.param_init import depth_scaled_std, skip_param_init
+from torchtitan.models.llama3 import Llama3Model, parallelize_llama
+from torchtitan.models.llama3.model import Llama3TransformerBlock
+from torchtitan.models.llama3.state_dict_adapter import Llama3StateDictAdapter
+from torchtitan.protocols.model_spec import ModelSpec
+
+_INIT_STD = 0.02
+
+
+def llama_spec(
+    flavor: str,
+    *,
+    dim: int,
+    num_layers: int,
+    num_heads: int,
+    hidden_dim: int,
+    vocab_size: int,
+    num_kv_heads: int | None = None,
+    rope_theta: float = 10_000.0,
+    max_seq_len: int = 131_072,
+    tie_embeddings: bool = False,
+    attn_backend: str = "flex",
+) -> ModelSpec:
+    """A llama3-type ModelSpec of the given size, initialised as torchtitan initialises its own.
+
+    Args:
+        flavor: The name that logs show.
+        dim: Width D of the residual stream.
+        num_layers: Number of blocks.
+        num_heads: Attention heads; each `dim // num_heads` wide.
+        hidden_dim: Width of the feed-forward network (SwiGLU).
+        vocab_size: Rows of the token embedding.
+        num_kv_heads: Key/value heads (grouped-query attention); None: `num_heads`.
+        rope_theta: Base of the rotary embedding.
+        max_seq_len: Longest sequence in tokens.
+        tie_embeddings: Share the token embedding with the language-model head.
+        attn_backend: torchtitan's name of the attention implementation.
+    """
+    norm_init = {"weight": nn.init.ones_}
+    linear_init = {"weight": partial(nn.init.trunc_normal_, std=_INIT_STD), "bias": nn.init.zeros_}
+    head_std = dim**-0.5
+
+    def norm() -> RMSNorm.Config:
+        return RMSNorm.Config(normalized_shape=dim, param_init=norm_init)
+
+    def block(layer_id: int) -> Llama3TransformerBlock.Config:
+        depth_init = {
+            "weight": partial(nn.init.trunc_normal_, std=depth_scaled_std(_INIT_STD, layer_id)),
+            "bias": nn.init.zeros_,
+        }
+        return Llama3TransformerBlock.Config(
+            attention_norm=norm(),
+            ffn_norm=norm(),
+            attention=make_gqa_config(
+                dim=dim,
+                n_heads=num_heads,
+                n_kv_heads=num_kv_heads,
+                wqkv_param_init=linear_init,
+                wo_param_init=depth_init,
+                inner_attention=get_attention_config(attn_backend),
+                fuse_qkv=True,
+                rope=ComplexRoPE.Config(dim=dim // num_heads, max_seq_len=max_seq_len, theta=rope_theta),
+            ),
+            feed_forward=make_ffn_config(
+                dim=dim, hidden_dim=hidden_dim, w1_param_init=linear_init, w2w3_param_init=depth_init
+            ),
+        )
+
+    model = Llama3Model.Config(
+        dim=dim,
+        vocab_size=vocab_size,
+        enable_weight_tying=tie_embeddings,
+        tok_embeddings=Embedding.Config(
+            num_embeddings=vocab_size,
+            embedding_dim=dim,
+            param_init={"weight": skip_param_init if tie_embeddings else partial(nn.init.normal_, std=1.0)},
+        ),
+        norm=norm(),
+        lm_head=Linear.Config(
+            in_features=dim,
+            out_features=vocab_size,
+            param_init={
+                "weight": partial(nn.init.trunc_normal_, std=head_std, a=-3 * head_std, b=3 * head_std),
+                "bias": nn.init.zeros_,
+            },
+        ),
+        layers=[block(i) for i in range(num_layers)],
+    )
+    return ModelSpec(
+        name="llama3",
+        flavor=flavor,
+        model=model,
+        parallelize_fn=parallelize_llama,
+        pipelining_fn=pipeline_llm,
+        post_optimizer_build_fn=None,
+        state_dict_adapter=Llama3StateDictAdapter,
+    )

@@ -1,0 +1,169 @@
+"""A teacher in a .gguf file, read by `transformers` (it dequantises the weights), and that file's tokenizer.
+
+`python -m let_plugin.teacher.gguf FILE.gguf --tokenizer OUT_DIR` writes the tokenizer in the form that torchtitan
+reads, so that a student can be trained on it.
+"""
+
+import argparse
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from let_plugin.config import TeacherConfig
+from let_plugin.errors import ConfigError, Problem
+from let_plugin.teacher.base import TeacherSource
+from let_plugin.teacher.hf import (
+    HFTeacher,
+    check_loading_info,
+    import_transformers,
+    keep_rng_state,
+    make_teacher,
+    quiet_transformers,
+    read_tokenizer_path,
+    teacher_info,
+)
+
+if TYPE_CHECKING:
+    from torchtitan.distributed import ParallelDims
+    from torchtitan.trainer import Trainer
+
+_PATH_KEY = "let.teacher.path"
+_MAGIC = b"GGUF"
+
+
+class GGUFTeacherSource(TeacherSource):
+    """The trunk of a decoder in a .gguf file.
+
+    Args:
+        config: The `[let.teacher]` table; `path` is the file.
+
+    Raises:
+        ConfigError: If the file is missing, truncated or not GGUF, if a package is missing, or if the model cannot be
+            a teacher.
+    """
+
+    def __init__(self, config: TeacherConfig) -> None:
+        _check_packages()
+        _check_file(config.path)
+        self._teacher_config = config
+        self._model_config = _read(config.path, "configuration", _load_config)
+        self.info = teacher_info(self._model_config, f"GGUF {config.path}", config)
+
+    def vocabulary(self) -> dict[str, int]:
+        """Token -> id, from `tokenizer_path` if given, or else of the file's own tokenizer."""
+        if self._teacher_config.tokenizer_path:
+            return read_tokenizer_path(self._teacher_config.tokenizer_path)
+        return _read(self._teacher_config.path, "tokenizer", _load_tokenizer).get_vocab()
+
+    def build(
+        self,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        config: "Trainer.Config",
+        parallel_dims: "ParallelDims",
+    ) -> HFTeacher:
+        """See TeacherSource. Every rank reads the whole file into CPU memory, in fp32, before it keeps its shard."""
+        from transformers import AutoModel
+
+        from let_plugin.teacher.hf_attention import ATTENTION
+
+        path = self._teacher_config.path
+        with keep_rng_state(device), quiet_transformers():
+            loaded, loading_info = _read(path, "weights", _load_trunk)
+            check_loading_info(loading_info, loaded, path)
+            # A model that was loaded from GGUF counts as quantised, and refuses to change its dtype.
+            trunk = AutoModel.from_config(self._model_config, dtype=dtype, attn_implementation=ATTENTION)
+            trunk.load_state_dict(loaded.state_dict())
+            del loaded
+            return make_teacher(trunk, self.info, device=device, parallel_dims=parallel_dims, path=path)
+
+
+def write_tokenizer(gguf_file: str, folder: str) -> None:
+    """Writes the tokenizer of a .gguf file as tokenizer.json and tokenizer_config.json into `folder`.
+
+    ConfigError if there is none, or it has no end-of-sequence token: torchtitan puts one between documents.
+    """
+    _check_packages()
+    _check_file(gguf_file)
+    tokenizer = _read(gguf_file, "tokenizer", _load_tokenizer)
+    if tokenizer.eos_token is None:
+        raise ConfigError(Problem(_PATH_KEY, "its tokenizer has no end-of-sequence token", gguf_file))
+    tokenizer.save_pretrained(folder)
+
+
+def _check_packages() -> None:
+    import_transformers()
+    for package in ("gguf", "accelerate"):
+        if find_spec(package) is None:
+            message = f"a .gguf teacher needs the {package} package: pip install let-plugin[gguf]"
+            raise ConfigError(Problem(_PATH_KEY, message))
+
+
+def _check_file(path: str) -> None:
+    """ConfigError if the file is missing, is not GGUF, or ends before its last tensor does."""
+    if not os.path.isfile(path):
+        raise ConfigError(Problem(_PATH_KEY, "there is no such file; give the path of a .gguf file", path))
+    with open(path, "rb") as f:
+        if f.read(len(_MAGIC)) != _MAGIC:
+            raise ConfigError(Problem(_PATH_KEY, "not a GGUF file (it does not start with 'GGUF')", path))
+
+
+def _read(path: str, what: str, load: Any) -> Any:
+    """`load(folder, file name)`; ConfigError for whatever goes wrong in it."""
+    folder, name = os.path.split(os.path.abspath(path))
+    try:
+        with quiet_transformers():
+            return load(folder, name)
+    except Exception as error:  # a damaged file fails in numpy, struct or the reader: any type of error
+        size = os.path.getsize(path)
+        message = f"its {what} cannot be read: the file is truncated ({size} bytes), damaged or of an unknown kind; "
+        raise ConfigError(Problem(_PATH_KEY, f"{message}{type(error).__name__}: {error}", path)) from error
+
+
+def _load_config(folder: str, name: str) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder, gguf_file=name, local_files_only=True)
+
+
+def _load_tokenizer(folder: str, name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, gguf_file=name, local_files_only=True)
+
+
+def _load_trunk(folder: str, name: str) -> Any:
+    from transformers import AutoModel
+
+    return AutoModel.from_pretrained(
+        folder,
+        gguf_file=name,
+        dtype=torch.float32,
+        local_files_only=True,
+        ignore_mismatched_sizes=True,  # lists them in the loading info, which is checked
+        output_loading_info=True,
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m let_plugin.teacher.gguf", description=__doc__.split("\n")[0])
+    parser.add_argument("file", metavar="FILE.gguf", help="the .gguf file")
+    parser.add_argument("--tokenizer", metavar="OUT_DIR", required=True, help="folder to write its tokenizer to")
+    options = parser.parse_args(arguments)
+    try:
+        write_tokenizer(options.file, options.tokenizer)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {Path(options.tokenizer) / 'tokenizer.json'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

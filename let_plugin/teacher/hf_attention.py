@@ -1,0 +1,131 @@
+"""Attention of a `transformers` decoder over packed documents: each token sees its own document's past only.
+
+`transformers` builds the mask in the model, from `position_ids`, and looks into them on the host while doing so
+(`if (...).all()`): one device synchronisation per forward, and OPT does not hand its positions to the mask at all. A
+ready-made 4-D mask is not the way either: the families with sliding windows would use it as it is and lose the window.
+
+So the teacher's attention is an attention function of our own, which `transformers` provides for
+(`AttentionInterface.register`). For a function without a registered mask builder, the model builds no mask (as for
+vLLM and TGI), and hands the window of each layer, and our `let_documents` argument, to the function. It adds the
+mask itself: none where SDPA's `is_causal` says it all (so the flash kernels stay available), else one boolean mask for
+each window, made once per forward and shared by the layers.
+
+Shape legend: B batch, L sequence, N query heads, K key-value heads, H head width.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+# Its name in `transformers`. Not registered with AttentionMaskInterface, on purpose: see above.
+ATTENTION = "let_packed"
+
+# Arguments with which a family asks for attention that SDPA does not compute.
+_UNSUPPORTED_ARGUMENTS = ("s_aux", "indices", "block_mask")
+
+
+class DocumentMask:
+    """The boolean attention masks of one forward, made on first use, one for each window.
+
+    Args:
+        positions_BL: Position of each token within its document, int64; 0 starts a document. None: one per row.
+    """
+
+    def __init__(self, positions_BL: torch.Tensor | None) -> None:
+        self._documents_BL = None if positions_BL is None else (positions_BL == 0).cumsum(-1)
+        self._masks: dict[int | None, torch.Tensor] = {}
+
+    def get(self, seq_len: int, window: int | None, device: torch.device) -> torch.Tensor | None:
+        """[B or 1, 1, L, L], True where a query (dim 2) sees a key (dim 3); None if that is plain causal attention.
+
+        Reads no tensor on the host.
+        """
+        if window is not None and window >= seq_len:
+            window = None
+        if self._documents_BL is None and window is None:
+            return None
+        if window not in self._masks:
+            index_L = torch.arange(seq_len, device=device)
+            distance_LL = index_L[:, None] - index_L[None, :]
+            mask_BLL = (distance_LL >= 0)[None]
+            if window is not None:
+                mask_BLL = mask_BLL & (distance_LL < window)
+            if self._documents_BL is not None:
+                mask_BLL = mask_BLL & (self._documents_BL[:, :, None] == self._documents_BL[:, None, :])
+            self._masks[window] = mask_BLL[:, None]
+        return self._masks[window]
+
+
+def attention(
+    module: nn.Module,
+    query_BNLH: torch.Tensor,
+    key_BKLH: torch.Tensor,
+    value_BKLH: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    let_documents: DocumentMask | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """[B, L, N, H] in the query's dtype, in the signature that `transformers` calls attention functions with.
+
+    Raises:
+        NotImplementedError: If the family asks for something that this function cannot do. It must never be silent:
+            a lost window, or a leak between documents, would be a wrong target.
+    """
+    if let_documents is None:
+        raise NotImplementedError("the model does not hand keyword arguments on to its attention")
+    if attention_mask is not None:
+        raise NotImplementedError("the model builds an attention mask of its own")
+    if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
+        raise NotImplementedError("the model has attention that is not causal")
+    for name in _UNSUPPORTED_ARGUMENTS:
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(f"the model's attention needs {name!r}, which SDPA cannot do")
+    if "sliding_window" not in kwargs and _config_has_window(module):
+        raise NotImplementedError("the model has a sliding window, but does not hand it to its attention")
+
+    mask = let_documents.get(query_BNLH.shape[2], kwargs.pop("sliding_window", None), query_BNLH.device)
+    if softcap is not None:
+        return _soft_capped_attention(query_BNLH, key_BKLH, value_BKLH, mask, kwargs.get("scaling"), softcap), None
+    return sdpa_attention_forward(module, query_BNLH, key_BKLH, value_BKLH, mask, dropout=dropout, **kwargs)
+
+
+def _config_has_window(module: nn.Module) -> bool:
+    config = getattr(module, "config", None)
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None:
+        return "sliding_attention" in layer_types
+    return getattr(config, "sliding_window", None) is not None
+
+
+def _soft_capped_attention(
+    query_BNLH: torch.Tensor,
+    key_BKLH: torch.Tensor,
+    value_BKLH: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    softcap: float,
+) -> torch.Tensor:
+    """Attention with scores capped to softcap * tanh(score / softcap) (Gemma 2), softmax in fp32: [B, L, N, H].
+
+    SDPA has no such kernel, so the scores exist in full, [B, N, L, L], as in `transformers`' own "eager" attention.
+    """
+    num_groups = query_BNLH.shape[1] // key_BKLH.shape[1]
+    key_BNLH = key_BKLH.repeat_interleave(num_groups, dim=1)
+    value_BNLH = value_BKLH.repeat_interleave(num_groups, dim=1)
+    scaling = query_BNLH.shape[-1] ** -0.5 if scaling is None else scaling
+    scores_BNLL = (query_BNLH @ key_BNLH.transpose(-1, -2)) * scaling
+    scores_BNLL = softcap * torch.tanh(scores_BNLL / softcap)
+    if mask is None:
+        seq_len = query_BNLH.shape[2]
+        mask = torch.ones(seq_len, seq_len, dtype=torch.bool, device=query_BNLH.device).tril()
+    weights_BNLL = scores_BNLL.float().masked_fill(~mask, float("-inf")).softmax(-1).to(query_BNLH.dtype)
+    return (weights_BNLL @ value_BNLH).transpose(1, 2).contiguous()
+
+
+AttentionInterface.register(ATTENTION, attention)

@@ -1,0 +1,205 @@
+"""Teachers that are torchtitan models: built, parallelised and compiled by torchtitan's own code."""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torchtitan.config import CompileConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.models.common.attention import FlexAttention, VarlenAttention
+from torchtitan.protocols.model_spec import ModelSpec
+from torchtitan.tools.utils import set_default_dtype
+from torchtitan.trainer import Trainer
+
+from let_plugin import host
+from let_plugin.config import TeacherConfig
+from let_plugin.errors import ConfigError, Problem, suggest
+from let_plugin.registry import Registry
+from let_plugin.teacher.base import Teacher, TeacherInfo, TeacherSource, freeze
+from let_plugin.teacher.vocabulary import read_vocabulary
+
+TEACHER_SPECS: Registry[Callable[[], ModelSpec]] = Registry("teacher spec", "let_plugin.teacher_specs")
+
+
+def register_teacher_spec(name: str, make_spec: Callable[[], ModelSpec]) -> None:
+    """Makes `let.teacher.spec = name` mean the torchtitan model that `make_spec()` describes.
+
+    `make_spec` is called anew for every teacher, since torchtitan writes into a specification.
+    """
+    TEACHER_SPECS.register(name, make_spec)
+
+
+class TitanTeacherSource(TeacherSource):
+    """A torchtitan ModelSpec and a folder with its weights: DCP, or safetensors through the spec's adapter."""
+
+    def __init__(self, config: TeacherConfig) -> None:
+        self._config = config
+        self._spec = _find_spec(config.spec)
+        host.adapt_model_spec(self._spec)
+        self._format = _weights_format(config.path, self._spec)
+        model_config: Any = self._spec.model
+        with torch.device("meta"):
+            trunk = _trunk(model_config.build())
+        self.info = TeacherInfo(
+            description=f"torchtitan {self._spec.name} {self._spec.flavor}, {self._format} from {config.path}",
+            hidden_size=model_config.dim,
+            num_layers=len(model_config.layers),
+            vocab_size=model_config.vocab_size,
+            max_seq_len=model_config.max_seq_len,
+            num_trunk_params=sum(p.numel() for p in trunk.parameters()),
+            num_embedding_params=sum(p.numel() for p in trunk.tok_embeddings.parameters()),
+        )
+
+    def vocabulary(self) -> dict[str, int] | None:
+        return read_vocabulary(self._config.tokenizer_path or self._config.path)
+
+    def build(
+        self, *, dtype: torch.dtype, device: torch.device, config: Trainer.Config, parallel_dims: ParallelDims
+    ) -> Teacher:
+        # The teacher is replicated over the pipeline, and a model that only runs forward must give its gathered
+        # parameters back after each use, which torchtitan's default does not do under PP.
+        parallelism = dataclasses.replace(
+            config.parallelism,
+            pipeline_parallel_degree=1,
+            module_fqns_per_model_part=None,
+            fsdp_reshard_after_forward="always",
+        )
+        training = dataclasses.replace(
+            config.training, mixed_precision_param=str(dtype).removeprefix("torch."), disable_cuda_graphs=True
+        )
+        compile_config = CompileConfig(**dataclasses.asdict(config.compile))
+        model_config: Any = self._spec.model
+        model_config.update_from_config(
+            config=Trainer.Config(
+                model_spec=self._spec, training=training, parallelism=parallelism, compile=compile_config
+            )
+        )
+        with _preserved_rng_state(device):
+            with torch.device("meta"), set_default_dtype(dtype):
+                model = _trunk(model_config.build())
+            model = self._spec.parallelize_fn(
+                model,
+                parallel_dims=parallel_dims,
+                training=training,
+                parallelism=parallelism,
+                compile_config=compile_config,
+                ac_config=None,
+                dump_folder=config.dump_folder,
+            )
+            model.to_empty(device=device)
+            with torch.no_grad():
+                model.init_weights(buffer_device=None)  # the buffers (RoPE); the weights are overwritten below
+            self._load(model)
+        freeze(model)
+        return TitanTeacher(model)
+
+    def _load(self, model: Any) -> None:
+        """Reads each rank's own shards into `model`. Every parameter must be found, in its shape."""
+        state_dict = model.state_dict()
+        path = self._config.path
+        try:
+            # no_dist: every rank plans and reads for itself, so that ranks without a teacher need not take part.
+            if self._format == "DCP":
+                dcp.load(state_dict, checkpoint_id=path, no_dist=True)
+            else:
+                assert self._spec.state_dict_adapter is not None
+                adapter = self._spec.state_dict_adapter(self._spec.model, path)
+                hf_state_dict = adapter.to_hf(state_dict)
+                dcp.load(hf_state_dict, storage_reader=adapter.get_hf_storage_reader(path), no_dist=True)
+                state_dict = {k: v for k, v in adapter.from_hf(hf_state_dict).items() if k in state_dict}
+        except Exception as error:
+            # Whatever the reader stumbles over (a truncated file, a missing tensor, another shape), it is the file's.
+            raise ConfigError(
+                Problem(
+                    "let.teacher.path",
+                    f"the weights do not fit the teacher spec {self._config.spec!r} or cannot be read: "
+                    f"{_first_cause(error)}",
+                    path,
+                )
+            ) from error
+        model.load_state_dict(state_dict)
+
+
+class TitanTeacher(Teacher):
+    """The trunk of a torchtitan decoder. Shape legend: B batch, L sequence, E teacher width."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        attention = model.config.first_attention
+        self._takes_masks = isinstance(
+            getattr(attention, "inner_attention", None), (FlexAttention.Config, VarlenAttention.Config)
+        )
+
+    def forward(self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor | None) -> torch.Tensor:
+        masks = None
+        if self._takes_masks and positions_BL is not None:
+            masks = self.model.get_attention_masks(positions=positions_BL)
+        return self.model(tokens_BL, positions_BL, masks)
+
+
+def _find_spec(name: str) -> ModelSpec:
+    if name in TEACHER_SPECS:
+        return TEACHER_SPECS.get(name, key="let.teacher.spec")()
+    model, colon, flavor = name.partition(":")
+    if not colon:
+        TEACHER_SPECS.get(name, key="let.teacher.spec")  # raises, with the nearest name
+    import importlib
+
+    from torchtitan.models import _supported_models
+
+    if model not in _supported_models:
+        raise ConfigError(
+            Problem("let.teacher.spec", f"torchtitan has no such model; {suggest(model, _supported_models)}", name)
+        )
+    module = importlib.import_module(f"torchtitan.models.{model}")
+    flavors = getattr(module, f"{model}_configs", None)
+    if flavors is not None and flavor not in flavors:
+        raise ConfigError(Problem("let.teacher.spec", f"{model} has no such flavor; {suggest(flavor, flavors)}", name))
+    return module.model_registry(flavor)
+
+
+def _weights_format(path: str, spec: ModelSpec) -> str:
+    if not os.path.isdir(path):
+        raise ConfigError(Problem("let.teacher.path", "no such folder", path))
+    files = os.listdir(path)
+    if ".metadata" in files:
+        return "DCP"
+    if any(f.endswith(".safetensors") for f in files):
+        if spec.state_dict_adapter is None:
+            raise ConfigError(
+                Problem(
+                    "let.teacher.path",
+                    f"{spec.name} has no adapter for Hugging Face weights; give a torchtitan checkpoint (DCP)",
+                    path,
+                )
+            )
+        return "safetensors"
+    raise ConfigError(
+        Problem("let.teacher.path", "the folder holds neither a torchtitan checkpoint (DCP) nor *.safetensors", path)
+    )
+
+
+def _trunk(model: Any) -> Any:
+    """The model without its head, which is never run; tied weights live on in the embedding."""
+    model.lm_head = None
+    model.enable_weight_tying = False
+    return model
+
+
+def _first_cause(error: BaseException) -> str:
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+@contextlib.contextmanager
+def _preserved_rng_state(device: torch.device) -> Iterator[None]:
+    """Leaves the generators of the CPU and of `device` as they were, DTensor's (which use the latter) included."""
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        yield

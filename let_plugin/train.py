@@ -1,0 +1,99 @@
+"""Entry point: `let-train CONFIG.toml [--section.key VALUE ...]`, or torchrun with `-m let_plugin.train`.
+
+Sets the host up, loads the configuration, checks it, and trains. Bad input ends with one clear message and exit code 2
+before anything is written.
+"""
+
+import os
+import sys
+from typing import NoReturn
+
+from let_plugin.errors import ConfigError
+
+USAGE = """\
+usage: let-train CONFIG.toml [--check | --print-config] [--section.key VALUE ...]
+
+Trains a torchtitan configuration, given as TOML, with or without Late-to-Early Training.
+
+  CONFIG.toml          base = "module.function", and tables that overlay its configuration
+  --section.key VALUE  overrides one option; `let-train CONFIG.toml --help` lists them all
+  --check              resolves and validates everything, prints the preflight report, trains nothing
+  --print-config       prints the effective configuration as TOML, trains nothing
+
+On N processes: torchrun --nproc-per-node N -m let_plugin.train CONFIG.toml ...
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command line; SystemExit with code 2 for bad input."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        raise SystemExit(0 if argv else 2)
+    try:
+        _run(argv)
+    except ConfigError as error:
+        _exit_with(error)
+
+
+def _run(argv: list[str]) -> None:
+    from let_plugin import toml_config
+
+    modes = {"--check", "--print-config"}
+    mode = modes.intersection(argv)
+    argv = [arg for arg in argv if arg not in modes]
+    path, runtime = toml_config.read_runtime(argv)
+
+    from let_plugin import host  # imports torch: not before `--help` and plain mistakes have been dealt with
+
+    host.set_up(runtime.device)
+    loaded = toml_config.load(path, argv[1:])
+    if "--print-config" in mode:
+        print(toml_config.dump(loaded), end="")
+        return
+
+    from let_plugin import data, preflight
+
+    data.register()
+    report = preflight.run(loaded.config)
+    if os.environ["RANK"] == "0":
+        print(report, flush=True)
+    if "--check" not in mode:
+        train(loaded.config)
+
+
+def train(config: "Trainer.Config") -> None:  # type: ignore[name-defined]  # noqa: F821
+    """Builds the trainer of a checked configuration, trains, and takes the process group down."""
+    import torch
+    from torchtitan.observability import structured_logger
+    from torchtitan.tools.logging import init_logger
+
+    from let_plugin import host
+
+    init_logger()
+    structured_logger.init_structured_logger(
+        source="training", output_dir=config.dump_folder, enable=config.debug.enable_structured_logging
+    )
+    host.adapt_model_spec(config.model_spec)
+    trainer = config.build()
+    try:
+        if config.checkpoint.create_seed_checkpoint:
+            trainer.checkpointer.save(curr_step=0, last_step=True)
+        else:
+            trainer.train()
+    finally:
+        trainer.close()
+    torch.distributed.destroy_process_group()
+
+
+def _exit_with(error: ConfigError) -> NoReturn:
+    if os.environ.get("RANK", "0") == "0":
+        count = len(error.problems)
+        print(f"let-train: {count} problem{'s' if count > 1 else ''} in the configuration", file=sys.stderr)
+        for problem in error.problems:
+            print(f"  {problem}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""torchtitan configuration functions for tests: `base = "tests.support.tiny"`."""
+
+from let_plugin.demo import config_registry as demo
+from let_plugin.models import llama_spec
+from let_plugin.teacher.titan import register_teacher_spec
+from tests.support.data_loaders import GlobalOrderDataLoader
+
+STUDENT = {"num_layers": 4, "num_heads": 2}
+TEACHER = {"num_layers": 2, "num_heads": 2}
+STUDENT_DIM, TEACHER_DIM, VOCAB_SIZE = 48, 32, 4096
+
+register_teacher_spec(
+    "tiny_teacher",
+    lambda: llama_spec("tiny_teacher", dim=TEACHER_DIM, hidden_dim=64, vocab_size=VOCAB_SIZE, **TEACHER),
+)
+
+
+def tiny():
+    """A student of 4 blocks x 48 in fp32, on the demo's text; every data layout sees the same global batches."""
+    config = demo.student()
+    config.model_spec = llama_spec("tiny", dim=STUDENT_DIM, hidden_dim=96, vocab_size=VOCAB_SIZE, **STUDENT)
+    config.training.mixed_precision_param = "float32"
+    config.training.steps = 4
+    config.training.local_batch_size = 4
+    config.training.seq_len = 64
+    config.lr_scheduler.warmup_steps = 2
+    config.metrics.log_freq = 1
+    config.metrics.enable_tensorboard = False
+    config.validator.enable = False
+    config.activation_checkpoint = None
+    config.debug.enable_structured_logging = False
+    config.dataloader = GlobalOrderDataLoader.Config(dataset="let_demo_train", ignore_every=7)
+    return config

@@ -1,0 +1,75 @@
+"""Late-to-Early Training in plain PyTorch: explicit formulas, autograd, one process. What everything is compared with.
+
+Shape legend: B batch, L sequence, D width, N heads, H head width, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+
+IGNORE_INDEX = -100
+
+
+def llama(params, tokens_BL, positions_BL, *, num_layers, num_heads, theta=10_000.0):
+    """Outputs of all blocks (the residual stream) and the final-norm output; names of the parameters are torchtitan's."""
+    x_BLD = params["tok_embeddings.weight"][tokens_BL]
+    mask_B1LL = document_mask(positions_BL)
+    hidden = []
+    for i in range(num_layers):
+        block = {k.removeprefix(f"layers.{i}."): v for k, v in params.items() if k.startswith(f"layers.{i}.")}
+        normed = rms_norm(x_BLD, block["attention_norm.weight"])
+        x_BLD = x_BLD + attention(block, normed, positions_BL, mask_B1LL, num_heads, theta)
+        normed = rms_norm(x_BLD, block["ffn_norm.weight"])
+        gate = F.silu(normed @ block["feed_forward.w1.weight"].T)
+        x_BLD = x_BLD + (gate * (normed @ block["feed_forward.w3.weight"].T)) @ block["feed_forward.w2.weight"].T
+        hidden.append(x_BLD)
+    return hidden, rms_norm(x_BLD, params["norm.weight"])
+
+
+def rms_norm(x, weight, eps=1e-5):
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def document_mask(positions_BL):
+    """True where a token may look: at or before itself, within its own document (position 0 starts one)."""
+    document_BL = (positions_BL == 0).cumsum(-1)
+    same = document_BL[:, :, None] == document_BL[:, None, :]
+    return (same & torch.ones(positions_BL.shape[1], positions_BL.shape[1], dtype=torch.bool).tril())[:, None]
+
+
+def attention(block, x_BLD, positions_BL, mask_B1LL, num_heads, theta):
+    B, L, D = x_BLD.shape
+    H = D // num_heads
+    if "attention.qkv_linear.wqkv.weight" in block:  # fused: per head q, k, v
+        qkv = (x_BLD @ block["attention.qkv_linear.wqkv.weight"].T).view(B, L, num_heads, 3, H)
+        q, k, v = qkv.unbind(-2)
+    else:
+        q, k, v = ((x_BLD @ block[f"attention.qkv_linear.{w}.weight"].T).view(B, L, num_heads, H) for w in ("wq", "wk", "wv"))
+    q, k = rotate(q, positions_BL, theta), rotate(k, positions_BL, theta)
+    scores_BNLL = torch.einsum("blnh,bmnh->bnlm", q, k) / H**0.5
+    weights = scores_BNLL.masked_fill(~mask_B1LL, float("-inf")).softmax(-1)
+    return torch.einsum("bnlm,bmnh->blnh", weights, v).reshape(B, L, D) @ block["attention.wo.weight"].T
+
+
+def rotate(x_BLNH, positions_BL, theta):
+    """Rotary embedding of adjacent pairs of channels."""
+    H = x_BLNH.shape[-1]
+    frequency = theta ** (-torch.arange(0, H, 2).float() / H)
+    angle = positions_BL[..., None, None] * frequency
+    even, odd = x_BLNH[..., 0::2], x_BLNH[..., 1::2]
+    rotated = torch.stack([even * angle.cos() - odd * angle.sin(), even * angle.sin() + odd * angle.cos()], dim=-1)
+    return rotated.flatten(-2)
+
+
+def let_loss(student, teacher, batch, *, student_shape, teacher_shape, block, weight):
+    """L_NLL + lambda * L_align of one batch [B, L], both divided by its number of valid tokens."""
+    tokens_BL, positions_BL, labels_BL = batch
+    valid_BL = labels_BL != IGNORE_INDEX
+    hidden, final_BLD = llama(student, tokens_BL, positions_BL, **student_shape)
+    logits_BLV = final_BLD @ student["lm_head.weight"].T
+    nll = F.cross_entropy(logits_BLV.flatten(0, 1), labels_BL.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    with torch.no_grad():
+        _, target_BLE = llama(teacher, tokens_BL, positions_BL, **teacher_shape)
+    a_BLD = hidden[block]
+    target_BLD = F.interpolate(target_BLE, size=a_BLD.shape[-1], mode="linear", align_corners=False)
+    cosine_BL = F.cosine_similarity(a_BLD, target_BLD, dim=-1)
+    return (nll - weight * (cosine_BL * valid_BL).sum()) / valid_BL.sum(), (cosine_BL * valid_BL).sum() / valid_BL.sum()

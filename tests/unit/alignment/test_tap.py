@@ -1,0 +1,129 @@
+import pytest
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+from let_plugin.alignment.losses import negative_cosine
+from let_plugin.alignment.tap import TARGET_KWARG, AlignmentTap
+
+CPU = torch.device("cpu")
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.linear(x).tanh()
+
+
+class Student(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleDict({str(i): Block() for i in range(3)})
+
+    def forward(self, x):
+        for layer in self.layers.values():
+            x = layer(x)
+        return x
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def reference_gradients(x, target, coefficient):
+    """LM loss + coefficient * sum(-cos) at block 1, by autograd alone."""
+    model = Student()
+    h = model.layers["1"](model.layers["0"](x))
+    loss = model.layers["2"](h).square().sum()
+    loss = loss - coefficient * nn.functional.cosine_similarity(h, target, dim=-1).sum()
+    loss.backward()
+    return gradients(model)
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(2, 5, 8, generator=generator), torch.randn(2, 5, 8, generator=generator)
+
+
+@pytest.mark.parametrize("wrap", ["plain", "checkpointed", "compiled"])
+def test_the_injected_gradient_is_that_of_the_summed_loss(batch, wrap):
+    x, target = batch
+    model = Student()
+    if wrap == "checkpointed":
+        model.layers["1"] = checkpoint_wrapper(model.layers["1"])
+    elif wrap == "compiled":
+        for layer in model.layers.values():
+            layer.compile(backend="aot_eager", fullgraph=True)
+    tap = AlignmentTap(model, "1", negative_cosine, CPU)
+    tap.coefficient.fill_(0.3)
+
+    model(x, **{TARGET_KWARG: target}).square().sum().backward()
+
+    assert tap.num_calls == 1
+    got = gradients(model)
+    for name, expected in reference_gradients(x, target, 0.3).items():
+        torch.testing.assert_close(got[name], expected, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_the_tap_is_inert_without_a_target_and_without_gradient(batch):
+    x, target = batch
+    model = Student()
+    tap = AlignmentTap(model, "1", negative_cosine, CPU)
+    tap.coefficient.fill_(0.3)
+    model(x)
+    with torch.no_grad():
+        model(x, **{TARGET_KWARG: target})
+    assert tap.num_calls == 0 and tap.cosine_sum == 0
+    model(x).square().sum().backward()
+    with_tap = gradients(model)
+    plain = Student()
+    plain(x).square().sum().backward()
+    for name, expected in gradients(plain).items():
+        assert torch.equal(with_tap[name], expected), name
+
+
+def test_a_target_is_used_once(batch):
+    x, target = batch
+    model = Student()
+    tap = AlignmentTap(model, "1", negative_cosine, CPU)
+    model(x, **{TARGET_KWARG: target})
+    model(x)
+    assert tap.num_calls == 1
+
+
+def test_the_metric_sums_over_microbatches_until_reset(batch):
+    x, target = batch
+    model = Student()
+    tap = AlignmentTap(model, "1", negative_cosine, CPU)
+    model(x, **{TARGET_KWARG: target})
+    once = tap.cosine_sum.clone()
+    model(x, **{TARGET_KWARG: target})
+    torch.testing.assert_close(tap.cosine_sum, 2 * once)
+    tap.reset()
+    assert tap.cosine_sum == 0
+
+
+def test_remove_leaves_no_trace(batch):
+    x, target = batch
+    model = Student()
+    keys = list(model.state_dict())
+    tap = AlignmentTap(model, "1", negative_cosine, CPU)
+    assert list(model.state_dict()) == keys
+    tap.remove()
+    assert not model._forward_pre_hooks and not model.layers["1"]._forward_hooks
+    with pytest.raises(TypeError, match=TARGET_KWARG):
+        model(x, **{TARGET_KWARG: target})
+
+
+def test_the_gradient_is_added_in_the_dtype_of_the_hidden_state(batch):
+    x, target = batch
+    model = Student().bfloat16()
+    tap = AlignmentTap(model, "1", negative_cosine, CPU)
+    tap.coefficient.fill_(0.3)
+    model(x.bfloat16(), **{TARGET_KWARG: target}).square().sum().backward()
+    assert all(p.grad.dtype == torch.bfloat16 for p in model.parameters())

@@ -1,0 +1,382 @@
+"""HFTeacher against transformers itself, one document at a time; and every mistake that its source has to report.
+
+Shape legend: B batch, L sequence, E teacher width.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+transformers = pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
+
+from let_plugin import host  # noqa: E402
+from let_plugin.config import TeacherConfig  # noqa: E402
+from let_plugin.errors import ConfigError  # noqa: E402
+from let_plugin.teacher.hf import HFTeacher, HFTeacherSource  # noqa: E402
+
+VOCAB_SIZE = 61
+SEQ_LEN = 24
+WINDOW = 5  # shorter than the longest document, so that a lost window shows
+_COMMON = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_GROUPED = {**_COMMON, "num_key_value_heads": 2}
+_OPT = {name: value for name, value in _COMMON.items() if name != "intermediate_size"}
+_GPT2 = {"vocab_size": VOCAB_SIZE, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
+
+
+def _model_configs() -> dict:
+    return {
+        "llama": transformers.LlamaConfig(**_GROUPED),
+        "gpt2": transformers.GPT2Config(**_GPT2),
+        "opt": transformers.OPTConfig(**_OPT, ffn_dim=48, word_embed_proj_dim=32),
+        "opt_350m_like": transformers.OPTConfig(
+            **_OPT, ffn_dim=48, word_embed_proj_dim=16, do_layer_norm_before=False
+        ),
+        "gpt_neox": transformers.GPTNeoXConfig(**_COMMON),
+        "gptj": transformers.GPTJConfig(**_GPT2, rotary_dim=4),
+        "qwen2": transformers.Qwen2Config(
+            **_GROUPED, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1
+        ),
+        "qwen3": transformers.Qwen3Config(**_GROUPED, head_dim=8),
+        "mistral": transformers.MistralConfig(**_GROUPED, sliding_window=WINDOW),
+        "gemma2": transformers.Gemma2Config(**_GROUPED, head_dim=8, query_pre_attn_scalar=8, sliding_window=WINDOW),
+        "gemma3": transformers.Gemma3TextConfig(**_GROUPED, head_dim=8, sliding_window=WINDOW),
+        "olmoe": transformers.OlmoeConfig(**_GROUPED, num_experts=4, num_experts_per_tok=2),
+    }
+
+
+FAMILIES = tuple(_model_configs())
+
+
+def save_model(folder: Path, model_config) -> Path:
+    """A random model, with its language-model head, as safetensors in `folder`; weights large enough to see leaks."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(model_config)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("teachers")
+    return {name: save_model(root / name, config) for name, config in _model_configs().items()}
+
+
+@pytest.fixture
+def llama(folders: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of the llama teacher, to damage."""
+    return Path(shutil.copytree(folders["llama"], tmp_path / "llama"))
+
+
+def build(source: HFTeacherSource, dtype: torch.dtype = torch.float32) -> HFTeacher:
+    host.set_up("cpu")
+    from torchtitan.distributed import ParallelDims
+
+    parallel_dims = ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=1, ep=1, world_size=1)
+    return source.build(dtype=dtype, device=torch.device("cpu"), config=None, parallel_dims=parallel_dims)
+
+
+def source_of(path: Path | str, **fields) -> HFTeacherSource:
+    return HFTeacherSource(TeacherConfig(path=str(path), **fields))
+
+
+def problems_of(path: Path | str, *, load: bool = False, **fields) -> str:
+    """The text of the ConfigError that the source (or, with `load`, its build) must raise."""
+    if load:
+        source = source_of(path, **fields)
+        with pytest.raises(ConfigError) as error:
+            build(source)
+    else:
+        with pytest.raises(ConfigError) as error:
+            source_of(path, **fields)
+    return str(error.value)
+
+
+def packed_batch() -> tuple[torch.Tensor, torch.Tensor, list[list[int]]]:
+    """tokens_BL, positions_BL and the documents' lengths: 3 boundaries, at other places in each row."""
+    lengths = [[7, 12, 5], [1, 3, 20]]
+    generator = torch.Generator().manual_seed(1)
+    tokens_BL = torch.randint(VOCAB_SIZE, (2, SEQ_LEN), generator=generator)
+    positions_BL = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    return tokens_BL, positions_BL, lengths
+
+
+class NoHostSync(TorchDispatchMode):
+    """Fails where a tensor's value is read on the host: there an accelerator would be waited for."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a tensor is read on the host"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_packed_documents_equal_each_document_alone(folders, family) -> None:
+    tokens_BL, positions_BL, lengths = packed_batch()
+    teacher = build(source_of(folders[family]))
+    with NoHostSync():
+        states_BLE = teacher(tokens_BL, positions_BL)
+        whole_rows_BLE = teacher(tokens_BL, None)
+
+    attention = "eager" if family == "gemma2" else "sdpa"  # SDPA has no soft cap
+    reference = transformers.AutoModel.from_pretrained(folders[family], attn_implementation=attention).eval()
+    torch.testing.assert_close(whole_rows_BLE, reference(input_ids=tokens_BL).last_hidden_state, rtol=1e-4, atol=1e-5)
+    for row, row_lengths in enumerate(lengths):
+        start = 0
+        for length in row_lengths:
+            document = slice(start, start + length)
+            expected_1LE = reference(input_ids=tokens_BL[row : row + 1, document]).last_hidden_state
+            torch.testing.assert_close(states_BLE[row, document], expected_1LE[0], rtol=1e-4, atol=1e-5)
+            start += length
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_document_does_not_see_the_others(folders, family) -> None:
+    tokens_BL, positions_BL, lengths = packed_batch()
+    teacher = build(source_of(folders[family]))
+    before_BLE = teacher(tokens_BL, positions_BL)
+    tokens_BL[0, : lengths[0][0]] += 1  # the first document of row 0
+    tokens_BL %= VOCAB_SIZE
+    after_BLE = teacher(tokens_BL, positions_BL)
+    first = lengths[0][0]
+    assert (after_BLE[0, :first] - before_BLE[0, :first]).abs().amax(-1).min() > 1e-3
+    torch.testing.assert_close(after_BLE[0, first:], before_BLE[0, first:], rtol=0, atol=1e-6)
+    torch.testing.assert_close(after_BLE[1], before_BLE[1], rtol=0, atol=1e-6)
+
+
+def test_info(folders) -> None:
+    info = source_of(folders["llama"]).info
+    model = transformers.AutoModel.from_pretrained(folders["llama"])
+    assert (info.hidden_size, info.num_layers, info.vocab_size, info.max_seq_len) == (32, 3, VOCAB_SIZE, 64)
+    assert info.num_trunk_params == sum(p.numel() for p in model.parameters())
+    assert info.num_embedding_params == VOCAB_SIZE * 32
+    assert "llama" in info.description
+    gpt2 = source_of(folders["gpt2"]).info
+    assert gpt2.num_embedding_params == (VOCAB_SIZE + 64) * 32  # its positions are an embedding as well
+    assert source_of(folders["opt_350m_like"]).info.hidden_size == 16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_built_teacher_is_frozen_headless_and_leaves_the_rng(folders, dtype) -> None:
+    rng_state = torch.get_rng_state()
+    source = source_of(folders["llama"])
+    teacher = build(source, dtype)
+    assert torch.equal(rng_state, torch.get_rng_state())
+    assert torch.get_default_dtype() == torch.float32
+    assert sum(p.numel() for p in teacher.parameters()) == source.info.num_trunk_params
+    assert all(p.dtype == dtype and not p.requires_grad for p in teacher.parameters())
+    assert not any(module.training for module in teacher.modules())
+    assert not [name for name, _ in teacher.named_modules() if "head" in name]
+    tokens_BL, positions_BL, _ = packed_batch()
+    states_BLE = teacher(tokens_BL, positions_BL)
+    assert states_BLE.shape == (2, SEQ_LEN, 32)
+    assert states_BLE.dtype == dtype
+    assert not states_BLE.requires_grad
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_dropout_is_off(folders, family) -> None:
+    content = json.loads((folders[family] / "config.json").read_text())
+    assert content.get("resid_pdrop", content.get("dropout")) == 0.1
+    teacher = build(source_of(folders[family]))
+    tokens_BL, positions_BL, _ = packed_batch()
+    assert torch.equal(teacher(tokens_BL, positions_BL), teacher(tokens_BL, positions_BL))
+
+
+def test_sharded_checkpoint(folders, tmp_path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folders["llama"])
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    tokens_BL, positions_BL, _ = packed_batch()
+    states_BLE = build(source_of(tmp_path))(tokens_BL, positions_BL)
+    assert torch.equal(states_BLE, build(source_of(folders["llama"]))(tokens_BL, positions_BL))
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    shard.unlink()
+    assert f"{shard.name} is missing" in problems_of(tmp_path, load=True)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    assert "index.json cannot be read" in problems_of(tmp_path, load=True)
+
+
+# Vocabulary
+
+
+def _save_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    tokenizer.add_special_tokens(["<eos>"])
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def test_vocabulary(llama, tmp_path) -> None:
+    expected = {"a": 0, "b": 1, "[UNK]": 2, "<eos>": 3}
+    assert source_of(llama).vocabulary() is None
+    _save_tokenizer(tmp_path / "tokenizer")
+    assert source_of(llama, tokenizer_path=str(tmp_path / "tokenizer")).vocabulary() == expected
+    _save_tokenizer(llama)
+    assert source_of(llama).vocabulary() == expected
+    (llama / "tokenizer.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"let.teacher.path.*tokenizer.json cannot be read"):
+        source_of(llama).vocabulary()
+    with pytest.raises(ConfigError, match=r"let.teacher.tokenizer_path.*no tokenizer there"):
+        source_of(llama, tokenizer_path=str(tmp_path / "nowhere")).vocabulary()
+
+
+def test_vocabulary_of_a_tokenizer_without_tokenizer_json(llama) -> None:
+    tokens = ["<unk>", "<s>", "</s>", "a", "b", "ab"]
+    (llama / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (llama / "merges.txt").write_text("#version: 0.2\na b\n")
+    (llama / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
+    vocabulary = source_of(llama).vocabulary()
+    assert vocabulary is not None
+    assert vocabulary["ab"] == 5
+
+
+# Mistakes
+
+
+def test_transformers_is_not_installed(llama, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert "pip install let-plugin[hf]" in problems_of(llama)
+
+
+def test_no_such_path(tmp_path) -> None:
+    text = problems_of(tmp_path / "absent")
+    assert "let.teacher.path" in text
+    assert "no such folder" in text
+    assert "not a folder" in problems_of(__file__)
+
+
+def test_hub_name_that_cannot_be_had(monkeypatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    text = problems_of("let-plugin-no-such-org/no-such-model")
+    assert "no local folder of that name either" in text
+
+
+def test_folder_without_config_and_weights(tmp_path) -> None:
+    text = problems_of(tmp_path)  # both mistakes at once
+    assert "no config.json" in text
+    assert "no model.safetensors" in text
+
+
+def test_config_json_is_damaged(llama) -> None:
+    (llama / "config.json").write_text("{")
+    assert "config.json cannot be read" in problems_of(llama)
+
+
+def test_pickled_weights_are_refused(llama) -> None:
+    (llama / "model.safetensors").rename(llama / "pytorch_model.bin")
+    text = problems_of(llama)
+    assert "pickled" in text
+    assert "save_pretrained" in text
+
+
+def test_remote_code_is_refused(llama) -> None:
+    edit_config(llama, model_type="my_own", auto_map={"AutoConfig": "configuration_my_own.MyConfig"})
+    assert "let.teacher.trust_remote_code = False" in problems_of(llama)
+
+
+def test_unknown_model_type(llama) -> None:
+    edit_config(llama, model_type="my_own")
+    assert "knows no model_type 'my_own'" in problems_of(llama)
+
+
+def test_quantised_weights_are_refused(llama) -> None:
+    edit_config(llama, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+    assert "quantised" in problems_of(llama)
+
+
+@pytest.mark.parametrize(
+    ("config_class", "fields", "reason"),
+    [
+        ("BertConfig", {}, "encoder"),
+        ("T5Config", {}, "encoder-decoder"),
+        ("ViTConfig", {}, "not a causal language model"),
+        ("LlavaConfig", {}, "multimodal"),
+        ("MambaConfig", {"num_hidden_layers": 2}, "cannot be kept apart"),
+        ("GPTNeoConfig", {"num_layers": 2, "attention_types": [[["global"], 2]]}, "cannot be kept apart"),
+        ("BloomConfig", {"n_layer": 2}, "cannot be kept apart"),
+        ("GptOssConfig", {"num_hidden_layers": 2}, "cannot be kept apart"),
+        ("Lfm2Config", {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}, "conv"),
+    ],
+)
+def test_architectures_that_cannot_be_a_teacher(tmp_path, config_class, fields, reason) -> None:
+    getattr(transformers, config_class)(**fields).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    assert reason in problems_of(tmp_path)
+
+
+def test_a_leak_that_only_shows_when_run_is_refused(llama, monkeypatch) -> None:
+    from let_plugin.teacher import hf_attention
+
+    monkeypatch.setattr(hf_attention.DocumentMask, "get", lambda *_: None)
+    assert "depend on the document before it" in problems_of(llama, load=True)
+
+
+def test_a_window_that_the_family_does_not_hand_on_is_refused(tmp_path) -> None:
+    config = transformers.Qwen2MoeConfig(
+        **_GROUPED, num_experts=2, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1
+    )
+    save_model(tmp_path, config)
+    assert "sliding window" in problems_of(tmp_path, load=True)
+
+
+def edit_config(folder: Path, **fields) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+def edit_weights(folder: Path, edit) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "model.safetensors"
+    save_file(edit(load_file(file)), file, metadata={"format": "pt"})
+
+
+def test_missing_tensor_is_named(llama) -> None:
+    edit_weights(llama, lambda tensors: {k: v for k, v in tensors.items() if "1.mlp.up_proj" not in k})
+    assert "lacks tensors that its configuration asks for: layers.1.mlp.up_proj.weight" in problems_of(
+        llama, load=True
+    )
+
+
+def test_mismatching_tensor_is_named(llama) -> None:
+    edit_config(llama, intermediate_size=56)
+    text = problems_of(llama, load=True)
+    assert "layers.0.mlp.down_proj.weight (file (32, 48), configuration (32, 56))" in text
+
+
+def test_surplus_layers_are_named(llama) -> None:
+    edit_config(llama, num_hidden_layers=2)
+    text = problems_of(llama, load=True)
+    assert "more layers than its configuration (2)" in text
+    assert "layers.2." in text
+
+
+def test_truncated_weights_are_named(llama) -> None:
+    file = llama / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-100])
+    assert "model.safetensors is truncated: it lacks (part of) model." in problems_of(llama, load=True)
+    for damaged in (b"", b"123", content[:50], b"x" * 100, (2).to_bytes(8, "little") + b"[]" + b"x"):
+        file.write_bytes(damaged)
+        assert "model.safetensors is " in problems_of(llama, load=True)
