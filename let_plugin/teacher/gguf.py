@@ -18,7 +18,6 @@ from let_plugin.errors import ConfigError, Problem
 from let_plugin.teacher.base import TeacherSource
 from let_plugin.teacher.hf import (
     HFTeacher,
-    check_loading_info,
     import_transformers,
     keep_rng_state,
     make_teacher,
@@ -26,6 +25,7 @@ from let_plugin.teacher.hf import (
     read_tokenizer_path,
     teacher_info,
 )
+from let_plugin.teacher.hf_checks import check_loading_info
 
 if TYPE_CHECKING:
     from torchtitan.distributed import ParallelDims
@@ -75,7 +75,7 @@ class GGUFTeacherSource(TeacherSource):
         path = self._teacher_config.path
         with keep_rng_state(device), quiet_transformers():
             loaded, loading_info = _read(path, "weights", _load_trunk)
-            check_loading_info(loading_info, loaded, path)
+            check_loading_info(loading_info, loaded, self.info.num_layers, path)
             # A model that was loaded from GGUF counts as quantised, and refuses to change its dtype.
             trunk = AutoModel.from_config(self._model_config, dtype=dtype, attn_implementation=ATTENTION)
             trunk.load_state_dict(loaded.state_dict())

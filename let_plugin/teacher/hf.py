@@ -7,8 +7,6 @@
 Shape legend: B batch, L sequence, E teacher width.
 """
 
-import inspect
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -22,6 +20,15 @@ from torch import nn
 from let_plugin.config import TeacherConfig
 from let_plugin.errors import ConfigError, Problem
 from let_plugin.teacher.base import Teacher, TeacherInfo, TeacherSource, freeze
+from let_plugin.teacher.hf_checks import (
+    check_folder,
+    check_is_decoder,
+    check_isolates_documents,
+    check_loading_info,
+    check_safetensors,
+    find_layers,
+    remote_code_problem,
+)
 
 if TYPE_CHECKING:
     from torchtitan.distributed import ParallelDims
@@ -31,10 +38,7 @@ if TYPE_CHECKING:
 _PATH_KEY = "let.teacher.path"
 _TOKENIZER_KEY = "let.teacher.tokenizer_path"
 _HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
-_LAYER_TYPES = {"full_attention", "sliding_attention"}  # as `transformers` names them
 _TOKENIZER_FILES = ("tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
-_PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
-_MAX_NAMED_TENSORS = 8
 
 
 class HFTeacherSource(TeacherSource):
@@ -53,7 +57,7 @@ class HFTeacherSource(TeacherSource):
         self._teacher_config = config
         self._is_local = os.path.exists(config.path)
         if self._is_local:
-            _check_folder(config)
+            check_folder(config)
         elif not _HUB_NAME.match(config.path):
             message = 'there is no such folder, and it is not a hub name ("org/name"); give a folder with config.json'
             raise ConfigError(Problem(_PATH_KEY, f"{message} and *.safetensors", config.path))
@@ -88,7 +92,7 @@ class HFTeacherSource(TeacherSource):
 
         path = self._teacher_config.path
         if self._is_local:
-            _check_safetensors(Path(path))
+            check_safetensors(Path(path))
         with keep_rng_state(device), quiet_transformers():
             try:
                 trunk, loading_info = AutoModel.from_pretrained(
@@ -105,7 +109,7 @@ class HFTeacherSource(TeacherSource):
                 )
             except Exception as error:  # safetensors, the hub client and transformers each have types of their own
                 raise ConfigError(Problem(_PATH_KEY, f"the teacher cannot be loaded: {error}", path)) from error
-            check_loading_info(loading_info, trunk, path)
+            check_loading_info(loading_info, trunk, self.info.num_layers, path)
             return make_teacher(trunk, self.info, device=device, parallel_dims=parallel_dims, path=path)
 
     def _load_config(self) -> "PreTrainedConfig":
@@ -118,7 +122,7 @@ class HFTeacherSource(TeacherSource):
             )
         except Exception as error:  # OSError, ValueError, JSON and hub errors, and whatever remote code raises
             if "trust_remote_code" in str(error):
-                raise ConfigError(_remote_code_problem()) from error
+                raise ConfigError(remote_code_problem()) from error
             remedy = "" if self._is_local else " (no local folder of that name either)"
             raise ConfigError(Problem(_PATH_KEY, f"its configuration cannot be read{remedy}: {error}", path)) from error
 
@@ -127,7 +131,7 @@ class HFTeacher(Teacher):
     """A frozen `transformers` trunk. Made by `make_teacher`.
 
     Args:
-        trunk: An `AutoModel` with the attention function of `hf_attention.py`, frozen.
+        trunk: An `AutoModel` with the attention function of `hf_attention.py`.
     """
 
     def __init__(self, trunk: nn.Module) -> None:
@@ -171,7 +175,7 @@ def teacher_info(config: "PreTrainedConfig", where: str, teacher_config: Teacher
     ConfigError if it is not a decoder, or one of a family in which packed documents cannot be kept apart.
     """
     path = teacher_config.path
-    _check_is_decoder(config, teacher_config)
+    check_is_decoder(config, teacher_config)
     from transformers import AutoModel
 
     try:
@@ -182,7 +186,7 @@ def teacher_info(config: "PreTrainedConfig", where: str, teacher_config: Teacher
             )
     except Exception as error:  # a configuration that contradicts itself fails anywhere in the model's constructor
         raise ConfigError(Problem(_PATH_KEY, f"its configuration cannot be built: {error}", path)) from error
-    _check_isolates_documents(config, trunk, path)
+    check_isolates_documents(config, trunk, path)
 
     embeddings = [module for module in trunk.modules() if isinstance(module, nn.Embedding)]
     return TeacherInfo(
@@ -201,8 +205,8 @@ def make_teacher(
     trunk: nn.Module, info: TeacherInfo, *, device: torch.device, parallel_dims: "ParallelDims", path: str
 ) -> HFTeacher:
     """Freezes a trunk on the CPU, tries it out, and moves it to `device`, sharded over the data-parallel ranks."""
-    freeze(trunk)
     teacher = HFTeacher(trunk)
+    freeze(teacher)
     _try_out(teacher, info, path)
     mesh = _shard_mesh(parallel_dims)
     if mesh is None:
@@ -216,45 +220,6 @@ def make_teacher(
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     fully_shard(trunk, mesh=mesh, reshard_after_forward=True)
     return teacher
-
-
-def find_layers(trunk: nn.Module, num_layers: int) -> nn.ModuleList:
-    """The outermost ModuleList with as many entries as the model has layers; ValueError if there is none."""
-    for module in trunk.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
-            return module
-    raise ValueError(f"{type(trunk).__name__} has no list of {num_layers} layers")
-
-
-def check_loading_info(loading_info: dict[str, Any], trunk: nn.Module, path: str) -> None:
-    """ConfigError that names the tensors, unless the checkpoint held every weight in the shape that is asked for."""
-    problems = []
-    missing = sorted(loading_info["missing_keys"])
-    if missing:
-        message = f"the checkpoint lacks tensors that its configuration asks for: {_names(missing)}"
-        problems.append(Problem(_PATH_KEY, message, path))
-    mismatched = [
-        f"{name} (file {tuple(found)}, configuration {tuple(wanted)})"
-        for name, found, wanted in sorted(loading_info["mismatched_keys"])
-    ]
-    if mismatched:
-        message = f"tensors whose shape is not the configuration's: {_names(mismatched)}"
-        problems.append(Problem(_PATH_KEY, message, path))
-    # A head, or a buffer of an old version, is expected to be left over; a whole layer means a wrong config.json.
-    layers = find_layers(trunk, trunk.config.num_hidden_layers)
-    prefix = next(name for name, module in trunk.named_modules() if module is layers)
-    in_layers = re.compile(rf"(^|\.){re.escape(prefix)}\.(\d+)\.")
-    surplus = [
-        name
-        for name in sorted(loading_info["unexpected_keys"])
-        if (match := in_layers.search(name)) and int(match[2]) >= len(layers)
-    ]
-    if surplus:
-        message = f"the checkpoint has more layers than its configuration ({len(layers)}): {_names(surplus)}"
-        problems.append(Problem(_PATH_KEY, message, path))
-    problems += [Problem(_PATH_KEY, message, path) for message in loading_info["error_msgs"]]
-    if problems:
-        raise ConfigError(problems)
 
 
 def read_tokenizer_path(path: str) -> dict[str, int]:
@@ -295,111 +260,12 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _remote_code_problem() -> Problem:
-    message = (
-        "the checkpoint comes with Python code of its own; set it to true if you trust that code, or choose a teacher "
-        "that transformers knows"
-    )
-    return Problem("let.teacher.trust_remote_code", message, False)
-
-
-def _check_folder(config: TeacherConfig) -> None:
-    """ConfigError unless `config.path` is a folder with a config.json and safetensors that can be used."""
-    folder = Path(config.path)
-    if not folder.is_dir():
-        message = "not a folder; give the folder with config.json and *.safetensors (or a .gguf file)"
-        raise ConfigError(Problem(_PATH_KEY, message, config.path))
-    problems = []
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        message = "no config.json in this folder; a teacher needs config.json and *.safetensors, as save_pretrained"
-        problems.append(Problem(_PATH_KEY, f"{message} writes them", config.path))
-    else:
-        problems += _config_file_problems(config_file, config)
-    if not (folder / "model.safetensors").is_file() and not (folder / "model.safetensors.index.json").is_file():
-        if any(file.suffix in _PICKLE_SUFFIXES for file in folder.iterdir()):
-            message = (
-                "only pickled weights there, which can run code when they are read and are refused; convert them, "
-                "where you trust them: AutoModelForCausalLM.from_pretrained(path).save_pretrained(new_path)"
-            )
-        else:
-            message = "no model.safetensors (or model.safetensors.index.json) in this folder"
-        problems.append(Problem(_PATH_KEY, message, config.path))
-    if problems:
-        raise ConfigError(problems)
-
-
-def _config_file_problems(config_file: Path, config: TeacherConfig) -> list[Problem]:
-    from transformers import CONFIG_MAPPING
-
-    try:
-        content = json.loads(config_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return [Problem(_PATH_KEY, f"its config.json cannot be read: {error}", config.path)]
-    model_type = content.get("model_type") if isinstance(content, dict) else None
-    if model_type in CONFIG_MAPPING:
-        return []
-    if isinstance(content, dict) and "auto_map" in content:
-        return [] if config.trust_remote_code else [_remote_code_problem()]
-    message = f"transformers knows no model_type {model_type!r} (in config.json); a newer transformers may"
-    return [Problem(_PATH_KEY, message, config.path)]
-
-
-def _check_is_decoder(config: "PreTrainedConfig", teacher_config: TeacherConfig) -> None:
-    """ConfigError if `config` does not describe a text decoder with unquantised weights."""
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    )
-
-    model_type = config.model_type
-    if config.is_encoder_decoder:
-        message = f"{model_type} is an encoder-decoder"
-    elif model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
-        message = f"{model_type} is an encoder: its tokens see their future"
-    elif config.get_text_config(decoder=True) is not config:
-        message = f"{model_type} is a multimodal model; save its text model by itself"
-    elif model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not teacher_config.trust_remote_code:
-        message = f"{model_type} is not a causal language model"
-    elif getattr(config, "quantization_config", None) is not None:
-        message = "its weights are quantised; give a checkpoint in bfloat16 or float32, or a .gguf file"
-    else:
-        return
-    raise ConfigError(Problem(_PATH_KEY, f"a teacher is a text decoder: {message}", teacher_config.path))
-
-
-def _check_isolates_documents(config: "PreTrainedConfig", trunk: nn.Module, path: str) -> None:
-    """ConfigError for what can be told from the model's class and configuration; `_try_out` does the rest."""
-    family = config.model_type
-    layer_types = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
-    reason = ""
-    if layer_types:
-        reason = f"it has layers of type {', '.join(sorted(layer_types))}"
-    elif getattr(trunk, "_is_stateful", False):
-        reason = "it is recurrent"
-    elif not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", None):
-        reason = "its attention is not causal"
-    elif not getattr(trunk, "_supports_attention_backend", False):
-        reason = "its attention in transformers cannot be told where a document ends"
-    elif not trunk._supports_sdpa and getattr(config, "attn_logit_softcapping", None) is None:
-        reason = "its attention needs what SDPA cannot do"  # soft-capped scores (Gemma 2) are done without SDPA
-    elif "position_ids" not in inspect.signature(trunk.forward).parameters:
-        reason = "it takes no position_ids"
-    if reason:
-        message = f"packed documents cannot be kept apart in the family {family}: {reason}; choose another teacher"
-        raise ConfigError(Problem(_PATH_KEY, message, path))
-    try:
-        find_layers(trunk, config.num_hidden_layers)
-    except ValueError as error:
-        raise ConfigError(Problem(_PATH_KEY, str(error), path)) from error
-
-
 @torch.no_grad()
 def _try_out(teacher: HFTeacher, info: TeacherInfo, path: str) -> None:
     """ConfigError unless the states have the width E and a document's do not depend on the one before it.
 
     Two documents of 6 tokens in each of 2 rows, on the CPU: milliseconds for a small teacher. A family that passes
-    `_check_isolates_documents` but has other ways from token to token (a convolution, say) is caught here.
+    `check_isolates_documents` but has other ways from token to token (a convolution, say) is caught here.
     """
     length = 6
     tokens_BL = torch.arange(2 * length).repeat(2, 1) % info.vocab_size
@@ -433,46 +299,6 @@ def _shard_mesh(parallel_dims: "ParallelDims") -> Any:
     if not parallel_dims.dp_shard_enabled:
         return None
     return parallel_dims.get_mesh("fsdp" if parallel_dims.spmd_backend == "partial_dtensor" else "dp_shard")
-
-
-def _check_safetensors(folder: Path) -> None:
-    """ConfigError that names files and tensors if a shard is missing, damaged or shorter than its header says."""
-    index_file = folder / "model.safetensors.index.json"
-    files = {"model.safetensors"}
-    if not (folder / "model.safetensors").is_file():
-        try:
-            files = set(json.loads(index_file.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            message = f"its model.safetensors.index.json cannot be read: {error!r}"
-            raise ConfigError(Problem(_PATH_KEY, message, str(folder))) from error
-    problems = [
-        Problem(_PATH_KEY, message, str(folder)) for name in sorted(files) if (message := _damage(folder / name))
-    ]
-    if problems:
-        raise ConfigError(problems)
-
-
-def _damage(file: Path) -> str:
-    """What is wrong with a safetensors file, or ''. Reads its header only: 8 bytes of length, then JSON."""
-    if not file.is_file():
-        return f"{file.name} is missing"
-    size = file.stat().st_size
-    with file.open("rb") as f:
-        header_size = int.from_bytes(f.read(8), "little")
-        if size < 8 or header_size > size - 8:
-            return f"{file.name} is truncated, or is not a safetensors file ({size} bytes); fetch it again"
-        try:
-            header = json.loads(f.read(header_size))
-            ends = {name: entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            return f"{file.name} is not a safetensors file: {error!r}"
-    cut = sorted(name for name, end in ends.items() if 8 + header_size + end > size)
-    return f"{file.name} is truncated: it lacks (part of) {_names(cut)}; fetch it again" if cut else ""
-
-
-def _names(names: list[str]) -> str:
-    more = len(names) - _MAX_NAMED_TENSORS
-    return ", ".join(names[:_MAX_NAMED_TENSORS]) + (f" and {more} more" if more > 0 else "")
 
 
 def _read_vocabulary(folder: str, key: str) -> dict[str, int] | None:

@@ -1,7 +1,10 @@
-"""`python -m tests.support.probe OUT.pt CONFIG.toml ...`: let-train that records what the optimizer sees.
+"""Runs that record what the optimizer sees.
+
+    python -m tests.support.probe OUT.pt CONFIG.toml ...         let-train
+    python -m tests.support.probe OUT.pt --plain ...             torchtitan's own Trainer on tests.support.tiny
 
 Rank 0 writes: initial and final parameters, the gradients of every step as the optimizer gets them, the batches, the
-learning rates.
+learning rates, what torchtitan logged, and how many hooks are left on the model and its blocks at the end.
 """
 
 import sys
@@ -9,8 +12,7 @@ import sys
 import torch
 from torch.distributed.tensor import DTensor
 
-from let_plugin import train
-from let_plugin.trainer import LetTrainerMixin
+from let_plugin import data, host, train
 
 
 def full(tensor):
@@ -20,7 +22,7 @@ def full(tensor):
 
 def record(trainer, out):
     named = {n: p for part in trainer.model_parts for n, p in part.named_parameters()}
-    log = {"initial": {n: full(p) for n, p in named.items()}, "gradients": [], "lrs": [], "batches": []}
+    log = {"initial": {n: full(p) for n, p in named.items()}, "gradients": [], "lrs": [], "batches": [], "logged": []}
 
     def before_optimizer_step(optimizer, *_):
         log["gradients"].append({n: full(p.grad) for n, p in named.items()})
@@ -37,10 +39,20 @@ def record(trainer, out):
 
     trainer.post_dataloading_process = record_batch
 
+    log_metrics = trainer.metrics_processor.log
+
+    def record_metrics(step, loss, max_loss, grad_norm, **kwargs):
+        log["logged"].append({"step": step, "loss": loss, "grad_norm": grad_norm})
+        log_metrics(step, loss, max_loss, grad_norm, **kwargs)
+
+    trainer.metrics_processor.log = record_metrics
+
+    before = num_hooks(trainer)
     close = trainer.close
 
     def write_and_close():
         log["final"] = {n: full(p) for n, p in named.items()}
+        log["added_hooks"] = num_hooks(trainer) - before
         if torch.distributed.get_rank() == 0:
             torch.save(log, out)
         close()
@@ -48,16 +60,36 @@ def record(trainer, out):
     trainer.close = write_and_close
 
 
+def num_hooks(trainer):
+    modules = [module for part in trainer.model_parts for module in (part, *part.layers.values())]
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
+
+
 def main():
     out, *argv = sys.argv[1:]
-    init = LetTrainerMixin.__init__
+    host.set_up("cpu")
+    from torchtitan.trainer import Trainer
+
+    init = Trainer.__init__
 
     def recording_init(self, config):
         init(self, config)
         record(self, out)
 
-    LetTrainerMixin.__init__ = recording_init
-    train.main(argv)
+    Trainer.__init__ = recording_init
+    if argv[0] != "--plain":
+        train.main(argv)
+        return
+
+    from torchtitan.config import ConfigManager
+
+    data.register()
+    config = ConfigManager().parse_args(["--module", "tests.support", "--config", "tiny", *argv[1:]])
+    host.adapt_model_spec(config.model_spec)
+    trainer = config.build()
+    assert type(trainer) is Trainer
+    trainer.train()
+    trainer.close()
 
 
 if __name__ == "__main__":

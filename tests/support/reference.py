@@ -43,7 +43,9 @@ def attention(block, x_BLD, positions_BL, mask_B1LL, num_heads, theta):
         qkv = (x_BLD @ block["attention.qkv_linear.wqkv.weight"].T).view(B, L, num_heads, 3, H)
         q, k, v = qkv.unbind(-2)
     else:
-        q, k, v = ((x_BLD @ block[f"attention.qkv_linear.{w}.weight"].T).view(B, L, num_heads, H) for w in ("wq", "wk", "wv"))
+        q, k, v = (
+            (x_BLD @ block[f"attention.qkv_linear.{w}.weight"].T).view(B, L, num_heads, H) for w in ("wq", "wk", "wv")
+        )
     q, k = rotate(q, positions_BL, theta), rotate(k, positions_BL, theta)
     scores_BNLL = torch.einsum("blnh,bmnh->bnlm", q, k) / H**0.5
     weights = scores_BNLL.masked_fill(~mask_B1LL, float("-inf")).softmax(-1)

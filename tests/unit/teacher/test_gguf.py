@@ -10,11 +10,11 @@ import torch
 pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
 pytest.importorskip("gguf", reason="pip install let-plugin[gguf]")
 
-from let_plugin import host  # noqa: E402
-from let_plugin.config import TeacherConfig  # noqa: E402
-from let_plugin.errors import ConfigError  # noqa: E402
-from let_plugin.teacher import gguf as gguf_teacher  # noqa: E402
-from let_plugin.teacher.gguf import GGUFTeacherSource  # noqa: E402
+from let_plugin import host
+from let_plugin.config import TeacherConfig
+from let_plugin.errors import ConfigError
+from let_plugin.teacher import gguf as gguf_teacher
+from let_plugin.teacher.gguf import GGUFTeacherSource
 
 
 @pytest.fixture(scope="session")

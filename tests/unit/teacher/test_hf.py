@@ -43,9 +43,7 @@ def _model_configs() -> dict:
         "llama": transformers.LlamaConfig(**_GROUPED),
         "gpt2": transformers.GPT2Config(**_GPT2),
         "opt": transformers.OPTConfig(**_OPT, ffn_dim=48, word_embed_proj_dim=32),
-        "opt_350m_like": transformers.OPTConfig(
-            **_OPT, ffn_dim=48, word_embed_proj_dim=16, do_layer_norm_before=False
-        ),
+        "opt_350m_like": transformers.OPTConfig(**_OPT, ffn_dim=48, word_embed_proj_dim=16, do_layer_norm_before=False),
         "gpt_neox": transformers.GPTNeoXConfig(**_COMMON),
         "gptj": transformers.GPTJConfig(**_GPT2, rotary_dim=4),
         "qwen2": transformers.Qwen2Config(
@@ -354,9 +352,7 @@ def edit_weights(folder: Path, edit) -> None:
 
 def test_missing_tensor_is_named(llama) -> None:
     edit_weights(llama, lambda tensors: {k: v for k, v in tensors.items() if "1.mlp.up_proj" not in k})
-    assert "lacks tensors that its configuration asks for: layers.1.mlp.up_proj.weight" in problems_of(
-        llama, load=True
-    )
+    assert "lacks tensors that its configuration asks for: layers.1.mlp.up_proj.weight" in problems_of(llama, load=True)
 
 
 def test_mismatching_tensor_is_named(llama) -> None:

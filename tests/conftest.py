@@ -1,0 +1,23 @@
+import pytest
+
+from let_plugin import host
+
+# Unit tests build torchtitan's parts in this process: it has to be set up before they are imported.
+host.set_up("cpu")
+
+from tests.support import jobs  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory):
+    """(folder of a DCP checkpoint, its weights) of the tiny teacher."""
+    folder = tmp_path_factory.mktemp("teacher")
+    return folder, jobs.make_teacher(folder)
+
+
+@pytest.fixture
+def tiny_config(tmp_path, tiny_teacher):
+    """Path of a TOML file that trains the tiny student with the tiny teacher."""
+    path = tmp_path / "tiny.toml"
+    path.write_text(jobs.TINY.format(folder=tmp_path / "out", teacher=tiny_teacher[0]))
+    return path

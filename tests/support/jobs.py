@@ -1,0 +1,90 @@
+"""Runs real jobs in processes of their own, as users do."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.elastic.utils.distributed import get_free_port
+
+ROOT = Path(__file__).parents[2]
+
+TINY = """\
+base = "tests.support.tiny"
+dump_folder = "{folder}"
+
+[let]
+weight = 0.5
+stop_step = 4
+teacher.path = "{teacher}"
+teacher.spec = "tiny_teacher"
+teacher.tokenizer_path = "let_plugin/demo/assets/tokenizer"
+"""
+
+
+def environment(**extra):
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    return {**env, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **extra}
+
+
+def command(module, *args, processes=1):
+    """The command line that runs `module`, under torchrun if there is more than one process."""
+    if processes == 1:
+        return [sys.executable, "-m", module, *map(str, args)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    return [*torchrun, "--master_port", str(get_free_port()), "-m", module, *map(str, args)]
+
+
+def run(module, *args, processes=1, check=True, **env):
+    result = subprocess.run(
+        command(module, *args, processes=processes), cwd=ROOT, env=environment(**env), capture_output=True, text=True
+    )
+    if check:
+        assert result.returncode == 0, f"{result.stdout[-4000:]}\n{result.stderr[-6000:]}"
+    return result
+
+
+def probe(folder, config, *args, processes=1):
+    """Runs a configuration under the probe (tests/support/probe.py) and returns what it recorded."""
+    folder.mkdir(parents=True, exist_ok=True)
+    out = folder / "probe.pt"
+    run("tests.support.probe", out, config, *args, "--dump_folder", folder, processes=processes)
+    return torch.load(out, weights_only=True)
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def make_teacher(folder):
+    """Writes random weights of the tiny teacher as a torchtitan checkpoint (DCP), in fp32; returns them."""
+    from let_plugin.demo import config_registry  # noqa: F401
+    from tests.support import config_registry as tiny
+
+    generator = torch.Generator().manual_seed(42)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator) * shape[-1] ** -0.5
+
+    E = tiny.TEACHER_DIM
+    weights = {"tok_embeddings.weight": normal(tiny.VOCAB_SIZE, E), "norm.weight": torch.ones(E) + normal(E)}
+    for i in range(tiny.TEACHER["num_layers"]):
+        for name in ("attention.qkv_linear.wq", "attention.qkv_linear.wk", "attention.qkv_linear.wv", "attention.wo"):
+            weights[f"layers.{i}.{name}.weight"] = normal(E, E)
+        for name, shape in (("w1", (64, E)), ("w2", (E, 64)), ("w3", (64, E))):
+            weights[f"layers.{i}.feed_forward.{name}.weight"] = normal(*shape)
+        for name in ("attention_norm", "ffn_norm"):
+            weights[f"layers.{i}.{name}.weight"] = torch.ones(E) + normal(E)
+    dcp.save(weights, checkpoint_id=str(folder), no_dist=True)
+    return weights
+
+
+def relative_difference(got, expected):
+    """|got - expected| / |expected| over a whole state dict, in fp64."""
+    assert got.keys() == expected.keys()
+    difference = sum((got[k].double() - expected[k].double()).square().sum() for k in expected)
+    norm = sum(expected[k].double().square().sum() for k in expected)
+    return (difference / norm).sqrt().item()
