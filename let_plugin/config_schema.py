@@ -97,15 +97,14 @@ def types_by_name(alternatives: list[Arm]) -> dict[str, list[type]]:
 
 
 def _subclasses(base: type) -> list[type]:
-    # dataclass(slots=True) makes a second class and leaves the first one in __subclasses__: take the one with slots.
+    # dataclass(slots=True) makes a class anew and leaves the first one in __subclasses__: the newest,
+    # popped first, wins.
     found: dict[tuple[str, str], type] = {}
     stack = [base]
     while stack:
         cls = stack.pop()
         stack += cls.__subclasses__()
-        name = (cls.__module__, cls.__qualname__)
-        if name not in found or "__slots__" in cls.__dict__:
-            found[name] = cls
+        found.setdefault((cls.__module__, cls.__qualname__), cls)
     return list(found.values())
 
 

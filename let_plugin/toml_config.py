@@ -9,12 +9,12 @@ import importlib
 import inspect
 import os
 import sys
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import tomli
 import tomli_w
 
 from let_plugin import legacy_keys
@@ -112,7 +112,7 @@ def _read(path: Path) -> dict[str, Any]:
     source = str(path)
     try:
         with path.open("rb") as file:
-            return tomllib.load(file)
+            return tomli.load(file)
     except FileNotFoundError:
         problem = Problem(source, "no such file")
     except IsADirectoryError:
@@ -121,7 +121,7 @@ def _read(path: Path) -> dict[str, Any]:
         problem = Problem(source, f"cannot be read: {error.strerror}")
     except UnicodeDecodeError as error:
         problem = Problem(source, f"not a text file in UTF-8: {error.reason} at byte {error.start}")
-    except tomllib.TOMLDecodeError as error:
+    except tomli.TOMLDecodeError as error:
         problem = Problem(source, f"not valid TOML: {error}")
     raise ConfigError(problem)
 

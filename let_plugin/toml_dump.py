@@ -63,6 +63,9 @@ def _value(key: str, value: Any, hint: Any, base: Any, problems: list[Problem]) 
     if isinstance(value, list) and any(map(dataclasses.is_dataclass, value)):
         element = next(arm.type.__args__[0] for arm in alternatives if getattr(arm.type, "__origin__", None) is list)
         return [_value(f"{key}.{i}", item, element, MISSING, problems) for i, item in enumerate(value)]
+    types = [arm.type for arm in alternatives]
+    if type(value) is int and float in types and int not in types:
+        return float(value)  # a base may say 0 where a float belongs; reading the text again makes it one
     return _plain(value)
 
 

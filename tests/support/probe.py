@@ -34,7 +34,9 @@ def record(trainer, out):
     post_dataloading_process = trainer.post_dataloading_process
 
     def record_batch(input_dict, labels):
-        log["batches"].append((input_dict["input"], input_dict["positions"], labels))
+        batch = (input_dict["input"], input_dict["positions"], labels)
+        # Through numpy: the tensors themselves get torchtitan's annotations, which are not data.
+        log["batches"].append(tuple(torch.from_numpy(t.cpu().numpy().copy()) for t in batch))
         return post_dataloading_process(input_dict, labels)
 
     trainer.post_dataloading_process = record_batch

@@ -10,7 +10,7 @@ IGNORE_INDEX = -100
 
 
 def llama(params, tokens_BL, positions_BL, *, num_layers, num_heads, theta=10_000.0):
-    """Outputs of all blocks (the residual stream) and the final-norm output; names of the parameters are torchtitan's."""
+    """Outputs of all blocks (the residual stream) and of the final norm; the parameters have torchtitan's names."""
     x_BLD = params["tok_embeddings.weight"][tokens_BL]
     mask_B1LL = document_mask(positions_BL)
     hidden = []

@@ -1,6 +1,7 @@
 """TOML + command line -> configuration, and back."""
 
 import dataclasses
+import gc
 import re
 import subprocess
 import sys
@@ -242,6 +243,48 @@ class MyLoss(CrossEntropyLoss):
     assert type(loaded.config.loss).__module__ == "my_losses_a"
     assert loaded.config.loss.temperature == 2.0
     assert_round_trip(loaded)
+
+
+def test_class_without_an_owner_is_known_by_its_own_name(folder):
+    """dataclass(slots=True) leaves a second class of that name behind until the garbage is collected."""
+    (folder / "my_losses_b.py").write_text("""
+from dataclasses import dataclass
+from torchtitan.components.loss import CrossEntropyLoss
+from torchtitan.models.llama3.config_registry import llama3_debugmodel as debugmodel
+
+@dataclass(kw_only=True, slots=True)
+class WarmLoss(CrossEntropyLoss.Config):
+    temperature: float = 1.0
+
+def mine():
+    return debugmodel()
+""")
+    base = 'base = "my_losses_b.mine"\n'
+    gc.disable()
+    try:
+        loaded = load_text('[loss]\ntype = "WarmLoss"\ntemperature = 2\n', base=base)
+    finally:
+        gc.enable()
+    assert type(loaded.config.loss) is sys.modules["my_losses_b"].WarmLoss
+    assert_round_trip(loaded)
+
+
+def test_two_classes_of_one_name_need_the_full_name(folder):
+    for module in ("my_losses_c", "my_losses_d"):
+        (folder / f"{module}.py").write_text("""
+from dataclasses import dataclass
+from torchtitan.components.loss import CrossEntropyLoss
+
+class TwinLoss(CrossEntropyLoss):
+    @dataclass(kw_only=True, slots=True)
+    class Config(CrossEntropyLoss.Config):
+        pass
+""")
+        loaded = load_text(f'[loss]\ntype = "{module}.TwinLoss"\n')
+        assert type(loaded.config.loss).__module__ == module
+    message = problems_of('[loss]\ntype = "TwinLoss"\n')["loss.type"]
+    assert "my_losses_c.TwinLoss" in message
+    assert "my_losses_d.TwinLoss" in message
 
 
 # --- unknown and old keys
@@ -560,6 +603,10 @@ overlays = st.fixed_dictionaries(
 @given(overlays)
 def test_round_trip_of_any_overlay(tables):
     assert_round_trip(load_text(tomli_w.dumps(tables)))
+
+
+def test_dump_is_a_fixed_point_where_the_base_has_an_int_for_a_float():
+    assert_round_trip(load_text("", base='base = "flux.flux_dev"\n'))
 
 
 def test_dump_refuses_what_toml_cannot_write():
