@@ -27,6 +27,7 @@ def llama_spec(
     rope_theta: float = 10_000.0,
     max_seq_len: int = 131_072,
     tie_embeddings: bool = False,
+    embedding_init_std: float = 1.0,
     attn_backend: str = "flex",
 ) -> ModelSpec:
     """A llama3-type ModelSpec of the given size, initialised as torchtitan initialises its own.
@@ -42,11 +43,14 @@ def llama_spec(
         rope_theta: Base of the rotary embedding.
         max_seq_len: Longest sequence in tokens.
         tie_embeddings: Share the token embedding with the language-model head.
+        embedding_init_std: Standard deviation of the token embedding at initialisation (1: torchtitan's).
         attn_backend: torchtitan's name of the attention implementation.
     """
     norm_init = {"weight": nn.init.ones_}
     linear_init = {"weight": partial(nn.init.trunc_normal_, std=_INIT_STD), "bias": nn.init.zeros_}
     head_std = dim**-0.5
+
+    embedding_init = skip_param_init if tie_embeddings else partial(nn.init.normal_, std=embedding_init_std)
 
     def norm() -> RMSNorm.Config:
         return RMSNorm.Config(normalized_shape=dim, param_init=norm_init)
@@ -81,7 +85,7 @@ def llama_spec(
         tok_embeddings=Embedding.Config(
             num_embeddings=vocab_size,
             embedding_dim=dim,
-            param_init={"weight": skip_param_init if tie_embeddings else partial(nn.init.normal_, std=1.0)},
+            param_init={"weight": embedding_init},
         ),
         norm=norm(),
         lm_head=Linear.Config(

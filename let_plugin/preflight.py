@@ -280,7 +280,8 @@ def _report(
     dtype = TORCH_DTYPE_MAP[config.training.mixed_precision_param if let.teacher.dtype == "auto" else let.teacher.dtype]
     num_teacher = teacher.num_trunk_params - teacher.num_embedding_params
     overhead = num_teacher / (3 * student.num_matmul_params)
-    break_even = steps / (steps - overhead * stop_step)
+    # The run with LET costs as much as `steps` plain ones when it has this many steps left to spend.
+    affordable_steps = steps - overhead * stop_step
     tokens = config.training.local_batch_size * config.training.seq_len
     memory = {
         "teacher": teacher.num_trunk_params * dtype.itemsize // parallel_dims.dp_shard,
@@ -295,6 +296,10 @@ def _report(
         vocabulary = "the student's tokenizer and the teacher's agree token by token"
     else:
         vocabulary = "not compared (let.teacher.check_vocabulary = false)"
+    if affordable_steps > 0:
+        break_even = f"at {steps / affordable_steps:.3f}x fewer steps"
+    else:
+        break_even = "never: the teacher costs more than the whole plain run"
     parts = ", ".join(f"{name} {_mib(size)}" for name, size in memory.items())
     return "\n".join(
         [
@@ -309,7 +314,7 @@ def _report(
             f"  memory     + {_mib(sum(memory.values()))} per rank while active: {parts}",
             f"  overhead   + {overhead:.1%} FLOPs while active: N_T / (3 N_S) = {num_teacher:,} / (3 x "
             f"{student.num_matmul_params:,}), embeddings not counted",
-            f"  break-even at {break_even:.3f}x fewer steps",
+            f"  break-even {break_even}",
         ]
     )
 

@@ -21,8 +21,17 @@ from let_plugin.teacher.titan import register_teacher_spec
 _VOCAB_SIZE = 4096  # of the demo's tokenizer
 
 
-def _student_spec() -> ModelSpec:
-    return llama_spec("demo_student", dim=256, num_layers=6, num_heads=4, hidden_dim=768, vocab_size=_VOCAB_SIZE)
+def _student_spec(vocab_size: int = _VOCAB_SIZE) -> ModelSpec:
+    return llama_spec(
+        "demo_student",
+        dim=256,
+        num_layers=6,
+        num_heads=4,
+        hidden_dim=768,
+        vocab_size=vocab_size,
+        # As Hugging Face's Llama. The alignment's gradient scales as 1/|h|, and torchtitan's 1.0 makes h large.
+        embedding_init_std=0.02,
+    )
 
 
 def _teacher_spec() -> ModelSpec:
@@ -71,3 +80,8 @@ def student() -> Trainer.Config:
 def teacher() -> Trainer.Config:
     """The demo's teacher, 1.3 million parameters: 4 blocks of width 128, tied embeddings."""
     return _config(_teacher_spec())
+
+
+def smollm2_student() -> Trainer.Config:
+    """The demo's student with SmolLM2's vocabulary, 30 million parameters, most of them embeddings."""
+    return _config(_student_spec(vocab_size=49_152))

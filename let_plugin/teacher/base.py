@@ -4,6 +4,8 @@ Shape legend: B batch, L sequence, E teacher width.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -93,3 +95,15 @@ def freeze(model: nn.Module) -> None:
     """Turns off gradients and everything stochastic (dropout): eval mode, and requires_grad False throughout."""
     model.requires_grad_(False)
     model.eval()
+
+
+@contextmanager
+def keep_rng_state(device: torch.device) -> Iterator[None]:
+    """Restores the random number generators of the CPU and of `device` on leaving."""
+    if device.type == "cpu":
+        with torch.random.fork_rng(devices=[]):
+            yield
+    else:
+        index = device.index if device.index is not None else torch.accelerator.current_device_index()
+        with torch.random.fork_rng(devices=[index], device_type=device.type):
+            yield

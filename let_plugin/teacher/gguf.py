@@ -15,11 +15,10 @@ import torch
 
 from let_plugin.config import TeacherConfig
 from let_plugin.errors import ConfigError, Problem
-from let_plugin.teacher.base import TeacherSource
+from let_plugin.teacher.base import TeacherSource, keep_rng_state
 from let_plugin.teacher.hf import (
     HFTeacher,
     import_transformers,
-    keep_rng_state,
     make_teacher,
     quiet_transformers,
     read_tokenizer_path,

@@ -19,7 +19,7 @@ from torch import nn
 
 from let_plugin.config import TeacherConfig
 from let_plugin.errors import ConfigError, Problem
-from let_plugin.teacher.base import Teacher, TeacherInfo, TeacherSource, freeze
+from let_plugin.teacher.base import Teacher, TeacherInfo, TeacherSource, freeze, keep_rng_state
 from let_plugin.teacher.hf_checks import (
     check_folder,
     check_is_decoder,
@@ -229,18 +229,6 @@ def read_tokenizer_path(path: str) -> dict[str, int]:
         message = "no tokenizer there; give a folder with tokenizer.json, or leave it empty"
         raise ConfigError(Problem(_TOKENIZER_KEY, message, path))
     return vocabulary
-
-
-@contextmanager
-def keep_rng_state(device: torch.device) -> Iterator[None]:
-    """Restores the random number generators of the CPU and of `device` on leaving."""
-    if device.type == "cpu":
-        with torch.random.fork_rng(devices=[]):
-            yield
-    else:
-        index = device.index if device.index is not None else torch.accelerator.current_device_index()
-        with torch.random.fork_rng(devices=[index], device_type=device.type):
-            yield
 
 
 @contextmanager

@@ -1,15 +1,16 @@
 """Teachers that are torchtitan models: built, parallelised and compiled by torchtitan's own code."""
 
-import contextlib
 import dataclasses
+import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torchtitan.config import CompileConfig
 from torchtitan.distributed import ParallelDims
+from torchtitan.models import _supported_models
 from torchtitan.models.common.attention import FlexAttention, VarlenAttention
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.tools.utils import set_default_dtype
@@ -19,7 +20,7 @@ from let_plugin import host
 from let_plugin.config import TeacherConfig
 from let_plugin.errors import ConfigError, Problem, suggest
 from let_plugin.registry import Registry
-from let_plugin.teacher.base import Teacher, TeacherInfo, TeacherSource, freeze
+from let_plugin.teacher.base import Teacher, TeacherInfo, TeacherSource, freeze, keep_rng_state
 from let_plugin.teacher.vocabulary import read_vocabulary
 
 TEACHER_SPECS: Registry[Callable[[], ModelSpec]] = Registry("teacher spec", "let_plugin.teacher_specs")
@@ -78,7 +79,7 @@ class TitanTeacherSource(TeacherSource):
                 model_spec=self._spec, training=training, parallelism=parallelism, compile=compile_config
             )
         )
-        with _preserved_rng_state(device):
+        with keep_rng_state(device):
             with torch.device("meta"), set_default_dtype(dtype):
                 model = _trunk(model_config.build())
             model = self._spec.parallelize_fn(
@@ -148,10 +149,6 @@ def _find_spec(name: str) -> ModelSpec:
     model, colon, flavor = name.partition(":")
     if not colon:
         TEACHER_SPECS.get(name, key="let.teacher.spec")  # raises, with the nearest name
-    import importlib
-
-    from torchtitan.models import _supported_models
-
     if model not in _supported_models:
         raise ConfigError(
             Problem("let.teacher.spec", f"torchtitan has no such model; {suggest(model, _supported_models)}", name)
@@ -195,11 +192,3 @@ def _first_cause(error: BaseException) -> str:
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
     return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-@contextlib.contextmanager
-def _preserved_rng_state(device: torch.device) -> Iterator[None]:
-    """Leaves the generators of the CPU and of `device` as they were, DTensor's (which use the latter) included."""
-    devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
-        yield

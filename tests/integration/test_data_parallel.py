@@ -7,23 +7,41 @@ from tests.support import jobs
 LAYOUTS = {
     "fsdp2": ["--parallelism.data_parallel_shard_degree", "2"],
     "ddp": ["--parallelism.data_parallel_replicate_degree", "2", "--parallelism.data_parallel_shard_degree", "1"],
-    "fsdp2, accumulation": ["--training.global_batch_size", "8"],
+    "fsdp2, accumulation": [],
     "fsdp2, partial_dtensor": ["--parallelism.spmd_backend", "partial_dtensor"],
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_two_processes_equal_one(tmp_path, tiny_config, layout):
+DEMO = """
+[dataloader]
+type = "tests.support.data_loaders.GlobalOrderDataLoader"
+dataset = "let_demo_train"
+"""
+DEMO_IN_FP32 = [
+    *["--training.mixed_precision_param", "float32", "--training.steps", "4", "--let.stop-step", "4"],
+    *["--training.local_batch_size", "4", "--compile.no-enable", "--validator.no-enable", "--metrics.log_freq", "1"],
+]
+
+SMOLLM2 = """
+base = "tests.support.tiny_smollm2"
+hf_assets_path = "assets/smollm2"
+
+[let]
+weight = 0.5
+stop_step = 4
+teacher.path = "assets/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+"""
+
+
+def assert_two_processes_equal_one(tmp_path, config, args=(), layout=()):
     # DTensor draws other random numbers on another number of ranks: both runs start from one seed checkpoint.
     seed = ["--checkpoint.enable", "--checkpoint.create_seed_checkpoint", "--dump_folder", tmp_path / "seed"]
-    jobs.run("let_plugin.train", tiny_config, *seed)
-    start = ["--checkpoint.enable", "--checkpoint.initial_load_path", tmp_path / "seed/checkpoint/step-0"]
+    jobs.run("let_plugin.train", config, *args, *seed, "--let.no-enable")
+    start = [*args, "--checkpoint.enable", "--checkpoint.initial_load_path", tmp_path / "seed/checkpoint/step-0"]
 
-    single_args = ["--training.global_batch_size", "8"] if "accumulation" in layout else []
-    single = jobs.probe(tmp_path / "one", tiny_config, *start, *single_args)
+    single = jobs.probe(tmp_path / "one", config, *start)
     # Half the rows per rank: the global batch stays the same.
-    args = [*start, "--training.local_batch_size", "2", *LAYOUTS[layout]]
-    double = jobs.probe(tmp_path / "two", tiny_config, *args, processes=2)
+    double = jobs.probe(tmp_path / "two", config, *start, "--training.local_batch_size", "2", *layout, processes=2)
 
     for got, expected in zip(double["gradients"], single["gradients"], strict=True):
         assert jobs.relative_difference(got, expected) <= 1e-5
@@ -31,3 +49,25 @@ def test_two_processes_equal_one(tmp_path, tiny_config, layout):
     for got, expected in zip(jobs.metrics(tmp_path / "two"), jobs.metrics(tmp_path / "one"), strict=True):
         assert got["let/cosine"] == pytest.approx(expected["let/cosine"], abs=1e-6)
         assert got["loss_metrics/global_avg_loss"] == pytest.approx(expected["loss_metrics/global_avg_loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_processes_equal_one(tmp_path, tiny_config, layout):
+    args = ["--training.global_batch_size", "8"] if "accumulation" in layout else []
+    assert_two_processes_equal_one(tmp_path, tiny_config, args, LAYOUTS[layout])
+
+
+@pytest.mark.slow
+def test_two_processes_of_the_demo_equal_one(tmp_path):
+    config = tmp_path / "demo.toml"
+    config.write_text((jobs.ROOT / "train_configs/demo.toml").read_text() + DEMO)
+    assert_two_processes_equal_one(tmp_path, config, DEMO_IN_FP32)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (jobs.ROOT / "assets/smollm2").is_dir(), reason="make fetch-smollm2")
+def test_two_processes_with_the_smollm2_teacher_equal_one(tmp_path):
+    config = tmp_path / "smollm2.toml"
+    config.write_text(SMOLLM2)
+    assert_two_processes_equal_one(tmp_path, config)

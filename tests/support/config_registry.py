@@ -31,3 +31,10 @@ def tiny():
     config.debug.enable_structured_logging = False
     config.dataloader = GlobalOrderDataLoader.Config(dataset="let_demo_train", ignore_every=7)
     return config
+
+
+def tiny_smollm2():
+    """The tiny student with SmolLM2's vocabulary."""
+    config = tiny()
+    config.model_spec = llama_spec("tiny_smollm2", dim=STUDENT_DIM, hidden_dim=96, vocab_size=49_152, **STUDENT)
+    return config

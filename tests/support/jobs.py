@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -47,12 +48,20 @@ def run(module, *args, processes=1, check=True, **env):
     return result
 
 
-def probe(folder, config, *args, processes=1):
+def probe(folder, config, *args, processes=1, **env):
     """Runs a configuration under the probe (tests/support/probe.py) and returns what it recorded."""
     folder.mkdir(parents=True, exist_ok=True)
     out = folder / "probe.pt"
-    run("tests.support.probe", out, config, *args, "--dump_folder", folder, processes=processes)
+    run("tests.support.probe", out, config, *args, "--dump_folder", folder, processes=processes, **env)
     return torch.load(out, weights_only=True)
+
+
+def kill(folder, config, *args, step):
+    """Runs a configuration under the probe until it is killed (SIGKILL) before `step`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    args = ("tests.support.probe", folder / "probe.pt", config, *args, "--dump_folder", folder)
+    result = run(*args, check=False, PROBE_KILL_AT_STEP=str(step))
+    assert result.returncode == -signal.SIGKILL, result.stderr[-4000:]
 
 
 def metrics(folder):

@@ -5,8 +5,11 @@
 
 Rank 0 writes: initial and final parameters, the gradients of every step as the optimizer gets them, the batches, the
 learning rates, what torchtitan logged, and how many hooks are left on the model and its blocks at the end.
+PROBE_KILL_AT_STEP kills the process (SIGKILL) before that step.
 """
 
+import os
+import signal
 import sys
 
 import torch
@@ -24,7 +27,11 @@ def record(trainer, out):
     named = {n: p for part in trainer.model_parts for n, p in part.named_parameters()}
     log = {"initial": {n: full(p) for n, p in named.items()}, "gradients": [], "lrs": [], "batches": [], "logged": []}
 
+    in_train_step = False
+
     def before_optimizer_step(optimizer, *_):
+        if not in_train_step:
+            return  # torchtitan takes an empty step before it loads an optimizer's state
         log["gradients"].append({n: full(p.grad) for n, p in named.items()})
         log["lrs"].append(optimizer.param_groups[0]["lr"])
 
@@ -48,6 +55,18 @@ def record(trainer, out):
         log_metrics(step, loss, max_loss, grad_norm, **kwargs)
 
     trainer.metrics_processor.log = record_metrics
+
+    train_step = trainer.train_step
+
+    def train_step_or_die(data_iterator):
+        if str(trainer.step) == os.environ.get("PROBE_KILL_AT_STEP"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        nonlocal in_train_step
+        in_train_step = True
+        train_step(data_iterator)
+        in_train_step = False
+
+    trainer.train_step = train_step_or_die
 
     before = num_hooks(trainer)
     close = trainer.close
