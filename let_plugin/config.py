@@ -32,7 +32,8 @@ class TeacherConfig:
     spec: str = ""
     """
     Name of a torchtitan ModelSpec: one added by `register_teacher_spec`, or "model:flavor" of torchtitan's own
-    ("llama3:1B"). The teacher is then torchtitan code throughout. Empty: `transformers` builds it from `path`.
+    ("llama3:1B"). The teacher is then torchtitan code throughout. Empty: `transformers` builds it from `path`. A
+    registered spec may bring its own `path` and `tokenizer_path`.
     """
 
     tokenizer_path: str = ""

@@ -14,7 +14,7 @@ from torchtitan.models.common.config_utils import decoder_vocab_size
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.trainer import Trainer
 
-from let_plugin.demo import TOKENIZER
+from let_plugin.demo import TEACHER, TOKENIZER
 from let_plugin.models import llama_spec
 from let_plugin.teacher.titan import register_teacher_spec
 
@@ -46,7 +46,7 @@ def _teacher_spec() -> ModelSpec:
     )
 
 
-register_teacher_spec("demo_teacher", _teacher_spec)
+register_teacher_spec("demo_teacher", _teacher_spec, path=TEACHER, tokenizer_path=TOKENIZER)
 
 
 def _config(model_spec: ModelSpec) -> Trainer.Config:

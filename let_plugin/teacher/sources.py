@@ -12,6 +12,10 @@ def open_teacher(config: TeacherConfig) -> TeacherSource:
 
     Each kind of teacher is imported when it is asked for: `transformers` and `gguf` are optional dependencies.
     """
+    if config.spec:
+        from let_plugin.teacher.titan import TitanTeacherSource
+
+        return TitanTeacherSource(config)
     if not config.path:
         raise ConfigError(
             Problem(
@@ -20,10 +24,6 @@ def open_teacher(config: TeacherConfig) -> TeacherSource:
                 config.path,
             )
         )
-    if config.spec:
-        from let_plugin.teacher.titan import TitanTeacherSource
-
-        return TitanTeacherSource(config)
     if config.path.endswith(".gguf") or (os.path.isfile(config.path) and not config.path.endswith(".safetensors")):
         from let_plugin.teacher.gguf import GGUFTeacherSource
 

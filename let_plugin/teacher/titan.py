@@ -23,23 +23,44 @@ from let_plugin.registry import Registry
 from let_plugin.teacher.base import Teacher, TeacherInfo, TeacherSource, freeze, keep_rng_state
 from let_plugin.teacher.vocabulary import read_vocabulary
 
-TEACHER_SPECS: Registry[Callable[[], ModelSpec]] = Registry("teacher spec", "let_plugin.teacher_specs")
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherSpec:
+    """A torchtitan model that can be a teacher.
 
-def register_teacher_spec(name: str, make_spec: Callable[[], ModelSpec]) -> None:
-    """Makes `let.teacher.spec = name` mean the torchtitan model that `make_spec()` describes.
-
-    `make_spec` is called anew for every teacher, since torchtitan writes into a specification.
+    Attributes:
+        make_spec: Returns its ModelSpec. Called anew for every teacher, since torchtitan writes into a specification.
+        path: Folder of its weights; used where `let.teacher.path` is empty.
+        tokenizer_path: Folder of its tokenizer; used where `let.teacher.tokenizer_path` is empty.
     """
-    TEACHER_SPECS.register(name, make_spec)
+
+    make_spec: Callable[[], ModelSpec]
+    path: str = ""
+    tokenizer_path: str = ""
+
+
+TEACHER_SPECS: Registry[TeacherSpec] = Registry("teacher spec", "let_plugin.teacher_specs")
+
+
+def register_teacher_spec(
+    name: str, make_spec: Callable[[], ModelSpec], *, path: str = "", tokenizer_path: str = ""
+) -> None:
+    """Makes `let.teacher.spec = name` mean the torchtitan model that `make_spec()` describes (see TeacherSpec)."""
+    TEACHER_SPECS.register(name, TeacherSpec(make_spec=make_spec, path=path, tokenizer_path=tokenizer_path))
 
 
 class TitanTeacherSource(TeacherSource):
     """A torchtitan ModelSpec and a folder with its weights: DCP, or safetensors through the spec's adapter."""
 
     def __init__(self, config: TeacherConfig) -> None:
+        teacher_spec = _find_spec(config.spec)
+        config = dataclasses.replace(
+            config,
+            path=config.path or teacher_spec.path,
+            tokenizer_path=config.tokenizer_path or teacher_spec.tokenizer_path,
+        )
         self._config = config
-        self._spec = _find_spec(config.spec)
+        self._spec = teacher_spec.make_spec()
         host.adapt_model_spec(self._spec)
         self._format = _weights_format(config.path, self._spec)
         model_config: Any = self._spec.model
@@ -143,9 +164,9 @@ class TitanTeacher(Teacher):
         return self.model(tokens_BL, positions_BL, masks)
 
 
-def _find_spec(name: str) -> ModelSpec:
+def _find_spec(name: str) -> TeacherSpec:
     if name in TEACHER_SPECS:
-        return TEACHER_SPECS.get(name, key="let.teacher.spec")()
+        return TEACHER_SPECS.get(name, key="let.teacher.spec")
     model, colon, flavor = name.partition(":")
     if not colon:
         TEACHER_SPECS.get(name, key="let.teacher.spec")  # raises, with the nearest name
@@ -157,10 +178,12 @@ def _find_spec(name: str) -> ModelSpec:
     flavors = getattr(module, f"{model}_configs", None)
     if flavors is not None and flavor not in flavors:
         raise ConfigError(Problem("let.teacher.spec", f"{model} has no such flavor; {suggest(flavor, flavors)}", name))
-    return module.model_registry(flavor)
+    return TeacherSpec(make_spec=lambda: module.model_registry(flavor))
 
 
 def _weights_format(path: str, spec: ModelSpec) -> str:
+    if not path:
+        raise ConfigError(Problem("let.teacher.path", "set it to the folder with the teacher's weights", path))
     if not os.path.isdir(path):
         raise ConfigError(Problem("let.teacher.path", "no such folder", path))
     files = os.listdir(path)

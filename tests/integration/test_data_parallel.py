@@ -1,4 +1,4 @@
-"""Two processes (gloo) against one: the same global batches must give the same gradients, weights and metrics."""
+"""Several processes (gloo) against one: the same global batches must give the same gradients, weights and metrics."""
 
 import pytest
 
@@ -9,6 +9,7 @@ LAYOUTS = {
     "ddp": ["--parallelism.data_parallel_replicate_degree", "2", "--parallelism.data_parallel_shard_degree", "1"],
     "fsdp2, accumulation": [],
     "fsdp2, partial_dtensor": ["--parallelism.spmd_backend", "partial_dtensor"],
+    "hsdp": ["--parallelism.data_parallel_replicate_degree", "2", "--parallelism.data_parallel_shard_degree", "2"],
 }
 
 
@@ -33,36 +34,38 @@ teacher.path = "assets/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 """
 
 
-def assert_two_processes_equal_one(tmp_path, config, args=(), layout=()):
+def assert_several_processes_equal_one(tmp_path, config, args=(), layout=(), processes=2):
     # DTensor draws other random numbers on another number of ranks: both runs start from one seed checkpoint.
     seed = ["--checkpoint.enable", "--checkpoint.create_seed_checkpoint", "--dump_folder", tmp_path / "seed"]
     jobs.run("let_plugin.train", config, *args, *seed, "--let.no-enable")
     start = [*args, "--checkpoint.enable", "--checkpoint.initial_load_path", tmp_path / "seed/checkpoint/step-0"]
 
     single = jobs.probe(tmp_path / "one", config, *start)
-    # Half the rows per rank: the global batch stays the same.
-    double = jobs.probe(tmp_path / "two", config, *start, "--training.local_batch_size", "2", *layout, processes=2)
+    # Fewer rows per rank: the global batch stays the same.
+    rows = ["--training.local_batch_size", 4 // processes]
+    several = jobs.probe(tmp_path / "several", config, *start, *rows, *layout, processes=processes)
 
     # Later gradients are those of weights that differ by rounding, which AdamW amplifies, in plain torchtitan as well.
-    assert jobs.relative_difference(double["gradients"][0], single["gradients"][0]) <= 1e-5
-    assert jobs.relative_difference(double["final"], single["final"]) <= 1e-5
-    for got, expected in zip(jobs.metrics(tmp_path / "two"), jobs.metrics(tmp_path / "one"), strict=True):
+    assert jobs.relative_difference(several["gradients"][0], single["gradients"][0]) <= 1e-5
+    assert jobs.relative_difference(several["final"], single["final"]) <= 1e-5
+    for got, expected in zip(jobs.metrics(tmp_path / "several"), jobs.metrics(tmp_path / "one"), strict=True):
         assert got["let/cosine"] == pytest.approx(expected["let/cosine"], abs=1e-6)
         assert got["loss_metrics/global_avg_loss"] == pytest.approx(expected["loss_metrics/global_avg_loss"], rel=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_two_processes_equal_one(tmp_path, tiny_config, layout):
+def test_several_processes_equal_one(tmp_path, tiny_config, layout):
     args = ["--training.global_batch_size", "8"] if "accumulation" in layout else []
-    assert_two_processes_equal_one(tmp_path, tiny_config, args, LAYOUTS[layout])
+    processes = 4 if layout == "hsdp" else 2
+    assert_several_processes_equal_one(tmp_path, tiny_config, args, LAYOUTS[layout], processes)
 
 
 @pytest.mark.slow
 def test_two_processes_of_the_demo_equal_one(tmp_path):
     config = tmp_path / "demo.toml"
     config.write_text((jobs.ROOT / "train_configs/demo.toml").read_text() + DEMO)
-    assert_two_processes_equal_one(tmp_path, config, DEMO_IN_FP32)
+    assert_several_processes_equal_one(tmp_path, config, DEMO_IN_FP32)
 
 
 @pytest.mark.slow
@@ -70,4 +73,4 @@ def test_two_processes_of_the_demo_equal_one(tmp_path):
 def test_two_processes_with_the_smollm2_teacher_equal_one(tmp_path):
     config = tmp_path / "smollm2.toml"
     config.write_text(SMOLLM2)
-    assert_two_processes_equal_one(tmp_path, config)
+    assert_several_processes_equal_one(tmp_path, config)

@@ -44,6 +44,23 @@ def test_gradients_weights_and_metrics_equal_the_reference(tmp_path, tiny_config
     assert logged == pytest.approx(cosines, abs=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("wrapping", ["full", "selective", "compiled", "compiled and selective"])
+def test_wrapped_blocks_get_the_same_gradient(tmp_path, tiny_config, tiny_teacher, wrapping):
+    """Activation checkpointing runs a block twice, compilation replaces it: the tap must not care."""
+    args = ["--compile.enable"] if "compiled" in wrapping else []
+    checkpointing = next((name for name in ("full", "selective") if name in wrapping), "none")
+    with tiny_config.open("a") as f:
+        f.write(f'\n[activation_checkpoint]\ntype = "{checkpointing}"\n')
+    probe = jobs.probe(tmp_path / "out", tiny_config, *args)
+
+    gradients, weights, cosines = train_reference(probe, tiny_teacher[1], 1)
+
+    assert jobs.relative_difference(probe["gradients"][0], gradients[0]) <= 1e-5
+    assert jobs.relative_difference(probe["final"], weights) <= 1e-5
+    assert [line["let/cosine"] for line in jobs.metrics(tmp_path / "out")] == pytest.approx(cosines, abs=1e-5)
+
+
 def test_the_comparison_would_notice_a_missing_alignment(tmp_path, tiny_config, tiny_teacher):
     probe = jobs.probe(tmp_path / "out", tiny_config, "--let.weight", "0")
     gradients, _, _ = train_reference(probe, tiny_teacher[1], 1)

@@ -24,7 +24,9 @@ def full(tensor):
 
 
 def record(trainer, out):
-    named = {n: p for part in trainer.model_parts for n, p in part.named_parameters()}
+    from torchtitan.components.checkpointer.utils import canonical_fqn
+
+    named = {canonical_fqn(n): p for part in trainer.model_parts for n, p in part.named_parameters()}
     log = {"initial": {n: full(p) for n, p in named.items()}, "gradients": [], "lrs": [], "batches": [], "logged": []}
 
     in_train_step = False

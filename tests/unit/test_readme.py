@@ -1,0 +1,34 @@
+"""README's table of keys is the configuration's."""
+
+import re
+from dataclasses import fields, is_dataclass
+
+from let_plugin.config import LetConfig
+from tests.support.jobs import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def defaults(config, prefix=""):
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if is_dataclass(value):
+            yield from defaults(value, f"{prefix}{f.name}.")
+        else:
+            yield f"{prefix}{f.name}", value
+
+
+def test_every_let_key_is_listed_with_its_default():
+    section = README.split("### The `[let]` table")[1].split("\n## ")[0]
+    listed = dict(re.findall(r"^\| `([\w.]+)` \| \w+ \| (`[^`]*`|none) \|", section, flags=re.M))
+    written = {None: "none", True: "`true`", False: "`false`"}
+    expected = {
+        key: written[value] if value is None or isinstance(value, bool) else f"`{value!r}`".replace("'", '"')
+        for key, value in defaults(LetConfig())
+    }
+    assert listed == expected
+
+
+def test_files_that_the_readme_names_exist():
+    for path in re.findall(r"`((?:train_configs|docs|benchmarks|tests|let_plugin)/[\w/.]+)`", README):
+        assert (ROOT / path).exists(), path
