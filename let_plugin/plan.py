@@ -34,6 +34,14 @@ def stop_step(config: "Trainer.Config") -> int:
     return let.stop_step
 
 
+def teacher_dtype(config: "Trainer.Config") -> torch.dtype:
+    """Data type of the teacher's weights and maths: `let.teacher.dtype`, or the student's."""
+    from torchtitan.config import TORCH_DTYPE_MAP
+
+    name = config.let.teacher.dtype
+    return TORCH_DTYPE_MAP[config.training.mixed_precision_param if name == "auto" else name]
+
+
 def schedule(let: LetConfig) -> Schedule:
     """The schedule that lambda follows. ConfigError for an unknown name."""
     return SCHEDULES.get(let.schedule, key="let.schedule")

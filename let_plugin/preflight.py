@@ -1,26 +1,23 @@
-"""Checks a configuration before anything is built, and says what the run will do.
+"""Checks a configuration before anything is built.
 
 Every mistake is collected, so that one start shows them all. Nothing here needs a process group or a device: models
-are built on the meta device.
+are built on the meta device. What the run will do is said by `report`.
 """
 
-import copy
 import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
 from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataLoader
 from torchtitan.trainer import Trainer
 
-from let_plugin import data, host, plan
-from let_plugin.alignment.layer_mapping import LayerPair
+from let_plugin import data, plan
 from let_plugin.config import LetConfig
 from let_plugin.errors import ConfigError, Problem, suggest
+from let_plugin.report import Student, report
 from let_plugin.teacher.base import TeacherInfo, TeacherSource
 from let_plugin.teacher.sources import open_teacher
 from let_plugin.teacher.vocabulary import compare_vocabularies
@@ -48,7 +45,7 @@ def run(config: Trainer.Config) -> str:
     parallel_dims = checks(_parallel_dims, config, world_size)
     if parallel_dims is not None:
         checks(_check_batch_size, config, parallel_dims)
-    student = checks(_Student, config)
+    student = checks(_student, config)
     student_vocabulary = checks(_tokenizer_vocabulary, config)
     for key, loader in (("dataloader", config.dataloader), ("validator.dataloader", config.validator.dataloader)):
         if key == "dataloader" or config.validator.enable:
@@ -73,7 +70,7 @@ def run(config: Trainer.Config) -> str:
             checks(_check_vocabulary, student_vocabulary, source, let)
     checks.finish()
     assert student and parallel_dims and source and pair and stop_step is not None
-    return _report(config, student, source.info, pair, stop_step, parallel_dims)
+    return report(config, student, source.info, pair, stop_step, parallel_dims)
 
 
 class _Checks:
@@ -102,30 +99,6 @@ class _Checks:
             raise ConfigError(self.problems)
 
 
-class _Student:
-    """The student on the meta device: its size."""
-
-    def __init__(self, config: Trainer.Config) -> None:
-        spec = config.model_spec
-        assert spec is not None
-        spec = copy.copy(spec)
-        spec.model = copy.deepcopy(spec.model)  # torchtitan writes into it
-        host.adapt_model_spec(spec)
-        with _torchtitan_refuses("training"):
-            spec.model.update_from_config(config=config)
-        with torch.device("meta"):
-            model: Any = spec.model.build()
-        self.name = f"{spec.name} {spec.flavor}"
-        self.num_blocks = len(model.layers)
-        self.width: int = spec.model.dim
-        self.num_params = sum(p.numel() for p in model.parameters())
-        tied = model.tok_embeddings.weight is model.lm_head.weight
-        self.num_matmul_params = self.num_params - (0 if tied else model.tok_embeddings.weight.numel())
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.num_blocks} blocks of width {self.width}, {self.num_params:,} parameters"
-
-
 @contextmanager
 def _torchtitan_refuses(key: str) -> Iterator[None]:
     """Turns torchtitan's own complaint about a configuration into a Problem of `key`."""
@@ -136,6 +109,33 @@ def _torchtitan_refuses(key: str) -> Iterator[None]:
 
 
 def _parallel_dims(config: Trainer.Config, world_size: int) -> ParallelDims:
+    parallelism = config.parallelism
+    degrees = {
+        "data_parallel_replicate_degree": parallelism.data_parallel_replicate_degree,
+        "data_parallel_shard_degree": parallelism.data_parallel_shard_degree,
+        "context_parallel_degree": parallelism.context_parallel_degree,
+        "tensor_parallel_degree": parallelism.tensor_parallel_degree,
+        "pipeline_parallel_degree": parallelism.pipeline_parallel_degree,
+    }
+    leftover = degrees["data_parallel_shard_degree"] == -1  # takes the ranks that the others leave
+    if leftover:
+        del degrees["data_parallel_shard_degree"]
+    problems = [
+        Problem(f"parallelism.{key}", "must be at least 1", degree) for key, degree in degrees.items() if degree < 1
+    ]
+    if problems:
+        raise ConfigError(problems)
+    needed = math.prod(degrees.values())
+    if world_size % needed if leftover else world_size != needed:
+        wanted = f"a multiple of {needed}" if leftover else str(needed)
+        used = ", ".join(f"{key} = {degree}" for key, degree in degrees.items() if degree > 1) or "all degrees 1"
+        raise ConfigError(
+            Problem(
+                "parallelism",
+                f"{used}: this needs {wanted} processes and there {'is' if world_size == 1 else 'are'} {world_size}; "
+                f"start it with torchrun --nproc-per-node {needed}",
+            )
+        )
     with _torchtitan_refuses("parallelism"):
         return ParallelDims.from_config(config.parallelism, world_size)
 
@@ -154,6 +154,11 @@ def _check_batch_size(config: Trainer.Config, parallel_dims: ParallelDims) -> No
                 training.global_batch_size,
             )
         )
+
+
+def _student(config: Trainer.Config) -> Student:
+    with _torchtitan_refuses("training"):
+        return Student(config)
 
 
 def _tokenizer_vocabulary(config: Trainer.Config) -> dict[str, int]:
@@ -265,59 +270,3 @@ def _check_vocabulary(student: dict[str, int], source: TeacherSource, let: LetCo
                 let.teacher.path,
             )
         )
-
-
-def _report(
-    config: Trainer.Config,
-    student: _Student,
-    teacher: TeacherInfo,
-    pair: LayerPair,
-    stop_step: int,
-    parallel_dims: ParallelDims,
-) -> str:
-    let: LetConfig = config.let
-    steps = config.training.steps
-    dtype = TORCH_DTYPE_MAP[config.training.mixed_precision_param if let.teacher.dtype == "auto" else let.teacher.dtype]
-    num_teacher = teacher.num_trunk_params - teacher.num_embedding_params
-    overhead = num_teacher / (3 * student.num_matmul_params)
-    # The run with LET costs as much as `steps` plain ones when it has this many steps left to spend.
-    affordable_steps = steps - overhead * stop_step
-    tokens = config.training.local_batch_size * config.training.seq_len
-    memory = {
-        "teacher": teacher.num_trunk_params * dtype.itemsize // parallel_dims.dp_shard,
-        "target": tokens * teacher.hidden_size * dtype.itemsize,
-        "gradient": tokens * student.width * TORCH_DTYPE_MAP[config.training.mixed_precision_param].itemsize,
-    }
-    if teacher.hidden_size == student.width:
-        widths = f"both of width {student.width}"
-    else:
-        widths = f"width {teacher.hidden_size} to {student.width} by {let.dimension_match}"
-    if let.teacher.check_vocabulary:
-        vocabulary = "the student's tokenizer and the teacher's agree token by token"
-    else:
-        vocabulary = "not compared (let.teacher.check_vocabulary = false)"
-    if affordable_steps > 0:
-        break_even = f"at {steps / affordable_steps:.3f}x fewer steps"
-    else:
-        break_even = "never: the teacher costs more than the whole plain run"
-    parts = ", ".join(f"{name} {_mib(size)}" for name, size in memory.items())
-    return "\n".join(
-        [
-            "LET preflight",
-            f"  student    {student}",
-            f"  teacher    {teacher.description}: {teacher.num_layers} blocks of width {teacher.hidden_size}, "
-            f"{teacher.num_trunk_params:,} parameters in its trunk, {str(dtype).removeprefix('torch.')}",
-            f"  alignment  output of student block {pair.student} (layers.{pair.student}, of 0 to "
-            f"{student.num_blocks - 1}) with the teacher's last layer (after the final norm), {widths}",
-            f"  lambda     {let.weight:g} at step 0, {let.schedule} to 0 at step {stop_step} of {steps}",
-            f"  vocabulary {vocabulary}",
-            f"  memory     + {_mib(sum(memory.values()))} per rank while active: {parts}",
-            f"  overhead   + {overhead:.1%} FLOPs while active: N_T / (3 N_S) = {num_teacher:,} / (3 x "
-            f"{student.num_matmul_params:,}), embeddings not counted",
-            f"  break-even {break_even}",
-        ]
-    )
-
-
-def _mib(num_bytes: float) -> str:
-    return f"{num_bytes / 2**20:,.1f} MiB"

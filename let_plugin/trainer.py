@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.metrics import _get_metrics_rank
-from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_module
@@ -104,9 +103,8 @@ class LetTrainerMixin(_Base):
     def _attach(self) -> None:
         source = open_teacher(self.let.teacher)
         pair = plan.layer_pair(self.config, source.info)
-        dtype = self.let.teacher.dtype
         self.teacher = source.build(
-            dtype=TORCH_DTYPE_MAP[self.config.training.mixed_precision_param if dtype == "auto" else dtype],
+            dtype=plan.teacher_dtype(self.config),
             device=self.device,
             config=self.config,
             parallel_dims=self.parallel_dims,

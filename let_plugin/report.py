@@ -1,0 +1,98 @@
+"""What the run will do, in lines for people: who meets whom, and what it costs."""
+
+import copy
+from typing import Any
+
+import torch
+from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.distributed import ParallelDims
+from torchtitan.trainer import Trainer
+
+from let_plugin import host, plan
+from let_plugin.alignment.layer_mapping import LayerPair
+from let_plugin.config import LetConfig
+from let_plugin.teacher.base import TeacherInfo
+
+
+class Student:
+    """How large the student is, read off the meta device. Raises what torchtitan raises for a bad configuration."""
+
+    def __init__(self, config: Trainer.Config) -> None:
+        spec = config.model_spec
+        assert spec is not None
+        spec = copy.copy(spec)
+        spec.model = copy.deepcopy(spec.model)  # torchtitan writes into it
+        host.adapt_model_spec(spec)
+        spec.model.update_from_config(config=config)
+        with torch.device("meta"):
+            model: Any = spec.model.build()
+        self.name = f"{spec.name} {spec.flavor}"
+        self.num_blocks = len(model.layers)
+        self.width: int = spec.model.dim
+        self.num_params = sum(p.numel() for p in model.parameters())
+        tied = model.tok_embeddings.weight is model.lm_head.weight
+        self.num_matmul_params = self.num_params - (0 if tied else model.tok_embeddings.weight.numel())
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.num_blocks} blocks of width {self.width}, {self.num_params:,} parameters"
+
+
+def report(
+    config: Trainer.Config,
+    student: Student,
+    teacher: TeacherInfo,
+    pair: LayerPair,
+    stop_step: int,
+    parallel_dims: ParallelDims,
+) -> str:
+    """The preflight report of a checked configuration, without a final line break.
+
+    The overhead is the paper's FLOP bound, N_T / (3 N_S): a forward pass of the teacher (2 N_T per token) beside a
+    forward and a backward pass of the student (6 N_S), N being the parameters that are multiplied.
+    """
+    let: LetConfig = config.let
+    steps = config.training.steps
+    dtype = plan.teacher_dtype(config)
+    num_teacher = teacher.num_trunk_params - teacher.num_embedding_params
+    overhead = num_teacher / (3 * student.num_matmul_params)
+    # The run with LET costs as much as `steps` plain ones when it has this many steps left to spend.
+    affordable_steps = steps - overhead * stop_step
+    tokens = config.training.local_batch_size * config.training.seq_len
+    memory = {
+        "teacher": teacher.num_trunk_params * dtype.itemsize // parallel_dims.dp_shard,
+        "target": tokens * teacher.hidden_size * dtype.itemsize,
+        "gradient": tokens * student.width * TORCH_DTYPE_MAP[config.training.mixed_precision_param].itemsize,
+    }
+    if teacher.hidden_size == student.width:
+        widths = f"both of width {student.width}"
+    else:
+        widths = f"width {teacher.hidden_size} to {student.width} by {let.dimension_match}"
+    if let.teacher.check_vocabulary:
+        vocabulary = "the student's tokenizer and the teacher's agree token by token"
+    else:
+        vocabulary = "not compared (let.teacher.check_vocabulary = false)"
+    if affordable_steps > 0:
+        break_even = f"at {steps / affordable_steps:.3f}x fewer steps"
+    else:
+        break_even = "never: the teacher costs more than the whole plain run"
+    parts = ", ".join(f"{name} {_mib(size)}" for name, size in memory.items())
+    return "\n".join(
+        [
+            "LET preflight",
+            f"  student    {student}",
+            f"  teacher    {teacher.description}: {teacher.num_layers} blocks of width {teacher.hidden_size}, "
+            f"{teacher.num_trunk_params:,} parameters in its trunk, {str(dtype).removeprefix('torch.')}",
+            f"  alignment  output of student block {pair.student} (layers.{pair.student}, of 0 to "
+            f"{student.num_blocks - 1}) with the teacher's last layer (after the final norm), {widths}",
+            f"  lambda     {let.weight:g} at step 0, {let.schedule} to 0 at step {stop_step} of {steps}",
+            f"  vocabulary {vocabulary}",
+            f"  memory     + {_mib(sum(memory.values()))} per rank while active: {parts}",
+            f"  overhead   + {overhead:.1%} FLOPs while active: N_T / (3 N_S) = {num_teacher:,} / (3 x "
+            f"{student.num_matmul_params:,}), embeddings not counted",
+            f"  break-even {break_even}",
+        ]
+    )
+
+
+def _mib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**20:,.1f} MiB"
