@@ -6,6 +6,7 @@ runs logged is kept; the comparison is printed, plotted, and written to `result.
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -21,6 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m let_plugin.demo", description=__doc__.split("\n\n")[0])
     parser.add_argument("config", nargs="?", default="train_configs/demo.toml", help="a TOML file with a [let] table")
     parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="parent of the new result folder")
+    parser.add_argument("--record", type=Path, help="a .jsonl file to append the result to, as a row")
     args, overrides = parser.parse_known_args()
 
     out: Path = args.out / time.strftime("%Y%m%d-%H%M%S")
@@ -36,8 +38,14 @@ def main() -> None:
         runs[name] = compare.read_run(out / name)
 
     result = compare.compare(runs["plain"], runs["let"])
-    provenance = {"command": [*sys.argv], "seconds": round(time.monotonic() - started, 1), **_provenance()}
-    (out / "result.json").write_text(json.dumps({**provenance, **result}) + "\n")
+    command = " ".join(["python -m let_plugin.demo", *sys.argv[1:]])
+    seconds = round(time.monotonic() - started, 1)
+    row = json.dumps({"command": command, **_provenance(), "seconds": seconds, **result}) + "\n"
+    (out / "result.json").write_text(row)
+    if args.record is not None:
+        args.record.parent.mkdir(parents=True, exist_ok=True)
+        with args.record.open("a") as file:
+            file.write(row)
     compare.plot(runs["plain"], runs["let"], out / "comparison.png")
 
     print(f"\n{compare.table(result)}\n")
@@ -51,7 +59,7 @@ def _provenance() -> dict[str, Any]:
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "commit": git.stdout.strip() or None,
-        "device": f"{platform.machine()} {platform.system()}",
+        "device": f"{platform.machine()} {platform.system()}, {os.cpu_count()} cores",
         "versions": {name: version(name) for name in ("let-plugin", "torch", "torchtitan")},
     }
 

@@ -1,9 +1,11 @@
 """README's table of keys is the configuration's."""
 
+import json
 import re
 from dataclasses import fields, is_dataclass
 
 from let_plugin.config import LetConfig
+from let_plugin.demo import compare
 from tests.support.jobs import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -27,6 +29,12 @@ def test_every_let_key_is_listed_with_its_default():
         for key, value in defaults(LetConfig())
     }
     assert listed == expected
+
+
+def test_the_demo_result_is_the_recorded_one():
+    rows = (ROOT / "benchmarks/results/demo.jsonl").read_text().splitlines()
+    shown = README.split("<!-- demo result: begin -->")[1].split("<!-- demo result: end -->")[0]
+    assert compare.table(json.loads(rows[-1])) in shown
 
 
 def test_files_that_the_readme_names_exist():
