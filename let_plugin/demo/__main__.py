@@ -38,9 +38,9 @@ def main() -> None:
         runs[name] = compare.read_run(out / name)
 
     result = compare.compare(runs["plain"], runs["let"])
-    command = " ".join(["python -m let_plugin.demo", *sys.argv[1:]])
+    own_command = " ".join(["python -m let_plugin.demo", *sys.argv[1:]])
     seconds = round(time.monotonic() - started, 1)
-    row = json.dumps({"command": command, **_provenance(), "seconds": seconds, **result}) + "\n"
+    row = json.dumps({"command": own_command, **_provenance(), "seconds": seconds, **result}) + "\n"
     (out / "result.json").write_text(row)
     if args.record is not None:
         args.record.parent.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,9 @@ LAYOUTS = {
 
 
 DEMO = """
+[runtime]
+device = "cpu"
+
 [dataloader]
 type = "tests.support.data_loaders.GlobalOrderDataLoader"
 dataset = "let_demo_train"
@@ -26,6 +29,7 @@ DEMO_IN_FP32 = [
 SMOLLM2 = """
 base = "tests.support.tiny_smollm2"
 hf_assets_path = "assets/smollm2"
+runtime.device = "cpu"
 
 [let]
 weight = 0.5

@@ -10,6 +10,7 @@ from tests.support import jobs
 CONFIG = """\
 base = "let_plugin.demo.student"
 dump_folder = "run"
+runtime.device = "cpu"
 
 [let]
 teacher.spec = "demo_teacher"

@@ -17,6 +17,9 @@ TINY = """\
 base = "tests.support.tiny"
 dump_folder = "{folder}"
 
+[runtime]
+device = "cpu"
+
 [let]
 weight = 0.5
 stop_step = 4
@@ -53,7 +56,7 @@ def probe(folder, config, *args, processes=1, **env):
     folder.mkdir(parents=True, exist_ok=True)
     out = folder / "probe.pt"
     run("tests.support.probe", out, config, *args, "--dump_folder", folder, processes=processes, **env)
-    return torch.load(out, weights_only=True)
+    return torch.load(out, weights_only=True, map_location="cpu")
 
 
 def kill(folder, config, *args, step):

@@ -5,7 +5,7 @@
 
 Rank 0 writes: initial and final parameters, the gradients of every step as the optimizer gets them, the batches, the
 learning rates, what torchtitan logged, and how many hooks are left on the model and its blocks at the end.
-PROBE_KILL_AT_STEP kills the process (SIGKILL) before that step.
+PROBE_KILL_AT_STEP kills the process (SIGKILL) before that step. PROBE_DEVICE=auto takes the accelerator.
 """
 
 import os
@@ -90,7 +90,7 @@ def num_hooks(trainer):
 
 def main():
     out, *argv = sys.argv[1:]
-    host.set_up("cpu")
+    host.set_up(os.environ.get("PROBE_DEVICE", "cpu"))
     from torchtitan.trainer import Trainer
 
     init = Trainer.__init__

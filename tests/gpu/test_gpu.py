@@ -1,0 +1,29 @@
+"""What only an accelerator can show: `pytest -m gpu` on a machine that has one."""
+
+import pytest
+import torch
+
+from tests.support import jobs
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator"),
+]
+
+ON_GPU = ["--runtime.device", "auto"]
+
+
+def test_the_gradient_equals_that_of_the_cpu(tmp_path, tiny_config):
+    seed = ["--checkpoint.enable", "--checkpoint.create_seed_checkpoint", "--dump_folder", tmp_path / "seed"]
+    jobs.run("let_plugin.train", tiny_config, *seed, "--let.no-enable")
+    start = ["--checkpoint.enable", "--checkpoint.initial_load_path", tmp_path / "seed/checkpoint/step-0"]
+    cpu = jobs.probe(tmp_path / "cpu", tiny_config, *start)
+    gpu = jobs.probe(tmp_path / "gpu", tiny_config, *start, *ON_GPU, PROBE_DEVICE="auto")
+    assert jobs.relative_difference(gpu["gradients"][0], cpu["gradients"][0]) <= 1e-4
+
+
+def test_compiled_training_in_bfloat16_ends_the_alignment(tmp_path, tiny_config):
+    args = ["--compile.enable", "--training.mixed_precision_param", "bfloat16", "--training.steps", "8"]
+    jobs.probe(tmp_path / "gpu", tiny_config, *args, *ON_GPU, PROBE_DEVICE="auto")
+    lines = jobs.metrics(tmp_path / "gpu")
+    assert [line["let/active"] for line in lines] == [1.0] * 4 + [0.0] * 4
