@@ -15,8 +15,8 @@ import torch
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.metrics import _get_metrics_rank
 from torchtitan.distributed import utils as dist_utils
+from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
-from torchtitan.tools.utils import device_module
 from torchtitan.trainer import Trainer
 
 from let_plugin import plan
@@ -39,8 +39,9 @@ class LetTrainerMixin(_Base):
             config.training.disable_cuda_graphs = True
         super().__init__(config)
         self.let: LetConfig = config.let
-        self.stop_step = plan.stop_step(config)
-        self.schedule = plan.schedule(config.let)
+        if self.let.enable:
+            self.stop_step = plan.stop_step(config)
+            self.schedule = plan.schedule(self.let)
         self.teacher: Teacher | None = None
         self.tap: AlignmentTap | None = None
         self._teacher_timer = DeviceTimer(self.device)
@@ -118,7 +119,7 @@ class LetTrainerMixin(_Base):
         self.tap.remove()
         self.tap = self.teacher = None
         gc.collect()  # torchtitan has switched off the automatic collection; FSDP's modules are in cycles
-        device_module.empty_cache()
+        utils.device_module.empty_cache()
         logger.info(f"LET: step {self.step}: the alignment has ended and the teacher is freed")
 
     def _metrics(self) -> dict[str, float]:

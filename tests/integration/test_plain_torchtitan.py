@@ -1,5 +1,7 @@
 """Where LET does nothing, the run is plain torchtitan's, bit for bit."""
 
+import shutil
+
 from tests.support import jobs
 
 STEPS = ["--training.steps", "20"]
@@ -26,9 +28,15 @@ def test_weight_zero_equals_torchtitans_own_entry_point(tmp_path, tiny_config):
 
 
 def test_after_the_stop_nothing_of_let_is_left(tmp_path, tiny_config):
-    """A run whose alignment has ended continues exactly as plain torchtitan does from its weights."""
-    let = jobs.probe(tmp_path / "let", tiny_config, *STEPS, "--let.stop-step", "5")
-    assert let["added_hooks"] == 0
+    """From a checkpoint of the stop step on, plain torchtitan takes the very steps that the run with LET took."""
+    checkpoints = ["--checkpoint.enable", "--checkpoint.interval", "5", "--checkpoint.keep_latest_k", "0"]
+    let = jobs.probe(tmp_path / "let", tiny_config, *STEPS, *checkpoints, "--let.stop-step", "5")
     lines = jobs.metrics(tmp_path / "let")
     assert [line["let/active"] for line in lines] == [1.0] * 5 + [0.0] * 15
     assert all(line["let/lambda"] == 0 and "let/cosine" not in line for line in lines[5:])
+    assert let["added_hooks"] == 0
+
+    shutil.copytree(tmp_path / "let/checkpoint/step-5", tmp_path / "plain/checkpoint/step-5")
+    plain = jobs.probe(tmp_path / "plain", "--plain", *STEPS, *checkpoints)
+    assert len(plain["gradients"]) == 15
+    assert_identical({**let, "gradients": let["gradients"][5:]}, plain)

@@ -181,7 +181,7 @@ def test_flex_attention_is_replaced_everywhere_and_once(module):
 
 
 def test_other_attention_is_left_alone():
-    spec = spec_of("sdpa")
+    spec = spec_of("varlen")
     before = repr(spec)
     host.adapt_model_spec(spec)
     assert repr(spec) == before

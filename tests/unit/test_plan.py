@@ -101,7 +101,12 @@ def test_a_block_that_the_student_does_not_have(block):
     ("field", "wrong", "right", "function"),
     [
         ("schedule", "linaer", "linear", lambda let: plan.schedule(let)),
-        ("layer_mapping", "L2Early", "L2E", lambda let: plan.layer_pair(config_of(layer_mapping=let.layer_mapping), TEACHER)),
+        (
+            "layer_mapping",
+            "L2Early",
+            "L2E",
+            lambda let: plan.layer_pair(config_of(layer_mapping=let.layer_mapping), TEACHER),
+        ),
         ("dimension_match", "interpolat", "interpolate", lambda let: plan.alignment(let)),
         ("loss", "cosin", "cosine", lambda let: plan.alignment(let)),
     ],

@@ -1,0 +1,119 @@
+"""The comparison of two runs, from `metrics.jsonl` to numbers, table and plot."""
+
+import json
+
+import pytest
+
+from let_plugin.demo.compare import PEAK_MEMORY, TOKENS_PER_SECOND, VALIDATION_LOSS, compare, plot, read_run, table, step_at_loss
+
+CURVE = [(10, 5.0), (20, 4.0), (30, 3.5)]
+
+
+@pytest.mark.parametrize(
+    ("loss", "step"),
+    [
+        (4.0, 20.0),  # exactly at an evaluation
+        (4.25, 17.5),
+        (3.6, 28.0),
+        (5.0, 10.0),
+        (9.0, 10.0),  # reached before the first evaluation, which is the first that is known
+        (3.5, 30.0),
+        (3.4999, None),
+    ],
+)
+def test_step_at_loss(loss, step):
+    assert step_at_loss(CURVE, loss) == (step if step is None else pytest.approx(step))
+
+
+def test_step_at_loss_is_the_first_one_of_a_curve_that_rises_again():
+    assert step_at_loss([(1, 3.0), (2, 1.0), (3, 4.0), (4, 0.5)], 2.0) == 1.5
+    assert step_at_loss([], 2.0) is None
+
+
+def write_run(folder, validation, speed, stop=None):
+    """Logged steps 1 to 6. The first is slow and large, as compilation makes it; `stop`: LET's first step without."""
+    lines = []
+    for step in range(1, 7):
+        line = {"step": step, "loss_metrics/global_avg_loss": 5.0, "time": 0.0}
+        line |= {TOKENS_PER_SECOND: 1.0 if step == 1 else speed + step, PEAK_MEMORY: 9.0 if step == 1 else step / 10}
+        if stop is not None:
+            active = step < stop
+            line |= {"let/active": float(active), "let/lambda": 0.1 * active}
+            line |= {"let/cosine": 0.5} if active else {}
+        lines.append(line)
+        if step in validation:
+            lines.append({"step": step, "time": 0.0, VALIDATION_LOSS: validation[step]})
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return read_run(folder)
+
+
+@pytest.fixture
+def plain(tmp_path):
+    return write_run(tmp_path / "plain", {2: 5.0, 4: 4.0, 6: 3.0}, speed=100)
+
+
+@pytest.fixture
+def winning(tmp_path):
+    return write_run(tmp_path / "let", {2: 4.0, 4: 3.2, 6: 2.7}, speed=50, stop=4)
+
+
+@pytest.fixture
+def losing(tmp_path):
+    return write_run(tmp_path / "let", {2: 5.0, 4: 4.5, 6: 3.25}, speed=50, stop=4)
+
+
+def test_read_run_tells_training_from_validation(plain):
+    assert [line["step"] for line in plain.train] == [1, 2, 3, 4, 5, 6]
+    assert plain.validation == [(2, 5.0), (4, 4.0), (6, 3.0)]
+    assert plain.final_loss == 3.0
+
+
+def test_compare(plain, winning):
+    assert compare(plain, winning) == {
+        "steps": 6,
+        "held_out_loss": {"plain": 3.0, "let": 2.7},
+        "let_reached_plain_final_loss_at_step": pytest.approx(4.8),
+        # Without the first step; LET is active in steps 2 and 3, and has ended in steps 4 to 6.
+        "tokens_per_second": {"plain": 104.0, "let_active": 52.5, "let_ended": 55.0},
+        "peak_memory_gib": {"plain": 0.6, "let_active": 0.3, "let_ended": 0.6},
+    }
+
+
+def test_table_of_a_run_that_wins(plain, winning):
+    lines = table(compare(plain, winning)).splitlines()
+    assert lines[0].split("  ")[-1] == "LET, after the stop"
+    assert lines[1].split() == ["tokens/s", "(median)", "104", "52", "55"]
+    assert lines[2].split() == ["peak", "memory,", "GiB", "0.60", "0.30", "0.60"]
+    assert lines[3].split() == ["held-out", "loss,", "nats/token", "3.0000", "2.7000", "(-0.3000)"]
+    assert lines[4] == "LET reached the plain run's final loss at step 5 of 6: 1.25x fewer steps"
+
+
+def test_table_says_when_let_loses(plain, losing):
+    result = compare(plain, losing)
+    assert result["let_reached_plain_final_loss_at_step"] is None
+    lines = table(result).splitlines()
+    assert lines[3].endswith("3.2500 (+0.2500)")
+    assert lines[4] == "LET did not reach the plain run's final loss in 6 steps"
+    assert "fewer" not in table(result)
+
+
+@pytest.mark.parametrize(("stop", "missing"), [(7, "let_ended"), (1, "let_active"), (2, "let_active")])
+def test_a_run_with_the_teacher_throughout_or_not_at_all(plain, tmp_path, stop, missing):
+    """A first step with the teacher does not count: it contains compilation."""
+    let = write_run(tmp_path / "let", {6: 3.0}, speed=50, stop=stop)
+    result = compare(plain, let)
+    for key in ("tokens_per_second", "peak_memory_gib"):
+        assert [name for name, value in result[key].items() if value is None] == [missing]
+    assert json.loads(json.dumps(result)) == result
+    assert "-" in table(result).splitlines()[1].split()
+    plot(plain, let, tmp_path / "plot.png")  # with no cosine too
+
+
+def test_plot_writes_a_png(plain, winning, tmp_path):
+    path = tmp_path / "comparison.png"
+    plot(plain, winning, path)
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG\r\n") and len(content) > 10_000
+    width, height = (int.from_bytes(content[i : i + 4]) for i in (16, 20))
+    assert (width, height) == (910, 780)

@@ -1,0 +1,75 @@
+"""Which kind of teacher a `[let.teacher]` table means."""
+
+import sys
+
+import pytest
+
+from let_plugin.config import TeacherConfig
+from let_plugin.demo import TEACHER
+from let_plugin.errors import ConfigError
+from let_plugin.teacher.sources import open_teacher
+
+
+def problem_of(**fields):
+    with pytest.raises(ConfigError) as info:
+        open_teacher(TeacherConfig(**fields))
+    return info.value.problems[0]
+
+
+def test_no_teacher():
+    problem = problem_of()
+    assert (problem.key, problem.value) == ("let.teacher.path", "")
+    assert "a folder in Hugging Face format, a hub name or a .gguf file" in problem.message
+
+
+def test_a_spec_is_torchtitans_with_its_own_path_or_another():
+    from let_plugin.demo import config_registry  # noqa: F401  registers it
+    from let_plugin.teacher.titan import TitanTeacherSource
+
+    source = open_teacher(TeacherConfig(spec="demo_teacher"))
+    assert isinstance(source, TitanTeacherSource)
+    assert source.info.description.endswith(f"safetensors from {TEACHER}")
+    assert problem_of(spec="demo_teacher", path="/absent").value == "/absent"
+
+
+def test_a_folder_is_transformers():
+    pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
+    from let_plugin.teacher.hf import HFTeacherSource
+
+    assert isinstance(open_teacher(TeacherConfig(path=TEACHER)), HFTeacherSource)
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "sha256-0123"])  # ollama's files have no ending
+def test_a_file_is_gguf(tmp_path, name):
+    pytest.importorskip("gguf", reason="pip install let-plugin[hf]")
+    path = tmp_path / name
+    path.write_bytes(b"GGUF, or so it says")
+    problem = problem_of(path=str(path))
+    assert problem.key == "let.teacher.path"
+    assert "GGUF" in problem.message or "gguf" in problem.message
+
+
+def test_a_gguf_file_that_is_not_there(tmp_path):
+    problem = problem_of(path=str(tmp_path / "absent.gguf"))
+    assert problem.key == "let.teacher.path"
+
+
+def test_a_safetensors_file_is_told_from_its_folder(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.touch()
+    problem = problem_of(path=str(path))
+    assert problem.key == "let.teacher.path" and "folder" in problem.message
+
+
+def test_torchtitans_teachers_need_no_transformers(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("let_plugin.teacher.")]:
+        monkeypatch.delitem(sys.modules, name)
+    from let_plugin.teacher.sources import open_teacher
+    from let_plugin.teacher.titan import register_teacher_spec
+
+    for name in ("transformers", "gguf"):
+        monkeypatch.setitem(sys.modules, name, None)
+    from let_plugin.demo.config_registry import _teacher_spec
+
+    register_teacher_spec("another", _teacher_spec, path=TEACHER)
+    assert open_teacher(TeacherConfig(spec="another")).info.hidden_size == 128
