@@ -7,6 +7,7 @@ reads, so that a student can be trained on it.
 import argparse
 import os
 import sys
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,7 +100,7 @@ def _check_packages() -> None:
     import_transformers()
     for package in ("gguf", "accelerate"):
         if find_spec(package) is None:
-            message = f"a .gguf teacher needs the {package} package: pip install let-plugin[gguf]"
+            message = f"a .gguf teacher needs the {package} package: pip install let-plugin[hf]"
             raise ConfigError(Problem(_PATH_KEY, message))
 
 
@@ -114,9 +115,11 @@ def _check_file(path: str) -> None:
 
 def _read(path: str, what: str, load: Any) -> Any:
     """`load(folder, file name)`; ConfigError for whatever goes wrong in it."""
-    folder, name = os.path.split(os.path.abspath(path))
+    path, name = os.path.abspath(path), os.path.basename(path)
     try:
-        with quiet_transformers():
+        # Alone in a folder: transformers would prefer a tokenizer_config.json or config.json that lies beside it.
+        with quiet_transformers(), tempfile.TemporaryDirectory() as folder:
+            os.symlink(path, os.path.join(folder, name))
             return load(folder, name)
     except Exception as error:  # a damaged file fails in numpy, struct or the reader: any type of error
         size = os.path.getsize(path)

@@ -1,6 +1,16 @@
+import functools
+
 import pytest
 import torch
 from torch.distributed.elastic.utils.distributed import get_free_port
+
+from let_plugin import data
+from let_plugin.config import LetConfig, TeacherConfig
+from let_plugin.demo import TOKENIZER
+from let_plugin.models import llama_spec
+from let_plugin.teacher.titan import TEACHER_SPECS, register_teacher_spec
+from let_plugin.trainer import with_let
+from tests.support.config_registry import tiny
 
 
 @pytest.fixture(scope="module")
@@ -13,3 +23,34 @@ def parallel_dims():
     dims.build_mesh()
     yield dims
     torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def config(tmp_path, tiny_teacher, monkeypatch):
+    """The tiny student with the tiny teacher; nothing is wrong with it."""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    data.register()
+    config = with_let(tiny())
+    config.dump_folder = str(tmp_path / "out")
+    teacher = TeacherConfig(spec="tiny_teacher", path=str(tiny_teacher[0]), tokenizer_path=TOKENIZER)
+    config.let = LetConfig(enable=True, weight=0.5, stop_step=2, teacher=teacher)
+    return config
+
+
+@pytest.fixture
+def short_teacher():
+    """Name of a teacher spec like the tiny one, for 32 tokens."""
+    yield from registered("short_teacher", num_layers=2, max_seq_len=32)
+
+
+@pytest.fixture
+def large_teacher():
+    """Name of a teacher spec like the tiny one, of four times as many blocks."""
+    yield from registered("large_teacher", num_layers=8)
+
+
+def registered(name, **shape):
+    make_spec = functools.partial(llama_spec, name, dim=32, num_heads=2, hidden_dim=64, vocab_size=4096, **shape)
+    register_teacher_spec(name, make_spec)
+    yield name
+    TEACHER_SPECS.unregister(name)

@@ -75,6 +75,12 @@ def test_files_of_an_unknown_kind_or_of_several(tmp_path, names):
         data.load_text_files(str(tmp_path))
 
 
+def test_documents_without_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"content": "one"}\n')
+    with pytest.raises(ConfigError, match=r'dataloader\.dataset_path = .*"text".*content'):
+        data.load_text_files(str(tmp_path / "a.jsonl"))
+
+
 def test_a_folder_whose_name_looks_like_a_pattern(tmp_path):
     folder = tmp_path / "run[1]"
     path = write(folder, "a[b].jsonl")
@@ -86,7 +92,7 @@ def test_registering_twice_is_safe():
     data.register()
     before = dict(DATASETS)
     data.register()
-    assert DATASETS == before
+    assert before == DATASETS
     assert {"text_files", "let_demo_train", "let_demo_validation", "let_demo_test"} <= set(DATASETS)
 
 

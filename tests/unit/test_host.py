@@ -1,4 +1,4 @@
-"""The process's place in the job, and execution on the CPU. Shape legend: B batch, L sequence, N heads, H head width."""
+"""The process in its job, and running on the CPU. Shape legend: B batch, L sequence, N heads, H head width."""
 
 import os
 import sys
@@ -166,6 +166,7 @@ def test_flex_attention_is_replaced_everywhere_and_once(module):
     spec = module.model_registry("debugmodel")
     before = [(fqn, config) for fqn, config, _, _ in spec.traverse(FlexAttention.Config)]
     assert before, "this model would not test anything"
+    before[0][1].block_size = 64  # not the default
 
     host.adapt_model_spec(spec)
 

@@ -31,7 +31,8 @@ class Student(nn.Module):
 
 
 def gradients(model):
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
+    named = model.named_parameters()
+    return {name.replace("_checkpoint_wrapped_module.", ""): p.grad.clone() for name, p in named}
 
 
 def reference_gradients(x, target, coefficient):

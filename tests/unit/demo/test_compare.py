@@ -4,7 +4,16 @@ import json
 
 import pytest
 
-from let_plugin.demo.compare import PEAK_MEMORY, TOKENS_PER_SECOND, VALIDATION_LOSS, compare, plot, read_run, table, step_at_loss
+from let_plugin.demo.compare import (
+    PEAK_MEMORY,
+    TOKENS_PER_SECOND,
+    VALIDATION_LOSS,
+    compare,
+    plot,
+    read_run,
+    step_at_loss,
+    table,
+)
 
 CURVE = [(10, 5.0), (20, 4.0), (30, 3.5)]
 

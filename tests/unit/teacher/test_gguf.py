@@ -8,7 +8,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
-pytest.importorskip("gguf", reason="pip install let-plugin[gguf]")
+pytest.importorskip("gguf", reason="pip install let-plugin[hf]")
 
 from let_plugin import host
 from let_plugin.config import TeacherConfig

@@ -1,0 +1,313 @@
+"""torchtitan teachers against plain PyTorch and transformers; and every mistake that their source has to report.
+
+Shape legend: B batch, L sequence, E teacher width.
+"""
+
+import shutil
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.tensor import DTensor
+
+from let_plugin.config import TeacherConfig
+from let_plugin.demo import TEACHER, TOKENIZER
+from let_plugin.errors import ConfigError
+from let_plugin.models import llama_spec
+from let_plugin.teacher.titan import TEACHER_SPECS, TitanTeacherSource, register_teacher_spec
+from tests.support import config_registry as tiny
+from tests.support import jobs, reference
+
+LENGTHS = [[7, 12, 5], [1, 3, 20]]  # of the packed documents
+
+
+@pytest.fixture
+def build(config, parallel_dims):
+    """Function that builds the teacher of a spec and a folder in this process."""
+
+    def build(path, spec="tiny_teacher", dtype=torch.float32):
+        source = TitanTeacherSource(TeacherConfig(spec=spec, path=str(path)))
+        return source.build(dtype=dtype, device=torch.device("cpu"), config=config, parallel_dims=parallel_dims)
+
+    return build
+
+
+def packed_batch():
+    """tokens_BL and positions_BL: 3 documents per row, other boundaries in each."""
+    tokens_BL = torch.randint(tiny.VOCAB_SIZE, (2, 24), generator=torch.Generator().manual_seed(1))
+    positions_BL = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in LENGTHS])
+    return tokens_BL, positions_BL
+
+
+def problem_of(function, *args, **kwargs):
+    with pytest.raises(ConfigError) as info:
+        function(*args, **kwargs)
+    (problem,) = info.value.problems
+    return problem
+
+
+def relative_difference(got, expected):
+    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+# Hidden states
+
+
+@torch.no_grad()
+def test_states_of_a_torchtitan_checkpoint_equal_the_plain_reference(tiny_teacher, build):
+    path, weights = tiny_teacher
+    teacher = build(path)
+    tokens_BL, positions_BL = packed_batch()
+    _, expected_BLE = reference.llama(weights, tokens_BL, positions_BL, **tiny.TEACHER)
+    states_BLE = teacher(tokens_BL, positions_BL)
+    assert type(states_BLE) is torch.Tensor and states_BLE.shape == (2, 24, tiny.TEACHER_DIM)
+    assert relative_difference(states_BLE, expected_BLE) <= 1e-6
+
+
+@torch.no_grad()
+def test_states_of_safetensors_equal_those_of_transformers(build):
+    transformers = pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
+    model = transformers.AutoModel.from_pretrained(TEACHER, dtype=torch.float32).eval()
+    teacher = build("", spec="demo_teacher")
+    tokens_BL, positions_BL = packed_batch()
+    expected_BLE = model(input_ids=tokens_BL).last_hidden_state
+    torch.testing.assert_close(teacher(tokens_BL, None), expected_BLE, rtol=0, atol=1e-4)
+    states_BLE = teacher(tokens_BL, positions_BL)
+    for row, lengths in enumerate(LENGTHS):
+        for document in torch.arange(24).split(lengths):
+            alone_1LE = model(input_ids=tokens_BL[row : row + 1, document]).last_hidden_state
+            torch.testing.assert_close(states_BLE[row, document], alone_1LE[0], rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_document_does_not_see_the_others(tiny_teacher, build):
+    teacher = build(tiny_teacher[0])
+    tokens_BL, positions_BL = packed_batch()
+    before_BLE = teacher(tokens_BL, positions_BL)
+    tokens_BL[0, :7] = (tokens_BL[0, :7] + 1) % tiny.VOCAB_SIZE  # the first document of row 0
+    after_BLE = teacher(tokens_BL, positions_BL)
+    assert (after_BLE[0, :7] - before_BLE[0, :7]).abs().amax(-1).min() > 1e-2
+    assert torch.equal(after_BLE[0, 7:], before_BLE[0, 7:]) and torch.equal(after_BLE[1], before_BLE[1])
+
+
+@torch.no_grad()
+def test_bf16_states_are_near_the_fp32_ones(tiny_teacher, build):
+    batch = packed_batch()
+    states_BLE = build(tiny_teacher[0], dtype=torch.bfloat16)(*batch)
+    assert states_BLE.dtype == torch.bfloat16
+    assert 1e-4 < relative_difference(states_BLE, build(tiny_teacher[0])(*batch)) < 0.03
+
+
+# What is built
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_built_teacher_is_frozen_and_headless(tiny_teacher, build, dtype):
+    teacher = build(tiny_teacher[0], dtype=dtype)
+    parameters = dict(teacher.named_parameters())
+    assert sum(p.numel() for p in parameters.values()) == sum(w.numel() for w in tiny_teacher[1].values())
+    assert not [name for name in parameters if "lm_head" in name]
+    assert all(p.dtype == dtype and not p.requires_grad for p in parameters.values())
+    assert not [name for name, module in teacher.named_modules() if module.training]
+    assert not teacher(*packed_batch()).requires_grad
+
+
+def test_the_weights_are_the_checkpoints(tiny_teacher, build):
+    teacher = build(tiny_teacher[0])
+    state_dict = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in teacher.model.state_dict().items()}
+    assert jobs.relative_difference(state_dict, tiny_teacher[1]) == 0
+
+
+@pytest.mark.parametrize("spec", ["tiny_teacher", "demo_teacher"])
+def test_building_leaves_the_random_numbers_and_the_default_dtype(tiny_teacher, build, spec):
+    rng_state = torch.get_rng_state()
+    build(tiny_teacher[0] if spec == "tiny_teacher" else "", spec=spec, dtype=torch.bfloat16)
+    assert torch.equal(torch.get_rng_state(), rng_state)
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_building_leaves_the_students_configuration(tiny_teacher, build, config):
+    before = repr(config)
+    build(tiny_teacher[0])
+    assert repr(config) == before
+
+
+def test_info(tiny_teacher):
+    path, weights = tiny_teacher
+    info = TitanTeacherSource(TeacherConfig(spec="tiny_teacher", path=str(path))).info
+    assert info.description == f"torchtitan llama3 tiny_teacher, DCP from {path}"
+    assert (info.hidden_size, info.num_layers, info.vocab_size) == (32, 2, 4096)
+    assert info.max_seq_len == 131_072
+    assert info.num_trunk_params == sum(w.numel() for w in weights.values())
+    assert info.num_embedding_params == 4096 * 32
+
+
+def test_info_of_a_tied_teacher_counts_the_embedding_once():
+    from safetensors.torch import load_file
+
+    source = TitanTeacherSource(TeacherConfig(spec="demo_teacher"))
+    weights = load_file(f"{TEACHER}/model.safetensors")
+    assert source.info.num_trunk_params == sum(w.numel() for w in weights.values())
+
+
+def test_vocabulary(tiny_teacher):
+    fields = {"spec": "tiny_teacher", "path": str(tiny_teacher[0])}
+    assert TitanTeacherSource(TeacherConfig(**fields)).vocabulary() is None
+    vocabulary = TitanTeacherSource(TeacherConfig(**fields, tokenizer_path=TOKENIZER)).vocabulary()
+    assert len(vocabulary) == 4096
+    assert TitanTeacherSource(TeacherConfig(spec="demo_teacher")).vocabulary() == vocabulary  # brings its own path
+
+
+@pytest.mark.parametrize("key", ["path", "tokenizer_path"])
+def test_damaged_tokenizer(tiny_teacher, tmp_path, key):
+    folder = shutil.copytree(tiny_teacher[0], tmp_path / "teacher")
+    (folder / "tokenizer.json").write_text("{")
+    fields = {"spec": "tiny_teacher", "path": str(tiny_teacher[0]), key: str(folder)}
+    problem = problem_of(TitanTeacherSource(TeacherConfig(**fields)).vocabulary)
+    assert (problem.key, problem.value) == (f"let.teacher.{key}", str(folder))
+    assert "tokenizer.json" in problem.message
+
+
+# Names
+
+
+def test_an_unknown_spec_suggests(tiny_teacher):
+    problem = problem_of(TitanTeacherSource, TeacherConfig(spec="tiny_teachr", path=str(tiny_teacher[0])))
+    assert (problem.key, problem.value) == ("let.teacher.spec", "tiny_teachr")
+    assert "did you mean 'tiny_teacher'?" in problem.message
+
+
+def test_torchtitans_own_models_by_name(tiny_teacher):
+    info = TitanTeacherSource(TeacherConfig(spec="llama3:1B", path=str(tiny_teacher[0]))).info
+    assert (info.hidden_size, info.num_layers, info.vocab_size) == (2048, 16, 128_256)
+    # Llama 3.2 1B has 1,235,814,400 parameters, the head tied to the embedding.
+    assert info.num_trunk_params == 1_235_814_400
+    assert info.num_embedding_params == 128_256 * 2048
+
+
+@pytest.mark.parametrize(
+    ("spec", "suggestion"), [("llama3:1b", "'1B'"), ("llama3:", "valid names: 1B"), ("lama3:1B", "'llama3'")]
+)
+def test_a_bad_model_or_flavor_suggests(tiny_teacher, spec, suggestion):
+    problem = problem_of(TitanTeacherSource, TeacherConfig(spec=spec, path=str(tiny_teacher[0])))
+    assert (problem.key, problem.value) == ("let.teacher.spec", spec)
+    assert suggestion in problem.message
+
+
+def test_a_spec_is_made_anew_for_every_teacher(tiny_teacher):
+    """torchtitan writes into a specification."""
+    made = []
+
+    def make_spec():
+        made.append(llama_spec("counted", dim=32, num_layers=2, num_heads=2, hidden_dim=64, vocab_size=4096))
+        return made[-1]
+
+    register_teacher_spec("counted", make_spec)
+    try:
+        for _ in range(2):
+            TitanTeacherSource(TeacherConfig(spec="counted", path=str(tiny_teacher[0])))
+    finally:
+        TEACHER_SPECS.unregister("counted")
+    assert len(made) == 2
+
+
+# Weights
+
+
+@pytest.mark.parametrize(("path", "message"), [("", "set it to the folder"), ("absent", "no such folder")])
+def test_no_weights(tmp_path, path, message):
+    path = path and str(tmp_path / path)
+    problem = problem_of(TitanTeacherSource, TeacherConfig(spec="tiny_teacher", path=path))
+    assert (problem.key, problem.value) == ("let.teacher.path", path)
+    assert message in problem.message
+
+
+def test_a_folder_of_something_else(tmp_path):
+    (tmp_path / "pytorch_model.bin").touch()
+    problem = problem_of(TitanTeacherSource, TeacherConfig(spec="tiny_teacher", path=str(tmp_path)))
+    assert (problem.key, problem.value) == ("let.teacher.path", str(tmp_path))
+    assert "neither a torchtitan checkpoint (DCP) nor *.safetensors" in problem.message
+
+
+def damage_dcp(folder, damage):
+    (file,) = folder.glob("*.distcp")
+    match damage:
+        case "truncated":
+            file.write_bytes(file.read_bytes()[:5000])
+        case "a file is missing":
+            file.unlink()
+        case "metadata damaged":
+            (folder / ".metadata").write_bytes(b"x")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "a file is missing", "metadata damaged"])
+def test_damaged_torchtitan_checkpoint(tiny_teacher, tmp_path, build, damage):
+    folder = tmp_path / "teacher"
+    shutil.copytree(tiny_teacher[0], folder)
+    damage_dcp(folder, damage)
+    problem = problem_of(build, folder)
+    assert (problem.key, problem.value) == ("let.teacher.path", str(folder))
+    assert "Traceback" not in problem.message and "\n" not in problem.message
+
+
+@pytest.mark.parametrize("shape", [None, (32, 72), (32, 56), (64, 32)])
+def test_missing_or_misshapen_weights_of_a_torchtitan_checkpoint_are_named(tiny_teacher, tmp_path, build, shape):
+    name = "layers.1.feed_forward.w2.weight"
+    weights = {k: v for k, v in tiny_teacher[1].items() if k != name}
+    if shape:
+        weights[name] = torch.zeros(shape)
+    dcp.save(weights, checkpoint_id=str(tmp_path), no_dist=True)
+    problem = problem_of(build, tmp_path)
+    assert (problem.key, problem.value) == ("let.teacher.path", str(tmp_path))
+    assert name in problem.message
+
+
+@pytest.fixture
+def safetensors(tmp_path):
+    """A copy of the demo's teacher, to damage."""
+    return shutil.copytree(TEACHER, tmp_path / "teacher")
+
+
+@pytest.mark.parametrize("num_bytes", [-100, 20, 0])
+def test_truncated_safetensors(safetensors, build, num_bytes):
+    file = safetensors / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:num_bytes])
+    problem = problem_of(build, safetensors, spec="demo_teacher")
+    assert (problem.key, problem.value) == ("let.teacher.path", str(safetensors))
+    assert "Traceback" not in problem.message and "\n" not in problem.message
+
+
+@pytest.mark.parametrize("shape", [None, (360, 128), (344, 128), (128, 352)])
+def test_missing_or_misshapen_safetensors_are_named(safetensors, build, shape):
+    from safetensors.torch import load_file, save_file
+
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights = {k: v for k, v in load_file(safetensors / "model.safetensors").items() if k != name}
+    if shape:
+        weights[name] = torch.zeros(shape)
+    save_file(weights, safetensors / "model.safetensors", metadata={"format": "pt"})
+    problem = problem_of(build, safetensors, spec="demo_teacher")
+    assert (problem.key, problem.value) == ("let.teacher.path", str(safetensors))
+    assert name in problem.message
+
+
+@pytest.mark.parametrize("spec", ["tiny_teacher", "demo_teacher"])
+def test_a_checkpoint_with_more_blocks_than_the_spec_is_refused(tiny_teacher, tmp_path, build, spec):
+    """It would load, as another model: the blocks below the missing ones, and a norm that never saw their output."""
+    from safetensors.torch import load_file, save_file
+
+    if spec == "tiny_teacher":
+        surplus = {"layers.2.ffn_norm.weight": torch.ones(32)}
+        dcp.save(tiny_teacher[1] | surplus, checkpoint_id=tmp_path, no_dist=True)
+    else:
+        surplus = {"model.layers.4.mlp.up_proj.weight": torch.ones(352, 128)}
+        weights = load_file(f"{TEACHER}/model.safetensors") | surplus
+        save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    problem = problem_of(build, tmp_path, spec=spec)
+    assert (problem.key, problem.value) == ("let.teacher.path", str(tmp_path))
+
+
+def test_a_training_checkpoint_with_optimizer_and_head_is_a_teacher(tiny_teacher, tmp_path, build):
+    extra = {"lm_head.weight": torch.ones(4096, 32), "optimizer.state.norm.weight.exp_avg": torch.ones(32), "step": 3}
+    dcp.save({**tiny_teacher[1], **extra}, checkpoint_id=str(tmp_path), no_dist=True)
+    build(tmp_path)

@@ -1,0 +1,182 @@
+"""The command line, as users run it.
+
+A process that gets as far as importing torch takes seconds: those tests are slow ones, and `main` in this process
+stands for them in the quick ones.
+"""
+
+import pytest
+import tomli
+
+from let_plugin import train
+from tests.support import jobs
+
+MISTAKES = """
+[training]
+stepz = 3
+seq_len = "long"
+"""
+
+
+def run(*args):
+    return jobs.run("let_plugin.train", *args, check=False)
+
+
+def main(capfd, *args):
+    """(exit code, standard output, standard error) of the command line in this process."""
+    try:
+        train.main(list(map(str, args)))
+        code = 0
+    except SystemExit as error:
+        code = error.code
+    return code, *capfd.readouterr()
+
+
+def append(path, text):
+    path.write_text(path.read_text() + text)
+    return path
+
+
+def check_refused(result, tmp_path, *expected):
+    code, out, err = result
+    assert code == 2
+    assert out == "" and "Traceback" not in err
+    for text in expected:
+        assert text in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_arguments():
+    result = run()
+    assert result.returncode == 2
+    assert "usage: let-train CONFIG.toml" in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help(flag):
+    result = run(flag)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("usage: let-train CONFIG.toml")
+    for option in ("--check", "--print-config", "--section.key"):
+        assert option in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        (b"base = ", "not valid TOML"),
+        (b"\xff\xfe", "not a text file"),
+        (b'[runtime]\ndevice = "gpu"\n', "runtime.device = 'gpu'"),
+    ],
+)
+def test_bad_file(tmp_path, content, message):
+    path = tmp_path / "run.toml"
+    if content is not None:
+        path.write_bytes(content)
+    result = run(path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("let-train: 1 problem in the configuration\n")
+    assert message in result.stderr and str(path) in result.stderr and "Traceback" not in result.stderr
+    assert [file.name for file in tmp_path.iterdir()] == (["run.toml"] if content is not None else [])
+
+
+def test_an_option_before_the_file():
+    result = run("--check", "run.toml", "--nonsense")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+
+
+def test_mistakes_in_the_file_at_once(tmp_path, tiny_config, capfd):
+    path = append(tiny_config, MISTAKES)
+    check_refused(
+        main(capfd, path),
+        tmp_path,
+        "let-train: 2 problems in the configuration",
+        f"{path}: training.stepz = 3: unknown; did you mean 'steps'?",
+        f"{path}: training.seq_len = 'long': expected an integer",
+    )
+
+
+@pytest.mark.parametrize("mode", [[], ["--check"]])
+def test_mistakes_in_the_values_at_once(tmp_path, tiny_config, capfd, mode):
+    args = ["--training.steps", "0", "--dataloader.dataset", "let_demo_trian", "--let.weight", "-1"]
+    check_refused(
+        main(capfd, tiny_config, *args, *mode),
+        tmp_path,
+        "let-train: 4 problems in the configuration",
+        "training.steps = 0",
+        "let.stop_step = 4",
+        "let.weight = -1.0",
+        "did you mean 'let_demo_train'?",
+    )
+
+
+def test_a_mistake_on_the_command_line(tmp_path, tiny_config, capfd):
+    check_refused(main(capfd, tiny_config, "--training.stepz", "3"), tmp_path, "training.stepz")
+
+
+def test_only_one_rank_reports(tiny_config, capfd, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert main(capfd, append(tiny_config, MISTAKES))[0] == 2
+    code, _, err = main(capfd, tiny_config)
+    assert code == 2 and "let-train" not in err
+
+
+def test_help_on_a_configuration_lists_its_options(tiny_config, capfd):
+    code, out, _ = main(capfd, tiny_config, "--help")
+    assert code == 0
+    assert "--training.steps" in out and "--let.teacher.path" in out
+
+
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_check_prints_the_report_and_trains_nothing(tmp_path, tiny_config, capfd, place):
+    args = ["--training.seq_len", "32"]
+    code, out, _ = main(capfd, tiny_config, *(["--check", *args] if place == "first" else [*args, "--check"]))
+    assert code == 0
+    assert out.startswith("LET preflight\n  student    llama3 tiny: ")
+    assert "N_T / (3 N_S)" in out
+    assert not (tmp_path / "out").exists()
+
+
+def test_print_config_is_toml_with_the_overrides(tmp_path, tiny_config, capfd):
+    code, out, _ = main(capfd, tiny_config, "--print-config", "--training.steps", "3", "--let.weight", "0.25")
+    assert code == 0
+    tables = tomli.loads(out)
+    assert tables["base"] == "tests.support.tiny"
+    assert (tables["training"]["steps"], tables["training"]["seq_len"]) == (3, 64)
+    assert (tables["let"]["enable"], tables["let"]["weight"], tables["let"]["stop_step"]) == (True, 0.25, 4)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "again.toml").write_text(out)
+    assert main(capfd, tmp_path / "again.toml", "--print-config")[1] == out
+
+
+@pytest.mark.slow
+def test_mistakes_at_once_in_a_process_of_its_own(tmp_path, tiny_config):
+    result = run(append(tiny_config, MISTAKES))
+    check_refused((result.returncode, result.stdout, result.stderr), tmp_path, "2 problems", "stepz", "'long'")
+
+
+@pytest.mark.slow
+def test_check_in_a_process_of_its_own(tmp_path, tiny_config):
+    result = run(tiny_config, "--check")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("LET preflight\n") and "break-even" in result.stdout
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_printed_configuration_trains_the_identical_run(tmp_path, tiny_config):
+    overrides = ["--training.steps", "3", "--let.stop_step", "2", "--let.weight", "0.25", "--training.seq_len", "32"]
+    first, again = tmp_path / "out", tmp_path / "again"
+    printed = tmp_path / "printed.toml"
+    printed.write_text(jobs.run("let_plugin.train", tiny_config, *overrides, "--print-config").stdout)
+    assert not first.exists()
+
+    jobs.run("let_plugin.train", tiny_config, *overrides)
+    jobs.run("let_plugin.train", printed, "--dump_folder", again)
+
+    def numbers(folder):
+        keys = ("step", "loss_metrics/global_avg_loss", "grad_norm", "let/active", "let/lambda", "let/cosine")
+        return [[line.get(key) for key in keys] for line in jobs.metrics(folder)]
+
+    assert numbers(first) == numbers(again)
+    assert [(line["step"], line["let/lambda"]) for line in jobs.metrics(first)] == [(1, 0.25), (2, 0.125), (3, 0.0)]
