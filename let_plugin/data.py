@@ -29,12 +29,21 @@ def load_text_files(path: str) -> Dataset:
     ConfigError if there is nothing there or the ending is unknown.
     """
     files = find_text_files(path, key="dataloader.dataset_path")
-    return load_dataset(_loader(files[0]), data_files=files, split="train")
+    # The library takes its files for patterns.
+    dataset = load_dataset(_loader(files[0]), data_files=[glob.escape(f) for f in files], split="train")
+    if "text" not in dataset.column_names:
+        columns = ", ".join(dataset.column_names)
+        message = f'the documents have no field "text", only {columns}'
+        raise ConfigError(Problem("dataloader.dataset_path", message, path))
+    return dataset
 
 
 def find_text_files(path: str, *, key: str) -> list[str]:
     """The files, all of one kind, that `path` stands for. ConfigError, naming the field `key`, if there are none."""
-    pattern = os.path.join(path, "*") if os.path.isdir(path) else path
+    if os.path.isdir(path):
+        pattern = os.path.join(glob.escape(path), "*")
+    else:
+        pattern = glob.escape(path) if os.path.exists(path) else path
     files = sorted(f for f in glob.glob(pattern) if os.path.isfile(f))
     if not files:
         raise ConfigError(Problem(key, "no such file; give a file, a folder or a glob pattern", path))

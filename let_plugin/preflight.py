@@ -45,7 +45,7 @@ def run(config: Trainer.Config) -> str:
     parallel_dims = checks(_parallel_dims, config, world_size)
     if parallel_dims is not None:
         checks(_check_batch_size, config, parallel_dims)
-    student = checks(_student, config)
+    student = checks(_student, config) if config.training.seq_len > 0 else None
     student_vocabulary = checks(_tokenizer_vocabulary, config)
     for key, loader in (("dataloader", config.dataloader), ("validator.dataloader", config.validator.dataloader)):
         if key == "dataloader" or config.validator.enable:
@@ -167,7 +167,7 @@ def _tokenizer_vocabulary(config: Trainer.Config) -> dict[str, int]:
         raise ConfigError(Problem("hf_assets_path", "no such folder; it must hold the student's tokenizer.json", path))
     try:
         tokenizer: Any = config.tokenizer.build(tokenizer_path=path)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the tokenizers library raises plain Exception
         raise ConfigError(Problem("hf_assets_path", f"the tokenizer cannot be loaded: {error}", path)) from error
     inner: Any = getattr(tokenizer, "tokenizer", None)
     vocabulary: dict[str, int] = inner.get_vocab() if hasattr(inner, "get_vocab") else {}

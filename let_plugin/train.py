@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     """Runs the command line; SystemExit with code 2 for bad input."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE, end="")
+        print(USAGE, end="", file=sys.stdout if argv else sys.stderr)
         raise SystemExit(0 if argv else 2)
     try:
         _run(argv)

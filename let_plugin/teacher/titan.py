@@ -3,11 +3,13 @@
 import dataclasses
 import importlib
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torchtitan.config import CompileConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.models import _supported_models
@@ -77,7 +79,12 @@ class TitanTeacherSource(TeacherSource):
         )
 
     def vocabulary(self) -> dict[str, int] | None:
-        return read_vocabulary(self._config.tokenizer_path or self._config.path)
+        path = self._config.tokenizer_path or self._config.path
+        try:
+            return read_vocabulary(path)
+        except Exception as error:  # the tokenizers library raises plain Exception
+            key = "let.teacher.tokenizer_path" if self._config.tokenizer_path else "let.teacher.path"
+            raise ConfigError(Problem(key, f"tokenizer.json cannot be read: {error}", path)) from error
 
     def build(
         self, *, dtype: torch.dtype, device: torch.device, config: Trainer.Config, parallel_dims: ParallelDims
@@ -116,8 +123,9 @@ class TitanTeacherSource(TeacherSource):
             with torch.no_grad():
                 model.init_weights(buffer_device=None)  # the buffers (RoPE); the weights are overwritten below
             self._load(model)
-        freeze(model)
-        return TitanTeacher(model)
+        teacher = TitanTeacher(model)
+        freeze(teacher)
+        return teacher
 
     def _load(self, model: Any) -> None:
         """Reads each rank's own shards into `model`. Every parameter must be found, in its shape."""
@@ -126,14 +134,17 @@ class TitanTeacherSource(TeacherSource):
         try:
             # no_dist: every rank plans and reads for itself, so that ranks without a teacher need not take part.
             if self._format == "DCP":
-                dcp.load(state_dict, checkpoint_id=path, no_dist=True)
+                reader = dcp.FileSystemReader(path)
+                dcp.load(state_dict, storage_reader=reader, no_dist=True)
             else:
                 assert self._spec.state_dict_adapter is not None
                 adapter = self._spec.state_dict_adapter(self._spec.model, path)
                 hf_state_dict = adapter.to_hf(state_dict)
-                dcp.load(hf_state_dict, storage_reader=adapter.get_hf_storage_reader(path), no_dist=True)
+                reader = adapter.get_hf_storage_reader(path)
+                dcp.load(hf_state_dict, storage_reader=reader, no_dist=True)
                 state_dict = {k: v for k, v in adapter.from_hf(hf_state_dict).items() if k in state_dict}
-        except Exception as error:
+            _refuse_surplus_blocks(reader.read_metadata().state_dict_metadata, len(model.layers))
+        except (Exception, CheckpointException) as error:  # the latter is no Exception, only a BaseException
             # Whatever the reader stumbles over (a truncated file, a missing tensor, another shape), it is the file's.
             raise ConfigError(
                 Problem(
@@ -211,7 +222,16 @@ def _trunk(model: Any) -> Any:
     return model
 
 
+def _refuse_surplus_blocks(names: Iterable[str], num_blocks: int) -> None:
+    """A deeper model's weights would load into its lower blocks, and make another model of it."""
+    blocks = [int(match[1]) for name in names if (match := re.match(r"(?:model\.)?layers\.(\d+)\.", name))]
+    if max(blocks, default=-1) >= num_blocks:
+        raise ValueError(f"the checkpoint has {max(blocks) + 1} blocks, the spec {num_blocks}")
+
+
 def _first_cause(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):  # holds, for each rank, what it caught
+        error = next(iter(error.failures.values()))[0]
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
     return f"{type(error).__name__}: {error}".splitlines()[0]

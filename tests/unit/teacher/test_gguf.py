@@ -119,5 +119,5 @@ def test_truncated_file(smollm2, tmp_path, kept) -> None:
 def test_gguf_is_not_installed(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     monkeypatch.setattr(gguf_teacher, "find_spec", lambda name: None if name == "gguf" else object())
-    with pytest.raises(ConfigError, match=r"needs the gguf package: pip install let-plugin\[gguf\]"):
+    with pytest.raises(ConfigError, match=r"needs the gguf package: pip install let-plugin\[hf\]"):
         GGUFTeacherSource(TeacherConfig(path=str(tmp_path / "teacher.gguf")))
