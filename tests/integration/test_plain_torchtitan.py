@@ -35,6 +35,7 @@ def test_after_the_stop_nothing_of_let_is_left(tmp_path, tiny_config):
     assert [line["let/active"] for line in lines] == [1.0] * 5 + [0.0] * 15
     assert all(line["let/lambda"] == 0 and "let/cosine" not in line for line in lines[5:])
     assert let["added_hooks"] == 0
+    assert let["teacher_modules_alive"] == 0
 
     shutil.copytree(tmp_path / "let/checkpoint/step-5", tmp_path / "plain/checkpoint/step-5")
     plain = jobs.probe(tmp_path / "plain", "--plain", *STEPS, *checkpoints)

@@ -4,13 +4,15 @@
     python -m tests.support.probe OUT.pt --plain ...             torchtitan's own Trainer on tests.support.tiny
 
 Rank 0 writes: initial and final parameters, the gradients of every step as the optimizer gets them, the batches, the
-learning rates, what torchtitan logged, and how many hooks are left on the model and its blocks at the end.
+learning rates, what torchtitan logged, and how many hooks that were added to the model and its blocks, and modules of the
+teacher, are left at the end.
 PROBE_KILL_AT_STEP kills the process (SIGKILL) before that step. PROBE_DEVICE=auto takes the accelerator.
 """
 
 import os
 import signal
 import sys
+import weakref
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -58,6 +60,7 @@ def record(trainer, out):
 
     trainer.metrics_processor.log = record_metrics
 
+    teachers = []
     train_step = trainer.train_step
 
     def train_step_or_die(data_iterator):
@@ -67,6 +70,8 @@ def record(trainer, out):
         in_train_step = True
         train_step(data_iterator)
         in_train_step = False
+        if getattr(trainer, "teacher", None) is not None and not teachers:
+            teachers.extend(weakref.ref(module) for module in trainer.teacher.modules())
 
     trainer.train_step = train_step_or_die
 
@@ -76,6 +81,7 @@ def record(trainer, out):
     def write_and_close():
         log["final"] = {n: full(p) for n, p in named.items()}
         log["added_hooks"] = num_hooks(trainer) - before
+        log["teacher_modules_alive"] = sum(ref() is not None for ref in teachers)
         if torch.distributed.get_rank() == 0:
             torch.save(log, out)
         close()
