@@ -4,8 +4,8 @@
     python -m tests.support.probe OUT.pt --plain ...             torchtitan's own Trainer on tests.support.tiny
 
 Rank 0 writes: initial and final parameters, the gradients of every step as the optimizer gets them, the batches, the
-learning rates, what torchtitan logged, and how many hooks that were added to the model and its blocks, and modules of the
-teacher, are left at the end.
+learning rates, what torchtitan logged, and what is left at the end of the hooks on the model and its blocks and of the
+teacher's modules.
 PROBE_KILL_AT_STEP kills the process (SIGKILL) before that step. PROBE_DEVICE=auto takes the accelerator.
 """
 
