@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torchtitan.components.loss import ChunkedLossWrapper
 from torchtitan.distributed import ParallelDims
 from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataLoader
 from torchtitan.trainer import Trainer
@@ -45,6 +46,7 @@ def run(config: Trainer.Config) -> str:
     parallel_dims = checks(_parallel_dims, config, world_size)
     if parallel_dims is not None:
         checks(_check_batch_size, config, parallel_dims)
+    checks(_check_loss_chunks, config)
     student = checks(_student, config) if config.training.seq_len > 0 else None
     student_vocabulary = checks(_tokenizer_vocabulary, config)
     for key, loader in (("dataloader", config.dataloader), ("validator.dataloader", config.validator.dataloader)):
@@ -153,6 +155,16 @@ def _check_batch_size(config: Trainer.Config, parallel_dims: ParallelDims) -> No
                 "-1 takes exactly that",
                 training.global_batch_size,
             )
+        )
+
+
+def _check_loss_chunks(config: Trainer.Config) -> None:
+    loss, seq_len = config.loss, config.training.seq_len
+    if not isinstance(loss, ChunkedLossWrapper.Config) or min(loss.num_chunks, seq_len) < 1:
+        return
+    if seq_len % loss.num_chunks:
+        raise ConfigError(
+            Problem("training.seq_len", f"must be a multiple of loss.num_chunks = {loss.num_chunks}", seq_len)
         )
 
 

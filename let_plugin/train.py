@@ -6,9 +6,12 @@ before anything is written.
 
 import os
 import sys
+import time
 from typing import NoReturn
 
 from let_plugin.errors import ConfigError
+
+_SECONDS_FOR_RANK_0 = 10.0
 
 USAGE = """\
 usage: let-train CONFIG.toml [--check | --print-config] [--section.key VALUE ...]
@@ -87,11 +90,14 @@ def train(config: "Trainer.Config") -> None:  # type: ignore[name-defined]  # no
 
 
 def _exit_with(error: ConfigError) -> NoReturn:
-    if os.environ.get("RANK", "0") == "0":
-        count = len(error.problems)
-        print(f"let-train: {count} problem{'s' if count > 1 else ''} in the configuration", file=sys.stderr)
-        for problem in error.problems:
-            print(f"  {problem}", file=sys.stderr)
+    if os.environ.get("RANK", "0") != "0":
+        # torchrun ends all ranks as soon as one has failed: rank 0, which mostly fails alike, speaks first. A problem
+        # that only this rank has (a file that its machine lacks) is said after all.
+        time.sleep(_SECONDS_FOR_RANK_0)
+    count = len(error.problems)
+    print(f"let-train: {count} problem{'s' if count > 1 else ''} in the configuration", file=sys.stderr)
+    for problem in error.problems:
+        print(f"  {problem}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 

@@ -135,15 +135,16 @@ class TitanTeacherSource(TeacherSource):
             # no_dist: every rank plans and reads for itself, so that ranks without a teacher need not take part.
             if self._format == "DCP":
                 reader = dcp.FileSystemReader(path)
+                _refuse_surplus_blocks(reader.read_metadata().state_dict_metadata, len(model.layers))
                 dcp.load(state_dict, storage_reader=reader, no_dist=True)
             else:
                 assert self._spec.state_dict_adapter is not None
                 adapter = self._spec.state_dict_adapter(self._spec.model, path)
                 hf_state_dict = adapter.to_hf(state_dict)
                 reader = adapter.get_hf_storage_reader(path)
+                _refuse_surplus_blocks(reader.read_metadata().state_dict_metadata, len(model.layers))
                 dcp.load(hf_state_dict, storage_reader=reader, no_dist=True)
                 state_dict = {k: v for k, v in adapter.from_hf(hf_state_dict).items() if k in state_dict}
-            _refuse_surplus_blocks(reader.read_metadata().state_dict_metadata, len(model.layers))
         except (Exception, CheckpointException) as error:  # the latter is no Exception, only a BaseException
             # Whatever the reader stumbles over (a truncated file, a missing tensor, another shape), it is the file's.
             raise ConfigError(

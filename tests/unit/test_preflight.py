@@ -241,11 +241,18 @@ def test_dump_folder_that_is_not_writable(config, tmp_path):
 
 
 def test_sequences_longer_than_the_teacher_was_built_for(config, short_teacher):
-    set_all(config, let__teacher__spec=short_teacher, training__seq_len=33)
+    set_all(config, let__teacher__spec=short_teacher, training__seq_len=40)
     problem = problem_of(config, "training.seq_len")
-    assert problem.value == 33
+    assert problem.value == 40
     assert "at most 32 tokens" in problem.message
     config.training.seq_len = 32
+    preflight.run(config)
+
+
+def test_sequences_that_the_loss_cannot_cut_into_chunks(config):
+    config.training.seq_len = 33
+    assert "multiple of loss.num_chunks = 8" in problem_of(config, "training.seq_len").message
+    config.training.seq_len = 40
     preflight.run(config)
 
 

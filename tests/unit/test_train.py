@@ -114,11 +114,17 @@ def test_a_mistake_on_the_command_line(tmp_path, tiny_config, capfd):
     check_refused(main(capfd, tiny_config, "--training.stepz", "3"), tmp_path, "training.stepz")
 
 
-def test_only_one_rank_reports(tiny_config, capfd, monkeypatch):
+def test_rank_0_reports_before_the_others(tiny_config, capfd, monkeypatch):
+    """torchrun ends every rank when one has failed: another rank that failed first would take the message along."""
+    config = append(tiny_config, MISTAKES)
+    slept = []
+    monkeypatch.setattr(train.time, "sleep", slept.append)
+    assert main(capfd, config)[0] == 2
+    assert not slept
     monkeypatch.setenv("RANK", "1")
-    assert main(capfd, append(tiny_config, MISTAKES))[0] == 2
-    code, _, err = main(capfd, tiny_config)
-    assert code == 2 and "let-train" not in err
+    code, _, err = main(capfd, config)
+    assert code == 2 and "let-train" in err
+    assert slept and slept[0] >= 5
 
 
 def test_help_on_a_configuration_lists_its_options(tiny_config, capfd):
