@@ -87,13 +87,25 @@ class LetConfig:
     """0-based index of the student block whose output is aligned; overrides `layer_mapping`'s choice."""
 
     dimension_match: str = "interpolate"
-    """How the teacher's width becomes the student's. "interpolate" (the paper's): 1-D linear along the channels."""
+    """
+    How the teacher's width becomes the student's. "interpolate" (the paper's): 1-D linear along the channels.
+    "linear": a linear map, learned with the student's optimizer settings, that starts as the interpolation.
+    """
 
     align_corners: bool = False
     """Convention of the interpolation, as in torch.nn.functional.interpolate. (The paper does not state it.)"""
 
     loss: str = "cosine"
-    """Alignment loss per token. "cosine": the negative cosine similarity, in fp32 (the paper's)."""
+    """Alignment loss per token. "cosine": the negative cosine similarity (the paper's)."""
+
+    math_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type of the alignment maths: resizing, normalising, the loss and its gradient."""
+
+    target_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """
+    Data type in which the teacher's state waits for the block's output (and travels between ranks). "auto": the
+    teacher's.
+    """
 
     cuda_graphs: bool = False
     """

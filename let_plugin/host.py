@@ -85,6 +85,7 @@ def _patch_for_cpu() -> None:
     device_module = CpuDeviceModule()
 
     import torchtitan.components.metrics as metrics
+    import torchtitan.distributed.context_parallel.api as context_parallel
     import torchtitan.distributed.fsdp as fsdp
     import torchtitan.distributed.parallel_dims as parallel_dims
     import torchtitan.distributed.utils as distributed_utils
@@ -99,6 +100,7 @@ def _patch_for_cpu() -> None:
 
     fsdp.disable_fsdp_gradient_division = _with_sum_reduction(fsdp.disable_fsdp_gradient_division)
     attention._compiled_create_block_mask = _dense_mask
+    context_parallel.cp_shard = _with_dense_masks(context_parallel.cp_shard)
 
 
 def _with_sum_reduction(disable_fsdp_gradient_division: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -126,6 +128,27 @@ def _dense_mask(
     from torch.nn.attention.flex_attention import create_mask
 
     return create_mask(mask_mod, B, H, Q_LEN, KV_LEN, device=str(device))
+
+
+def _with_dense_masks(cp_shard: Callable[..., Any]) -> Callable[..., Any]:
+    """torchtitan cuts attention masks that are described in blocks; dense ones, [B, 1, Q, KV], are cut here.
+
+    A rank keeps its own queries, and sees the keys of all ranks, one rank's after the other's.
+    """
+
+    def shard(
+        cp_mesh: Any, inputs: Any, attention_masks: Any, load_balancer_type: Any = "headtail", *args: Any, **kwargs: Any
+    ) -> Any:
+        if not isinstance(attention_masks, torch.Tensor):
+            return cp_shard(cp_mesh, inputs, attention_masks, load_balancer_type, *args, **kwargs)
+        inputs, _ = cp_shard(cp_mesh, inputs, None, load_balancer_type, *args, **kwargs)
+        index_1L = torch.arange(attention_masks.shape[-1], device=attention_masks.device)[None]
+        queries = cp_shard(cp_mesh, (index_1L,), None, load_balancer_type)[0][0][0].contiguous()
+        keys = torch.empty_like(index_1L[0])
+        torch.distributed.all_gather_into_tensor(keys, queries, group=cp_mesh.get_group())
+        return inputs, attention_masks.index_select(2, queries).index_select(3, keys)
+
+    return shard
 
 
 _cpu_attention: Any = None

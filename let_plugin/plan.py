@@ -1,11 +1,14 @@
 """From the `[let]` table to what the run will do: which schedule, which layers, which maths."""
 
-from typing import TYPE_CHECKING
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from let_plugin.alignment.layer_mapping import LAYER_MAPPINGS, LayerPair
-from let_plugin.alignment.losses import LOSSES, Alignment
+from let_plugin.alignment.losses import LOSSES, Alignment, AlignmentLoss
 from let_plugin.alignment.projectors import DIMENSION_MATCHES
 from let_plugin.alignment.schedules import SCHEDULES, Schedule
 from let_plugin.alignment.tap import Align
@@ -16,6 +19,8 @@ from let_plugin.teacher.base import TeacherInfo
 if TYPE_CHECKING:
     from torchtitan.config import CompileConfig
     from torchtitan.trainer import Trainer
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def stop_step(config: "Trainer.Config") -> int:
@@ -36,10 +41,14 @@ def stop_step(config: "Trainer.Config") -> int:
 
 def teacher_dtype(config: "Trainer.Config") -> torch.dtype:
     """Data type of the teacher's weights and maths: `let.teacher.dtype`, or the student's."""
-    from torchtitan.config import TORCH_DTYPE_MAP
-
     name = config.let.teacher.dtype
-    return TORCH_DTYPE_MAP[config.training.mixed_precision_param if name == "auto" else name]
+    return _DTYPES[config.training.mixed_precision_param if name == "auto" else name]
+
+
+def target_dtype(config: "Trainer.Config") -> torch.dtype:
+    """Data type in which the target waits for the block's output: `let.target_dtype`, or the teacher's."""
+    name = config.let.target_dtype
+    return teacher_dtype(config) if name == "auto" else _DTYPES[name]
 
 
 def schedule(let: LetConfig) -> Schedule:
@@ -62,17 +71,55 @@ def layer_pair(config: "Trainer.Config", teacher: TeacherInfo) -> LayerPair:
     return LayerPair(let.student_block)
 
 
-def alignment(let: LetConfig, compile_config: "CompileConfig | None" = None) -> Align:
-    """The alignment maths as one function, compiled if torchtitan compiles. ConfigError for an unknown name."""
-    match = DIMENSION_MATCHES.get(let.dimension_match, key="let.dimension_match")
-    loss = LOSSES.get(let.loss, key="let.loss")
-    align_corners = let.align_corners
+def dimension_match(let: LetConfig) -> Callable[[int, int], nn.Module]:
+    """(teacher's width, student's width) -> the module that maps one to the other. ConfigError for an unknown name."""
+    make = DIMENSION_MATCHES.get(let.dimension_match, key="let.dimension_match")
+    return functools.partial(make, align_corners=let.align_corners)
 
+
+def loss(let: LetConfig) -> AlignmentLoss:
+    """The alignment loss. ConfigError for an unknown name."""
+    return LOSSES.get(let.loss, key="let.loss")
+
+
+def alignment(let: LetConfig, match: nn.Module, compile_config: "CompileConfig | None" = None) -> Align:
+    """The alignment maths as one function, compiled if torchtitan compiles."""
+    losses, dtype = loss(let), _DTYPES[let.math_dtype]
+
+    # The one place where the two states are brought to the dtype of the maths.
     def align(student_BLD: torch.Tensor, teacher_BLE: torch.Tensor, coefficient: torch.Tensor) -> Alignment:
-        # The one place where the teacher's state is brought to fp32; the losses do the same for the student's.
-        target_BLD = match(teacher_BLE.float(), student_BLD.shape[-1], align_corners=align_corners)
-        return loss(student_BLD, target_BLD, coefficient)
+        return losses(student_BLD.to(dtype), match(teacher_BLE.to(dtype)), coefficient)
 
-    if compile_config is not None and compile_config.enable:
-        return torch.compile(align, backend=compile_config.backend, fullgraph=True)
-    return align
+    return _compiled(align, compile_config)
+
+
+def learned_alignment(
+    let: LetConfig, match: nn.Module, compile_config: "CompileConfig | None" = None
+) -> Callable[..., tuple[Alignment, dict[str, torch.Tensor]]]:
+    """As `alignment`, for a match that learns: takes its weights as well, and returns their gradients as well."""
+    losses, dtype = loss(let), _DTYPES[let.math_dtype]
+
+    def align(
+        student_BLD: torch.Tensor,
+        teacher_BLE: torch.Tensor,
+        coefficient: torch.Tensor,
+        weights: dict[str, torch.Tensor],
+    ) -> tuple[Alignment, dict[str, torch.Tensor]]:
+        # Tokens that do not count have a state of zeros, and must keep it whatever the projector adds.
+        counts_BL1 = teacher_BLE.ne(0).any(dim=-1, keepdim=True)
+
+        def project(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+            weights = {name: weight.to(dtype) for name, weight in weights.items()}
+            return torch.func.functional_call(match, weights, (teacher_BLE.to(dtype),)) * counts_BL1
+
+        target_BLD, backward = torch.func.vjp(project, weights)  # type: ignore[misc]
+        result = losses(student_BLD.to(dtype), target_BLD, coefficient)
+        return result, backward(result.target_gradient_BLD)[0]
+
+    return _compiled(align, compile_config)
+
+
+def _compiled(function: Callable[..., Any], compile_config: "CompileConfig | None") -> Callable[..., Any]:
+    if compile_config is None or not compile_config.enable:
+        return function
+    return torch.compile(function, backend=compile_config.backend, fullgraph=True)

@@ -16,6 +16,7 @@ from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataLo
 from torchtitan.trainer import Trainer
 
 from let_plugin import data, plan
+from let_plugin.alignment.layer_mapping import LayerPair
 from let_plugin.config import LetConfig
 from let_plugin.errors import ConfigError, Problem, suggest
 from let_plugin.report import Student, report
@@ -62,11 +63,14 @@ def run(config: Trainer.Config) -> str:
 
     stop_step = checks(plan.stop_step, config)
     checks(plan.schedule, let)
-    checks(plan.alignment, let)
+    checks(plan.loss, let)
+    checks(plan.dimension_match, let)
     checks(_check_let_parallelism, config)
     source = checks(open_teacher, let.teacher)
     if source is not None:
         pair = checks(plan.layer_pair, config, source.info)
+        if pair is not None:
+            checks(_check_stages, config, pair)
         checks(_check_sequence_length, config, source.info)
         if student_vocabulary is not None:
             checks(_check_vocabulary, student_vocabulary, source, let)
@@ -224,26 +228,28 @@ def _check_dump_folder(path: str) -> None:
 
 def _check_let_parallelism(config: Trainer.Config) -> None:
     parallelism = config.parallelism
-    degrees = {
-        "pipeline_parallel_degree": parallelism.pipeline_parallel_degree,
-        "tensor_parallel_degree": parallelism.tensor_parallel_degree,
-        "context_parallel_degree": parallelism.context_parallel_degree,
-    }
-    problems = [
-        Problem(f"parallelism.{key}", "LET runs under data parallelism (DDP, FSDP2, HSDP) so far; set it to 1", degree)
-        for key, degree in degrees.items()
-        if degree > 1
-    ]
-    if parallelism.spmd_backend == "full_dtensor":
-        problems.append(
+    if parallelism.context_parallel_degree > 1 and parallelism.context_parallel_load_balancer == "ptrr":
+        raise ConfigError(
             Problem(
-                "parallelism.spmd_backend",
-                "LET runs with spmd_types and partial_dtensor so far",
-                parallelism.spmd_backend,
+                "parallelism.context_parallel_load_balancer",
+                "cuts the sequence differently in each batch, and LET cuts the teacher's states once and for all; "
+                'choose "headtail" or "none"',
+                "ptrr",
             )
         )
-    if problems:
-        raise ConfigError(problems)
+
+
+def _check_stages(config: Trainer.Config, pair: LayerPair) -> None:
+    """torchtitan leaves out, silently, a block that no pipeline stage lists."""
+    stages = config.parallelism.module_fqns_per_model_part
+    block = f"layers.{pair.student}"
+    if config.parallelism.pipeline_parallel_degree > 1 and stages and not any(block in stage for stage in stages):
+        raise ConfigError(
+            Problem(
+                "parallelism.module_fqns_per_model_part",
+                f"no stage has {block}, the block that is aligned (let.student_block = {pair.student})",
+            )
+        )
 
 
 def _check_sequence_length(config: Trainer.Config, teacher: TeacherInfo) -> None:

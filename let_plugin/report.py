@@ -12,6 +12,7 @@ from let_plugin import host, plan
 from let_plugin.alignment.layer_mapping import LayerPair
 from let_plugin.config import LetConfig
 from let_plugin.teacher.base import TeacherInfo
+from let_plugin.teacher.sharding import sequence_shards, teacher_parallel_dims
 
 
 class Student:
@@ -58,11 +59,18 @@ def report(
     # The run with LET costs as much as `steps` plain ones when it has this many steps left to spend.
     affordable_steps = steps - overhead * stop_step
     tokens = config.training.local_batch_size * config.training.seq_len
+    # The ranks of a pipeline stage share the teacher; each holds the states of its part of the sequence.
+    num_shards = teacher_parallel_dims(parallel_dims).dp_shard
+    tokens = tokens // sequence_shards(config, parallel_dims)
     memory = {
-        "teacher": teacher.num_trunk_params * dtype.itemsize // parallel_dims.dp_shard,
-        "target": tokens * teacher.hidden_size * dtype.itemsize,
+        "teacher": teacher.num_trunk_params * dtype.itemsize // num_shards,
+        "target": tokens * teacher.hidden_size * plan.target_dtype(config).itemsize,
         "gradient": tokens * student.width * TORCH_DTYPE_MAP[config.training.mixed_precision_param].itemsize,
     }
+    projector = plan.dimension_match(let)(teacher.hidden_size, student.width)
+    if num_learned := sum(p.numel() for p in projector.parameters()):
+        # In fp32: the gathered weights and their gradient; the sharded ones, their gradient and the optimizer's state.
+        memory["projector"] = num_learned * 4 * 2 + num_learned * 4 * 4 // num_shards
     if teacher.hidden_size == student.width:
         widths = f"both of width {student.width}"
     else:

@@ -12,19 +12,17 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.metrics import _get_metrics_rank
-from torchtitan.distributed import utils as dist_utils
+from torchtitan.distributed.cudagraph import cudagraph_teardown, wrap_with_cuda_graph
 from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
 from let_plugin import plan
-from let_plugin.alignment.tap import TARGET_KWARG, AlignmentTap
+from let_plugin.alignment.tap import TARGET_KWARG
 from let_plugin.config import LetConfig, RuntimeConfig
-from let_plugin.metrics import DeviceTimer, JsonlLogger, Progress
-from let_plugin.teacher.base import Teacher
-from let_plugin.teacher.sources import open_teacher
+from let_plugin.guidance import Guidance
+from let_plugin.metrics import JsonlLogger, Progress
 
 # A mixin's attributes and `super()` calls are those of the trainer that it is mixed into.
 _Base: Any = Trainer if TYPE_CHECKING else object
@@ -42,12 +40,8 @@ class LetTrainerMixin(_Base):
         if self.let.enable:
             self.stop_step = plan.stop_step(config)
             self.schedule = plan.schedule(self.let)
-        self.teacher: Teacher | None = None
-        self.tap: AlignmentTap | None = None
-        self._teacher_timer = DeviceTimer(self.device)
-        self._teacher_tokens = 0
+        self.guidance: Guidance | None = None
         self._lambda = 0.0
-        self._valid_tokens = torch.ones((), device=self.device)
         self._logged_metrics: dict[str, float] = {}
         self._progress = Progress(config.training.steps)
 
@@ -68,56 +62,42 @@ class LetTrainerMixin(_Base):
             if steps_taken < self.stop_step:
                 # Here rather than in __init__: only now is a restored step known, and a run that resumes after the
                 # stop step needs no teacher.
-                if self.tap is None:
-                    self._attach()
-                assert self.tap is not None
-                self.tap.reset()
-            elif self.tap is not None:
-                self._detach()
+                if self.guidance is None:
+                    self.guidance = Guidance(self, steps_taken)
+                self.guidance.start_step(self._lambda)
+            elif self.guidance is not None:
+                self._end_alignment()
 
         super().train_step(data_iterator)
 
-        if self.tap is not None and self.tap.num_calls == 0:
-            raise RuntimeError("LET: the tap was not reached in a training step; its block's forward hook did not run")
+        if self.guidance is not None:
+            self.guidance.finish_step()
         if self.metrics_processor.should_log(self.step):
             self._print_progress()
 
     def forward_backward_step(self, *, global_valid_tokens: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        if self.tap is not None:
-            self.tap.coefficient.fill_(self._lambda).div_(global_valid_tokens)
-            self._valid_tokens = global_valid_tokens
-        return super().forward_backward_step(global_valid_tokens=global_valid_tokens, **kwargs)
+        if self.guidance is None:
+            return super().forward_backward_step(global_valid_tokens=global_valid_tokens, **kwargs)
+        with self.guidance.microbatches(global_valid_tokens):
+            return super().forward_backward_step(global_valid_tokens=global_valid_tokens, **kwargs)
 
     def post_dataloading_process(
         self, input_dict: dict[str, torch.Tensor], labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        target_BLE = None if self.guidance is None else self.guidance.target(input_dict, labels)
         inputs, labels, extra_kwargs = super().post_dataloading_process(input_dict, labels)
-        if self.teacher is not None:
-            with torch.no_grad(), self.train_context(), self._teacher_timer:
-                target_BLE = self.teacher(inputs, extra_kwargs.get("positions"))
-                # A target of zeros has cosine 0 and gradient 0: tokens that do not count in the loss need no mask.
-                target_BLE = target_BLE.masked_fill((labels == IGNORE_INDEX).unsqueeze(-1), 0)
-            self._teacher_tokens += labels.numel()
+        if target_BLE is not None:
             extra_kwargs[TARGET_KWARG] = target_BLE
         return inputs, labels, extra_kwargs
 
-    def _attach(self) -> None:
-        source = open_teacher(self.let.teacher)
-        pair = plan.layer_pair(self.config, source.info)
-        self.teacher = source.build(
-            dtype=plan.teacher_dtype(self.config),
-            device=self.device,
-            config=self.config,
-            parallel_dims=self.parallel_dims,
-        )
-        self.tap = AlignmentTap(
-            self.model_parts[0], str(pair.student), plan.alignment(self.let, self.config.compile), self.device
-        )
-
-    def _detach(self) -> None:
-        assert self.tap is not None
-        self.tap.remove()
-        self.tap = self.teacher = None
+    def _end_alignment(self) -> None:
+        assert self.guidance is not None
+        self.guidance.remove()
+        self.guidance = None
+        if not self.config.training.disable_cuda_graphs:
+            # The captured step has the tap in it, and an input that is no longer there.
+            cudagraph_teardown()
+            self.fwd_bwd_fn = wrap_with_cuda_graph(self._forward_backward_body)
         gc.collect()  # torchtitan has switched off the automatic collection; FSDP's modules are in cycles
         utils.device_module.empty_cache()
         logger.info(f"LET: step {self.step}: the alignment has ended and the teacher is freed")
@@ -125,13 +105,9 @@ class LetTrainerMixin(_Base):
     def _metrics(self) -> dict[str, float]:
         if not self.let.enable:
             return {}
-        metrics = {"let/active": float(self.tap is not None), "let/lambda": self._lambda}
-        if self.tap is not None:
-            mesh = self.parallel_dims.get_optional_mesh("loss") if self.parallel_dims.dp_cp_enabled else None
-            seconds = self._teacher_timer.pop()
-            metrics["let/cosine"] = dist_utils.dist_sum(self.tap.cosine_sum / self._valid_tokens, mesh)
-            metrics["let/teacher_tokens_per_second"] = self._teacher_tokens / seconds
-            self._teacher_tokens = 0
+        metrics = {"let/active": float(self.guidance is not None), "let/lambda": self._lambda}
+        if self.guidance is not None:
+            metrics |= self.guidance.metrics()
         self._logged_metrics = metrics
         return metrics
 

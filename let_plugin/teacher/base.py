@@ -78,7 +78,7 @@ class TeacherSource(ABC):
         config: "Trainer.Config",
         parallel_dims: "ParallelDims",
     ) -> Teacher:
-        """Loads the teacher onto `device`, sharded with FSDP2 if there is more than one data-parallel rank.
+        """Loads the teacher onto `device`, sharded with FSDP2 over the "fsdp" axis of its device meshes.
 
         Leaves the random number generators as they were. ConfigError for a file that is missing, truncated, or does
         not hold the weights that the configuration asks for.
@@ -87,7 +87,7 @@ class TeacherSource(ABC):
             dtype: Data type of its weights and maths.
             device: This rank's device.
             config: The student's configuration, for parallelism, compilation and sequence length.
-            parallel_dims: The student's device meshes.
+            parallel_dims: The teacher's device meshes: `sharding.teacher_parallel_dims`.
         """
 
 

@@ -281,12 +281,10 @@ def _try_out(teacher: HFTeacher, info: TeacherInfo, path: str) -> None:
 def _shard_mesh(parallel_dims: "ParallelDims") -> Any:
     """The 1-D mesh that the weights are sharded over, or None.
 
-    Only the sharding axis of torchtitan's (perhaps 2-D) data-parallel mesh: the replicas along the other axis hold
-    the same frozen weights, and have no gradients to agree on. Its name depends on torchtitan's SPMD backend.
+    Only the sharding axis of the (perhaps 2-D) data-parallel mesh: the replicas along the other axis hold the same
+    frozen weights, and have no gradients to agree on.
     """
-    if not parallel_dims.dp_shard_enabled:
-        return None
-    return parallel_dims.get_mesh("fsdp" if parallel_dims.spmd_backend == "partial_dtensor" else "dp_shard")
+    return parallel_dims.get_mesh("fsdp") if parallel_dims.dp_shard_enabled else None
 
 
 def _read_vocabulary(folder: str, key: str) -> dict[str, int] | None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torchtitan.config import CompileConfig
+from torchtitan.config import CompileConfig, ParallelismConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.models import _supported_models
 from torchtitan.models.common.attention import FlexAttention, VarlenAttention
@@ -89,13 +89,13 @@ class TitanTeacherSource(TeacherSource):
     def build(
         self, *, dtype: torch.dtype, device: torch.device, config: Trainer.Config, parallel_dims: ParallelDims
     ) -> Teacher:
-        # The teacher is replicated over the pipeline, and a model that only runs forward must give its gathered
-        # parameters back after each use, which torchtitan's default does not do under PP.
-        parallelism = dataclasses.replace(
-            config.parallelism,
-            pipeline_parallel_degree=1,
-            module_fqns_per_model_part=None,
+        # Data-parallel only (see sharding.py). A model that only runs forward must give its gathered parameters back
+        # after each use, which torchtitan's default does not do everywhere.
+        parallelism = ParallelismConfig(
+            data_parallel_replicate_degree=parallel_dims.dp_replicate,
+            data_parallel_shard_degree=parallel_dims.dp_shard,
             fsdp_reshard_after_forward="always",
+            spmd_backend=parallel_dims.spmd_backend,
         )
         training = dataclasses.replace(
             config.training, mixed_precision_param=str(dtype).removeprefix("torch."), disable_cuda_graphs=True

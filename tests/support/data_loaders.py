@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
 
 
@@ -11,7 +12,8 @@ class GlobalOrderDataLoader(HuggingFaceTextDataLoader):
     @dataclass(kw_only=True, slots=True)
     class Config(HuggingFaceTextDataLoader.Config):
         ignore_every: int = 0
-        """Every so many-th label is ignored, so that ranks and microbatches have different numbers of valid tokens."""
+        """Labels that this divides are ignored, and the first half of every row that begins with an even token: ranks
+        and microbatches have different numbers of valid tokens, and a row the same ones wherever it goes."""
 
     def __init__(self, config, *, dp_world_size, dp_rank, local_batch_size, **kwargs):
         super().__init__(
@@ -23,8 +25,7 @@ class GlobalOrderDataLoader(HuggingFaceTextDataLoader):
     def __iter__(self):
         for inputs, labels in super().__iter__():
             if self._ignore_every:
-                labels = labels.clone()
-                # The first row's start as well, so that the first rank has fewer valid tokens than the others.
-                labels.view(-1)[:: self._ignore_every] = -100
-                labels[0, : labels.shape[1] // 2] = -100
+                first_half = torch.arange(labels.shape[1]) < labels.shape[1] // 2
+                ignored = (labels % self._ignore_every == 0) | (labels[:, :1] % 2 == 0) & first_half
+                labels = labels.masked_fill(ignored, -100)
             yield {name: value[self._rows] for name, value in inputs.items()}, labels[self._rows]

@@ -70,8 +70,9 @@ def record(trainer, out):
         in_train_step = True
         train_step(data_iterator)
         in_train_step = False
-        if getattr(trainer, "teacher", None) is not None and not teachers:
-            teachers.extend(weakref.ref(module) for module in trainer.teacher.modules())
+        guidance = getattr(trainer, "guidance", None)
+        if guidance is not None and guidance.teacher is not None and not teachers:
+            teachers.extend(weakref.ref(module) for module in guidance.teacher.modules())
 
     trainer.train_step = train_step_or_die
 

@@ -1,0 +1,126 @@
+"""Where the teacher's weights and its work lie, whatever the student's parallelism.
+
+The teacher is never tensor-, context- or pipeline-parallel: its heads need not divide by the student's degrees, and a
+`transformers` model needs no plan. It is data-parallel over all the ranks of a pipeline stage: each of them, the
+student's tensor- and context-parallel ones too, holds a shard of its weights (FSDP2) and runs a share of its rows.
+
+Shape legend: B batch, L sequence, E teacher width, S the part of the sequence that this rank's block output covers.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.context_parallel import prepare_context_parallel_input
+from torchtitan.trainer import Trainer
+
+# Plain tensors and FSDP2: the teacher needs no annotations, and runs outside the student's SPMD context.
+SPMD_BACKEND = "partial_dtensor"
+
+
+def teacher_parallel_dims(student: ParallelDims) -> ParallelDims:
+    """The teacher's device meshes: replicated where the student is, else sharded over a whole pipeline stage.
+
+    Every rank of the job must call it, those that will not hold a teacher too: meshes are made together.
+    """
+    return ParallelDims(
+        dp_replicate=student.pp * student.dp_replicate,
+        dp_shard=student.dp_shard * student.cp * student.tp,
+        cp=1,
+        tp=1,
+        pp=1,
+        ep=1,
+        world_size=student.world_size,
+        spmd_backend=SPMD_BACKEND,
+    )
+
+
+def sequence_shards(config: Trainer.Config, student: ParallelDims) -> int:
+    """Into how many parts the sequence of a block's output is cut: over the context-parallel and, if it is
+    sequence-parallel, the tensor-parallel ranks."""
+    return student.cp * (student.tp if config.parallelism.enable_sequence_parallel else 1)
+
+
+def rows_are_shared(num_rows: int, student: ParallelDims) -> bool:
+    """Whether the ranks that see the same rows split them for the teacher; if not, each of them runs all of them."""
+    num_peers = student.cp * student.tp
+    return num_peers > 1 and num_rows % num_peers == 0
+
+
+class TeacherShare:
+    """Which of a microbatch's rows this rank runs the teacher on, and how the states get to where they are needed.
+
+    The tensor- and context-parallel ranks of one data-parallel rank ("peers") see the same rows. Each runs the teacher
+    on whole sequences, but on its share of the rows; one all-to-all then gives each peer its part of the sequence, of
+    all rows. Where the rows cannot be divided evenly, each peer runs all of them and cuts its part out.
+
+    Args:
+        config: The student's configuration.
+        student: Its device meshes. Every rank of the job must make a TeacherShare: its mesh is made together.
+        device: This rank's device.
+    """
+
+    def __init__(self, config: Trainer.Config, student: ParallelDims, device: torch.device) -> None:
+        self._student = student
+        self._num_peers = student.cp * student.tp
+        self._mesh: DeviceMesh | None = None
+        self._part_S: torch.Tensor | None = None  # indices into L; None: the whole sequence
+        if self._num_peers == 1:
+            return
+        # The two innermost axes of torchtitan's meshes are context and tensor parallelism: peers are neighbours.
+        shape = (student.world_size // self._num_peers, self._num_peers)
+        self._mesh = init_device_mesh(device.type, shape, mesh_dim_names=("let_data", "let_peers"))["let_peers"]
+        if sequence_shards(config, student) > 1:
+            self._part_S = _sequence_part(config, student, device)
+            self._all_parts = self._part_S.new_empty(self._num_peers * len(self._part_S))
+            dist.all_gather_into_tensor(self._all_parts, self._part_S, group=self._mesh.get_group())
+
+    def rows(self, tensor_BL: torch.Tensor) -> torch.Tensor:
+        """This rank's rows of a microbatch that all its peers see."""
+        if not rows_are_shared(tensor_BL.shape[0], self._student):
+            return tensor_BL
+        assert self._mesh is not None
+        return tensor_BL.chunk(self._num_peers)[self._mesh.get_local_rank()]
+
+    def deliver(self, states_BLE: torch.Tensor, num_rows: int) -> torch.Tensor:
+        """The states of this rank's part of the sequence, [B, S, E], from those of its rows, [its rows, L, E].
+
+        Args:
+            states_BLE: What the teacher made of `rows`.
+            num_rows: B, the rows of the whole microbatch.
+        """
+        if not rows_are_shared(num_rows, self._student):
+            return states_BLE if self._part_S is None else states_BLE.index_select(1, self._part_S)
+        assert self._mesh is not None
+        rows, _, width = states_BLE.shape
+        if self._part_S is None:
+            gathered = states_BLE.new_empty((num_rows, *states_BLE.shape[1:]))
+            dist.all_gather_into_tensor(gathered, states_BLE.contiguous(), group=self._mesh.get_group())
+            return gathered
+        # [rows, peers * S, E] -> [peers, rows, S, E]: what each peer is to get lies together.
+        parts = states_BLE.index_select(1, self._all_parts).view(rows, self._num_peers, -1, width)
+        sent = parts.transpose(0, 1).contiguous()
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=self._mesh.get_group())
+        return received.view(num_rows, -1, width)
+
+
+def _sequence_part(config: Trainer.Config, student: ParallelDims, device: torch.device) -> torch.Tensor:
+    """Indices of the positions that this rank's block output covers, cut as torchtitan cuts the student's inputs."""
+    index_L = torch.arange(config.training.seq_len, device=device)
+    if student.cp_enabled:
+        kwargs: dict[str, Any] = {"positions": index_L[None]}
+        prepare_context_parallel_input(
+            index_L[None],
+            index_L[None],
+            kwargs,
+            student.get_mesh("cp"),
+            device,
+            config.parallelism.context_parallel_load_balancer,
+        )
+        index_L = kwargs["positions"][0]
+    if student.tp_enabled and config.parallelism.enable_sequence_parallel:
+        index_L = index_L.chunk(student.tp)[student.get_mesh("tp").get_local_rank()]
+    return index_L.contiguous()
