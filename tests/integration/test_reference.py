@@ -6,28 +6,18 @@ import torch
 from tests.support import jobs, reference
 from tests.support.config_registry import STUDENT, TEACHER
 
-STEPS, WEIGHT, STOP_STEP, BLOCK = 4, 0.5, 4, 0
-LET = {"student_shape": STUDENT, "teacher_shape": TEACHER, "block": BLOCK}
+STEPS = 4
+LET = {"student_shape": STUDENT, "teacher_shape": TEACHER, "block": 0, "weight": 0.5, "stop_step": 4}
 
 
 def train_reference(probe, teacher, num_accumulations):
     """Trains from the probe's initial weights on its batches; returns gradients per step, weights, and cosines."""
-    weights = {name: p.clone().requires_grad_() for name, p in probe["initial"].items()}
-    optimizer = torch.optim.AdamW(weights.values(), lr=0.0, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-    gradients, cosines = [], []
-    for step in range(STEPS):
-        microbatches = probe["batches"][step * num_accumulations : (step + 1) * num_accumulations]
-        batch = [torch.cat(parts) for parts in zip(*microbatches, strict=True)]
-        weight = WEIGHT * max(0, STOP_STEP - step) / STOP_STEP
-        loss, cosine = reference.let_loss(weights, teacher, batch, weight=weight, **LET)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
-        gradients.append({name: p.grad.clone() for name, p in weights.items()})
-        cosines.append(cosine.item())
-        optimizer.param_groups[0]["lr"] = probe["lrs"][step]
-        optimizer.step()
-    return gradients, {name: p.detach() for name, p in weights.items()}, cosines
+    groups = [
+        probe["batches"][i : i + num_accumulations] for i in range(0, STEPS * num_accumulations, num_accumulations)
+    ]
+    batches = [[torch.cat(parts) for parts in zip(*group, strict=True)] for group in groups]
+    steps, weights = reference.train(probe["initial"], teacher, batches, probe["lrs"], **LET)
+    return [step["gradients"] for step in steps], weights, [step["cosine"] for step in steps]
 
 
 @pytest.mark.parametrize("num_accumulations", [1, 2])

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.elastic.utils.distributed import get_free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,18 +33,18 @@ def environment(**extra):
     return {**env, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **extra}
 
 
-def command(module, *args, processes=1):
-    """The command line that runs `module`, under torchrun if there is more than one process."""
-    if processes == 1:
+def command(module, *args, processes=1, torchrun=False):
+    """The command line that runs `module`, under torchrun if asked for or if there is more than one process."""
+    if processes == 1 and not torchrun:
         return [sys.executable, "-m", module, *map(str, args)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    return [*torchrun, "--master_port", str(get_free_port()), "-m", module, *map(str, args)]
+    # --standalone: torchrun itself takes a port that is free, and keeps it.
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [*run, "-m", module, *map(str, args)]
 
 
-def run(module, *args, processes=1, check=True, **env):
-    result = subprocess.run(
-        command(module, *args, processes=processes), cwd=ROOT, env=environment(**env), capture_output=True, text=True
-    )
+def run(module, *args, processes=1, check=True, torchrun=False, **env):
+    own_command = command(module, *args, processes=processes, torchrun=torchrun)
+    result = subprocess.run(own_command, cwd=ROOT, env=environment(**env), capture_output=True, text=True)
     if check:
         assert result.returncode == 0, f"{result.stdout[-4000:]}\n{result.stderr[-6000:]}"
     return result

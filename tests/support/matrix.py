@@ -1,9 +1,9 @@
 """Trains many configurations one after the other in one job, so that starting processes does not take all the time.
 
-    torchrun ... -m tests.support.matrix OUT.pt CONFIG.toml CASES.json
+    torchrun ... -m tests.support.matrix OUT.pt CASES.json
 
-CASES.json lists {"name", "args"}. OUT.pt maps each name to what the run did, or to {"error": traceback}: the gradients
-of the first step as the optimizer got them, and what was logged in each step.
+CASES.json lists {"name", "config" (a TOML file), "args"}. OUT.pt maps each name to what the run did, or to
+{"error": traceback}: the gradients of the first step as the optimizer got them, and what was logged in each step.
 """
 
 import json
@@ -25,20 +25,25 @@ def run(config_file, args):
     from torchtitan.components.checkpointer.utils import canonical_fqn
     from torchtitan.observability import structured_logger
 
+    config = toml_config.load(Path(config_file), args).config
     torchtitan.trainer.time.sleep = lambda seconds: None  # "for other ranks to complete"
+    # torch refuses it where a graph is kept for a second backward pass, as zero-bubble schedules do, LET or not.
+    torch._functorch.config.donated_buffer = "ZeroBubble" not in config.parallelism.pipeline_parallel_schedule
     torch._dynamo.reset()
     _clear_sharding_prop_cache()  # it keeps device meshes, and torch asks whether a mesh is the same, not equal
-    config = toml_config.load(Path(config_file), args).config
     structured_logger.init_structured_logger(source="training", output_dir=config.dump_folder, enable=False)
     host.adapt_model_spec(config.model_spec)
     trainer = config.build()
 
-    named = {canonical_fqn(n): p for part in trainer.model_parts for n, p in part.named_parameters()}
     gradients, logged = {}, []
 
     def before_step(*_):
-        if not gradients:
-            gradients.update({n: full(p.grad) for n, p in named.items() if p.grad is not None})
+        if gradients:
+            return
+        for part in trainer.model_parts:
+            for name, p in part.named_parameters():
+                if p.grad is not None:
+                    gradients[canonical_fqn(name)] = full(p.grad)
 
     next(iter(trainer.optimizers)).register_step_pre_hook(before_step)
     log = trainer.metrics_processor.logger.log
@@ -55,24 +60,28 @@ def run(config_file, args):
 
 
 def main():
-    out, config_file, cases = sys.argv[1:]
+    out, cases = sys.argv[1:]
     host.set_up("cpu")
     dist.init_process_group("gloo")  # torchtitan keeps a group that is there already
     data.register()
     results = {}
     for case in json.loads(Path(cases).read_text()):
         try:
-            own = run(config_file, case["args"])
+            own = run(case["config"], case["args"])
         except BaseException:  # SystemExit too: the next case is to run all the same
             own = {"error": traceback.format_exc()}
         everybody = [None] * dist.get_world_size()
         dist.all_gather_object(everybody, own)
         errors = [rank["error"] for rank in everybody if "error" in rank]
         # A pipeline's stages have the parameters among them; the one that sees the loss logs last.
-        results[case["name"]] = {"error": errors[0]} if errors else {
-            "gradients": {name: g for rank in everybody for name, g in rank["gradients"].items()},
-            "logged": max((rank["logged"] for rank in everybody), key=lambda steps: steps[0]["loss"]),
-        }
+        results[case["name"]] = (
+            {"error": errors[0]}
+            if errors
+            else {
+                "gradients": {name: g for rank in everybody for name, g in rank["gradients"].items()},
+                "logged": max((rank["logged"] for rank in everybody), key=lambda steps: steps[0]["loss"]),
+            }
+        )
         if dist.get_rank() == 0:
             torch.save(results, out)
             print(f"{case['name']}: {'failed' if errors else 'done'}", flush=True)

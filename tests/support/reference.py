@@ -62,8 +62,8 @@ def rotate(x_BLNH, positions_BL, theta):
     return rotated.flatten(-2)
 
 
-def let_loss(student, teacher, batch, *, student_shape, teacher_shape, block, weight):
-    """L_NLL + lambda * L_align of one batch [B, L], both divided by its number of valid tokens."""
+def let_loss(student, teacher, batch, *, student_shape, teacher_shape, block, weight, projector_DE=None):
+    """(L_NLL, L_NLL + lambda * L_align, mean cosine) of a batch [B, L], each divided by its number of valid tokens."""
     tokens_BL, positions_BL, labels_BL = batch
     valid_BL = labels_BL != IGNORE_INDEX
     hidden, final_BLD = llama(student, tokens_BL, positions_BL, **student_shape)
@@ -72,6 +72,36 @@ def let_loss(student, teacher, batch, *, student_shape, teacher_shape, block, we
     with torch.no_grad():
         _, target_BLE = llama(teacher, tokens_BL, positions_BL, **teacher_shape)
     a_BLD = hidden[block]
-    target_BLD = F.interpolate(target_BLE, size=a_BLD.shape[-1], mode="linear", align_corners=False)
+    if projector_DE is None:
+        target_BLD = F.interpolate(target_BLE, size=a_BLD.shape[-1], mode="linear", align_corners=False)
+    else:
+        target_BLD = target_BLE @ projector_DE.T
     cosine_BL = F.cosine_similarity(a_BLD, target_BLD, dim=-1)
-    return (nll - weight * (cosine_BL * valid_BL).sum()) / valid_BL.sum(), (cosine_BL * valid_BL).sum() / valid_BL.sum()
+    nll, cosine = nll / valid_BL.sum(), (cosine_BL * valid_BL).sum() / valid_BL.sum()
+    return nll, nll - weight * cosine, cosine
+
+
+PROJECTOR = "let_projector.weight"
+
+
+def train(initial, teacher, batches, lrs, *, weight, stop_step, **shapes):
+    """Trains from `initial` with AdamW and clipping, as torchtitan's default does, one batch a step.
+
+    A weight of the name `PROJECTOR` is a learned projector, and trained alike. Returns per step the clipped gradients,
+    L_NLL and the mean cosine, and the final weights.
+    """
+    weights = {name: p.clone().requires_grad_() for name, p in initial.items()}
+    student = {name: p for name, p in weights.items() if name != PROJECTOR}
+    optimizer = torch.optim.AdamW(weights.values(), lr=0.0, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    steps = []
+    for step, (batch, lr) in enumerate(zip(batches, lrs, strict=True)):
+        now = weight * max(0, stop_step - step) / stop_step
+        nll, loss, cosine = let_loss(student, teacher, batch, weight=now, projector_DE=weights.get(PROJECTOR), **shapes)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
+        gradients = {name: p.grad.clone() for name, p in weights.items()}
+        steps.append({"gradients": gradients, "loss": nll.item(), "cosine": cosine.item()})
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+    return steps, {name: p.detach() for name, p in weights.items()}

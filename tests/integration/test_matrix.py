@@ -1,0 +1,221 @@
+"""The same gradient everywhere: each parallelism x {eager, compiled} x activation checkpointing, against plain PyTorch.
+
+    pytest -m matrix        all of it, with a table at the end
+    pytest                  a third of it: of each layout one eager and one compiled run
+
+All runs start from the same weights and see the same rows. The compiled ones use "aot_eager", which traces, splits and
+hooks as "inductor" does without generating code; `test_reference.py` has compiled runs with "inductor".
+"""
+
+import json
+import os
+
+import pytest
+import torch
+
+from let_plugin.alignment.projectors import LearnedLinear
+from tests.support import jobs, reference
+from tests.support.config_registry import STUDENT, STUDENT_DIM, TEACHER, TEACHER_DIM
+
+WEIGHT, STEPS, ROWS = 0.5, 4, 4
+
+
+def data_parallel(*, replicate=1, shard=1):
+    degrees = {"data_parallel_replicate_degree": replicate, "data_parallel_shard_degree": shard}
+    return {**degrees, "local_batch_size": ROWS // (replicate * shard)}
+
+
+def pipeline(schedule):
+    # Four blocks on two or four stages, evenly.
+    less = {"pipeline_parallel_first_stage_less_layers": 0, "pipeline_parallel_last_stage_less_layers": 0}
+    return {"pipeline_parallel_degree": 2, "pipeline_parallel_schedule": schedule, **less}
+
+
+TP, CP = {"tensor_parallel_degree": 2}, {"context_parallel_degree": 2}
+NO_SP = {**TP, "enable_sequence_parallel": False}
+PARTIAL, FULL = {"spmd_backend": "partial_dtensor"}, {"spmd_backend": "full_dtensor"}
+FSDP, DDP, HSDP = data_parallel(shard=2), data_parallel(replicate=2), data_parallel(replicate=2, shard=2)
+LEARN = {"dimension_match": "linear"}
+
+# Name -> (processes, settings). `block` is the tapped one: on the first, a middle, or the last stage of a pipeline.
+LAYOUTS = {
+    "single process": (1, {}),
+    "accumulation x2": (1, {"local_batch_size": 2, "global_batch_size": 4}),
+    "projector": (1, LEARN),
+    "FSDP2": (2, FSDP),
+    "FSDP2, partial_dtensor": (2, FSDP | PARTIAL),
+    "FSDP2, full_dtensor": (2, FSDP | FULL),
+    "FSDP2, projector": (2, FSDP | LEARN),
+    "FSDP2, accumulation x2, projector": (2, FSDP | LEARN | {"local_batch_size": 1, "global_batch_size": 4}),
+    "DDP": (2, DDP),
+    "DDP, projector": (2, DDP | LEARN),
+    "TP": (2, TP),
+    "TP, partial_dtensor": (2, TP | PARTIAL),
+    "TP, full_dtensor": (2, TP | FULL),
+    "TP, projector": (2, TP | LEARN),
+    "TP, rows not divisible": (2, TP | {"local_batch_size": 1, "global_batch_size": 4}),
+    "TP without SP": (2, NO_SP),
+    "TP without SP, partial_dtensor": (2, NO_SP | PARTIAL),
+    "TP without SP, full_dtensor": (2, NO_SP | FULL),
+    "TP without SP, projector": (2, NO_SP | LEARN),
+    "CP": (2, CP),
+    "CP, partial_dtensor": (2, CP | PARTIAL),
+    "CP, full_dtensor": (2, CP | FULL),
+    "CP without load balancing": (2, CP | {"context_parallel_load_balancer": None}),
+    "CP, projector": (2, CP | LEARN),
+    "PP 1F1B, first stage": (2, pipeline("1F1B") | {"block": 0}),
+    "PP 1F1B, last stage": (2, pipeline("1F1B") | {"block": 3}),
+    "PP 1F1B, partial_dtensor": (2, pipeline("1F1B") | PARTIAL | {"block": 1}),
+    "PP 1F1B, full_dtensor": (2, pipeline("1F1B") | FULL | {"block": 1}),
+    "PP 1F1B, accumulation x2": (2, pipeline("1F1B") | {"local_batch_size": 2, "global_batch_size": 4}),
+    "PP 1F1B, projector": (2, pipeline("1F1B") | LEARN | {"block": 2}),
+    "PP GPipe": (2, pipeline("GPipe") | {"block": 1}),
+    "PP Interleaved1F1B, first stage": (2, pipeline("Interleaved1F1B") | {"block": 0}),
+    "PP Interleaved1F1B, middle stage": (2, pipeline("Interleaved1F1B") | {"block": 1}),
+    "PP Interleaved1F1B, last stage": (2, pipeline("Interleaved1F1B") | {"block": 3}),
+    "PP InterleavedZeroBubble, first stage": (2, pipeline("InterleavedZeroBubble") | {"block": 0}),
+    "PP InterleavedZeroBubble, middle stage": (2, pipeline("InterleavedZeroBubble") | {"block": 2}),
+    "PP ZBVZeroBubble, last stage": (2, pipeline("ZBVZeroBubble") | {"block": 3}),
+    "HSDP": (4, HSDP | {"local_batch_size": 1}),
+    "HSDP, projector": (4, HSDP | LEARN),
+    "PP x FSDP2": (4, pipeline("1F1B") | FSDP | {"block": 1}),
+    "PP x FSDP2, projector": (4, pipeline("Interleaved1F1B") | FSDP | LEARN | {"block": 1}),
+    "PP x TP": (4, pipeline("1F1B") | TP | {"block": 2}),
+    "TP x FSDP2": (4, TP | FSDP),
+    "TP x FSDP2, projector": (4, TP | FSDP | LEARN),
+    "CP x TP": (4, CP | TP),
+}
+CHECKPOINTING = ("none", "selective", "full")
+MODES = [(compiled, checkpointing) for compiled in (False, True) for checkpointing in CHECKPOINTING]
+CASES = [
+    pytest.param(
+        layout,
+        compiled,
+        checkpointing,
+        id=f"{layout}, {'compiled' if compiled else 'eager'}, {checkpointing}",
+        # Of each layout one eager and one compiled run belong to the third that always runs.
+        marks=[] if CHECKPOINTING.index(checkpointing) == (i + compiled) % 3 else pytest.mark.exhaustive,
+    )
+    for i, layout in enumerate(LAYOUTS)
+    for compiled, checkpointing in MODES
+]
+
+
+def settings(layout):
+    """(processes, `[let]`, `[training]`, `[parallelism]`) of a layout."""
+    processes, values = LAYOUTS[layout]
+    let = {"student_block": values.get("block", 0), **({k: v for k, v in values.items() if k == "dimension_match"})}
+    training = {k: v for k, v in values.items() if k.endswith("batch_size")}
+    own = {"block", *let, *training}
+    return processes, let, training, {k: v for k, v in values.items() if k not in own}
+
+
+def toml(folder, teacher, layout, compiled, checkpointing):
+    _, let, training, parallelism = settings(layout)
+
+    def table(name, values):
+        lines = [f"{k} = {json.dumps('none' if v is None else v)}" for k, v in values.items()]
+        return "\n".join([f"\n[{name}]", *lines, ""])
+
+    text = jobs.TINY.format(folder=folder / "out", teacher=teacher)
+    text += "\n".join(f"{k} = {json.dumps(v)}" for k, v in let.items()) + "\n"
+    text += table("training", {"disable_cuda_graphs": True, **training}) + table("parallelism", parallelism)
+    text += table("compile", {"enable": compiled, "backend": "aot_eager"})
+    text += table("activation_checkpoint", {"type": checkpointing})
+    if "ZeroBubble" in layout:
+        # With torchtitan's chunked loss, the final norm gets no gradient under zero-bubble schedules, LET or not.
+        text += table("loss", {"type": "CrossEntropyLoss"})
+    return text
+
+
+class Matrix:
+    """Runs the cases that this session selects, all of one number of processes in one job."""
+
+    def __init__(self, folder, teacher, teacher_weights, cases):
+        self.rows = []
+        self._folder, self._teacher, self._teacher_weights, self._cases = folder, teacher, teacher_weights, cases
+        self._expected = {}
+        seed = folder / "seed.toml"
+        seed.write_text(jobs.TINY.format(folder=folder / "seed", teacher=teacher))
+        jobs.run("let_plugin.train", seed, "--checkpoint.enable", "--checkpoint.create_seed_checkpoint")
+        checkpoint = folder / "seed/checkpoint/step-0"
+        self._start = ["--checkpoint.enable", "--checkpoint.load_only", "--checkpoint.initial_load_path", checkpoint]
+        self._probe = jobs.probe(folder / "probe", seed, *self._start)
+        self._results = {}
+
+    def result(self, case):
+        processes = LAYOUTS[case[0]][0]
+        if processes not in self._results:
+            self._results[processes] = self._run(processes)
+        return self._results[processes][str(case)]
+
+    def expected(self, layout):
+        """What plain PyTorch does with the layout's block and projector: the steps."""
+        _, let, _, _ = settings(layout)
+        key = tuple(let.values())
+        if key not in self._expected:
+            initial = self._probe["initial"]
+            if "dimension_match" in let:
+                projector = LearnedLinear(TEACHER_DIM, STUDENT_DIM).weight.detach()
+                initial = {**initial, reference.PROJECTOR: projector}
+            self._expected[key], _ = reference.train(
+                initial,
+                self._teacher_weights,
+                self._probe["batches"],
+                self._probe["lrs"],
+                weight=WEIGHT,
+                stop_step=STEPS,
+                block=let["student_block"],
+                student_shape=STUDENT,
+                teacher_shape=TEACHER,
+            )
+        return self._expected[key]
+
+    def _run(self, processes):
+        cases = []
+        for i, case in enumerate(case for case in self._cases if LAYOUTS[case[0]][0] == processes):
+            config = self._folder / f"{processes}-{i}.toml"
+            config.write_text(toml(self._folder / f"{processes}-{i}", self._teacher, *case))
+            cases.append({"name": str(case), "config": str(config), "args": list(map(str, self._start))})
+        listed, out = self._folder / f"{processes}.json", self._folder / f"{processes}.pt"
+        listed.write_text(json.dumps(cases))
+        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
+        jobs.run("tests.support.matrix", out, listed, processes=processes, torchrun=True, **threads)
+        return torch.load(out, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def matrix(request, tmp_path_factory, tiny_teacher):
+    selected = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    names = ("layout", "compiled", "checkpointing")
+    cases = [tuple(item.callspec.params[name] for name in names) for item in selected]
+    matrix = Matrix(tmp_path_factory.mktemp("matrix"), *tiny_teacher, cases)
+    yield matrix
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print(f"\n{'configuration':<42}{'':<20}{'gradient, step 1':>18}{'loss, 4 steps':>15}{'cosine':>10}")
+        for (layout, compiled, checkpointing), *differences in matrix.rows:
+            mode = f"{'compiled' if compiled else 'eager'}, {checkpointing}"
+            print(f"{layout:<42}{mode:<20}{differences[0]:>18.1e}{differences[1]:>15.1e}{differences[2]:>10.1e}")
+
+
+@pytest.mark.matrix
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "compiled", "checkpointing"), CASES)
+def test_gradients_losses_and_cosines_equal_plain_pytorch(matrix, layout, compiled, checkpointing):
+    case = (layout, compiled, checkpointing)
+    got, expected = matrix.result(case), matrix.expected(layout)
+    assert "error" not in got, got["error"]
+
+    assert got["gradients"].keys() == expected[0]["gradients"].keys()
+    gradient = max(
+        jobs.relative_difference({name: got["gradients"][name]}, {name: g})
+        for name, g in expected[0]["gradients"].items()
+    )
+    assert len(got["logged"]) == STEPS
+    loss = max(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(got["logged"], expected, strict=True))
+    cosine = max(abs(a["let/cosine"] - b["cosine"]) for a, b in zip(got["logged"], expected, strict=True))
+    matrix.rows.append((case, gradient, loss, cosine))
+
+    assert gradient <= 1e-5
+    assert loss <= 1e-5
+    assert cosine <= 1e-6
