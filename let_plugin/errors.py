@@ -1,6 +1,7 @@
 """One clear error for bad input: every mistake at once, each with its field, its value and the remedy."""
 
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -45,3 +46,8 @@ def suggest(name: str, valid: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     did_you_mean = f"did you mean {near[0]!r}? " if near else ""
     return f"{did_you_mean}valid names: {', '.join(names) or '(none)'}"
+
+
+def mentions(message: str, key: str) -> bool:
+    """Whether a message is about `key`, too, or about one in the table of that name."""
+    return re.search(rf"\b{re.escape(key)}\b", message) is not None

@@ -4,32 +4,31 @@
 overlay the fields of what it returns. `read_runtime` comes first and imports neither torch nor torchtitan.
 """
 
-import functools
 import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import tomli
 import tomli_w
 
-from let_plugin import legacy_keys
-from let_plugin.config import RuntimeConfig
-from let_plugin.errors import ConfigError, Problem, suggest
+from let_plugin import command_line, legacy_keys
+from let_plugin.config import LetConfig, RuntimeConfig
+from let_plugin.errors import ConfigError, Problem, mentions, suggest
 from let_plugin.toml_dump import to_tables
-from let_plugin.toml_overlay import Overlay
+from let_plugin.toml_overlay import Overlay, leaves
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from torchtitan.config import ConfigManager
     from torchtitan.trainer import Trainer
 
-_COMMAND_LINE = "command line"
+T = TypeVar("T")
+
 _BASE_FORMAT = 'expected "module.function", as in base = "llama3.llama3_debugmodel"'
 
 # Imported so that a `type` key finds their classes by a short name.
@@ -53,28 +52,76 @@ class Loaded:
         config: The effective configuration; it has the tables `let` and `runtime`.
         base: "module.function" of the configuration function underneath.
         source: Path of the TOML file.
+        tables: What the file says on top of `base`.
+        options: Dotted keys of what the command line says on top of that.
+        problems: The mistakes in both; `config` goes without these values.
     """
 
     config: "Trainer.Config"
     base: str
     source: str
+    tables: dict[str, Any] = field(default_factory=dict)
+    options: Set[str] = frozenset()
+    problems: Sequence[Problem] = ()
+
+    def apply(self, function: "Callable[[Trainer.Config], T]") -> T:
+        """`function(config)`.
+
+        ConfigError with all that is wrong: `problems`, and what the function finds, to which this adds the source.
+        """
+        try:
+            result = function(self.config)
+        except ConfigError as error:
+            found = [p for p in error.problems if not any(self._follows(p, earlier) for earlier in self.problems)]
+            found = [replace(p, source=p.source or self.origin(p.key)) for p in found]
+            raise ConfigError([*self.problems, *found]) from error
+        if self.problems:
+            raise ConfigError(self.problems)
+        return result
+
+    def origin(self, key: str) -> str:
+        """Who gave the value of `key`, or of a table around it: the command line, else the file, else the base."""
+        if any(_is_in(key, option) or _is_in(option, key) for option in self.options):
+            return command_line.SOURCE
+        return self.source if key.partition(".")[0] in self.tables else f"base {self.base}"
+
+    def _gives(self, key: str) -> bool:
+        """Whether the file or the command line has `key` itself."""
+        content: Any = self.tables
+        for name in key.split("."):
+            if not isinstance(content, dict) or name not in content:
+                return key in self.options
+            content = content[name]
+        return True
+
+    def _follows(self, problem: Problem, earlier: Problem) -> bool:
+        """Whether a problem that a function has found is a mere consequence of an earlier one."""
+        # What stands in for a wrong value may be wrong, too, or not fit another value. A value that nobody gave may be
+        # in a table that is wrong, or what a wrong key was meant for. All else is the user's own: a mistake, too.
+        if earlier.key == problem.key or mentions(problem.message, earlier.key.removeprefix(f"{problem.key}.")):
+            return True
+        if self._gives(problem.key):
+            return False
+        parent = earlier.key.rpartition(".")[0]
+        name = problem.key.removeprefix(f"{parent}.").partition(".")[0] if _is_in(problem.key, parent) else problem.key
+        remedy = earlier.message.partition("valid names")[0]
+        return _is_in(problem.key, earlier.key) or mentions(remedy, name) or mentions(remedy, problem.key)
 
 
 def read_runtime(argv: list[str]) -> tuple[Path, RuntimeConfig]:
     """The TOML file, which is the first argument, and its `[runtime]` table with `--runtime.device` on top.
 
-    ConfigError if the file cannot be read or one of the two is wrong.
+    A wrong one goes without: `resolve` says what is wrong. ConfigError if the file cannot be read.
     """
     if not argv or argv[0].startswith("-"):
-        raise ConfigError(Problem(_COMMAND_LINE, "the first argument is the TOML file", argv[0] if argv else ""))
+        raise ConfigError(Problem(command_line.SOURCE, "the first argument is the TOML file", argv[0] if argv else ""))
     path = Path(argv[0])
-    table = _read(path).get("runtime", {})
-    runtime = _runtime_overlay(RuntimeConfig(), table, str(path))
+    runtime = _runtime_overlay(RuntimeConfig(), _read(path).get("runtime", {}))
     for i, arg in enumerate(argv):
         option, equals, value = arg.partition("=")
         if option == "--runtime.device":
             value = value if equals else "".join(argv[i + 1 : i + 2])
-            runtime = _runtime_overlay(runtime, {"device": value}, _COMMAND_LINE)
+            runtime = _runtime_overlay(runtime, {"device": value})
     return path, runtime
 
 
@@ -82,21 +129,33 @@ def load(path: Path, cli: list[str]) -> Loaded:
     """The configuration of a TOML file with the options `cli` on top.
 
     Raises:
-        ConfigError: With every mistake in the file.
-        SystemExit: Code 2 after tyro's message about a mistake in `cli`; code 0 after `--help`.
+        ConfigError: With every mistake that can be told without a look at what the values stand for.
+        SystemExit: Code 0 after `--help`.
     """
-    tables = _read(path)
-    source = str(path)
-    base = tables.pop("base", None)
-    if base is None:
-        raise ConfigError([Problem("base", f"missing; {_BASE_FORMAT}", source=source), *_old_keys(tables, source)])
-    config = _load_base(base, source)
+    loaded = resolve(path, cli)
+    if loaded.problems:
+        raise ConfigError(loaded.problems)
+    return loaded
 
+
+def resolve(path: Path, cli: list[str]) -> Loaded:
+    """As `load`, but the mistakes are in the result, next to a configuration of what is right.
+
+    Raises:
+        ConfigError: If the file or its `base` cannot be loaded; with all that can be told without the base.
+        SystemExit: Code 0 after `--help`.
+    """
+    source = str(path)
+    tables = _with_let_shorthands(_read(path))
+    base = tables.pop("base", None)
+    try:
+        config = _load_base(base, source)
+    except ConfigError as error:
+        raise ConfigError([*error.problems, *_problems_without_base(tables, source)]) from error
     overlay = Overlay(source)
-    config = overlay.configuration(config, _with_let_shorthands(tables))
-    if overlay.problems:
-        raise ConfigError(overlay.problems)
-    return Loaded(_with_command_line(config, cli, source), base, source)
+    config = overlay.configuration(config, tables)
+    config, problems = command_line.apply(config, cli, f"let-train {source}")
+    return Loaded(config, base, source, tables, command_line.keys(cli), [*overlay.problems, *problems])
 
 
 def dump(loaded: Loaded) -> str:
@@ -126,12 +185,12 @@ def _read(path: Path) -> dict[str, Any]:
     raise ConfigError(problem)
 
 
-def _runtime_overlay(runtime: RuntimeConfig, table: Any, source: str) -> RuntimeConfig:
-    overlay = Overlay(source)
-    result = overlay.value("runtime", table, RuntimeConfig, runtime)
-    if overlay.problems:
-        raise ConfigError(overlay.problems)
-    return result
+def _runtime_overlay(runtime: RuntimeConfig, table: Any) -> RuntimeConfig:
+    return Overlay("").value("runtime", table, RuntimeConfig, runtime)
+
+
+def _is_in(key: str, table: str) -> bool:
+    return not table or f"{key}.".startswith(f"{table}.")
 
 
 def _with_let_shorthands(tables: dict[str, Any]) -> dict[str, Any]:
@@ -144,47 +203,22 @@ def _with_let_shorthands(tables: dict[str, Any]) -> dict[str, Any]:
     return tables | {"let": let}
 
 
-def _old_keys(tables: dict[str, Any], source: str) -> list[Problem]:
-    """A file without `base` is most likely one of torchtitan's own: say at once what else has changed."""
-    problems = []
-    for table, content in tables.items():
-        for key in content if isinstance(content, dict) else ():
-            message = legacy_keys.explain(f"{table}.{key}")
-            if message is not None:
-                problems.append(Problem(f"{table}.{key}", message, source=source))
-    return problems
-
-
-def _with_command_line(config: "Trainer.Config", cli: list[str], source: str) -> "Trainer.Config":
-    if not cli:
-        return config
-    import tyro
-    from torchtitan.config.manager import custom_registry
-
-    _manager()
-    try:
-        return tyro.cli(
-            type(config),
-            prog=f"let-train {source}",
-            args=cli,
-            default=config,
-            registry=custom_registry,
-            # Else an option that follows a choice (activation-checkpoint:full) would count as the choice's own.
-            config=(tyro.conf.CascadeSubcommandArgs,),
-        )
-    except AssertionError as error:  # of a __post_init__; tyro reports ValueErrors itself
-        raise ConfigError(Problem(_COMMAND_LINE, str(error))) from error
-
-
-@functools.cache
-def _manager() -> "ConfigManager":
-    from torchtitan.config import ConfigManager
-
-    return ConfigManager()  # registers torchtitan's rules for tyro
+def _problems_without_base(tables: dict[str, Any], source: str) -> list[Problem]:
+    """What can be told without a base: LET's own tables, and old keys, for the file may be one of torchtitan's own."""
+    overlay = Overlay(source)
+    for name, cls in (("let", LetConfig), ("runtime", RuntimeConfig)):
+        if name in tables:
+            overlay.value(name, tables[name], cls, cls())
+    leaves_with_messages = ((key, value, legacy_keys.explain(key)) for key, value in leaves("", tables))
+    old_keys = [Problem(key, message, value, source) for key, value, message in leaves_with_messages if message]
+    return overlay.problems + old_keys
 
 
 def _load_base(base: Any, source: str) -> "Trainer.Config":
     """The LET configuration on top of what the function `base` returns; ConfigError if there is no such function."""
+    if base is None:
+        raise ConfigError(Problem("base", f"missing; {_BASE_FORMAT}", source=source))
+
     from torchtitan.trainer import Trainer
 
     from let_plugin.trainer import with_let
@@ -199,7 +233,7 @@ def _load_base(base: Any, source: str) -> "Trainer.Config":
     if not module or not function:
         raise ConfigError(Problem("base", _BASE_FORMAT, base, source))
     try:
-        config, _ = _manager()._load_config(["--module", module, "--config", function])
+        config, _ = command_line.manager()._load_config(["--module", module, "--config", function])
         if isinstance(config, Trainer.Config):
             return config if hasattr(config, "let") else with_let(config)
         message = f"returns a {type(config).__qualname__}, not the configuration of a torchtitan Trainer"

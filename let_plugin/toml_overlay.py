@@ -21,7 +21,7 @@ from let_plugin.config_schema import (
     settable_fields,
     types_by_name,
 )
-from let_plugin.errors import Problem, suggest
+from let_plugin.errors import Problem, mentions, suggest
 
 _DESCRIPTIONS = {
     bool: "true or false",
@@ -35,7 +35,7 @@ _DESCRIPTIONS = {
 
 
 class Overlay:
-    """One pass over a TOML file. `problems` holds what was wrong; a result counts only while it is empty.
+    """One pass over a TOML file. `problems` holds what was wrong; the result has the values that were right.
 
     Args:
         source: The file, for the problems.
@@ -53,7 +53,10 @@ class Overlay:
         return self.fields("", type(config), config, tables, [Arm(type(config))])
 
     def fields(self, key: str, cls: type, current: Any, table: dict[str, Any], alternatives: list[Arm]) -> Any:
-        """The table called `key` as an instance of `cls`: on top of `current`, or new if `current` is None."""
+        """The table called `key` as an instance of `cls`: on top of `current`, or new if `current` is None.
+
+        Returns MISSING if no new one can be made.
+        """
         num_problems = len(self.problems)
         hints = settable_fields(cls)
         changes = {}
@@ -72,13 +75,38 @@ class Overlay:
                     )
                 elif name not in changes:
                     self._add(_join(key, name), f"missing; {config_name(cls)} needs it")
-        if len(self.problems) > num_problems:
-            return current
+        changes = {name: value for name, value in changes.items() if value is not MISSING}
+        if current is None and not changes.keys() >= set(required_fields(cls)):
+            return MISSING
         try:
             return cls(**changes) if current is None else dataclasses.replace(current, **changes)
         except (ValueError, AssertionError) as error:
-            self._add(key or "configuration", str(error) or f"{type(error).__name__} in {cls.__qualname__}")
-            return current
+            if current is not None:
+                return self._as_far_as_accepted(key, current, changes, table, self.problems[num_problems:])
+            self._add(key, _complaint(error, cls))
+            return MISSING
+
+    def _as_far_as_accepted(
+        self, key: str, config: Any, changes: dict[str, Any], table: dict[str, Any], wrong: list[Problem]
+    ) -> Any:
+        """`config` with those of the changes that its class accepts, each by itself or after others.
+
+        The others become problems, unless the class complains about a key that is among those that are `wrong` already.
+        """
+        num_left = -1
+        while len(changes) != num_left:
+            num_left = len(changes)
+            complaints = {}
+            for name, value in list(changes.items()):
+                try:
+                    config = dataclasses.replace(config, **{name: value})
+                    del changes[name]
+                except (ValueError, AssertionError) as error:
+                    complaints[name] = _complaint(error, type(config))
+        for name, complaint in complaints.items():
+            if not any(mentions(complaint, problem.key) for problem in wrong):
+                self._add(_join(key, name), complaint, table[name])
+        return config
 
     def value(self, key: str, value: Any, hint: Any, current: Any) -> Any:
         """`value`, checked against the type `hint`. `current` is the value that it replaces or, as a table, overlays.
@@ -125,7 +153,8 @@ class Overlay:
                 return self._elements(key, value, element, current)
             if not isinstance(value, list):
                 return self._wrong(key, value, "an array", current)
-            return [self.value(f"{key}.{i}", item, element, MISSING) for i, item in enumerate(value)]
+            items = [self.value(f"{key}.{i}", item, element, MISSING) for i, item in enumerate(value)]
+            return current if any(item is MISSING for item in items) else items
         if origin is tuple:
             if not isinstance(value, list):
                 return self._wrong(key, value, "an array", current)
@@ -134,7 +163,8 @@ class Overlay:
             if args and len(args) != len(value):
                 return self._wrong(key, value, f"an array of {len(args)} elements", current)
             args = args or (Any,) * len(value)
-            return tuple(self.value(f"{key}.{i}", item, args[i], MISSING) for i, item in enumerate(value))
+            items = [self.value(f"{key}.{i}", item, args[i], MISSING) for i, item in enumerate(value)]
+            return current if any(item is MISSING for item in items) else tuple(items)
         if origin is dict:
             if not isinstance(value, dict):
                 return self._wrong(key, value, "a table", current)
@@ -167,7 +197,7 @@ class Overlay:
         result = dict(current) if isinstance(current, dict) else {}
         for name, value in table.items():
             result[name] = self.value(f"{key}.{name}", value, hint, result.get(name, MISSING))
-        return result
+        return {name: value for name, value in result.items() if value is not MISSING}
 
     def _elements(self, key: str, table: dict[str, Any], hint: Any, current: Any) -> Any:
         """A table with integer keys overlays single elements of a list."""
@@ -203,7 +233,8 @@ class Overlay:
             self._add(_join(key, "type"), f"missing; valid names: {', '.join(sorted(types_by_name(alternatives)))}")
             return current
         # A new class starts from its own defaults: what a name means may differ from one class to the next.
-        return self.fields(key, cls, current if type(current) is cls else None, table, alternatives)
+        new = self.fields(key, cls, current if type(current) is cls else None, table, alternatives)
+        return current if new is MISSING else new
 
     def _chosen_class(self, key: str, name: Any, alternatives: list[Arm]) -> type | None:
         if not isinstance(name, str):
@@ -234,7 +265,7 @@ class Overlay:
         return None
 
     def _unknown(self, key: str, name: str, value: Any, cls: type, alternatives: list[Arm]) -> None:
-        old_keys = [(leaf, item, legacy_keys.explain(leaf)) for leaf, item in _leaves(key, value)]
+        old_keys = [(leaf, item, legacy_keys.explain(leaf)) for leaf, item in leaves(key, value)]
         others = {  # keyed by class: of its two names, the one of the subcommand comes last and stays
             other: choice
             for choice, found in types_by_name(alternatives).items()
@@ -268,6 +299,10 @@ class Overlay:
         self.problems.append(Problem(key, message, source=self.source, **({"value": value} if has_value else {})))
 
 
+def _complaint(error: Exception, cls: type) -> str:
+    return str(error) or f"{type(error).__name__} in {cls.__qualname__}"
+
+
 def _keys(config: Any, prefix: str = "") -> Iterator[str]:
     """The dotted keys of everything that can be set in `config`."""
     for name in settable_fields(type(config)):
@@ -281,10 +316,11 @@ def _keys(config: Any, prefix: str = "") -> Iterator[str]:
                 yield from (f"{child_key}.{leaf}" for leaf in child)
 
 
-def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+def leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The dotted keys in the table called `key`, with their values; if `value` is no table, the two as they are."""
     if isinstance(value, dict) and value:
         for name, item in value.items():
-            yield from _leaves(f"{key}.{name}", item)
+            yield from leaves(_join(key, name), item)
     else:
         yield key, value
 

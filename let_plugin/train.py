@@ -50,19 +50,19 @@ def _run(argv: list[str]) -> None:
     from let_plugin import host  # imports torch: not before `--help` and plain mistakes have been dealt with
 
     host.set_up(runtime.device)
-    loaded = toml_config.load(path, argv[1:])
     if "--print-config" in mode:
-        print(toml_config.dump(loaded), end="")
+        print(toml_config.dump(toml_config.load(path, argv[1:])), end="")
         return
+    loaded = toml_config.resolve(path, argv[1:])
 
     from let_plugin import data, preflight
 
     data.register()
-    report = preflight.run(loaded.config)
+    report = loaded.apply(preflight.run)
     if os.environ["RANK"] == "0":
         print(report, flush=True)
     if "--check" not in mode:
-        train(loaded.config)
+        loaded.apply(train)
 
 
 def train(config: "Trainer.Config") -> None:  # type: ignore[name-defined]  # noqa: F821

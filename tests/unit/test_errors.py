@@ -2,7 +2,7 @@
 
 import pytest
 
-from let_plugin.errors import ConfigError, Problem, suggest
+from let_plugin.errors import ConfigError, Problem, mentions, suggest
 
 
 def test_problem_names_source_field_value_and_remedy():
@@ -36,3 +36,10 @@ def test_suggest():
     assert suggest("steos", ["steps", "seq_len"]) == "did you mean 'steps'? valid names: seq_len, steps"
     assert suggest("xyz", ["steps", "steps"]) == "valid names: steps"
     assert suggest("xyz", []) == "valid names: (none)"
+
+
+def test_mentions():
+    assert mentions("must be at most training.steps = 4", "training.steps")
+    assert mentions("set --training.steps", "training")
+    assert not mentions("set training.steps_per_epoch", "training.steps")
+    assert not mentions("nothing of letters", "let")

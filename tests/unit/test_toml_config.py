@@ -18,8 +18,8 @@ from torchtitan.trainer import Trainer
 
 from let_plugin import toml_config
 from let_plugin.config import RuntimeConfig
-from let_plugin.errors import ConfigError
-from let_plugin.toml_config import Loaded, dump, load, read_runtime
+from let_plugin.errors import ConfigError, Problem
+from let_plugin.toml_config import Loaded, dump, load, read_runtime, resolve
 
 DEBUG_MODEL = 'base = "llama3.llama3_debugmodel"\n'
 
@@ -37,6 +37,11 @@ def load_text(text, *cli, base=DEBUG_MODEL):
         file.write(base + text)
         file.flush()
         return load(Path(file.name), list(cli))
+
+
+def resolve_text(text, *cli, base=DEBUG_MODEL):
+    Path("run.toml").write_text(base + text)
+    return resolve(Path("run.toml"), list(cli))
 
 
 def config_of(text="", *cli, base=DEBUG_MODEL):
@@ -312,24 +317,66 @@ def test_all_problems_at_once():
     assert set(problems) == {"training.steps", "training.sequence_len", "optimizer.lr", "loss.type"}
 
 
-def test_old_file_without_base_is_explained_at_once():
-    problems = problems_of('[job]\ndump_folder = "x"\n[training]\ndataset = "c4"\nsteps = 3\n', base="")
-    assert set(problems) == {"base", "job.dump_folder", "training.dataset"}
+OLD_FILE = """
+[job]
+dump_folder = "x"
+[training]
+dataset = "c4"
+steps = 3
+[metrics]
+enable_color_printing = true
+"""
+
+
+@pytest.mark.parametrize("base", ["", 'base = "llama3.no_such"\n', DEBUG_MODEL])
+def test_old_file_is_explained_at_once(base):
+    problems = problems_of(OLD_FILE, base=base)
+    expected = {"job.dump_folder", "training.dataset", "metrics.enable_color_printing"}
+    assert set(problems) == expected | (set() if base == DEBUG_MODEL else {"base"})
     assert "dataloader.dataset" in problems["training.dataset"]
+    assert "metrics.disable_color_printing" in problems["metrics.enable_color_printing"]
+
+
+def test_the_own_tables_are_checked_without_a_base():
+    problems = problems_of('[let]\nwieght = 1\nteacher = 3\n[runtime]\ndevice = "gpu"\n', base="")
+    assert set(problems) == {"base", "let.wieght", "let.teacher", "runtime.device"}
 
 
 # --- checks of the configuration classes
 
 
-def test_post_init_names_the_table():
-    assert problems_of("[validator]\nsteps = 0\n") == {"validator": "validation steps must be positive or -1"}
-    assert "Async TP requires" in problems_of("[compile]\nenable_async_tensor_parallel = true\n")["compile"]
+def test_post_init_names_the_key():
+    assert problems_of("[validator]\nsteps = 0\n") == {"validator.steps": "validation steps must be positive or -1"}
+    problems = problems_of("[compile]\nbackend = 'eager'\nenable_async_tensor_parallel = true\n")
+    assert list(problems) == ["compile.enable_async_tensor_parallel"]
+    assert "Async TP requires" in problems["compile.enable_async_tensor_parallel"]
+
+
+def test_all_that_post_init_refuses_at_once():
+    loaded = resolve_text("[checkpoint]\ninterval = 0\nkeep_latest_k = 1\nfoldr = 'x'\nfolder = 'y'\n")
+    assert [problem.key for problem in loaded.problems] == [
+        "checkpoint.foldr",
+        "checkpoint.interval",
+        "checkpoint.keep_latest_k",
+    ]
+    assert loaded.problems[1].value == 0
+    assert loaded.config.checkpoint.folder == "y"
+
+
+def test_post_init_that_complains_about_a_value_that_is_wrong_already():
+    problems = problems_of('[compile]\nenable = "yes"\nenable_async_tensor_parallel = true\n')
+    assert list(problems) == ["compile.enable"]
+
+
+def test_post_init_of_a_new_class():
+    text = '[dataloader]\ntype = "InterleavedHuggingFaceTextDataLoader"\nsources = []\n'
+    assert problems_of(text) == {"dataloader": "At least one source should be defined."}
 
 
 def test_post_init_of_the_whole():
     problems = problems_of("[parallelism]\npipeline_parallel_degree = 2\n")
-    assert list(problems) == ["configuration"]
-    assert "CUDA graphs" in problems["configuration"]
+    assert list(problems) == ["parallelism"]
+    assert "CUDA graphs" in problems["parallelism"]
     text = "[parallelism]\npipeline_parallel_degree = 2\n[training]\ndisable_cuda_graphs = true\n"
     assert config_of(text).parallelism.pipeline_parallel_degree == 2
 
@@ -369,10 +416,11 @@ def test_read_runtime(folder):
         ("", ["--runtime.device"], "valid names: auto, cpu"),
     ],
 )
-def test_read_runtime_errors(folder, text, cli, message):
-    (folder / "a.toml").write_text(text)
+def test_runtime_errors_wait_for_the_others(folder, text, cli, message):
+    (folder / "a.toml").write_text(DEBUG_MODEL + text)
+    assert read_runtime(["a.toml", *cli])[1] == RuntimeConfig()
     with pytest.raises(ConfigError, match=message):
-        read_runtime(["a.toml", *cli])
+        load(Path("a.toml"), cli)
 
 
 def test_read_runtime_needs_the_file_first():
@@ -508,30 +556,113 @@ def test_command_line_keeps_everything_else():
     assert comparable(without) == comparable(with_option)
 
 
+# --- the good values of a bad file, and what else is wrong with them
+
+
+def test_good_values_are_applied_next_to_bad_ones():
+    text = """
+    nonsense = 1
+    dump_folder = "x"
+    [training]
+    stepz = 3
+    seq_len = "long"
+    steps = 7
+    [loss]
+    type = "MSELoss"
+    reduction = 3
+    [tokenizer]
+    type = "MultiModalTokenizer"
+    [compile]
+    components = ["model", 3]
+    [optimizer.param_groups.0.optimizer_kwargs]
+    lr = "high"
+    eps = 1e-5
+    [[override.imports]]
+    """
+    loaded = resolve_text(text, "--training.local-batch-size", "many", "--metrics.log_freq", "3")
+    base, config = config_of(), loaded.config
+    assert (config.dump_folder, config.training.steps, config.training.seq_len) == ("x", 7, 2048)
+    assert (config.training.local_batch_size, config.metrics.log_freq) == (8, 3)
+    assert type(config.loss) is MSELoss.Config
+    assert (config.tokenizer, config.compile, config.override) == (base.tokenizer, base.compile, base.override)
+    kwargs = config.optimizer.param_groups[0].optimizer_kwargs
+    assert (kwargs["lr"], kwargs["eps"]) == (8e-4, 1e-5)
+
+
+def found(text, *cli, check):
+    """source, key of the problems of `resolve` and of a check, which is the list of its own problems."""
+
+    def fail(config):
+        raise ConfigError(check)
+
+    with pytest.raises(ConfigError) as info:
+        resolve_text(text, *cli).apply(fail)
+    return [(problem.source, problem.key) for problem in info.value.problems]
+
+
 @pytest.mark.parametrize(
-    ("cli", "message"),
+    ("key", "source"),
     [
-        (["--training.steps", "five"], "invalid literal for int"),
-        (["--training.step", "5"], "training.steps"),
-        (["--parallelism.pipeline-parallel-degree", "2"], "CUDA graphs do not support"),
+        ("training.steps", "run.toml"),
+        ("training.seq_len", "run.toml"),  # in a table that the file has
+        ("training", "run.toml"),
+        ("let.teacher.path", "run.toml"),
+        ("dump_folder", "command line"),
+        ("metrics.log_freq", "command line"),
+        ("let.cuda_graphs", "command line"),
+        ("let.stop_step", "command line"),
+        ("parallelism", "command line"),
+        ("activation_checkpoint.debug", "command line"),
+        ("hf_assets_path", "base llama3.llama3_debugmodel"),
+        ("profiler.enable_profiling", "base llama3.llama3_debugmodel"),
     ],
 )
-def test_command_line_errors_exit_with_2(cli, message, capsys):
-    with pytest.raises(SystemExit) as info:
-        load_text("", *cli)
-    assert info.value.code == 2
-    assert message in capsys.readouterr().err
+def test_source_of_a_value(key, source):
+    text = '[training]\nsteps = 3\n[let]\nteacher = "x"\nstop_step = 2\n'
+    cli = ["--dump_folder=x", "--metrics.log-freq", "4", "--let.no-cuda-graphs", "--let.stop_step", "1"]
+    cli += ["--parallelism.data-parallel-shard-degree", "3", "activation-checkpoint:full"]
+    assert found(text, *cli, check=[Problem(key, "bad")]) == [(source, key)]
 
 
-def test_assertion_behind_the_command_line_is_a_message(capsys):
-    try:
-        load_text("", "--validator.steps", "0")
-    except ConfigError as error:
-        message = str(error)
-    except SystemExit as error:
-        assert error.code == 2
-        message = capsys.readouterr().err
-    assert "validation steps must be positive or -1" in message
+def test_a_source_that_is_known_stays():
+    assert found("", check=[Problem("a", "bad", source="b.txt")]) == [("b.txt", "a")]
+
+
+def test_a_check_without_complaints():
+    assert resolve_text("").apply(lambda config: config.training.steps) == 10
+    with pytest.raises(ConfigError, match="stepz"):
+        resolve_text("[training]\nstepz = 3\n").apply(lambda config: None)
+
+
+@pytest.mark.parametrize(
+    ("text", "cli", "problem", "follows"),
+    [
+        # the value itself is wrong, or its table
+        ('dump_folder = 3\n[let]\nweight = "x"\n', [], Problem("let.weight", "bad"), True),
+        ("let = 3\n", [], Problem("let.teacher.path", "no teacher is given"), True),
+        ("", ["--let.teacher.dtype", "x"], Problem("let.teacher.dtype", "bad"), True),
+        # it was perhaps meant
+        ('[let]\nteacher.pth = "x"\n', [], Problem("let.teacher.path", "no teacher is given"), True),
+        ('[let]\ntecher.path = "x"\n', [], Problem("let.teacher.path", "no teacher is given"), True),
+        ('[let]\nteacher.path = "y"\nteacher.pth = "x"\n', [], Problem("let.teacher.path", "no such"), False),
+        ("[let]\n", ["--let.teacher.pth", "x"], Problem("let.teacher.path", "no teacher is given"), True),
+        ('[model]\ntokenizer_path = "x"\n', [], Problem("hf_assets_path", "no such folder"), True),
+        ('[trainign]\nsteps = "x"\n', [], Problem("training.steps", "bad"), True),
+        ('[trainign]\nsteps = "x"\n', [], Problem("hf_assets_path", "no such folder"), False),
+        # it does not fit what stands in for a wrong value
+        ('[let]\nstop_step = 99\n[training]\nsteps = "many"\n', [], Problem("let.stop_step", "> training.steps"), True),
+        ("[parallelism]\ntensor_parallel_degree = 'x'\n", [], Problem("parallelism", "tensor_parallel_degree"), True),
+        # the neighbour of a mistake
+        ("[training]\nstepz = 3\nsteps = 0\n", [], Problem("training.steps", "must be at least 1"), False),
+        ("[training]\nstepz = 3\n", ["--training.steps=0"], Problem("training.steps", "must be at least 1"), False),
+        ("[validator]\nsteps = 0\nfreq = 0\n", [], Problem("validator.freq", "must be at least 1"), False),
+    ],
+)
+def test_mere_consequences_are_not_said(text, cli, problem, follows):
+    already = [problem.key for problem in resolve_text(text, *cli).problems]
+    assert already
+    keys = [key for _, key in found(text, *cli, check=[problem])]
+    assert keys == already + ([] if follows else [problem.key])
 
 
 # --- dump

@@ -8,6 +8,7 @@ import pytest
 import tomli
 
 from let_plugin import train
+from let_plugin.errors import ConfigError, Problem
 from tests.support import jobs
 
 MISTAKES = """
@@ -66,7 +67,6 @@ def test_help(flag):
         (None, "no such file"),
         (b"base = ", "not valid TOML"),
         (b"\xff\xfe", "not a text file"),
-        (b'[runtime]\ndevice = "gpu"\n', "runtime.device = 'gpu'"),
     ],
 )
 def test_bad_file(tmp_path, content, message):
@@ -103,15 +103,112 @@ def test_mistakes_in_the_values_at_once(tmp_path, tiny_config, capfd, mode):
         main(capfd, tiny_config, *args, *mode),
         tmp_path,
         "let-train: 4 problems in the configuration",
-        "training.steps = 0",
-        "let.stop_step = 4",
-        "let.weight = -1.0",
-        "did you mean 'let_demo_train'?",
+        "command line: training.steps = 0",
+        f"{tiny_config}: let.stop_step = 4",
+        "command line: let.weight = -1.0",
+        "command line: dataloader.dataset = 'let_demo_trian': unknown dataset; did you mean 'let_demo_train'?",
     )
 
 
+EVERYTHING_WRONG = """
+teacher.spec = "tiny_teacher"
+teacher.path = "no/such/teacher"
+wieght = 0.5
+stop_step = 4
+
+[training]
+stepz = 3
+seq_len = "long"
+gc_freq = 0
+
+[metrics]
+enable_color_printing = true
+
+[dataloader]
+dataset = "let_demo_trian"
+
+[checkpoint]
+interval = 0
+
+[validator]
+dataloader.dataset = "let_demo_test"
+
+[runtime]
+device = "gpu"
+"""
+
+
+def test_all_kinds_of_mistakes_at_once_each_with_its_source(tmp_path, capfd):
+    path = tmp_path / "run.toml"
+    path.write_text(f'base = "tests.support.tiny"\ndump_folder = "{tmp_path / "out"}"\n[let]\n{EVERYTHING_WRONG}')
+    cli = ["--training.steps=-1", "--metrics.log-freq", "often", "--training.datazet", "c4", "--let.no-enabel"]
+    cli += ["--hf-assets-path", "no/such/tokenizer", "--parallelism.tensor_parallel_degree", "2", "--validator.enable"]
+    result = main(capfd, path, *cli)
+    expected = [
+        (path, "let.wieght = 0.5: unknown; did you mean 'weight'?"),
+        (path, "training.stepz = 3: unknown; did you mean 'steps'?"),
+        (path, "training.seq_len = 'long': expected an integer"),
+        (path, "metrics.enable_color_printing = True: an old torchtitan key; torchtitan 0.3 calls it"),
+        (path, "checkpoint.interval = 0: Checkpoint interval needs to be at least 1 step"),
+        (path, "runtime.device = 'gpu': not a valid choice; did you mean 'cpu'? valid names: auto, cpu"),
+        ("command line", "metrics.log_freq = 'often': expected an integer"),
+        ("command line", "training.datazet = 'c4': unknown; did you mean "),
+        ("command line", "let.no_enabel: unknown; did you mean 'enable'?"),
+        ("command line", "training.steps = -1: must be at least 1"),
+        (path, "training.gc_freq = 0: must be at least 1"),
+        ("command line", "parallelism: tensor_parallel_degree = 2: this needs a multiple of 2 processes"),
+        ("command line", "hf_assets_path = 'no/such/tokenizer': no such folder"),
+        (path, "dataloader.dataset = 'let_demo_trian': unknown dataset; did you mean 'let_demo_train'?"),
+        (path, "let.stop_step = 4: must be between 0 and training.steps = -1"),
+        ("command line", "parallelism.tensor_parallel_degree = 2: LET runs under data parallelism"),
+        (path, "let.teacher.path = 'no/such/teacher': no such folder"),
+    ]
+    check_refused(result, tmp_path, *(f"\n  {source}: {text}" for source, text in expected))
+    assert f"let-train: {len(expected)} problems in the configuration\n" in result[2]
+    assert [file.name for file in tmp_path.iterdir()] == ["run.toml"]
+
+
+def test_a_value_of_the_base_is_called_one(tmp_path, capfd):
+    path = tmp_path / "run.toml"
+    path.write_text(f'base = "llama3.llama3_8b"\ndump_folder = "{tmp_path / "out"}"\n')
+    source = "let-train: 1 problem in the configuration\n  base llama3.llama3_8b: hf_assets_path = './assets/hf/"
+    check_refused(main(capfd, path), tmp_path, source)
+
+
+def test_what_can_be_told_without_a_base(tmp_path, capfd):
+    path = tmp_path / "run.toml"
+    path.write_text('base = "tests.support.tinny"\n[runtime]\ndevice = "gpu"\n[job]\ndump_folder = "x"\n')
+    check_refused(
+        main(capfd, path),
+        tmp_path,
+        "let-train: 3 problems in the configuration",
+        f"{path}: base = 'tests.support.tinny': no function 'tinny' in tests.support.config_registry; did you mean",
+        f"{path}: runtime.device = 'gpu': not a valid choice; did you mean 'cpu'?",
+        f"{path}: job.dump_folder = 'x': an old torchtitan key; torchtitan 0.3 calls it dump_folder",
+    )
+
+
+def test_mistakes_are_not_printed_as_a_configuration(tmp_path, tiny_config, capfd):
+    result = main(capfd, append(tiny_config, MISTAKES), "--print-config")
+    check_refused(result, tmp_path, "let-train: 2 problems in the configuration")
+
+
+def test_a_mistake_that_only_the_training_finds_has_a_source(tmp_path, tiny_config, capfd, monkeypatch):
+    def fail(config):
+        raise ConfigError(Problem("let.teacher.path", "truncated", config.let.teacher.path))
+
+    monkeypatch.setattr(train, "train", fail)
+    code, _, err = main(capfd, tiny_config)
+    assert code == 2
+    assert f"  {tiny_config}: let.teacher.path = " in err and "Traceback" not in err
+
+
 def test_a_mistake_on_the_command_line(tmp_path, tiny_config, capfd):
-    check_refused(main(capfd, tiny_config, "--training.stepz", "3"), tmp_path, "training.stepz")
+    check_refused(
+        main(capfd, tiny_config, "--training.stepz", "3"),
+        tmp_path,
+        "let-train: 1 problem in the configuration\n  command line: training.stepz = 3: unknown; did you mean 'steps'?",
+    )
 
 
 def test_rank_0_reports_before_the_others(tiny_config, capfd, monkeypatch):
