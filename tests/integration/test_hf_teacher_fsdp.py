@@ -3,9 +3,8 @@
 The test starts this file with torchrun; `_worker` is what each process runs. Shape legend: B batch, L sequence.
 """
 
-import os
-import socket
-import subprocess
+import json
+import math
 import sys
 from pathlib import Path
 
@@ -17,8 +16,7 @@ pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
 from let_plugin import host
 from let_plugin.config import TeacherConfig
 from let_plugin.teacher.hf import HFTeacher, HFTeacherSource
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support import jobs
 
 
 def _batch(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,39 +27,33 @@ def _batch(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens_BL, positions_L.repeat(2, 1)
 
 
-def _build(path: str, spmd_backend: str, replicate: int, shard: int) -> HFTeacher:
+def _build(path: str, degrees: dict[str, int]) -> HFTeacher:
+    """The teacher of a student with these parallel degrees."""
     from torchtitan.distributed import ParallelDims
 
-    world_size = replicate * shard
-    parallel_dims = ParallelDims(
-        dp_replicate=replicate,
-        dp_shard=shard,
-        cp=1,
-        tp=1,
-        pp=1,
-        ep=1,
-        world_size=world_size,
-        spmd_backend=spmd_backend,  # type: ignore[arg-type]
-    )
-    if world_size > 1:
-        parallel_dims.build_mesh()
-    source = HFTeacherSource(TeacherConfig(path=path))
-    return source.build(
+    from let_plugin.teacher.sharding import teacher_parallel_dims
+
+    all_degrees = {name: degrees.get(name, 1) for name in ("dp_replicate", "dp_shard", "cp", "tp", "pp", "ep")}
+    student = ParallelDims(**all_degrees, world_size=math.prod(all_degrees.values()))
+    teacher_dims = teacher_parallel_dims(student)
+    if student.world_size > 1:
+        teacher_dims.build_mesh()
+    return HFTeacherSource(TeacherConfig(path=path)).build(
         dtype=torch.float32,
         device=torch.device("cpu"),
         config=None,  # type: ignore[arg-type]
-        parallel_dims=parallel_dims,
+        parallel_dims=teacher_dims,
     )
 
 
-def _worker(path: str, out: str, spmd_backend: str, replicate: int, shard: int) -> None:
+def _worker(path: str, out: str, degrees: dict[str, int], shards: int) -> None:
     from torch.distributed.tensor import DTensor
 
     host.set_up("cpu")
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
     rng_state = torch.get_rng_state()
-    teacher = _build(path, spmd_backend, replicate, shard)
+    teacher = _build(path, degrees)
     assert torch.equal(rng_state, torch.get_rng_state())
     with torch.no_grad():
         first = teacher(*_batch(rank))
@@ -70,24 +62,25 @@ def _worker(path: str, out: str, spmd_backend: str, replicate: int, shard: int) 
     assert type(first) is torch.Tensor
     for parameter in teacher.parameters():  # after a forward: the root is not left gathered either
         assert not parameter.requires_grad
-        assert isinstance(parameter, DTensor) == (shard > 1)
+        assert isinstance(parameter, DTensor) == (shards > 1)
         if isinstance(parameter, DTensor):
-            assert parameter.device_mesh.size() == shard
+            assert parameter.device_mesh.size() == shards
             assert parameter.to_local().numel() < parameter.numel()
     torch.save(first, Path(out) / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "spmd_backend", "replicate", "shard"),
+    ("family", "degrees", "shards"),
     [
-        ("llama", "spmd_types", 1, 2),
-        ("opt", "partial_dtensor", 1, 2),
-        ("gpt2", "spmd_types", 2, 1),
-        ("llama", "full_dtensor", 2, 2),
+        ("llama", {"dp_shard": 2}, 2),
+        ("opt", {"tp": 2}, 2),  # over the ranks of a pipeline stage, whatever they do for the student
+        ("gpt2", {"dp_replicate": 2}, 1),
+        ("llama", {"pp": 2, "dp_shard": 2}, 2),
     ],
 )
-def test_states_equal_those_of_one_process(tmp_path, family, spmd_backend, replicate, shard) -> None:
+def test_states_equal_those_of_one_process(tmp_path, family, degrees, shards) -> None:
     import transformers
 
     common = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -101,21 +94,13 @@ def test_states_equal_those_of_one_process(tmp_path, family, spmd_backend, repli
         torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(tmp_path)
 
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(replicate * shard)]
-    command += ["--master-port", str(port), __file__, str(tmp_path), str(tmp_path), spmd_backend]
-    subprocess.run(
-        [*command, str(replicate), str(shard)],
-        check=True,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
+    processes = math.prod(degrees.values())
+    module = "tests.integration.test_hf_teacher_fsdp"
+    jobs.run(module, tmp_path, tmp_path, json.dumps(degrees), shards, processes=processes, OMP_NUM_THREADS="1")
 
     host.set_up("cpu")
-    teacher = _build(str(tmp_path), spmd_backend, 1, 1)
-    for rank in range(replicate * shard):
+    teacher = _build(str(tmp_path), {})
+    for rank in range(processes):
         with torch.no_grad():
             expected = teacher(*_batch(rank))
         states = torch.load(tmp_path / f"{rank}.pt")
@@ -123,4 +108,4 @@ def test_states_equal_those_of_one_process(tmp_path, family, spmd_backend, repli
 
 
 if __name__ == "__main__":
-    _worker(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
+    _worker(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4]))

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torchtitan.config import CompileConfig
 
 from let_plugin import plan
@@ -107,14 +108,18 @@ def test_a_block_that_the_student_does_not_have(block):
             "L2E",
             lambda let: plan.layer_pair(config_of(layer_mapping=let.layer_mapping), TEACHER),
         ),
-        ("dimension_match", "interpolat", "interpolate", lambda let: plan.alignment(let)),
-        ("loss", "cosin", "cosine", lambda let: plan.alignment(let)),
+        ("dimension_match", "interpolat", "interpolate", lambda let: plan.dimension_match(let)),
+        ("loss", "cosin", "cosine", lambda let: plan.loss(let)),
     ],
 )
 def test_an_unknown_name_names_its_field_and_suggests(field, wrong, right, function):
     problem = problem_of(function, LetConfig(**{field: wrong}))
     assert (problem.key, problem.value) == (f"let.{field}", wrong)
     assert f"did you mean '{right}'?" in problem.message
+
+
+def alignment(let, teacher_width, student_width, compile_config=None):
+    return plan.alignment(let, plan.dimension_match(let)(teacher_width, student_width), compile_config)
 
 
 def reference(student_BLD, teacher_BLE, coefficient, align_corners):
@@ -142,9 +147,8 @@ def test_alignment_equals_the_explicit_formula(teacher_width, student_width, ali
     teacher_BLE = torch.randn(2, 5, teacher_width, generator=generator).to(teacher_dtype)
     coefficient = torch.tensor(0.37)
 
-    gradient_BLD, cosine_sum = plan.alignment(LetConfig(align_corners=align_corners))(
-        student_BLD, teacher_BLE, coefficient
-    )
+    let = LetConfig(align_corners=align_corners)
+    gradient_BLD, _, cosine_sum = alignment(let, teacher_width, student_width)(student_BLD, teacher_BLE, coefficient)
 
     expected_gradient, expected_sum = reference(student_BLD, teacher_BLE, coefficient, align_corners)
     assert gradient_BLD.dtype == cosine_sum.dtype == torch.float32
@@ -156,17 +160,59 @@ def test_a_bf16_student_is_aligned_in_fp32():
     generator = torch.Generator().manual_seed(0)
     student_BLD = torch.randn(2, 5, 12, generator=generator).bfloat16()
     teacher_BLE = torch.randn(2, 5, 8, generator=generator).bfloat16()
-    gradient_BLD, _ = plan.alignment(LetConfig())(student_BLD, teacher_BLE, torch.tensor(1.0))
+    gradient_BLD, _, _ = alignment(LetConfig(), 8, 12)(student_BLD, teacher_BLE, torch.tensor(1.0))
     expected_gradient, _ = reference(student_BLD, teacher_BLE, 1.0, align_corners=False)
     torch.testing.assert_close(gradient_BLD, expected_gradient, rtol=1e-4, atol=1e-6)
+
+    low, _, cosine_sum = alignment(LetConfig(math_dtype="bfloat16"), 8, 12)(student_BLD, teacher_BLE, torch.tensor(1.0))
+    assert low.dtype == torch.bfloat16 and cosine_sum.dtype == torch.float32
+    torch.testing.assert_close(low.float(), expected_gradient, rtol=0, atol=3e-2)
 
 
 def test_compiled_alignment_equals_eager():
     generator = torch.Generator().manual_seed(0)
     student_BLD, teacher_BLE = (torch.randn(2, 5, width, generator=generator) for width in (12, 8))
     args = (student_BLD, teacher_BLE, torch.tensor(0.37))
-    compiled = plan.alignment(LetConfig(), CompileConfig(enable=True, backend="aot_eager"))
+    compiled = alignment(LetConfig(), 8, 12, CompileConfig(enable=True, backend="aot_eager"))
     assert hasattr(compiled, "_torchdynamo_orig_callable")
-    assert not hasattr(plan.alignment(LetConfig(), CompileConfig(enable=False)), "_torchdynamo_orig_callable")
-    for got, expected in zip(compiled(*args), plan.alignment(LetConfig())(*args), strict=True):
+    eager = alignment(LetConfig(), 8, 12, CompileConfig(enable=False))
+    assert not hasattr(eager, "_torchdynamo_orig_callable")
+    for got, expected in zip(compiled(*args), eager(*args), strict=True):
         torch.testing.assert_close(got, expected)
+
+
+class Affine(nn.Module):
+    """A projector with a bias: it makes something of a token that does not count, unless it is kept from it."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.weight = nn.Parameter(torch.randn(12, 8, generator=generator))
+        self.bias = nn.Parameter(torch.randn(12, generator=generator))
+
+    def forward(self, teacher_BLE):
+        return F.linear(teacher_BLE, self.weight, self.bias)
+
+
+@pytest.mark.parametrize("compile_config", [None, CompileConfig(enable=True, backend="aot_eager")])
+def test_learned_alignment_equals_autograd(compile_config):
+    generator = torch.Generator().manual_seed(0)
+    student_BLD, teacher_BLE = (torch.randn(2, 5, width, generator=generator) for width in (12, 8))
+    teacher_BLE[0, :3] = 0  # tokens that do not count
+    match = Affine()
+    weights = {name: p.detach().clone().requires_grad_() for name, p in match.named_parameters()}
+    student = student_BLD.clone().requires_grad_()
+    target_BLD = F.linear(teacher_BLE, weights["weight"], weights["bias"])
+    cosine_BL = F.cosine_similarity(student, target_BLD, dim=-1)[teacher_BLE.any(-1)]
+    (-0.37 * cosine_BL.sum()).backward()
+
+    align = plan.learned_alignment(LetConfig(), match, compile_config)
+    with torch.no_grad():  # as in the tap
+        own = {name: weight.detach() for name, weight in weights.items()}
+        result, gradients = align(student_BLD, teacher_BLE, torch.tensor(0.37), own)
+
+    torch.testing.assert_close(result.gradient_BLD, student.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(result.cosine_sum, cosine_BL.sum().detach())
+    assert gradients.keys() == weights.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(gradients[name], weight.grad, rtol=1e-4, atol=1e-5)

@@ -202,20 +202,23 @@ def test_teacher_without_a_tokenizer(config):
     preflight.run(config)
 
 
-@pytest.mark.parametrize("kind", ["pipeline", "tensor", "context"])
-def test_parallelism_that_let_does_not_have_yet(config, monkeypatch, kind):
+def test_a_load_balancer_that_cuts_each_batch_differently_is_refused(config, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    set_all(config, **{f"parallelism__{kind}_parallel_degree": 2})
-    problem = problem_of(config, f"parallelism.{kind}_parallel_degree")
-    assert problem.value == 2
-    assert "DDP, FSDP2, HSDP" in problem.message
+    set_all(config, parallelism__context_parallel_degree=2, parallelism__context_parallel_load_balancer="ptrr")
+    assert '"headtail"' in problem_of(config, "parallelism.context_parallel_load_balancer").message
     config.let = LetConfig(enable=False)
     preflight.run(config)  # plain torchtitan has it
 
 
-def test_full_dtensor_is_refused(config):
-    config.parallelism.spmd_backend = "full_dtensor"
-    assert problem_of(config, "parallelism.spmd_backend").value == "full_dtensor"
+def test_a_block_on_no_pipeline_stage(config, monkeypatch):
+    """torchtitan leaves it out without a word."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    stages = [["tok_embeddings", "layers.0"], ["layers.2", "layers.3", "norm", "lm_head"]]
+    set_all(config, parallelism__pipeline_parallel_degree=2, parallelism__module_fqns_per_model_part=stages)
+    config.let.student_block = 1
+    assert "layers.1" in problem_of(config, "parallelism.module_fqns_per_model_part").message
+    config.let.student_block = 2
+    preflight.run(config)
 
 
 def test_degrees_that_do_not_fit_the_number_of_processes(config):

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from let_plugin.alignment.projectors import interpolate
+from let_plugin.alignment.projectors import DIMENSION_MATCHES, LearnedLinear, interpolate
 
 
 @pytest.mark.parametrize("width", [1, 5, 8, 13])
@@ -35,3 +35,21 @@ def test_tokens_do_not_mix_and_values_stay_in_range(teacher_width, student_width
     teacher_BLE = torch.arange(3.0).view(1, 3, 1).expand(1, 3, teacher_width).contiguous()
     got = interpolate(teacher_BLE, student_width, align_corners=align_corners)
     torch.testing.assert_close(got, torch.arange(3.0).view(1, 3, 1).expand(1, 3, student_width))
+
+
+@pytest.mark.parametrize(("teacher_width", "student_width"), [(8, 13), (13, 8), (6, 6)])
+def test_the_learned_map_starts_as_the_interpolation(teacher_width, student_width):
+    teacher_BLE = torch.randn(2, 3, teacher_width)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    module = LearnedLinear(teacher_width, student_width)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [p.shape for p in module.parameters()] == [(student_width, teacher_width)]
+    torch.testing.assert_close(module(teacher_BLE), interpolate(teacher_BLE, student_width))
+
+
+@pytest.mark.parametrize("name", ["interpolate", "linear"])
+def test_the_registered_matches_are_modules_of_the_two_widths(name):
+    match = DIMENSION_MATCHES.get(name, key="let.dimension_match")(8, 13, align_corners=False)
+    assert match(torch.randn(2, 3, 8)).shape == (2, 3, 13)
+    assert bool(list(match.parameters())) == (name == "linear")

@@ -76,9 +76,10 @@ def test_the_tap_is_inert_without_a_target_and_without_gradient(batch):
     model = Student()
     tap = AlignmentTap(model, "1", negative_cosine, CPU)
     tap.coefficient.fill_(0.3)
-    model(x)
+    model(x).sum().backward()
     with torch.no_grad():
         model(x, **{TARGET_KWARG: target})
+    model.zero_grad()
     assert tap.num_calls == 0 and tap.cosine_sum == 0
     model(x).square().sum().backward()
     with_tap = gradients(model)
@@ -92,9 +93,56 @@ def test_a_target_is_used_once(batch):
     x, target = batch
     model = Student()
     tap = AlignmentTap(model, "1", negative_cosine, CPU)
-    model(x, **{TARGET_KWARG: target})
-    model(x)
+    model(x, **{TARGET_KWARG: target}).sum().backward()
+    model(x).sum().backward()
     assert tap.num_calls == 1
+
+
+def test_the_gradient_is_added_once_though_the_backward_of_the_block_runs_twice(batch):
+    """As under a zero-bubble pipeline: for the inputs, and later for the weights."""
+    x, target = batch
+    model = Student()
+    tap = AlignmentTap(model, "2", negative_cosine, CPU)
+    tap.coefficient.fill_(0.3)
+    out = model(x, **{TARGET_KWARG: target})
+    weight = model.layers["2"].linear.weight
+    first, again = (torch.autograd.grad(out, weight, torch.ones_like(out), retain_graph=True)[0] for _ in range(2))
+    plain = Student()
+    plain(x).sum().backward()
+    assert tap.num_calls == 1
+    torch.testing.assert_close(again, plain.layers["2"].linear.weight.grad)
+    assert not torch.allclose(first, again)
+
+
+def test_a_tap_whose_gradient_no_backward_takes_along_counts_nothing(batch):
+    x, target = batch
+    model = Student()
+    tap = AlignmentTap(model, "1", negative_cosine, CPU)
+    model(x, **{TARGET_KWARG: target})
+    assert tap.num_calls == 0
+
+
+def test_the_other_parts_of_a_pipeline_rank_drop_the_target(batch):
+    x, target = batch
+    model, other = Student(), Student()
+    tap = AlignmentTap(model, "1", negative_cosine, CPU, other_models=[other])
+    torch.testing.assert_close(other(x, **{TARGET_KWARG: target}), Student()(x))
+    assert tap.cosine_sum == 0
+    tap.remove()
+    assert not other._forward_pre_hooks
+
+
+def test_the_metric_is_a_buffer_that_a_pipelines_trial_run_can_put_back(batch):
+    x, target = batch
+    model = Student()
+    tap = AlignmentTap(model, "1", negative_cosine, CPU)
+    backup = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    model(x, **{TARGET_KWARG: target})
+    assert tap.cosine_sum != 0
+    for buffer, value in backup:
+        buffer.copy_(value)
+    assert tap.cosine_sum == 0
+    assert not any("let" in name for name in model.state_dict())
 
 
 def test_the_metric_sums_over_microbatches_until_reset(batch):
@@ -116,7 +164,7 @@ def test_remove_leaves_no_trace(batch):
     tap = AlignmentTap(model, "1", negative_cosine, CPU)
     assert list(model.state_dict()) == keys
     tap.remove()
-    assert not model._forward_pre_hooks and not model.layers["1"]._forward_hooks
+    assert not model._forward_pre_hooks and not model.layers["1"]._forward_hooks and not list(model.buffers())
     with pytest.raises(TypeError, match=TARGET_KWARG):
         model(x, **{TARGET_KWARG: target})
 
