@@ -1,4 +1,4 @@
-"""A projector that learns, in a run's checkpoints: resumed exactly, at another parallelism too, and exported nowhere."""
+"""A projector that learns, in a run's checkpoints: resumed exactly, elsewhere too, and exported nowhere."""
 
 import pytest
 import torch.distributed.checkpoint as dcp
@@ -51,7 +51,7 @@ def test_only_checkpoints_of_the_alignment_hold_it_and_the_student_is_plain_torc
     jobs.probe(tmp_path / "final", "--plain", *LEARN[4:], *SAVE)
     weights_only = keys(tmp_path / "final", 12)
     config = folder / "tiny.toml"
-    jobs.probe(tmp_path / "let", config, *LEARN[:2], "--training.steps", "3", *SAVE)  # ends with the alignment
+    jobs.probe(tmp_path / "let", config, *LEARN[:2], "--let.stop-step", "3", "--training.steps", "3", *SAVE)
     assert keys(tmp_path / "let", 3) == weights_only
 
     # Plain torchtitan goes on from a checkpoint with a projector in it.

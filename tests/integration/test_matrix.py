@@ -85,6 +85,8 @@ LAYOUTS = {
     "TP x FSDP2, projector": (4, TP | FSDP | LEARN),
     "CP x TP": (4, CP | TP),
 }
+# What torchtitan 0.3.0 itself cannot compile: dynamo ends in PendingUnbackedSymbolNotFound, LET or not.
+NOT_COMPILED = {"CP, full_dtensor"}
 CHECKPOINTING = ("none", "selective", "full")
 MODES = [(compiled, checkpointing) for compiled in (False, True) for checkpointing in CHECKPOINTING]
 CASES = [
@@ -98,6 +100,7 @@ CASES = [
     )
     for i, layout in enumerate(LAYOUTS)
     for compiled, checkpointing in MODES
+    if not (compiled and layout in NOT_COMPILED)
 ]
 
 

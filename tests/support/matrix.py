@@ -83,9 +83,10 @@ def main():
             }
         )
         if dist.get_rank() == 0:
-            torch.save(results, out)
             print(f"{case['name']}: {'failed' if errors else 'done'}", flush=True)
-    dist.destroy_process_group()
+    if dist.get_rank() == 0:
+        torch.save(results, out)
+    dist.barrier()
     os._exit(0)  # the meshes of all those runs take long to take down
 
 
