@@ -61,7 +61,10 @@ class Guidance:
 
         block = str(pair.student)
         part = next((part for part in trainer.model_parts if block in part.layers), None)
-        self._has_block = part is not None
+        owners = torch.tensor(float(part is not None), device=device)
+        torch.distributed.all_reduce(owners)
+        if not owners:
+            raise RuntimeError(f"LET: no pipeline stage holds layers.{block}, the block that is to be aligned")
         if part is None:
             return
         self.teacher = source.build(

@@ -1,0 +1,43 @@
+"""What LET must not do in a training step: make the host wait, compile again, or do nothing without a word."""
+
+import json
+
+import pytest
+
+from tests.support import jobs
+
+STEPS = ["--training.steps", "6", "--let.stop-step", "4"]
+
+
+def counts(tmp_path, what, config, *args):
+    out = tmp_path / f"{what}{len(list(tmp_path.iterdir()))}.json"
+    jobs.run("tests.support.hot_path", out, what, config, *STEPS, *args)
+    return json.loads(out.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("match", ["interpolate", "linear"])
+def test_no_step_makes_the_host_wait_for_let(tmp_path, tiny_config, match):
+    """Steps 1 and 6 are logged, and step 1 builds the teacher; in the others LET reads nothing from the device."""
+    args = ["--metrics.log_freq", "6", "--let.dimension-match", match]
+    plain = counts(tmp_path, "reads", tiny_config, *args, "--let.no-enable")
+    let = counts(tmp_path, "reads", tiny_config, *args)
+    assert plain[1:5] == let[1:5]
+    assert let[0] > plain[0]  # the counter counts: LET's metrics of a logged step
+
+
+@pytest.mark.slow
+def test_nothing_is_compiled_again_at_the_stop(tmp_path, tiny_config):
+    args = ["--compile.enable", "--compile.backend", "aot_eager"]
+    plain = counts(tmp_path, "graphs", tiny_config, *args, "--let.no-enable")
+    let = counts(tmp_path, "graphs", tiny_config, *args)
+    assert plain[0] > 0 and len(set(plain)) == 1
+    # All graphs are made in the first step, the alignment's maths and the teacher's among them; the stop makes none.
+    assert let[0] > plain[0] and len(set(let)) == 1
+
+
+def test_a_hook_that_is_lost_is_an_error_in_the_first_step(tmp_path, tiny_config):
+    result = jobs.run("tests.support.lost_hook", tiny_config, check=False)
+    assert result.returncode == 1
+    assert "the tap was not reached" in result.stderr
+    assert len(jobs.metrics(tmp_path / "out")) == 1
