@@ -85,10 +85,24 @@ LAYOUTS = {
     "TP x FSDP2, projector": (4, TP | FSDP | LEARN),
     "CP x TP": (4, CP | TP),
 }
-# What torchtitan 0.3.0 itself cannot compile: dynamo ends in PendingUnbackedSymbolNotFound, LET or not.
-NOT_COMPILED = {"CP, full_dtensor"}
 CHECKPOINTING = ("none", "selective", "full")
 MODES = [(compiled, checkpointing) for compiled in (False, True) for checkpointing in CHECKPOINTING]
+
+
+def runs_in_torchtitan(layout, compiled, checkpointing):
+    """What torchtitan 0.3.0 itself, on torch 2.15, cannot do is left out; LET has no part in it."""
+    if layout == "CP, full_dtensor":
+        return not compiled  # dynamo: PendingUnbackedSymbolNotFound
+    if "ZeroBubble" in layout:
+        # Their backward passes through a block twice, and selective checkpointing allows it once.
+        return checkpointing == "none"
+    return True
+
+
+def always_runs(i, layout, compiled, checkpointing):
+    return "ZeroBubble" in layout or CHECKPOINTING.index(checkpointing) == (i + compiled) % 3
+
+
 CASES = [
     pytest.param(
         layout,
@@ -96,11 +110,11 @@ CASES = [
         checkpointing,
         id=f"{layout}, {'compiled' if compiled else 'eager'}, {checkpointing}",
         # Of each layout one eager and one compiled run belong to the third that always runs.
-        marks=[] if CHECKPOINTING.index(checkpointing) == (i + compiled) % 3 else pytest.mark.exhaustive,
+        marks=[] if always_runs(i, layout, compiled, checkpointing) else pytest.mark.exhaustive,
     )
     for i, layout in enumerate(LAYOUTS)
     for compiled, checkpointing in MODES
-    if not (compiled and layout in NOT_COMPILED)
+    if runs_in_torchtitan(layout, compiled, checkpointing)
 ]
 
 
@@ -149,7 +163,9 @@ class Matrix:
     def result(self, case):
         processes = LAYOUTS[case[0]][0]
         if processes not in self._results:
+            self._results[processes] = {}  # a job that fails is not to be run again for each of its cases
             self._results[processes] = self._run(processes)
+        assert self._results[processes], "the job of this number of processes has failed: see its first case"
         return self._results[processes][str(case)]
 
     def expected(self, layout):

@@ -38,3 +38,28 @@ def tiny_smollm2():
     config = tiny()
     config.model_spec = llama_spec("tiny_smollm2", dim=STUDENT_DIM, hidden_dim=96, vocab_size=49_152, **STUDENT)
     return config
+
+
+def _with_demo_vocabulary(spec):
+    model = spec.model
+    model.vocab_size = model.tok_embeddings.num_embeddings = model.lm_head.out_features = VOCAB_SIZE
+    model.layers = model.layers[:4]
+    return spec
+
+
+def tiny_qwen3():
+    """torchtitan's qwen3 of debug size (tied embeddings), four blocks of it."""
+    from torchtitan.models.qwen3 import model_registry
+
+    config = tiny()
+    config.model_spec = _with_demo_vocabulary(model_registry("debugmodel"))
+    return config
+
+
+def tiny_mixture_of_experts():
+    """torchtitan's mixture-of-experts qwen3 of debug size, four blocks of it."""
+    from torchtitan.models.qwen3 import model_registry
+
+    config = tiny()
+    config.model_spec = _with_demo_vocabulary(model_registry("debugmodel_moe"))
+    return config

@@ -7,7 +7,6 @@ CASES.json lists {"name", "config" (a TOML file), "args"}. OUT.pt maps each name
 """
 
 import json
-import os
 import sys
 import traceback
 from pathlib import Path
@@ -86,8 +85,8 @@ def main():
             print(f"{case['name']}: {'failed' if errors else 'done'}", flush=True)
     if dist.get_rank() == 0:
         torch.save(results, out)
-    dist.barrier()
-    os._exit(0)  # the meshes of all those runs take long to take down
+    # Without it, a rank that leaves first takes the connections down while another still sends.
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
