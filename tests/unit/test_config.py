@@ -40,7 +40,8 @@ def test_names_that_the_registries_know_are_the_defaults():
 
     let = config.LetConfig()
     plan.schedule(let)
-    plan.alignment(let)
+    plan.loss(let)
+    plan.dimension_match(let)
     assert let.layer_mapping in LAYER_MAPPINGS
 
 

@@ -160,7 +160,6 @@ def test_all_kinds_of_mistakes_at_once_each_with_its_source(tmp_path, capfd):
         ("command line", "hf_assets_path = 'no/such/tokenizer': no such folder"),
         (path, "dataloader.dataset = 'let_demo_trian': unknown dataset; did you mean 'let_demo_train'?"),
         (path, "let.stop_step = 4: must be between 0 and training.steps = -1"),
-        ("command line", "parallelism.tensor_parallel_degree = 2: LET runs under data parallelism"),
         (path, "let.teacher.path = 'no/such/teacher': no such folder"),
     ]
     check_refused(result, tmp_path, *(f"\n  {source}: {text}" for source, text in expected))
