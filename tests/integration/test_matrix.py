@@ -95,12 +95,14 @@ def runs_in_torchtitan(layout, compiled, checkpointing):
         return not compiled  # dynamo: PendingUnbackedSymbolNotFound
     if "ZeroBubble" in layout:
         # Their backward passes through a block twice, and selective checkpointing allows it once.
-        return checkpointing == "none"
+        return checkpointing != "selective"
     return True
 
 
 def always_runs(i, layout, compiled, checkpointing):
-    return "ZeroBubble" in layout or CHECKPOINTING.index(checkpointing) == (i + compiled) % 3
+    if "ZeroBubble" in layout:
+        return checkpointing == "none"
+    return CHECKPOINTING.index(checkpointing) == (i + compiled) % 3
 
 
 CASES = [
