@@ -9,6 +9,7 @@ Shape legend: B batch, L sequence, E teacher width, S the part of the sequence t
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import spmd_types as spmd
 import torch
 from torch import nn
 from torchtitan.components.loss import IGNORE_INDEX
@@ -88,7 +89,8 @@ class Guidance:
         else:
             align = plan.alignment(config.let, match.to(device), config.compile)
         others = [other for other in trainer.model_parts if other is not part]
-        self.tap = AlignmentTap(part, block, align, device, other_models=others)
+        # The alignment stays on this rank: nothing in it is for torchtitan's check of what is sharded where.
+        self.tap = AlignmentTap(part, block, align, device, other_models=others, context=spmd.no_typecheck)
 
     def start_step(self, weight: float) -> None:
         """Before the first microbatch of a step, whose lambda is `weight`."""

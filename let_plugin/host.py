@@ -21,8 +21,10 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
+import spmd_types as spmd
 import torch
 import torch.nn.functional as F
+from spmd_types.runtime import get_partition_spec
 from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
@@ -188,16 +190,21 @@ def _cpu_attention_class() -> Any:
                 raise ValueError("attention with a score_mod or attention sinks needs an accelerator: no CPU kernel")
             if isinstance(attention_masks, DTensor):
                 attention_masks = attention_masks.to_local()
-            out_BNLH = F.scaled_dot_product_attention(
-                q_BLNH.transpose(1, 2),
-                k_BLNH.transpose(1, 2),
-                v_BLNH.transpose(1, 2),
-                attn_mask=attention_masks,
-                is_causal=attention_masks is None,
-                scale=scale,
-                enable_gqa=enable_gqa,
-            )
-            return out_BNLH.transpose(1, 2)
+            # As FlexAttention: a mask has no type that torchtitan's check knows; what comes out has the queries'.
+            with spmd.no_typecheck():
+                out_BNLH = F.scaled_dot_product_attention(
+                    q_BLNH.transpose(1, 2),
+                    k_BLNH.transpose(1, 2),
+                    v_BLNH.transpose(1, 2),
+                    attn_mask=attention_masks,
+                    is_causal=attention_masks is None,
+                    scale=scale,
+                    enable_gqa=enable_gqa,
+                )
+                out_BLNH = out_BNLH.transpose(1, 2)
+            if spmd.is_type_checking():
+                spmd.assert_type(out_BLNH, spmd.get_local_type(q_BLNH), get_partition_spec(q_BLNH))
+            return out_BLNH
 
     _cpu_attention = CpuAttention
     return _cpu_attention

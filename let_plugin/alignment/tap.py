@@ -12,6 +12,7 @@ Shape legend: B batch, L sequence (this rank's part of it), D student width, E t
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ class AlignmentTap:
         align: (hidden state [B, L, D], target [B, L, E], coefficient 0-dim) -> Alignment.
         device: Where the coefficient and the metric live.
         other_models: The other parts of the student on this rank. A pipeline schedule hands the target to all of them.
+        context: Makes the context that the alignment is computed in, inside the student's forward pass.
 
     Attributes:
         coefficient: lambda / (number of valid tokens of the whole step), 0-dim fp32. Written in place before each
@@ -56,6 +58,7 @@ class AlignmentTap:
         device: torch.device,
         *,
         other_models: Iterable[nn.Module] = (),
+        context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.coefficient = torch.zeros((), dtype=torch.float32, device=device)
         self.cosine_sum = torch.zeros((), dtype=torch.float32, device=device)
@@ -65,6 +68,7 @@ class AlignmentTap:
         self.num_calls = 0
         self._model = model
         self._align = align
+        self._context = context
         self._target_BLE: torch.Tensor | None = None
         self._handles = [
             model.register_forward_pre_hook(self._take_target, prepend=True, with_kwargs=True),
@@ -94,6 +98,10 @@ class AlignmentTap:
         target_BLE, self._target_BLE = self._target_BLE, None
         if target_BLE is None or not output_BLD.requires_grad:
             return
+        with self._context():
+            self._align_output(output_BLD, target_BLE)
+
+    def _align_output(self, output_BLD: torch.Tensor, target_BLE: torch.Tensor) -> None:
         with torch.no_grad():
             hidden_BLD = output_BLD.to_local() if isinstance(output_BLD, DTensor) else output_BLD.detach()
             alignment = self._align(hidden_BLD, target_BLE, self.coefficient)

@@ -27,3 +27,18 @@ def test_compiled_training_in_bfloat16_ends_the_alignment(tmp_path, tiny_config)
     jobs.probe(tmp_path / "gpu", tiny_config, *args, *ON_GPU, PROBE_DEVICE="auto")
     lines = jobs.metrics(tmp_path / "gpu")
     assert [line["let/active"] for line in lines] == [1.0] * 4 + [0.0] * 4
+
+
+@pytest.mark.parametrize("match", ["interpolate", "linear"])
+def test_cuda_graphs_change_nothing_and_are_captured_again_after_the_stop(tmp_path, tiny_config, match):
+    args = ["--training.steps", "10", "--let.stop-step", "5", "--let.dimension-match", match, *ON_GPU]
+    logged = {}
+    for captured in ("no-cuda-graphs", "cuda-graphs"):
+        folder = tmp_path / captured
+        result = jobs.run("let_plugin.train", tiny_config, *args, f"--let.{captured}", "--dump_folder", folder)
+        num_captures = 2 if captured == "cuda-graphs" else 0  # with the tap, and without
+        assert (result.stdout + result.stderr).count("Recorded CUDA graph") == num_captures
+        logged[captured] = jobs.metrics(folder)
+    for got, expected in zip(logged["cuda-graphs"], logged["no-cuda-graphs"], strict=True):
+        for name in ("loss_metrics/global_avg_loss", "grad_norm", "let/lambda", "let/cosine"):
+            assert got.get(name) == pytest.approx(expected.get(name), rel=1e-4)

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests.support import jobs
+from tests.support.config_registry import VOCAB_SIZE
 
 STEPS = ["--training.steps", "6", "--let.stop-step", "4"]
 
@@ -15,11 +16,22 @@ def counts(tmp_path, what, config, *args):
     return json.loads(out.read_text())
 
 
+@pytest.fixture
+def hf_teacher(tmp_path):
+    """Options for a teacher that `transformers` builds, of the student's vocabulary."""
+    transformers = pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(vocab_size=VOCAB_SIZE, **shape))
+    model.save_pretrained(tmp_path / "hf")
+    return ["--let.teacher.spec", "", "--let.teacher.path", tmp_path / "hf"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("match", ["interpolate", "linear"])
-def test_no_step_makes_the_host_wait_for_let(tmp_path, tiny_config, match):
+@pytest.mark.parametrize("teacher", ["titan", "hf"])
+def test_no_step_makes_the_host_wait_for_let(tmp_path, tiny_config, hf_teacher, match, teacher):
     """Steps 1 and 6 are logged, and step 1 builds the teacher; in the others LET reads nothing from the device."""
-    args = ["--metrics.log_freq", "6", "--let.dimension-match", match]
+    args = ["--metrics.log_freq", "6", "--let.dimension-match", match, *(hf_teacher if teacher == "hf" else [])]
     plain = counts(tmp_path, "reads", tiny_config, *args, "--let.no-enable")
     let = counts(tmp_path, "reads", tiny_config, *args)
     assert plain[1:5] == let[1:5]

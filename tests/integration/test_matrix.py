@@ -36,6 +36,7 @@ NO_SP = {**TP, "enable_sequence_parallel": False}
 PARTIAL, FULL = {"spmd_backend": "partial_dtensor"}, {"spmd_backend": "full_dtensor"}
 FSDP, DDP, HSDP = data_parallel(shard=2), data_parallel(replicate=2), data_parallel(replicate=2, shard=2)
 LEARN = {"dimension_match": "linear"}
+CHECKED = {"spmd_typechecking": True}
 
 # Name -> (processes, settings). `block` is the tapped one: on the first, a middle, or the last stage of a pipeline.
 LAYOUTS = {
@@ -45,6 +46,7 @@ LAYOUTS = {
     "FSDP2": (2, FSDP),
     "FSDP2, partial_dtensor": (2, FSDP | PARTIAL),
     "FSDP2, full_dtensor": (2, FSDP | FULL),
+    "FSDP2, types checked": (2, FSDP | CHECKED),
     "FSDP2, projector": (2, FSDP | LEARN),
     "FSDP2, accumulation x2, projector": (2, FSDP | LEARN | {"local_batch_size": 1, "global_batch_size": 4}),
     "DDP": (2, DDP),
@@ -52,6 +54,7 @@ LAYOUTS = {
     "TP": (2, TP),
     "TP, partial_dtensor": (2, TP | PARTIAL),
     "TP, full_dtensor": (2, TP | FULL),
+    "TP, types checked": (2, TP | CHECKED),
     "TP, projector": (2, TP | LEARN),
     "TP, rows not divisible": (2, TP | {"local_batch_size": 1, "global_batch_size": 4}),
     "TP without SP": (2, NO_SP),
@@ -93,6 +96,8 @@ def runs_in_torchtitan(layout, compiled, checkpointing):
     """What torchtitan 0.3.0 itself, on torch 2.15, cannot do is left out; LET has no part in it."""
     if layout == "CP, full_dtensor":
         return not compiled  # dynamo: PendingUnbackedSymbolNotFound
+    if "types checked" in layout:
+        return not compiled and checkpointing != "selective"  # torchtitan refuses the two
     if "ZeroBubble" in layout:
         # Their backward passes through a block twice, and selective checkpointing allows it once.
         return checkpointing != "selective"
@@ -100,7 +105,7 @@ def runs_in_torchtitan(layout, compiled, checkpointing):
 
 
 def always_runs(i, layout, compiled, checkpointing):
-    if "ZeroBubble" in layout:
+    if "ZeroBubble" in layout or "types checked" in layout:
         return checkpointing == "none"
     return CHECKPOINTING.index(checkpointing) == (i + compiled) % 3
 
@@ -120,25 +125,31 @@ CASES = [
 ]
 
 
-def settings(layout):
-    """(processes, `[let]`, `[training]`, `[parallelism]`) of a layout."""
-    processes, values = LAYOUTS[layout]
-    let = {"student_block": values.get("block", 0), **({k: v for k, v in values.items() if k == "dimension_match"})}
-    training = {k: v for k, v in values.items() if k.endswith("batch_size")}
-    own = {"block", *let, *training}
-    return processes, let, training, {k: v for k, v in values.items() if k not in own}
+def let_settings(layout):
+    values = LAYOUTS[layout][1]
+    return {"student_block": values.get("block", 0)} | {k: v for k, v in values.items() if k in LEARN}
+
+
+def other_settings(layout):
+    """The layout's `[training]`, `[debug]` and `[parallelism]` tables."""
+    tables = {"training": {"disable_cuda_graphs": True}, "debug": {}, "parallelism": {}}
+    for key, value in LAYOUTS[layout][1].items():
+        if key in ("block", *LEARN):
+            continue
+        table = "training" if key.endswith("batch_size") else "debug" if key in CHECKED else "parallelism"
+        tables[table][key] = value
+    return tables
 
 
 def toml(folder, teacher, layout, compiled, checkpointing):
-    _, let, training, parallelism = settings(layout)
 
     def table(name, values):
         lines = [f"{k} = {json.dumps('none' if v is None else v)}" for k, v in values.items()]
         return "\n".join([f"\n[{name}]", *lines, ""])
 
     text = jobs.TINY.format(folder=folder / "out", teacher=teacher)
-    text += "\n".join(f"{k} = {json.dumps(v)}" for k, v in let.items()) + "\n"
-    text += table("training", {"disable_cuda_graphs": True, **training}) + table("parallelism", parallelism)
+    text += "\n".join(f"{k} = {json.dumps(v)}" for k, v in let_settings(layout).items()) + "\n"
+    text += "".join(table(name, values) for name, values in other_settings(layout).items())
     text += table("compile", {"enable": compiled, "backend": "aot_eager"})
     text += table("activation_checkpoint", {"type": checkpointing})
     if "ZeroBubble" in layout:
@@ -172,7 +183,7 @@ class Matrix:
 
     def expected(self, layout):
         """What plain PyTorch does with the layout's block and projector: the steps."""
-        _, let, _, _ = settings(layout)
+        let = let_settings(layout)
         key = tuple(let.values())
         if key not in self._expected:
             initial = self._probe["initial"]

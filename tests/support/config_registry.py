@@ -40,6 +40,16 @@ def tiny_smollm2():
     return config
 
 
+def tiny_float8():
+    """The tiny student with torchtitan's Float8 linear layers, emulated: they run without the hardware."""
+    from torchtitan.components.quantization.float8 import Float8LinearConverter
+
+    config = tiny()
+    converter = Float8LinearConverter.Config(emulate=True, filter_fqns=["lm_head"]).build()
+    config.model_spec.model = converter.convert(config.model_spec.model)
+    return config
+
+
 def _with_demo_vocabulary(spec):
     model = spec.model
     model.vocab_size = model.tok_embeddings.num_embeddings = model.lm_head.out_features = VOCAB_SIZE

@@ -19,7 +19,15 @@ def imports(path):
 
 
 def test_the_maths_imports_torch_and_the_registry_only():
-    allowed = ("torch", "let_plugin.alignment", "let_plugin.registry", "collections.abc", "dataclasses", "typing")
+    allowed = (
+        "torch",
+        "let_plugin.alignment",
+        "let_plugin.registry",
+        "collections.abc",
+        "contextlib",
+        "dataclasses",
+        "typing",
+    )
     for path in (PACKAGE / "alignment").glob("*.py"):
         for name in imports(path):
             assert name.startswith(allowed), f"{path.name} imports {name}"
