@@ -113,7 +113,7 @@ def test_nothing_is_left_of_it(trainer, batch, match):
     guidance = Guidance(trainer, 0)
     assert traces() != before
     assert (PROJECTOR in states) == (guidance.projector is not None) == (match == "linear")
-    assert [name for name in part.state_dict()] == before[1]  # not even while it is there
+    assert list(part.state_dict()) == before[1]  # not even while it is there
     guidance.remove()
     assert traces() == before
     assert [name for name, _ in part.named_parameters()] == parameters
