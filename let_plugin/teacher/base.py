@@ -1,10 +1,10 @@
 """What the rest of the plugin knows about a teacher, whichever library builds it.
 
-Shape legend: B batch, L sequence, E teacher width.
+Shape legend: B batch, L sequence, E teacher width: the sum over the layers that are asked for.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from torchtitan.distributed import ParallelDims
     from torchtitan.trainer import Trainer
 
+# The layer before the first block: what enters block 0. All others are numbers of blocks.
+EMBEDDING = "embedding"
+
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherInfo:
@@ -23,12 +26,14 @@ class TeacherInfo:
 
     Attributes:
         description: One line for people: family, format, where it is.
-        hidden_size: Width E of its last hidden state.
+        hidden_size: Width of its last hidden state, after the final norm.
         num_layers: Number of transformer blocks.
         vocab_size: Rows of its token embedding.
         max_seq_len: Longest sequence that it was built for, in tokens; None if it has no limit of its own.
         num_trunk_params: Parameters of everything but the language-model head, embeddings included.
         num_embedding_params: Those of the token (and position) embeddings alone: looked up, not multiplied.
+        block_params: Parameters of each block.
+        residual_size: Width of its residual stream, if it is another: OPT-350m projects its last hidden state.
     """
 
     description: str
@@ -38,17 +43,33 @@ class TeacherInfo:
     max_seq_len: int | None
     num_trunk_params: int
     num_embedding_params: int
+    block_params: tuple[int, ...]
+    residual_size: int | None = None
+
+    def num_params_to(self, layers: Sequence[int | str]) -> int:
+        """Parameters of the trunk without the blocks that are not needed for these layers.
+
+        The final norm counts, though a torchtitan teacher leaves it out too where it is not needed.
+        """
+        return self.num_trunk_params - sum(self.block_params[num_blocks_to(layers) :])
+
+    def width(self, layer: int | str, final_norm: bool) -> int:
+        """Width of a layer's state; `final_norm` as in TeacherSource.build."""
+        if self.residual_size is None or (final_norm and layer == self.num_layers - 1):
+            return self.hidden_size
+        return self.residual_size
 
 
 class Teacher(nn.Module, ABC):
-    """A frozen trunk in eval mode: token ids in, last hidden state (after the final norm) out.
+    """A frozen trunk in eval mode: token ids in, states of the layers that it was built for out.
 
-    It is never a submodule of the student, has no language-model head, and no parameter of it requires a gradient.
+    It ends at the deepest of them. It is never a submodule of the student, has no language-model head, and no
+    parameter of it requires a gradient.
     """
 
     @abstractmethod
     def forward(self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor | None) -> torch.Tensor:
-        """Returns the last hidden state, [B, L, E], in the teacher's dtype.
+        """Returns the layers' states, concatenated along channels, [B, L, E], in the teacher's dtype.
 
         Args:
             tokens_BL: Token ids, int64.
@@ -77,6 +98,8 @@ class TeacherSource(ABC):
         device: torch.device,
         config: "Trainer.Config",
         parallel_dims: "ParallelDims",
+        layers: Sequence[int | str],
+        final_norm: bool,
     ) -> Teacher:
         """Loads the teacher onto `device`, sharded with FSDP2 over the "fsdp" axis of its device meshes.
 
@@ -88,7 +111,16 @@ class TeacherSource(ABC):
             device: This rank's device.
             config: The student's configuration, for parallelism, compilation and sequence length.
             parallel_dims: The teacher's device meshes: `sharding.teacher_parallel_dims`.
+            layers: The layers whose states it returns, in this order: numbers of blocks (the residual stream behind
+                block 0, 1, ...) or EMBEDDING (what enters block 0). Distinct, at least one. The blocks behind the
+                deepest do not exist in the teacher.
+            final_norm: Whether the last block's state is taken after the final norm.
         """
+
+
+def num_blocks_to(layers: Sequence[int | str]) -> int:
+    """How many blocks run for these layers: up to the deepest. For the embedding alone it is one, which shows it."""
+    return max((layer for layer in layers if isinstance(layer, int)), default=0) + 1
 
 
 def freeze(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ import argparse
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,6 +67,8 @@ class GGUFTeacherSource(TeacherSource):
         device: torch.device,
         config: "Trainer.Config",
         parallel_dims: "ParallelDims",
+        layers: Sequence[int | str],
+        final_norm: bool,
     ) -> HFTeacher:
         """See TeacherSource. Every rank reads the whole file into CPU memory, in fp32, before it keeps its shard."""
         from transformers import AutoModel
@@ -80,7 +83,15 @@ class GGUFTeacherSource(TeacherSource):
             trunk = AutoModel.from_config(self._model_config, dtype=dtype, attn_implementation=ATTENTION)
             trunk.load_state_dict(loaded.state_dict())
             del loaded
-            return make_teacher(trunk, self.info, device=device, parallel_dims=parallel_dims, path=path)
+            return make_teacher(
+                trunk,
+                self.info,
+                layers=layers,
+                final_norm=final_norm,
+                device=device,
+                parallel_dims=parallel_dims,
+                path=path,
+            )
 
 
 def write_tokenizer(gguf_file: str, folder: str) -> None:

@@ -2,6 +2,7 @@
 
 * The trunk alone (`AutoModel`): a language-model head is never built, nor run.
 * Safetensors only, and only a checkpoint that holds every weight: a newly initialised weight is an error.
+* Cut behind the deepest layer that is asked for. The final norm runs all the same.
 * Packed documents are isolated in every family that is accepted: see `hf_attention.py`. `build` tries it out.
 
 Shape legend: B batch, L sequence, E teacher width.
@@ -9,7 +10,7 @@ Shape legend: B batch, L sequence, E teacher width.
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from torch import nn
 
 from let_plugin.config import TeacherConfig
 from let_plugin.errors import ConfigError, Problem
-from let_plugin.teacher.base import Teacher, TeacherInfo, TeacherSource, freeze, keep_rng_state
+from let_plugin.teacher.base import Teacher, TeacherInfo, TeacherSource, freeze, keep_rng_state, num_blocks_to
 from let_plugin.teacher.hf_checks import (
     check_folder,
     check_is_decoder,
@@ -29,6 +30,7 @@ from let_plugin.teacher.hf_checks import (
     find_layers,
     remote_code_problem,
 )
+from let_plugin.teacher.layers import LayerStates
 
 if TYPE_CHECKING:
     from torchtitan.distributed import ParallelDims
@@ -84,6 +86,8 @@ class HFTeacherSource(TeacherSource):
         device: torch.device,
         config: "Trainer.Config",
         parallel_dims: "ParallelDims",
+        layers: Sequence[int | str],
+        final_norm: bool,
     ) -> "HFTeacher":
         """See TeacherSource. Every rank reads the whole checkpoint into CPU memory before it keeps its shard."""
         from transformers import AutoModel
@@ -110,7 +114,15 @@ class HFTeacherSource(TeacherSource):
             except Exception as error:  # safetensors, the hub client and transformers each have types of their own
                 raise ConfigError(Problem(_PATH_KEY, f"the teacher cannot be loaded: {error}", path)) from error
             check_loading_info(loading_info, trunk, self.info.num_layers, path)
-            return make_teacher(trunk, self.info, device=device, parallel_dims=parallel_dims, path=path)
+            return make_teacher(
+                trunk,
+                self.info,
+                layers=layers,
+                final_norm=final_norm,
+                device=device,
+                parallel_dims=parallel_dims,
+                path=path,
+            )
 
     def _load_config(self) -> "PreTrainedConfig":
         from transformers import AutoConfig
@@ -132,14 +144,16 @@ class HFTeacher(Teacher):
 
     Args:
         trunk: An `AutoModel` with the attention function of `hf_attention.py`.
+        states: Takes the layers' states out of it.
     """
 
-    def __init__(self, trunk: nn.Module) -> None:
+    def __init__(self, trunk: nn.Module, states: LayerStates) -> None:
         super().__init__()
         self.trunk = trunk
+        self._states = states
 
     def forward(self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor | None) -> torch.Tensor:
-        """Returns the last hidden state after the final norm, [B, L, E], in the teacher's dtype.
+        """Returns the layers' states, concatenated along channels, [B, L, E], in the teacher's dtype.
 
         Reads no tensor on the host, except in families whose rotary frequencies depend on the length of the input
         ("dynamic" and "longrope" scaling): `transformers` does it there.
@@ -154,9 +168,8 @@ class HFTeacher(Teacher):
         documents = DocumentMask(positions_BL)
         if positions_BL is None:
             positions_BL = torch.arange(tokens_BL.shape[1], device=tokens_BL.device).expand_as(tokens_BL)
-        return self.trunk(
-            input_ids=tokens_BL, position_ids=positions_BL, use_cache=False, let_documents=documents
-        ).last_hidden_state
+        arguments = {"input_ids": tokens_BL, "position_ids": positions_BL, "let_documents": documents}
+        return self._states.collect(lambda: self.trunk(**arguments, use_cache=False).last_hidden_state)
 
 
 def import_transformers() -> Any:
@@ -188,6 +201,7 @@ def teacher_info(config: "PreTrainedConfig", where: str, teacher_config: Teacher
         raise ConfigError(Problem(_PATH_KEY, f"its configuration cannot be built: {error}", path)) from error
     check_isolates_documents(config, trunk, path)
 
+    blocks = find_layers(trunk, config.num_hidden_layers)
     embeddings = [module for module in trunk.modules() if isinstance(module, nn.Embedding)]
     return TeacherInfo(
         description=f"{config.model_type} ({type(trunk).__name__}), {where}",
@@ -198,16 +212,31 @@ def teacher_info(config: "PreTrainedConfig", where: str, teacher_config: Teacher
         max_seq_len=getattr(config, "max_position_embeddings", None),
         num_trunk_params=sum(parameter.numel() for parameter in trunk.parameters()),
         num_embedding_params=sum(module.weight.numel() for module in embeddings),
+        block_params=tuple(sum(parameter.numel() for parameter in block.parameters()) for block in blocks),
+        residual_size=config.hidden_size,
     )
 
 
 def make_teacher(
-    trunk: nn.Module, info: TeacherInfo, *, device: torch.device, parallel_dims: "ParallelDims", path: str
+    trunk: nn.Module,
+    info: TeacherInfo,
+    *,
+    layers: Sequence[int | str],
+    final_norm: bool,
+    device: torch.device,
+    parallel_dims: "ParallelDims",
+    path: str,
 ) -> HFTeacher:
-    """Freezes a trunk on the CPU, tries it out, and moves it to `device`, sharded over the data-parallel ranks."""
-    teacher = HFTeacher(trunk)
+    """Cuts and freezes a trunk on the CPU, tries it out, and moves it to `device`, sharded over data-parallel ranks.
+
+    Its configuration stays as it is: `forward` runs the blocks that are there, with the types that it gives them.
+    """
+    blocks = find_layers(trunk, info.num_layers)
+    del blocks[num_blocks_to(layers) :]
+    states = LayerStates(list(blocks), layers, output_layer=info.num_layers - 1 if final_norm else None)
+    teacher = HFTeacher(trunk, states)
     freeze(teacher)
-    _try_out(teacher, info, path)
+    _try_out(teacher, info, sum(info.width(layer, final_norm) for layer in layers), path)
     mesh = _shard_mesh(parallel_dims)
     if mesh is None:
         return teacher.to(device)
@@ -216,8 +245,8 @@ def make_teacher(
 
     # Explicit: by default FSDP2 leaves a root that never runs backward gathered. One layer at a time goes to the
     # device, where its shard stays.
-    for layer in find_layers(trunk, info.num_layers):
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
     fully_shard(trunk, mesh=mesh, reshard_after_forward=True)
     return teacher
 
@@ -249,8 +278,8 @@ def quiet_transformers() -> Iterator[None]:
 
 
 @torch.no_grad()
-def _try_out(teacher: HFTeacher, info: TeacherInfo, path: str) -> None:
-    """ConfigError unless the states have the width E and a document's do not depend on the one before it.
+def _try_out(teacher: HFTeacher, info: TeacherInfo, width: int, path: str) -> None:
+    """ConfigError unless the states have the width E = `width` and a document's do not depend on the one before it.
 
     Two documents of 6 tokens in each of 2 rows, on the CPU: milliseconds for a small teacher. A family that passes
     `check_isolates_documents` but has other ways from token to token (a convolution, say) is caught here.
@@ -266,8 +295,8 @@ def _try_out(teacher: HFTeacher, info: TeacherInfo, path: str) -> None:
     except Exception as error:  # whatever this family's code raises when it is given our arguments
         message = f"{info.description} cannot run over packed documents: {error}"
         raise ConfigError(Problem(_PATH_KEY, message, path)) from error
-    if states_BLE.shape[-1] != info.hidden_size:
-        message = f"its states have width {states_BLE.shape[-1]}, its configuration says {info.hidden_size}"
+    if states_BLE.shape[-1] != width:
+        message = f"its states have width {states_BLE.shape[-1]}, its configuration says {width}"
         raise ConfigError(Problem(_PATH_KEY, message, path))
     # A masked token contributes exactly 0, but a mixture-of-experts layer groups tokens differently: hence a tolerance
     # relative to the effect that the change has where it may have one.

@@ -4,7 +4,7 @@ import dataclasses
 import importlib
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ from let_plugin import host
 from let_plugin.config import TeacherConfig
 from let_plugin.errors import ConfigError, Problem, suggest
 from let_plugin.registry import Registry
-from let_plugin.teacher.base import Teacher, TeacherInfo, TeacherSource, freeze, keep_rng_state
+from let_plugin.teacher.base import Teacher, TeacherInfo, TeacherSource, freeze, keep_rng_state, num_blocks_to
+from let_plugin.teacher.layers import LayerStates
 from let_plugin.teacher.vocabulary import read_vocabulary
 
 
@@ -76,6 +77,7 @@ class TitanTeacherSource(TeacherSource):
             max_seq_len=model_config.max_seq_len,
             num_trunk_params=sum(p.numel() for p in trunk.parameters()),
             num_embedding_params=sum(p.numel() for p in trunk.tok_embeddings.parameters()),
+            block_params=tuple(sum(p.numel() for p in block.parameters()) for block in trunk.layers.values()),
         )
 
     def vocabulary(self) -> dict[str, int] | None:
@@ -87,7 +89,14 @@ class TitanTeacherSource(TeacherSource):
             raise ConfigError(Problem(key, f"tokenizer.json cannot be read: {error}", path)) from error
 
     def build(
-        self, *, dtype: torch.dtype, device: torch.device, config: Trainer.Config, parallel_dims: ParallelDims
+        self,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        config: Trainer.Config,
+        parallel_dims: ParallelDims,
+        layers: Sequence[int | str],
+        final_norm: bool,
     ) -> Teacher:
         # Data-parallel only (see sharding.py). A model that only runs forward must give its gathered parameters back
         # after each use, which torchtitan's default does not do everywhere.
@@ -110,6 +119,7 @@ class TitanTeacherSource(TeacherSource):
         with keep_rng_state(device):
             with torch.device("meta"), set_default_dtype(dtype):
                 model = _trunk(model_config.build())
+                _cut(model, layers, final_norm)
             model = self._spec.parallelize_fn(
                 model,
                 parallel_dims=parallel_dims,
@@ -123,7 +133,7 @@ class TitanTeacherSource(TeacherSource):
             with torch.no_grad():
                 model.init_weights(buffer_device=None)  # the buffers (RoPE); the weights are overwritten below
             self._load(model)
-        teacher = TitanTeacher(model)
+        teacher = TitanTeacher(model, layers)
         freeze(teacher)
         return teacher
 
@@ -135,14 +145,14 @@ class TitanTeacherSource(TeacherSource):
             # no_dist: every rank plans and reads for itself, so that ranks without a teacher need not take part.
             if self._format == "DCP":
                 reader = dcp.FileSystemReader(path)
-                _refuse_surplus_blocks(reader.read_metadata().state_dict_metadata, len(model.layers))
+                _refuse_surplus_blocks(reader.read_metadata().state_dict_metadata, self.info.num_layers)
                 dcp.load(state_dict, storage_reader=reader, no_dist=True)
             else:
                 assert self._spec.state_dict_adapter is not None
                 adapter = self._spec.state_dict_adapter(self._spec.model, path)
                 hf_state_dict = adapter.to_hf(state_dict)
                 reader = adapter.get_hf_storage_reader(path)
-                _refuse_surplus_blocks(reader.read_metadata().state_dict_metadata, len(model.layers))
+                _refuse_surplus_blocks(reader.read_metadata().state_dict_metadata, self.info.num_layers)
                 dcp.load(hf_state_dict, storage_reader=reader, no_dist=True)
                 state_dict = {k: v for k, v in adapter.from_hf(hf_state_dict).items() if k in state_dict}
         except (Exception, CheckpointException) as error:  # the latter is no Exception, only a BaseException
@@ -159,11 +169,13 @@ class TitanTeacherSource(TeacherSource):
 
 
 class TitanTeacher(Teacher):
-    """The trunk of a torchtitan decoder. Shape legend: B batch, L sequence, E teacher width."""
+    """The trunk of a torchtitan decoder, cut for some layers. Shape legend: B batch, L sequence, E teacher width."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, layers: Sequence[int | str]) -> None:
         super().__init__()
         self.model = model
+        blocks = list(model.layers.values())
+        self._states = LayerStates(blocks, layers, output_layer=len(blocks) - 1)
         attention = model.config.first_attention
         self._takes_masks = isinstance(
             getattr(attention, "inner_attention", None), (FlexAttention.Config, VarlenAttention.Config)
@@ -173,7 +185,7 @@ class TitanTeacher(Teacher):
         masks = None
         if self._takes_masks and positions_BL is not None:
             masks = self.model.get_attention_masks(positions=positions_BL)
-        return self.model(tokens_BL, positions_BL, masks)
+        return self._states.collect(lambda: self.model(tokens_BL, positions_BL, masks))
 
 
 def _find_spec(name: str) -> TeacherSpec:
@@ -221,6 +233,15 @@ def _trunk(model: Any) -> Any:
     model.lm_head = None
     model.enable_weight_tying = False
     return model
+
+
+def _cut(model: Any, layers: Sequence[int | str], final_norm: bool) -> None:
+    """Takes away what no layer needs, as from a pipeline stage: it returns the state of its deepest block."""
+    num_layers = len(model.layers)
+    for name in list(model.layers)[num_blocks_to(layers) :]:
+        del model.layers[name]
+    if not (final_norm and num_layers - 1 in layers):
+        model.norm = None
 
 
 def _refuse_surplus_blocks(names: Iterable[str], num_blocks: int) -> None:

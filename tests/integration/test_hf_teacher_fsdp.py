@@ -15,6 +15,7 @@ pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
 
 from let_plugin import host
 from let_plugin.config import TeacherConfig
+from let_plugin.teacher.base import EMBEDDING
 from let_plugin.teacher.hf import HFTeacher, HFTeacherSource
 from tests.support import jobs
 
@@ -27,7 +28,7 @@ def _batch(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens_BL, positions_L.repeat(2, 1)
 
 
-def _build(path: str, degrees: dict[str, int]) -> HFTeacher:
+def _build(path: str, degrees: dict[str, int], layers: list[int | str]) -> HFTeacher:
     """The teacher of a student with these parallel degrees."""
     from torchtitan.distributed import ParallelDims
 
@@ -43,22 +44,24 @@ def _build(path: str, degrees: dict[str, int]) -> HFTeacher:
         device=torch.device("cpu"),
         config=None,  # type: ignore[arg-type]
         parallel_dims=teacher_dims,
+        layers=layers,
+        final_norm=True,
     )
 
 
-def _worker(path: str, out: str, degrees: dict[str, int], shards: int) -> None:
+def _worker(path: str, out: str, degrees: dict[str, int], layers: list[int | str], shards: int) -> None:
     from torch.distributed.tensor import DTensor
 
     host.set_up("cpu")
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
     rng_state = torch.get_rng_state()
-    teacher = _build(path, degrees)
+    teacher = _build(path, degrees, layers)
     assert torch.equal(rng_state, torch.get_rng_state())
     with torch.no_grad():
         first = teacher(*_batch(rank))
         again = teacher(*_batch(rank))
-    assert torch.equal(first, again)
+    torch.testing.assert_close(first, again, rtol=0, atol=1e-6)
     assert type(first) is torch.Tensor
     for parameter in teacher.parameters():  # after a forward: the root is not left gathered either
         assert not parameter.requires_grad
@@ -72,15 +75,16 @@ def _worker(path: str, out: str, degrees: dict[str, int], shards: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "degrees", "shards"),
+    ("family", "degrees", "layers", "shards"),
     [
-        ("llama", {"dp_shard": 2}, 2),
-        ("opt", {"tp": 2}, 2),  # over the ranks of a pipeline stage, whatever they do for the student
-        ("gpt2", {"dp_replicate": 2}, 1),
-        ("llama", {"pp": 2, "dp_shard": 2}, 2),
+        ("llama", {"dp_shard": 2}, [1], 2),
+        ("llama", {"dp_shard": 2}, [0], 2),
+        ("opt", {"tp": 2}, [1], 2),  # over the ranks of a pipeline stage, whatever they do for the student
+        ("gpt2", {"dp_replicate": 2}, [1, EMBEDDING], 1),
+        ("llama", {"pp": 2, "dp_shard": 2}, [EMBEDDING, 1, 0], 2),
     ],
 )
-def test_states_equal_those_of_one_process(tmp_path, family, degrees, shards) -> None:
+def test_states_equal_those_of_one_process(tmp_path, family, degrees, layers, shards) -> None:
     import transformers
 
     common = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -96,10 +100,11 @@ def test_states_equal_those_of_one_process(tmp_path, family, degrees, shards) ->
 
     processes = math.prod(degrees.values())
     module = "tests.integration.test_hf_teacher_fsdp"
-    jobs.run(module, tmp_path, tmp_path, json.dumps(degrees), shards, processes=processes, OMP_NUM_THREADS="1")
+    arguments = (tmp_path, tmp_path, json.dumps(degrees), json.dumps(layers), shards)
+    jobs.run(module, *arguments, processes=processes, OMP_NUM_THREADS="1")
 
     host.set_up("cpu")
-    teacher = _build(str(tmp_path), {})
+    teacher = _build(str(tmp_path), {}, layers)
     for rank in range(processes):
         with torch.no_grad():
             expected = teacher(*_batch(rank))
@@ -108,4 +113,4 @@ def test_states_equal_those_of_one_process(tmp_path, family, degrees, shards) ->
 
 
 if __name__ == "__main__":
-    _worker(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4]))
+    _worker(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), json.loads(sys.argv[4]), int(sys.argv[5]))

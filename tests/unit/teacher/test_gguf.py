@@ -39,6 +39,7 @@ def test_info_and_vocabulary(source) -> None:
     info = source.info
     assert (info.hidden_size, info.num_layers, info.vocab_size, info.max_seq_len) == (576, 30, 49152, 8192)
     assert (info.num_trunk_params, info.num_embedding_params) == (134_515_008, 49152 * 576)
+    assert info.num_params_to([0]) + sum(info.block_params[1:]) == info.num_trunk_params
     vocabulary = source.vocabulary()
     assert len(vocabulary) == 49152
     assert vocabulary["<|endoftext|>"] == 0
@@ -59,6 +60,8 @@ def test_states_are_those_of_the_model(source, smollm2) -> None:
         device=torch.device("cpu"),
         config=None,
         parallel_dims=ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=1, ep=1, world_size=1),
+        layers=[source.info.num_layers - 1],
+        final_norm=True,
     )
     assert torch.equal(rng_state, torch.get_rng_state())
     assert sum(p.numel() for p in teacher.parameters()) == source.info.num_trunk_params

@@ -17,6 +17,7 @@ transformers = pytest.importorskip("transformers", reason="pip install let-plugi
 from let_plugin import host  # noqa: E402
 from let_plugin.config import TeacherConfig  # noqa: E402
 from let_plugin.errors import ConfigError  # noqa: E402
+from let_plugin.teacher.base import EMBEDDING  # noqa: E402
 from let_plugin.teacher.hf import HFTeacher, HFTeacherSource  # noqa: E402
 
 VOCAB_SIZE = 61
@@ -83,12 +84,29 @@ def llama(folders: dict[str, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(folders["llama"], tmp_path / "llama"))
 
 
-def build(source: HFTeacherSource, dtype: torch.dtype = torch.float32) -> HFTeacher:
+def build(
+    source: HFTeacherSource, dtype: torch.dtype = torch.float32, layers=None, final_norm: bool = True
+) -> HFTeacher:
+    """The teacher; of its last layer unless `layers` says otherwise."""
     host.set_up("cpu")
     from torchtitan.distributed import ParallelDims
 
     parallel_dims = ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=1, ep=1, world_size=1)
-    return source.build(dtype=dtype, device=torch.device("cpu"), config=None, parallel_dims=parallel_dims)
+    return source.build(
+        dtype=dtype,
+        device=torch.device("cpu"),
+        config=None,
+        parallel_dims=parallel_dims,
+        layers=[source.info.num_layers - 1] if layers is None else layers,
+        final_norm=final_norm,
+    )
+
+
+def reference_of(folder: Path):
+    """The model as transformers itself runs it."""
+    content = json.loads((folder / "config.json").read_text())
+    attention = "sdpa" if content.get("attn_logit_softcapping") is None else "eager"  # SDPA has no soft cap
+    return transformers.AutoModel.from_pretrained(folder, attn_implementation=attention).eval()
 
 
 def source_of(path: Path | str, **fields) -> HFTeacherSource:
@@ -133,8 +151,7 @@ def test_packed_documents_equal_each_document_alone(folders, family) -> None:
         states_BLE = teacher(tokens_BL, positions_BL)
         whole_rows_BLE = teacher(tokens_BL, None)
 
-    attention = "eager" if family == "gemma2" else "sdpa"  # SDPA has no soft cap
-    reference = transformers.AutoModel.from_pretrained(folders[family], attn_implementation=attention).eval()
+    reference = reference_of(folders[family])
     torch.testing.assert_close(whole_rows_BLE, reference(input_ids=tokens_BL).last_hidden_state, rtol=1e-4, atol=1e-5)
     for row, row_lengths in enumerate(lengths):
         start = 0
@@ -160,16 +177,86 @@ def test_a_document_does_not_see_the_others(folders, family) -> None:
     torch.testing.assert_close(after_BLE[1], before_BLE[1], rtol=0, atol=1e-6)
 
 
+# Layers
+
+
+def states_by_layer(reference, tokens_BL: torch.Tensor) -> dict:
+    """What transformers returns for the embedding and each block, without the final norm; and, as "final", with it."""
+    last_block = next(module for module in reference.modules() if isinstance(module, torch.nn.ModuleList))[-1]
+    raw = []
+    handle = last_block.register_forward_hook(
+        lambda module, args, output: raw.append(output[0] if isinstance(output, tuple) else output)
+    )
+    states = reference(input_ids=tokens_BL, output_hidden_states=True).hidden_states
+    handle.remove()
+    embedding, *blocks, final = states
+    return {EMBEDDING: embedding, **dict(enumerate(blocks)), len(blocks): raw[0], "final": final}
+
+
+def num_hooks(teacher: HFTeacher) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in teacher.modules())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_states_of_each_layer_are_those_of_transformers(folders, family) -> None:
+    tokens_BL, _, _ = packed_batch()
+    source = source_of(folders[family])
+    expected = states_by_layer(reference_of(folders[family]), tokens_BL)
+    for layer, num_blocks in ((EMBEDDING, 1), (0, 1), (1, 2), (2, 3), ("final", 3)):
+        final_norm = layer == "final"
+        asked = 2 if final_norm else layer
+        teacher = build(source, layers=[asked], final_norm=final_norm)
+        states_BLE = teacher(tokens_BL, None)
+        torch.testing.assert_close(states_BLE, expected[layer], rtol=1e-5, atol=1e-5)
+        assert states_BLE.shape[-1] == source.info.width(asked, final_norm)
+        assert num_hooks(teacher) == (0 if final_norm else 1)
+        num_params = sum(parameter.numel() for parameter in teacher.parameters())
+        assert num_params == source.info.num_params_to([asked])
+        assert num_params == source.info.num_trunk_params - sum(source.info.block_params[num_blocks:])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layers", [[1, EMBEDDING, 0], [2, 0]])
+@torch.no_grad()
+def test_several_layers_in_the_order_asked_for_over_packed_documents(folders, family, layers) -> None:
+    tokens_BL, positions_BL, lengths = packed_batch()
+    source = source_of(folders[family])
+    teacher = build(source, layers=layers)
+    states_BLE = teacher(tokens_BL, positions_BL)
+    assert torch.equal(states_BLE, teacher(tokens_BL, positions_BL))
+    assert states_BLE.shape[-1] == sum(source.info.width(layer, True) for layer in layers)
+    assert sum(p.numel() for p in teacher.parameters()) == source.info.num_params_to(layers)
+    reference = reference_of(folders[family])
+    for row, row_lengths in enumerate(lengths):
+        for document in torch.arange(SEQ_LEN).split(row_lengths):
+            expected = states_by_layer(reference, tokens_BL[row : row + 1, document])
+            expected_1LE = torch.cat([expected["final" if layer == 2 else layer] for layer in layers], -1)
+            torch.testing.assert_close(states_BLE[row, document], expected_1LE[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_leak_between_documents_is_found_in_the_layers_that_are_asked_for(llama, monkeypatch) -> None:
+    from let_plugin.teacher import hf_attention
+
+    monkeypatch.setattr(hf_attention.DocumentMask, "get", lambda *_: None)
+    build(source_of(llama), layers=[EMBEDDING])
+    with pytest.raises(ConfigError, match="depend on the document before it"):
+        build(source_of(llama), layers=[EMBEDDING, 0])
+
+
 def test_info(folders) -> None:
     info = source_of(folders["llama"]).info
     model = transformers.AutoModel.from_pretrained(folders["llama"])
     assert (info.hidden_size, info.num_layers, info.vocab_size, info.max_seq_len) == (32, 3, VOCAB_SIZE, 64)
     assert info.num_trunk_params == sum(p.numel() for p in model.parameters())
     assert info.num_embedding_params == VOCAB_SIZE * 32
+    assert info.block_params == tuple(sum(p.numel() for p in block.parameters()) for block in model.layers)
     assert "llama" in info.description
     gpt2 = source_of(folders["gpt2"]).info
     assert gpt2.num_embedding_params == (VOCAB_SIZE + 64) * 32  # its positions are an embedding as well
-    assert source_of(folders["opt_350m_like"]).info.hidden_size == 16
+    opt = source_of(folders["opt_350m_like"]).info
+    assert opt.hidden_size == opt.width(2, True) == 16
+    assert opt.width(2, False) == opt.width(1, True) == opt.width(EMBEDDING, True) == 32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

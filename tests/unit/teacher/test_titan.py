@@ -9,11 +9,13 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor
+from torchtitan.config import CompileConfig
 
 from let_plugin.config import TeacherConfig
 from let_plugin.demo import TEACHER, TOKENIZER
 from let_plugin.errors import ConfigError
 from let_plugin.models import llama_spec
+from let_plugin.teacher.base import EMBEDDING
 from let_plugin.teacher.titan import TEACHER_SPECS, TitanTeacherSource, register_teacher_spec
 from tests.support import config_registry as tiny
 from tests.support import jobs, reference
@@ -23,11 +25,18 @@ LENGTHS = [[7, 12, 5], [1, 3, 20]]  # of the packed documents
 
 @pytest.fixture
 def build(config, parallel_dims):
-    """Function that builds the teacher of a spec and a folder in this process."""
+    """Function that builds the teacher of a spec and a folder in this process; of its last layer unless told."""
 
-    def build(path, spec="tiny_teacher", dtype=torch.float32):
+    def build(path, spec="tiny_teacher", dtype=torch.float32, layers=None, final_norm=True):
         source = TitanTeacherSource(TeacherConfig(spec=spec, path=str(path)))
-        return source.build(dtype=dtype, device=torch.device("cpu"), config=config, parallel_dims=parallel_dims)
+        return source.build(
+            dtype=dtype,
+            device=torch.device("cpu"),
+            config=config,
+            parallel_dims=parallel_dims,
+            layers=[source.info.num_layers - 1] if layers is None else layers,
+            final_norm=final_norm,
+        )
 
     return build
 
@@ -96,6 +105,79 @@ def test_bf16_states_are_near_the_fp32_ones(tiny_teacher, build):
     states_BLE = build(tiny_teacher[0], dtype=torch.bfloat16)(*batch)
     assert states_BLE.dtype == torch.bfloat16
     assert 1e-4 < relative_difference(states_BLE, build(tiny_teacher[0])(*batch)) < 0.03
+
+
+# Layers
+
+
+def expected_states(weights, tokens_BL, positions_BL):
+    """By layer, without the final norm; and, as "final", with it."""
+    hidden, final_BLE = reference.llama(weights, tokens_BL, positions_BL, **tiny.TEACHER)
+    return {EMBEDDING: weights["tok_embeddings.weight"][tokens_BL], **dict(enumerate(hidden)), "final": final_BLE}
+
+
+def num_hooks(teacher):
+    """Hooks of this plugin; FSDP has its own."""
+    hooks = [
+        hook
+        for module in teacher.modules()
+        for hook in [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    ]
+    return sum("let_plugin" in getattr(hook, "__module__", "") for hook in hooks)
+
+
+@pytest.mark.parametrize(("layer", "num_blocks", "hooks"), [(EMBEDDING, 1, 1), (0, 1, 0), (1, 2, 0), ("final", 2, 0)])
+@torch.no_grad()
+def test_states_of_each_layer_equal_the_plain_reference(tiny_teacher, build, layer, num_blocks, hooks):
+    path, weights = tiny_teacher
+    final_norm = layer == "final"
+    layers = [1 if final_norm else layer]
+    teacher = build(path, layers=layers, final_norm=final_norm)
+    batch = packed_batch()
+    states_BLE = teacher(*batch)
+    assert relative_difference(states_BLE, expected_states(weights, *batch)[layer]) <= 1e-6
+    assert num_hooks(teacher) == hooks
+    assert len(teacher.model.layers) == num_blocks
+    assert (teacher.model.norm is not None) == final_norm
+    info = TitanTeacherSource(TeacherConfig(spec="tiny_teacher", path=str(path))).info
+    num_params = sum(p.numel() for p in teacher.parameters()) + (0 if final_norm else tiny.TEACHER_DIM)
+    assert num_params == info.num_params_to(layers) == info.num_trunk_params - sum(info.block_params[num_blocks:])
+    assert states_BLE.shape[-1] == info.width(layers[0], final_norm)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("final_norm", [False, True])
+@pytest.mark.parametrize("layers", [[1, EMBEDDING, 0], [0, EMBEDDING]])
+@torch.no_grad()
+def test_several_layers_in_the_order_asked_for(tiny_teacher, build, config, layers, final_norm, compiled):
+    path, weights = tiny_teacher
+    config.compile = CompileConfig(enable=compiled, components=["model"], backend="aot_eager")
+    teacher = build(path, layers=layers, final_norm=final_norm)
+    batch = packed_batch()
+    by_layer = expected_states(weights, *batch)
+    expected_BLE = torch.cat([by_layer["final" if layer == 1 and final_norm else layer] for layer in layers], -1)
+    for _ in range(2):  # compiled in the first
+        assert relative_difference(teacher(*batch), expected_BLE) <= 1e-6
+
+
+@torch.no_grad()
+def test_the_blocks_behind_the_deepest_layer_are_not_read(tiny_teacher, tmp_path, build):
+    weights = {k: v for k, v in tiny_teacher[1].items() if not k.startswith(("layers.1.", "norm."))}
+    dcp.save(weights, checkpoint_id=str(tmp_path), no_dist=True)
+    batch = packed_batch()
+    assert torch.equal(build(tmp_path, layers=[0])(*batch), build(tiny_teacher[0], layers=[0])(*batch))
+    assert "layers.1." in problem_of(build, tmp_path, layers=[1]).message
+
+
+@torch.no_grad()
+def test_states_of_each_layer_of_safetensors_equal_those_of_transformers(build):
+    transformers = pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
+    model = transformers.AutoModel.from_pretrained(TEACHER, dtype=torch.float32).eval()
+    tokens_BL, _ = packed_batch()
+    expected = model(input_ids=tokens_BL, output_hidden_states=True).hidden_states
+    layers = [EMBEDDING, *range(len(expected) - 1)]
+    states_BLE = build("", spec="demo_teacher", layers=layers)(tokens_BL, None)
+    torch.testing.assert_close(states_BLE, torch.cat(expected, -1), rtol=0, atol=1e-4)
 
 
 # What is built
@@ -303,8 +385,10 @@ def test_a_checkpoint_with_more_blocks_than_the_spec_is_refused(tiny_teacher, tm
         surplus = {"model.layers.4.mlp.up_proj.weight": torch.ones(352, 128)}
         weights = load_file(f"{TEACHER}/model.safetensors") | surplus
         save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    problem = problem_of(build, tmp_path, spec=spec)
-    assert (problem.key, problem.value) == ("let.teacher.path", str(tmp_path))
+    for layers in (None, [0]):
+        problem = problem_of(build, tmp_path, spec=spec, layers=layers)
+        assert (problem.key, problem.value) == ("let.teacher.path", str(tmp_path))
+        assert "the checkpoint has" in problem.message
 
 
 def test_a_training_checkpoint_with_optimizer_and_head_is_a_teacher(tiny_teacher, tmp_path, build):

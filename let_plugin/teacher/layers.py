@@ -1,0 +1,64 @@
+"""Takes the states of chosen layers out of a teacher's forward pass, from outside: with hooks on its blocks.
+
+Shape legend: B batch, L sequence, E width of a layer's state; after the concatenation, the sum of these widths.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from let_plugin.teacher.base import EMBEDDING
+
+
+class LayerStates:
+    """The states of some layers of a model, concatenated along channels.
+
+    The hooks are never taken off: they live as long as the blocks. What the model returns by itself needs none.
+
+    Args:
+        blocks: The blocks that run, as the model calls them: already parallelised and compiled.
+        layers: As in TeacherSource.build.
+        output_layer: The layer whose state the model returns. None if what it returns is none of the layers.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], layers: Sequence[int | str], *, output_layer: int | None) -> None:
+        self._layers = tuple(layers)
+        self._output_layer = output_layer
+        self._states: dict[int | str, torch.Tensor] = {}
+        for layer in layers:
+            if isinstance(layer, str):
+                blocks[0].register_forward_pre_hook(self._keep_input, with_kwargs=True)
+            elif layer != output_layer:
+                blocks[layer].register_forward_hook(self._output_keeper(layer))
+
+    def collect(self, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The layers' states in `forward()`, which runs the model, [B, L, E]; of a single layer without a copy.
+
+        Keeps none of them, also if `forward` raises.
+        """
+        try:
+            output_BLE = forward()
+            if self._output_layer is not None:
+                self._states[self._output_layer] = output_BLE
+            missing = [layer for layer in self._layers if layer not in self._states]
+            if missing:
+                raise RuntimeError(f"the hooks of the teacher's layers {missing} did not run")
+            states = [self._states[layer] for layer in self._layers]
+        finally:
+            self._states.clear()
+        return states[0] if len(states) == 1 else torch.cat(states, dim=-1)
+
+    # The hooks stay out of compiled regions: dynamo would drop what they keep.
+
+    @torch.compiler.disable
+    def _keep_input(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._states[EMBEDDING] = args[0] if args else kwargs["hidden_states"]
+
+    def _output_keeper(self, layer: int) -> Callable[[nn.Module, Any, Any], None]:
+        @torch.compiler.disable
+        def keep(block: nn.Module, args: Any, output: Any) -> None:
+            self._states[layer] = output[0] if isinstance(output, tuple) else output
+
+        return keep
