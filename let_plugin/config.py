@@ -4,7 +4,9 @@ Importing this module imports neither torch nor torchtitan: `[runtime] device` h
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 
 @dataclass(kw_only=True, slots=True)
@@ -48,8 +50,39 @@ class TeacherConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Data type of the teacher's weights and maths. "auto": the student's `training.mixed_precision_param`."""
 
+    final_norm: bool = True
+    """Whether the state of its last block is taken after the final norm (what `transformers` returns last)."""
+
     trust_remote_code: bool = False
     """Let `transformers` run Python code that comes with the checkpoint. Off: such a teacher is refused."""
+
+
+@dataclass(kw_only=True, slots=True)
+class PairConfig:
+    """One of `let.pairs`: which student block is aligned with which teacher layer."""
+
+    student: int
+    """0-based index of the student block; negative: from the end."""
+
+    teacher: int | Literal["embedding"] = -1
+    """0-based index of the teacher block whose output it is; negative: from the end. "embedding": what enters it."""
+
+    weight: float = 1.0
+    """Factor of this pair's loss, beside lambda."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ProjectorConfig:
+    """The `[let.projector]` table: where the dimension match stands and, if it learns, how."""
+
+    side: Literal["teacher", "student"] = "teacher"
+    """Whether the teacher's states are brought to the student's width, or the student's to the teacher's."""
+
+    lr_multiplier: float = 1.0
+    """Factor of the student's learning rate."""
+
+    weight_decay: float | None = None
+    """Weight decay; the student's if not given."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -63,40 +96,69 @@ class LetConfig:
     """lambda0, the weight of the alignment loss at step 0 (0.1: best of the paper's grid 0.01 ... 3)."""
 
     schedule: str = "linear"
-    """How lambda falls from `weight` to 0 at the stop step. "linear" is the paper's."""
+    """How lambda falls from `weight` to 0 at the stop step. "linear" is the paper's. See docs/strategies.md."""
+
+    schedule_options: dict[str, Any] = field(default_factory=dict)
+    """Options of the schedule, by name."""
+
+    warmup_steps: int = 0
+    """Steps over which lambda first rises linearly to `weight`; the schedule follows, until the same stop step."""
 
     stop_step: int | None = None
     """
-    S_stop in optimizer steps: from this step on (0-based) lambda is 0 and the teacher is gone. Overrides
-    `stop_fraction`.
+    S_stop in optimizer steps: from this step on (0-based) lambda is 0 and the teacher is gone. At most one of the
+    three `stop_*` is given.
     """
 
-    stop_fraction: float = 0.5
+    stop_tokens: int | None = None
+    """S_stop in tokens of the whole job, rounded up to a step."""
+
+    stop_fraction: float | None = None
     """
-    S_stop as a fraction of `training.steps`, rounded down, when `stop_step` is not given. (The paper does not state
-    its S_stop.)
+    S_stop as a fraction of `training.steps`, rounded down. Without any `stop_*`: 0.5, except for a schedule that says
+    otherwise ("constant": the whole run). (The paper does not state its S_stop.)
     """
 
     layer_mapping: str = "L2E"
     """
-    Which student block meets which teacher layer. "L2E" (the paper's): the teacher's last layer and the student's
-    block at one third of its depth; "L2M", "L2L": at two thirds, and the last block.
+    Which student blocks meet which teacher layers. "L2E" (the paper's): the teacher's last layer and the student's
+    block at one third of its depth; likewise "L2M", "L2L", "M2E", "M2M", "M2L"; "uniform": several pairs.
     """
 
+    layer_mapping_options: dict[str, Any] = field(default_factory=dict)
+    """Options of the layer mapping, by name: `early`, `middle` and `late`, the depths that the letters stand for."""
+
     student_block: int | None = None
-    """0-based index of the student block whose output is aligned; overrides `layer_mapping`'s choice."""
+    """0-based index of the student block whose output is aligned, instead of the mapping's choice."""
+
+    pairs: Annotated[list[PairConfig], tyro.conf.Fixed] = field(default_factory=list)
+    """The pairs, given one by one: an array of tables {student, teacher, weight}. Replaces `layer_mapping`."""
 
     dimension_match: str = "interpolate"
     """
     How the teacher's width becomes the student's. "interpolate" (the paper's): 1-D linear along the channels.
-    "linear": a linear map, learned with the student's optimizer settings, that starts as the interpolation.
+    "linear": a learned linear map that starts as the interpolation. More: docs/strategies.md.
     """
 
-    align_corners: bool = False
-    """Convention of the interpolation, as in torch.nn.functional.interpolate. (The paper does not state it.)"""
+    dimension_match_options: dict[str, Any] = field(default_factory=dict)
+    """
+    Options of the dimension match, by name. For the interpolation `align_corners`, as in
+    torch.nn.functional.interpolate. (The paper does not state it.)
+    """
+
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
 
     loss: str = "cosine"
-    """Alignment loss per token. "cosine": the negative cosine similarity (the paper's)."""
+    """Alignment loss per token. "cosine": the negative cosine similarity (the paper's). More: docs/strategies.md."""
+
+    loss_options: dict[str, Any] = field(default_factory=dict)
+    """Options of the loss, by name."""
+
+    diagnosis_freq: int = 1
+    """
+    Every how many steps, of those that are logged, the gradient of the alignment is compared with that of the student's
+    own loss (let/grad_cosine, let/grad_ratio). 0: never.
+    """
 
     math_dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the alignment maths: resizing, normalising, the loss and its gradient."""

@@ -6,7 +6,8 @@ the ranks whose stage holds the aligned block have a teacher; the others take pa
 Shape legend: B batch, L sequence, E teacher width, S the part of the sequence that this rank's block output covers.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import spmd_types as spmd
@@ -18,34 +19,36 @@ from torchtitan.trainer import Trainer
 from let_plugin import plan
 from let_plugin.alignment.losses import Alignment
 from let_plugin.alignment.tap import Align, AlignmentTap
-from let_plugin.learned import PROJECTOR, LearnedProjector
+from let_plugin.learned import LearnedProjector
 from let_plugin.metrics import DeviceTimer
-from let_plugin.teacher.base import Teacher
+from let_plugin.teacher.base import Teacher, TeacherInfo
 from let_plugin.teacher.sharding import TeacherShare, sequence_shards, teacher_parallel_dims
 from let_plugin.teacher.sources import open_teacher
 
 
 class Guidance:
-    """The teacher, the tap and, if it learns, the projector. Every rank of the job makes one, at the same step.
+    """The teacher, the taps and, where they learn, the projectors. Every rank of the job makes one, at the same step.
 
     Args:
         trainer: The student's trainer; its `let` table says what to build.
         steps_taken: Optimizer steps taken so far; more than 0 if the run has resumed.
 
     Attributes:
-        teacher: None on the ranks whose pipeline stages do not hold the aligned block.
-        tap: Likewise.
-        projector: None as well if the dimension match has nothing to learn.
+        pairs: What is aligned, on all ranks together.
+        teacher: None on the ranks whose pipeline stages hold no aligned block.
+        taps: One for each part of the student on this rank, if there is a teacher; else none.
+        projectors: Those of this rank's pairs that learn.
     """
 
     def __init__(self, trainer: Trainer, steps_taken: int) -> None:
         config, dims, device = trainer.config, trainer.parallel_dims, trainer.device
         self.teacher: Teacher | None = None
-        self.tap: AlignmentTap | None = None
-        self.projector: LearnedProjector | None = None
+        self.taps: list[AlignmentTap] = []
+        self.projectors: list[LearnedProjector] = []
         self._trainer = trainer
         self._num_accumulations_left = 0
         self._lambda = 0.0
+        self._measures = False
         self._valid_tokens = torch.ones((), device=device)
         self._timer = DeviceTimer(device)
         self._tokens = 0
@@ -54,52 +57,55 @@ class Guidance:
         self._target_dtype = plan.target_dtype(config)
 
         source = open_teacher(config.let.teacher)
-        pair = plan.layer_pair(config, source.info)
+        self.pairs = plan.layer_pairs(config, source.info)
         # Meshes are made by all ranks together, also by those that return below.
         teacher_dims = teacher_parallel_dims(dims)
         teacher_dims.build_mesh()
         self._share = TeacherShare(config, dims, device)
 
-        block = str(pair.student)
-        part = next((part for part in trainer.model_parts if block in part.layers), None)
-        owners = torch.tensor(float(part is not None), device=device)
-        torch.distributed.all_reduce(owners)
-        if not owners:
-            raise RuntimeError(f"LET: no pipeline stage holds layers.{block}, the block that is to be aligned")
-        if part is None:
+        # Numbers of the pairs of each part, block by block: the order in which a tap sums their cosines.
+        by_block = sorted(range(len(self.pairs)), key=lambda i: self.pairs[i].student)
+        self._pairs_of_taps = [
+            [i for i in by_block if str(self.pairs[i].student) in part.layers] for part in trainer.model_parts
+        ]
+        self._refuse_blocks_on_no_stage()
+        own_pairs = [self.pairs[i] for indices in self._pairs_of_taps for i in indices]
+        if not own_pairs:
             return
+        layers = plan.teacher_layers(own_pairs)
         self.teacher = source.build(
-            dtype=plan.teacher_dtype(config), device=device, config=config, parallel_dims=teacher_dims
+            dtype=plan.teacher_dtype(config),
+            device=device,
+            config=config,
+            parallel_dims=teacher_dims,
+            layers=layers,
+            final_norm=config.let.teacher.final_norm,
         )
-        match = plan.dimension_match(config.let)(source.info.hidden_size, config.model_spec.model.dim)
-        if any(True for _ in match.parameters()):
-            self.projector = LearnedProjector(
-                match,
-                part,
-                block,
-                config,
-                sequence_parallel=config.parallelism.enable_sequence_parallel,
-                device=device,
-            )
-            if steps_taken > 0:
-                self.projector.restore(config, steps_taken)
-            if config.checkpoint.enable:
-                trainer.checkpointer.states[PROJECTOR] = self.projector
-            align = _align_and_learn(self.projector, match, config)
-        else:
-            align = plan.alignment(config.let, match.to(device), config.compile)
-        others = [other for other in trainer.model_parts if other is not part]
-        # The alignment stays on this rank: nothing in it is for torchtitan's check of what is sharded where.
-        self.tap = AlignmentTap(part, block, align, device, other_models=others, context=spmd.no_typecheck)
+        channels = _channels(source.info, layers, config.let.teacher.final_norm)
+        for part, indices in zip(trainer.model_parts, self._pairs_of_taps, strict=True):
+            aligns: dict[str, list[Align]] = {}
+            for i in indices:
+                block = str(self.pairs[i].student)
+                align = self._align(i, part, block, channels[self.pairs[i].teacher], steps_taken)
+                aligns.setdefault(block, []).append(align)
+            # The alignment stays on this rank: nothing in it is for torchtitan's check of what is sharded where.
+            self.taps.append(AlignmentTap(part, aligns, device, context=spmd.no_typecheck))
 
-    def start_step(self, weight: float) -> None:
-        """Before the first microbatch of a step, whose lambda is `weight`."""
+    def start_step(self, weight: float, *, measures: bool = False) -> None:
+        """Before the first microbatch of a step.
+
+        Args:
+            weight: The step's lambda.
+            measures: Whether its metrics are to compare the alignment's gradient with that of the student's own loss.
+        """
+        self._measures = measures
         self._lambda = weight
         self._num_accumulations_left = self._trainer.gradient_accumulation_steps
-        if self.tap is not None:
-            self.tap.reset()
-        if self.projector is not None:
-            self.projector.start_step()
+        for tap in self.taps:
+            tap.reset()
+            tap.measures = measures
+        for projector in self.projectors:
+            projector.start_step()
 
     @contextmanager
     def microbatches(self, global_valid_tokens: torch.Tensor) -> Iterator[None]:
@@ -109,12 +115,13 @@ class Guidance:
             global_valid_tokens: Number of tokens of the whole step, over all ranks, that count in the loss; 0-dim.
         """
         self._valid_tokens = global_valid_tokens
-        if self.tap is not None:
-            self.tap.coefficient.fill_(self._lambda).div_(global_valid_tokens)
+        for tap in self.taps:
+            tap.coefficient.fill_(self._lambda).div_(global_valid_tokens)
         yield
         self._num_accumulations_left -= 1
-        if self.projector is not None and self._num_accumulations_left == 0:
-            self.projector.reduce_gradients()
+        if self._num_accumulations_left == 0:
+            for projector in self.projectors:
+                projector.reduce_gradients()
 
     @torch.no_grad()
     def target(self, input_dict: dict[str, torch.Tensor], labels_BL: torch.Tensor) -> torch.Tensor | None:
@@ -139,44 +146,97 @@ class Guidance:
 
     def finish_step(self) -> None:
         """After the student's optimizer step. RuntimeError if the gradient of the alignment has reached no block."""
-        if self.projector is not None:
-            self.projector.finish_step()
-        if self.tap is not None and self.tap.num_calls == 0:
-            raise RuntimeError(
-                "LET: the tap was not reached in a training step: the hooks of its block did not run. Nothing has been "
-                "aligned, so the run is stopped"
-            )
+        for projector in self.projectors:
+            projector.finish_step()
+        for tap in self.taps:
+            for block, num_calls in tap.num_calls.items():
+                if num_calls == 0:
+                    raise RuntimeError(
+                        f"LET: the tap was not reached in a training step: the hooks of its block, layers.{block}, did "
+                        "not run. It has not been aligned, so the run is stopped"
+                    )
 
     def metrics(self) -> dict[str, float]:
-        """The mean cosine over the step's valid tokens, and the teacher's speed; over all ranks, each must call it."""
-        cosine = self._valid_tokens.new_zeros((), dtype=torch.float64)
-        if self.tap is not None:
-            cosine = self.tap.cosine_sum.double() / self._valid_tokens / self._num_replicas
-        totals = torch.stack([cosine, cosine.new_tensor(self._tokens), cosine.new_tensor(self._timer.pop())])
+        """What the step has measured, over all ranks and valid tokens. Every rank must call it.
+
+        Returns:
+            let/cosine: mean cosine; of several pairs, their mean, and each pair's own beside it.
+            let/grad_cosine, let/grad_ratio: cosine between the gradients of lambda * L_align and of the student's own
+                loss with respect to the aligned hidden states, and the ratio of their norms, if they were compared.
+            let/teacher_tokens_per_second: of the teacher's forward pass alone, per rank that has one.
+        """
+        cosines = self._valid_tokens.new_zeros(len(self.pairs), dtype=torch.float64)
+        for tap, indices in zip(self.taps, self._pairs_of_taps, strict=bool(self.taps)):
+            cosines[indices] = tap.cosine_sums.double() / self._valid_tokens / self._num_replicas
+        speed = cosines.new_tensor([self._tokens, self._timer.pop()])
+        gradients = sum((tap.gradient_sums for tap in self.taps), start=cosines.new_zeros(3))
+        totals = torch.cat([cosines, speed, gradients])
         torch.distributed.all_reduce(totals)
         self._tokens = 0
-        cosine_mean, tokens, seconds = totals.tolist()
-        return {"let/cosine": cosine_mean, "let/teacher_tokens_per_second": tokens / seconds}
+        *means, tokens, seconds, dot, own, added = totals.tolist()
+        metrics = {"let/cosine": sum(means) / len(means), "let/teacher_tokens_per_second": tokens / seconds}
+        if len(means) > 1:
+            metrics |= {f"let/cosine/{p.student}-{p.teacher}": mean for p, mean in zip(self.pairs, means, strict=True)}
+        if self._measures and own > 0 and added > 0:
+            metrics |= {"let/grad_cosine": dot / math.sqrt(own * added), "let/grad_ratio": math.sqrt(added / own)}
+        return metrics
 
     def remove(self) -> None:
         """Leaves no trace on the student, its trainer and its checkpoints."""
-        if self.tap is not None:
-            self.tap.remove()
-        if self.projector is not None:
-            self.projector.remove()
+        for tap in self.taps:
+            tap.remove()
+        for projector in self.projectors:
+            projector.remove()
             if self._trainer.config.checkpoint.enable:
-                del self._trainer.checkpointer.states[PROJECTOR]
-        self.teacher = self.tap = self.projector = None
+                del self._trainer.checkpointer.states[projector.name]
+        self.teacher, self.taps, self.projectors = None, [], []
+
+    def _refuse_blocks_on_no_stage(self) -> None:
+        owners = torch.zeros(len(self.pairs), device=self._trainer.device)
+        owners[[i for indices in self._pairs_of_taps for i in indices]] = 1
+        torch.distributed.all_reduce(owners)
+        for pair, num_owners in zip(self.pairs, owners.tolist(), strict=True):
+            if not num_owners:
+                raise RuntimeError(f"LET: no pipeline stage holds layers.{pair.student}, a block that is to be aligned")
+
+    def _align(self, index: int, part: nn.Module, block: str, channels: slice, steps_taken: int) -> Align:
+        """The maths of pair `index`; makes its projector if it learns."""
+        config, device = self._trainer.config, self._trainer.device
+        match = plan.dimension_match(config.let)(channels.stop - channels.start, config.model_spec.model.dim)
+        learns = any(True for _ in match.parameters())
+        if learns:
+            projector = LearnedProjector(
+                match,
+                part,
+                block,
+                config,
+                index=index,
+                sequence_parallel=config.parallelism.enable_sequence_parallel,
+                device=device,
+            )
+            if steps_taken > 0:
+                projector.restore(config, steps_taken)
+            if config.checkpoint.enable:
+                self._trainer.checkpointer.states[projector.name] = projector
+            self.projectors.append(projector)
+        pair_align = plan.alignment(
+            config.let, match.to(device), config.compile, channels=channels, weight=self.pairs[index].weight
+        )
+
+        def align(student_BLD: torch.Tensor, teacher_BLE: torch.Tensor, coefficient: torch.Tensor) -> Alignment:
+            weights = projector.weights if learns else {}
+            alignment, gradients = pair_align(student_BLD, teacher_BLE, coefficient, weights)
+            if learns:
+                projector.accumulate(gradients)
+            return alignment
+
+        return align
 
 
-def _align_and_learn(projector: LearnedProjector, match: nn.Module, config: Trainer.Config) -> Align:
-    align = plan.learned_alignment(config.let, match, config.compile)
-
-    def align_and_accumulate(
-        student_BLD: torch.Tensor, teacher_BLE: torch.Tensor, coefficient: torch.Tensor
-    ) -> Alignment:
-        alignment, gradients = align(student_BLD, teacher_BLE, coefficient, projector.weights)
-        projector.accumulate(gradients)
-        return alignment
-
-    return align_and_accumulate
+def _channels(teacher: TeacherInfo, layers: Sequence[int | str], final_norm: bool) -> dict[int | str, slice]:
+    """Where each layer lies in the states that the teacher returns."""
+    result, start = {}, 0
+    for layer in layers:
+        result[layer] = slice(start, start + teacher.width(layer, final_norm))
+        start = result[layer].stop
+    return result

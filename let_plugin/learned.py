@@ -23,7 +23,9 @@ from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
-# Name of the module on the student, and of the state in a checkpoint.
+from let_plugin.config import ProjectorConfig
+
+# Name of the module on the student, and of the state in a checkpoint; that of a pair ends in its number.
 PROJECTOR = "let_projector"
 
 
@@ -35,6 +37,7 @@ class LearnedProjector(Stateful):
         part: The student, or the pipeline part of it that holds the aligned block.
         block: Name of that block in `part.layers`.
         config: The student's configuration.
+        index: Number of its pair.
         sequence_parallel: Whether tensor-parallel ranks hold different parts of the sequence, so that their gradients
             add up, rather than all the same.
         device: This rank's device.
@@ -47,9 +50,11 @@ class LearnedProjector(Stateful):
         block: str,
         config: Trainer.Config,
         *,
+        index: int = 0,
         sequence_parallel: bool,
         device: torch.device,
     ) -> None:
+        self.name = f"{PROJECTOR}_{index}"
         self._part = part
         self._module = nn.Module()  # holds the parameters, flat: dots are not allowed in their names
         self._names = {name: name.replace(".", "__") for name, _ in projector.named_parameters()}
@@ -62,7 +67,7 @@ class LearnedProjector(Stateful):
         for name, parameter in projector.named_parameters():
             gradient = torch.zeros(parameter.shape, dtype=torch.float32, device=device)
             self._module.register_buffer(_gradient_name(self._names[name]), gradient, persistent=False)
-        part.register_module(PROJECTOR, self._module)
+        part.register_module(self.name, self._module)
         self._hook = part.register_state_dict_post_hook(_hide)
         self._optimizers = _optimizer_config(config).build(model_parts=[self._module])
         self._lr_schedulers = config.lr_scheduler.build(
@@ -103,7 +108,7 @@ class LearnedProjector(Stateful):
     def remove(self) -> None:
         """Takes the projector off the student: nothing of it is left."""
         self._hook.remove()
-        delattr(self._part, PROJECTOR)
+        delattr(self._part, self.name)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -131,13 +136,13 @@ class LearnedProjector(Stateful):
         if not os.path.isdir(path):
             path = checkpoint.initial_load_path
         reader = dcp.FileSystemReader(path)
-        if not any(name.startswith(f"{PROJECTOR}.") for name in reader.read_metadata().state_dict_metadata):
-            logger.warning(f"LET: {path} has no projector: it starts afresh at step {step}")
+        if not any(name.startswith(f"{self.name}.") for name in reader.read_metadata().state_dict_metadata):
+            logger.warning(f"LET: {path} has no {self.name}: it starts afresh at step {step}")
             return
         # no_dist: with pipeline parallelism, the other stages have no projector and do not take part.
-        state = {PROJECTOR: self.state_dict()}
+        state = {self.name: self.state_dict()}
         dcp.load(state, storage_reader=reader, no_dist=True)
-        self.load_state_dict(state[PROJECTOR])
+        self.load_state_dict(state[self.name])
 
 
 def _gradient_name(parameter: str) -> str:
@@ -145,7 +150,7 @@ def _gradient_name(parameter: str) -> str:
 
 
 def _hide(part: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
-    for name in [name for name in state_dict if name.startswith(f"{prefix}{PROJECTOR}.")]:
+    for name in [name for name in state_dict if name.startswith(f"{prefix}{PROJECTOR}_")]:
         del state_dict[name]
 
 
@@ -176,9 +181,15 @@ def _sum_placements(like: torch.Tensor, sequence_parallel: bool) -> list[Placeme
 
 
 def _optimizer_config(config: Trainer.Config) -> OptimizersContainer.Config:
-    """The settings that the student's optimizer has for a parameter of the projector's name, and no others."""
+    """The settings that the student's optimizer has for a parameter of the projector's name, and `[let.projector]`."""
+    projector: ProjectorConfig = config.let.projector
     for group in config.optimizer.param_groups:
         if re.search(group.pattern, f"{PROJECTOR}.weight"):
-            groups = [dataclasses.replace(group, pattern=".*")]
+            kwargs = dict(group.optimizer_kwargs)
+            if "lr" in kwargs:
+                kwargs["lr"] *= projector.lr_multiplier
+            if projector.weight_decay is not None:
+                kwargs["weight_decay"] = projector.weight_decay
+            groups = [dataclasses.replace(group, pattern=".*", optimizer_kwargs=kwargs)]
             return dataclasses.replace(config.optimizer, param_groups=groups)
     raise AssertionError("torchtitan's optimizers cover every parameter")

@@ -80,6 +80,38 @@ class DeviceTimer:
         return seconds
 
 
+class Disagreement:
+    """Notices a teacher that works against the student: gradients that point apart, `PATIENCE` measurements in a row.
+
+    Agreement starts positive and turns negative when the student has outgrown what the teacher can teach (HASTE,
+    arXiv 2505.16792).
+    """
+
+    PATIENCE = 5
+
+    def __init__(self) -> None:
+        self._in_a_row = 0
+        self._sum = 0.0
+
+    def advice(self, grad_cosine: float | None) -> str | None:
+        """What to tell the user after a measurement; None if there is nothing to say, or it has been said.
+
+        Args:
+            grad_cosine: Cosine between the gradients of the alignment and of the student's loss; None: not measured.
+        """
+        if grad_cosine is None or self._in_a_row == self.PATIENCE:
+            return None
+        self._in_a_row, self._sum = (self._in_a_row + 1, self._sum + grad_cosine) if grad_cosine < 0 else (0, 0.0)
+        if self._in_a_row < self.PATIENCE:
+            return None
+        return (
+            f"the teacher works against the student: in the last {self.PATIENCE} measurements the gradient of the "
+            f"alignment pointed away from that of the student's loss (mean cosine {self._sum / self.PATIENCE:.3f}). "
+            "Late in the alignment that is the time to stop (let.stop_step); early, the teacher is too weak or of "
+            "another domain: lower let.weight, or take another teacher"
+        )
+
+
 class Progress:
     """Time to the end of the run, from the pace since the last logged step."""
 

@@ -1,17 +1,20 @@
-"""From the `[let]` table to what the run will do: which schedule, which layers, which maths."""
+"""From the `[let]` table to what the run will do: which schedule, which layers, which maths.
 
-import functools
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+Shape legend: B batch, L sequence, D student width, E width of the teacher's states.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from let_plugin.alignment.layer_mapping import LAYER_MAPPINGS, LayerPair
-from let_plugin.alignment.losses import LOSSES, Alignment, AlignmentLoss
+from let_plugin import options
+from let_plugin.alignment.layer_mapping import EMBEDDING, LAYER_MAPPINGS, LayerPair
+from let_plugin.alignment.losses import Alignment, AlignmentLoss, LossEntry, alignment_of, get_loss
 from let_plugin.alignment.projectors import DIMENSION_MATCHES
-from let_plugin.alignment.schedules import SCHEDULES, Schedule
-from let_plugin.alignment.tap import Align
+from let_plugin.alignment.schedules import Schedule, ScheduleEntry, get_schedule, with_warmup
 from let_plugin.config import LetConfig
 from let_plugin.errors import ConfigError, Problem
 from let_plugin.teacher.base import TeacherInfo
@@ -22,21 +25,56 @@ if TYPE_CHECKING:
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
+# (hidden state [B, L, D], the teacher's states [B, L, E], coefficient 0-dim, the projector's weights) -> what the pair
+# contributes, and the gradients of the weights.
+PairAlign = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]], tuple[Alignment, dict[str, torch.Tensor]]
+]
 
-def stop_step(config: "Trainer.Config") -> int:
-    """S_stop: the first step (0-based) without the teacher. ConfigError if it is beyond the run or negative."""
+
+def stop_step(config: "Trainer.Config", num_data_parallel: int) -> int:
+    """S_stop: the first step (0-based) without the teacher. ConfigError if it is beyond the run or negative.
+
+    Args:
+        config: The student's configuration.
+        num_data_parallel: Number of data-parallel ranks, for a stop that is given in tokens.
+    """
     let: LetConfig = config.let
-    if let.stop_step is None:
-        if not 0 <= let.stop_fraction <= 1:
-            raise ConfigError(
-                Problem("let.stop_fraction", "must be between 0 and 1, a fraction of the run", let.stop_fraction)
-            )
-        return int(let.stop_fraction * config.training.steps)
-    if not 0 <= let.stop_step <= config.training.steps:
-        raise ConfigError(
-            Problem("let.stop_step", f"must be between 0 and training.steps = {config.training.steps}", let.stop_step)
-        )
-    return let.stop_step
+    steps = config.training.steps
+    given = {
+        name: value
+        for name in ("stop_step", "stop_tokens", "stop_fraction")
+        if (value := getattr(let, name)) is not None
+    }
+    if len(given) > 1:
+        raise ConfigError([Problem(f"let.{name}", "give one of the stop_* keys only", given[name]) for name in given])
+    if let.stop_tokens is not None:
+        per_step = max(tokens_per_step(config, num_data_parallel), 1)
+        if not 0 <= let.stop_tokens <= steps * per_step:
+            message = f"must be between 0 and the tokens of the whole run, {steps * per_step}"
+            raise ConfigError(Problem("let.stop_tokens", message, let.stop_tokens))
+        stop = -(-let.stop_tokens // per_step)
+    elif let.stop_step is not None:
+        stop = let.stop_step
+        if not 0 <= stop <= steps:
+            raise ConfigError(Problem("let.stop_step", f"must be between 0 and training.steps = {steps}", stop))
+    else:
+        fraction = _schedule_entry(let).default_stop_fraction if let.stop_fraction is None else let.stop_fraction
+        if not 0 <= fraction <= 1:
+            raise ConfigError(Problem("let.stop_fraction", "must be between 0 and 1, a fraction of the run", fraction))
+        stop = int(fraction * steps)
+    if not 0 <= let.warmup_steps <= stop:
+        raise ConfigError(Problem("let.warmup_steps", f"must be between 0 and the stop step, {stop}", let.warmup_steps))
+    return stop
+
+
+def tokens_per_step(config: "Trainer.Config", num_data_parallel: int) -> int:
+    """Tokens of one optimizer step of the whole job."""
+    training = config.training
+    rows = (
+        training.global_batch_size if training.global_batch_size > 0 else training.local_batch_size * num_data_parallel
+    )
+    return rows * training.seq_len
 
 
 def teacher_dtype(config: "Trainer.Config") -> torch.dtype:
@@ -52,52 +90,93 @@ def target_dtype(config: "Trainer.Config") -> torch.dtype:
 
 
 def schedule(let: LetConfig) -> Schedule:
-    """The schedule that lambda follows. ConfigError for an unknown name."""
-    return SCHEDULES.get(let.schedule, key="let.schedule")
+    """lambda / `let.weight` as a function of the step. ConfigError for an unknown name or a bad option."""
+    function = options.bind(_schedule_entry(let).function, let.schedule_options, key="let.schedule_options")
+    function(0, stop_step=1)  # refuses bad values now
+    return with_warmup(function, let.warmup_steps)
 
 
-def layer_pair(config: "Trainer.Config", teacher: TeacherInfo) -> LayerPair:
-    """The student's block and the teacher's layer that meet. ConfigError for an unknown mapping or block."""
+def layer_pairs(config: "Trainer.Config", teacher: TeacherInfo) -> list[LayerPair]:
+    """The student's blocks and the teacher's layers that meet, with indices that count from 0.
+
+    ConfigError for an unknown mapping, a bad option of it, or a layer that there is not.
+    """
     let: LetConfig = config.let
     assert config.model_spec is not None
-    num_blocks = len(config.model_spec.model.layers)
+    depth = len(config.model_spec.model.layers)
+    if let.pairs:
+        if let.student_block is not None:
+            raise ConfigError(Problem("let.student_block", "not together with let.pairs", let.student_block))
+        pairs = [LayerPair(pair.student, pair.teacher, pair.weight) for pair in let.pairs]
+        keys = [f"let.pairs.{i}" for i in range(len(pairs))]
+        return _resolved(pairs, keys, depth, teacher.num_layers)
     mapping = LAYER_MAPPINGS.get(let.layer_mapping, key="let.layer_mapping")
-    if let.student_block is None:
-        return mapping(num_blocks, teacher.num_layers)
-    if not 0 <= let.student_block < num_blocks:
-        raise ConfigError(
-            Problem("let.student_block", f"the student has blocks 0 to {num_blocks - 1}", let.student_block)
-        )
-    return LayerPair(let.student_block)
+    bound = options.bind(mapping, let.layer_mapping_options, key="let.layer_mapping_options")
+    pairs = list(bound(depth, teacher.num_layers))
+    if let.student_block is not None:
+        if len(pairs) != 1:
+            raise ConfigError(
+                Problem(
+                    "let.student_block", f"{let.layer_mapping!r} aligns {len(pairs)} blocks; choose them by let.pairs"
+                )
+            )
+        if not 0 <= let.student_block < depth:
+            raise ConfigError(
+                Problem("let.student_block", f"the student has blocks 0 to {depth - 1}", let.student_block)
+            )
+        pairs = [LayerPair(let.student_block, pairs[0].teacher, pairs[0].weight)]
+    return _resolved(pairs, ["let.layer_mapping"] * len(pairs), depth, teacher.num_layers)
+
+
+def teacher_layers(pairs: Sequence[LayerPair]) -> list[int | str]:
+    """The distinct teacher layers of the pairs, in the order in which the teacher is to return them."""
+    return list(dict.fromkeys(pair.teacher for pair in pairs))
 
 
 def dimension_match(let: LetConfig) -> Callable[[int, int], nn.Module]:
-    """(teacher's width, student's width) -> the module that maps one to the other. ConfigError for an unknown name."""
+    """(teacher's width, student's width) -> the module that maps one to the other, by `let.projector.side`.
+
+    ConfigError for an unknown name or a bad option, now or when it is called.
+    """
     make = DIMENSION_MATCHES.get(let.dimension_match, key="let.dimension_match")
-    return functools.partial(make, align_corners=let.align_corners)
+    bound = options.bind(make, let.dimension_match_options, key="let.dimension_match_options")
+    if let.projector.side == "teacher":
+        return bound
+    return lambda teacher_width, student_width: bound(student_width, teacher_width)
 
 
 def loss(let: LetConfig) -> AlignmentLoss:
-    """The alignment loss. ConfigError for an unknown name."""
-    return LOSSES.get(let.loss, key="let.loss")
+    """The alignment loss. ConfigError for an unknown name or a bad option."""
+    entry = loss_entry(let)
+    bound = options.bind(entry.function, let.loss_options, key="let.loss_options")
+    bound(torch.ones(1, 1, 2), torch.ones(1, 1, 2))  # refuses bad values now
+    return alignment_of(entry, let.loss_options)
 
 
-def alignment(let: LetConfig, match: nn.Module, compile_config: "CompileConfig | None" = None) -> Align:
-    """The alignment maths as one function, compiled if torchtitan compiles."""
+def loss_entry(let: LetConfig) -> LossEntry:
+    """What is registered under `let.loss`. ConfigError for an unknown name."""
+    return get_loss(let.loss, key="let.loss")
+
+
+def alignment(
+    let: LetConfig,
+    match: nn.Module,
+    compile_config: "CompileConfig | None" = None,
+    *,
+    channels: slice = slice(None),
+    weight: float = 1.0,
+) -> PairAlign:
+    """The maths of one pair as one function, compiled if torchtitan compiles.
+
+    Args:
+        let: The `[let]` table.
+        match: The dimension match, on the student's device.
+        compile_config: torchtitan's.
+        channels: Where the pair's layer lies in the teacher's states.
+        weight: The pair's weight.
+    """
     losses, dtype = loss(let), _DTYPES[let.math_dtype]
-
-    # The one place where the two states are brought to the dtype of the maths.
-    def align(student_BLD: torch.Tensor, teacher_BLE: torch.Tensor, coefficient: torch.Tensor) -> Alignment:
-        return losses(student_BLD.to(dtype), match(teacher_BLE.to(dtype)), coefficient)
-
-    return _compiled(align, compile_config)
-
-
-def learned_alignment(
-    let: LetConfig, match: nn.Module, compile_config: "CompileConfig | None" = None
-) -> Callable[..., tuple[Alignment, dict[str, torch.Tensor]]]:
-    """As `alignment`, for a match that learns: takes its weights as well, and returns their gradients as well."""
-    losses, dtype = loss(let), _DTYPES[let.math_dtype]
+    on_teacher = let.projector.side == "teacher"
 
     def align(
         student_BLD: torch.Tensor,
@@ -105,21 +184,57 @@ def learned_alignment(
         coefficient: torch.Tensor,
         weights: dict[str, torch.Tensor],
     ) -> tuple[Alignment, dict[str, torch.Tensor]]:
-        # Tokens that do not count have a state of zeros, and must keep it whatever the projector adds.
-        counts_BL1 = teacher_BLE.ne(0).any(dim=-1, keepdim=True)
+        teacher_BLE = teacher_BLE[..., channels]
+        counts_BL = teacher_BLE.ne(0).any(dim=-1)  # the states of tokens that do not count have been set to zero
+        # The one place where the two states are brought to the dtype of the maths.
+        student_BLD, teacher_BLE = student_BLD.to(dtype), teacher_BLE.to(dtype)
+        if on_teacher and not weights:
+            return losses(student_BLD, match(teacher_BLE), counts_BL, coefficient * weight), {}
 
-        def project(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        def project(weights: dict[str, torch.Tensor], hidden_BLD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             weights = {name: weight.to(dtype) for name, weight in weights.items()}
-            return torch.func.functional_call(match, weights, (teacher_BLE.to(dtype),)) * counts_BL1
+            if not on_teacher:
+                return torch.func.functional_call(match, weights, (hidden_BLD,)), teacher_BLE
+            # Tokens that do not count keep a state of zeros, whatever the projector adds.
+            return hidden_BLD, torch.func.functional_call(match, weights, (teacher_BLE,)) * counts_BL[..., None]
 
-        target_BLD, backward = torch.func.vjp(project, weights)  # type: ignore[misc]
-        result = losses(student_BLD.to(dtype), target_BLD, coefficient)
-        return result, backward(result.target_gradient_BLD)[0]
+        both, backward = torch.func.vjp(project, weights, student_BLD)  # type: ignore[misc]
+        result = losses(both[0], both[1], counts_BL, coefficient * weight)
+        weight_gradients, gradient_BLD = backward((result.gradient_BLD, result.target_gradient_BLD))
+        return result._replace(gradient_BLD=gradient_BLD), weight_gradients
 
-    return _compiled(align, compile_config)
-
-
-def _compiled(function: Callable[..., Any], compile_config: "CompileConfig | None") -> Callable[..., Any]:
     if compile_config is None or not compile_config.enable:
-        return function
-    return torch.compile(function, backend=compile_config.backend, fullgraph=True)
+        return align
+    # Isolated: the functions of several pairs have one code object, and would share one limit of recompilations.
+    arguments = {"backend": compile_config.backend, "fullgraph": True, "isolate_recompiles": True}
+    return torch.compile(align, **arguments)
+
+
+def _schedule_entry(let: LetConfig) -> ScheduleEntry:
+    return get_schedule(let.schedule, key="let.schedule")
+
+
+def _resolved(
+    pairs: Sequence[LayerPair], keys: Sequence[str], student_depth: int, teacher_depth: int
+) -> list[LayerPair]:
+    """The pairs with indices from 0. ConfigError lists every layer that there is not; `keys` name the pairs."""
+    problems, result = [], []
+    for key, pair in zip(keys, pairs, strict=True):
+        by_hand = key != "let.layer_mapping"
+        for name, index, depth in (("student", pair.student, student_depth), ("teacher", pair.teacher, teacher_depth)):
+            if index != EMBEDDING and not (isinstance(index, int) and -depth <= index < depth):
+                message = f"the {name} has blocks 0 to {depth - 1} (-{depth} to -1 from the end)"
+                problems.append(Problem(f"{key}.{name}" if by_hand else key, message, index))
+        if not (math.isfinite(pair.weight) and pair.weight >= 0):
+            problems.append(Problem(f"{key}.weight" if by_hand else key, "must be 0 or more", pair.weight))
+        if problems:
+            continue
+        teacher = pair.teacher if isinstance(pair.teacher, str) else pair.teacher % teacher_depth
+        result.append(LayerPair(pair.student % student_depth, teacher, pair.weight))
+        if any((pair.student, pair.teacher) == (result[-1].student, teacher) for pair in result[:-1]):
+            problems.append(Problem(key, f"student block {result[-1].student} and teacher layer {teacher} meet twice"))
+    if problems:
+        raise ConfigError(problems)
+    if not result:
+        raise ConfigError(Problem("let.layer_mapping", "it aligns nothing: there is no pair"))
+    return result

@@ -6,7 +6,7 @@ are built on the meta device. What the run will do is said by `report`.
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,6 +35,7 @@ _MINIMA = {
     "validator.freq": 1,
     "lr_scheduler.warmup_steps": 0,
     "let.weight": 0,
+    "let.diagnosis_freq": 0,
 }
 
 
@@ -61,22 +62,26 @@ def run(config: Trainer.Config) -> str:
         assert student is not None
         return "\n".join(["preflight", f"  student    {student}", "  LET        off: plain torchtitan"])
 
-    stop_step = checks(plan.stop_step, config)
+    stop_step = None
+    if parallel_dims is not None:
+        stop_step = checks(plan.stop_step, config, parallel_dims.dp_replicate * parallel_dims.dp_shard)
     checks(plan.schedule, let)
     checks(plan.loss, let)
     checks(plan.dimension_match, let)
     checks(_check_let_parallelism, config)
-    source = checks(open_teacher, let.teacher)
+    checks(_check_learned_settings, let)
+    source, pairs = checks(open_teacher, let.teacher), None
     if source is not None:
-        pair = checks(plan.layer_pair, config, source.info)
-        if pair is not None:
-            checks(_check_stages, config, pair)
+        pairs = checks(plan.layer_pairs, config, source.info)
+        if pairs is not None:
+            checks(_check_stages, config, pairs)
+            checks(_check_dimension_match, config, pairs, source.info)
         checks(_check_sequence_length, config, source.info)
         if student_vocabulary is not None:
             checks(_check_vocabulary, student_vocabulary, source, let)
     checks.finish()
-    assert student and parallel_dims and source and pair and stop_step is not None
-    return report(config, student, source.info, pair, stop_step, parallel_dims)
+    assert student and parallel_dims and source and pairs and stop_step is not None
+    return report(config, student, source.info, pairs, stop_step, parallel_dims)
 
 
 class _Checks:
@@ -90,7 +95,8 @@ class _Checks:
         try:
             return check(*args)
         except ConfigError as error:
-            self.problems += error.problems
+            # Two checks may come by the same mistake.
+            self.problems += [problem for problem in error.problems if problem not in self.problems]
             return None
 
     def at_least(self, config: Trainer.Config, key: str, minimum: int) -> None:
@@ -237,19 +243,52 @@ def _check_let_parallelism(config: Trainer.Config) -> None:
                 "ptrr",
             )
         )
-
-
-def _check_stages(config: Trainer.Config, pair: LayerPair) -> None:
-    """torchtitan leaves out, silently, a block that no pipeline stage lists."""
-    stages = config.parallelism.module_fqns_per_model_part
-    block = f"layers.{pair.student}"
-    if config.parallelism.pipeline_parallel_degree > 1 and stages and not any(block in stage for stage in stages):
+    sequence_is_cut = parallelism.context_parallel_degree > 1 or (
+        parallelism.tensor_parallel_degree > 1 and parallelism.enable_sequence_parallel
+    )
+    if sequence_is_cut and plan.loss_entry(config.let).needs_whole_sequence:
         raise ConfigError(
             Problem(
-                "parallelism.module_fqns_per_model_part",
-                f"no stage has {block}, the block that is aligned (let.student_block = {pair.student})",
+                "let.loss",
+                "compares the tokens of a sequence, which context parallelism, and tensor parallelism with "
+                "parallelism.enable_sequence_parallel, cut into parts; choose a loss per token",
+                config.let.loss,
             )
         )
+
+
+def _check_learned_settings(let: LetConfig) -> None:
+    projector = let.projector
+    problems = [
+        Problem(f"let.projector.{name}", "must be 0 or more", value)
+        for name, value in (("lr_multiplier", projector.lr_multiplier), ("weight_decay", projector.weight_decay))
+        if value is not None and not (math.isfinite(value) and value >= 0)
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _check_stages(config: Trainer.Config, pairs: Sequence[LayerPair]) -> None:
+    """torchtitan leaves out, silently, a block that no pipeline stage lists."""
+    stages = config.parallelism.module_fqns_per_model_part
+    if config.parallelism.pipeline_parallel_degree <= 1 or not stages:
+        return
+    blocks = {f"layers.{pair.student}" for pair in pairs}
+    missing = sorted(block for block in blocks if not any(block in stage for stage in stages))
+    if missing:
+        raise ConfigError(
+            Problem(
+                "parallelism.module_fqns_per_model_part", f"no stage has {', '.join(missing)}, which is to be aligned"
+            )
+        )
+
+
+def _check_dimension_match(config: Trainer.Config, pairs: Sequence[LayerPair], teacher: TeacherInfo) -> None:
+    """A match may refuse the two widths."""
+    let: LetConfig = config.let
+    assert config.model_spec is not None
+    for width in {teacher.width(pair.teacher, let.teacher.final_norm) for pair in pairs}:
+        plan.dimension_match(let)(width, config.model_spec.model.dim)
 
 
 def _check_sequence_length(config: Trainer.Config, teacher: TeacherInfo) -> None:

@@ -1,6 +1,7 @@
 """What the run will do, in lines for people: who meets whom, and what it costs."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.trainer import Trainer
 
 from let_plugin import host, plan
-from let_plugin.alignment.layer_mapping import LayerPair
+from let_plugin.alignment.layer_mapping import EMBEDDING, LayerPair
 from let_plugin.config import LetConfig
 from let_plugin.teacher.base import TeacherInfo
 from let_plugin.teacher.sharding import sequence_shards, teacher_parallel_dims
@@ -42,7 +43,7 @@ def report(
     config: Trainer.Config,
     student: Student,
     teacher: TeacherInfo,
-    pair: LayerPair,
+    pairs: Sequence[LayerPair],
     stop_step: int,
     parallel_dims: ParallelDims,
 ) -> str:
@@ -54,7 +55,9 @@ def report(
     let: LetConfig = config.let
     steps = config.training.steps
     dtype = plan.teacher_dtype(config)
-    num_teacher = teacher.num_trunk_params - teacher.num_embedding_params
+    layers = plan.teacher_layers(pairs)
+    num_kept = teacher.num_params_to(layers)  # blocks above the highest layer that is asked for are not there
+    num_teacher = num_kept - teacher.num_embedding_params
     overhead = num_teacher / (3 * student.num_matmul_params)
     # The run with LET costs as much as `steps` plain ones when it has this many steps left to spend.
     affordable_steps = steps - overhead * stop_step
@@ -62,19 +65,16 @@ def report(
     # The ranks of a pipeline stage share the teacher; each holds the states of its part of the sequence.
     num_shards = teacher_parallel_dims(parallel_dims).dp_shard
     tokens = tokens // sequence_shards(config, parallel_dims)
+    widths = {layer: teacher.width(layer, let.teacher.final_norm) for layer in layers}
     memory = {
-        "teacher": teacher.num_trunk_params * dtype.itemsize // num_shards,
-        "target": tokens * teacher.hidden_size * plan.target_dtype(config).itemsize,
+        "teacher": num_kept * dtype.itemsize // num_shards,
+        "target": tokens * sum(widths.values()) * plan.target_dtype(config).itemsize,
         "gradient": tokens * student.width * TORCH_DTYPE_MAP[config.training.mixed_precision_param].itemsize,
     }
-    projector = plan.dimension_match(let)(teacher.hidden_size, student.width)
-    if num_learned := sum(p.numel() for p in projector.parameters()):
+    matches = [plan.dimension_match(let)(widths[pair.teacher], student.width) for pair in pairs]
+    if num_learned := sum(p.numel() for match in matches for p in match.parameters()):
         # In fp32: the gathered weights and their gradient; the sharded ones, their gradient and the optimizer's state.
         memory["projector"] = num_learned * 4 * 2 + num_learned * 4 * 4 // num_shards
-    if teacher.hidden_size == student.width:
-        widths = f"both of width {student.width}"
-    else:
-        widths = f"width {teacher.hidden_size} to {student.width} by {let.dimension_match}"
     if let.teacher.check_vocabulary:
         vocabulary = "the student's tokenizer and the teacher's agree token by token"
     else:
@@ -89,10 +89,9 @@ def report(
             "LET preflight",
             f"  student    {student}",
             f"  teacher    {teacher.description}: {teacher.num_layers} blocks of width {teacher.hidden_size}, "
-            f"{teacher.num_trunk_params:,} parameters in its trunk, {str(dtype).removeprefix('torch.')}",
-            f"  alignment  output of student block {pair.student} (layers.{pair.student}, of 0 to "
-            f"{student.num_blocks - 1}) with the teacher's last layer (after the final norm), {widths}",
-            f"  lambda     {let.weight:g} at step 0, {let.schedule} to 0 at step {stop_step} of {steps}",
+            f"{num_kept:,} parameters in its trunk, {str(dtype).removeprefix('torch.')}",
+            *(f"  alignment  {_describe(pair, widths[pair.teacher], student, teacher, let)}" for pair in pairs),
+            f"  lambda     {_describe_schedule(let)} to 0 at step {stop_step} of {steps}",
             f"  vocabulary {vocabulary}",
             f"  memory     + {_mib(sum(memory.values()))} per rank while active: {parts}",
             f"  overhead   + {overhead:.1%} FLOPs while active: N_T / (3 N_S) = {num_teacher:,} / (3 x "
@@ -100,6 +99,32 @@ def report(
             f"  break-even {break_even}",
         ]
     )
+
+
+def _describe(pair: LayerPair, width: int, student: Student, teacher: TeacherInfo, let: LetConfig) -> str:
+    if pair.teacher == EMBEDDING:
+        layer = "embedding"
+    elif pair.teacher == teacher.num_layers - 1:
+        layer = f"last layer ({'after' if let.teacher.final_norm else 'before'} the final norm)"
+    else:
+        layer = f"block {pair.teacher} (of 0 to {teacher.num_layers - 1})"
+    if width == student.width and let.dimension_match == "interpolate":
+        widths = f"both of width {width}"
+    elif let.projector.side == "teacher":
+        widths = f"width {width} to {student.width} by {let.dimension_match}"
+    else:
+        widths = f"width {student.width} to {width} by {let.dimension_match}"
+    weight = "" if pair.weight == 1 else f", weight {pair.weight:g}"
+    return (
+        f"output of student block {pair.student} (layers.{pair.student}, of 0 to {student.num_blocks - 1}) with the "
+        f"teacher's {layer}, {widths}, {let.loss}{weight}"
+    )
+
+
+def _describe_schedule(let: LetConfig) -> str:
+    if let.warmup_steps == 0:
+        return f"{let.weight:g} at step 0, {let.schedule}"
+    return f"up to {let.weight:g} at step {let.warmup_steps}, then {let.schedule}"
 
 
 def _mib(num_bytes: float) -> str:

@@ -22,7 +22,7 @@ from let_plugin import plan
 from let_plugin.alignment.tap import TARGET_KWARG
 from let_plugin.config import LetConfig, RuntimeConfig
 from let_plugin.guidance import Guidance
-from let_plugin.metrics import JsonlLogger, Progress
+from let_plugin.metrics import Disagreement, JsonlLogger, Progress
 
 # A mixin's attributes and `super()` calls are those of the trainer that it is mixed into.
 _Base: Any = Trainer if TYPE_CHECKING else object
@@ -38,12 +38,13 @@ class LetTrainerMixin(_Base):
         super().__init__(config)
         self.let: LetConfig = config.let
         if self.let.enable:
-            self.stop_step = plan.stop_step(config)
+            self.stop_step = plan.stop_step(config, self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard)
             self.schedule = plan.schedule(self.let)
         self.guidance: Guidance | None = None
         self._lambda = 0.0
         self._logged_metrics: dict[str, float] = {}
         self._progress = Progress(config.training.steps)
+        self._disagreement = Disagreement()
 
         metrics_rank = _get_metrics_rank(
             parallel_dims=self.parallel_dims, pp_schedule=config.parallelism.pipeline_parallel_schedule
@@ -64,7 +65,7 @@ class LetTrainerMixin(_Base):
                 # stop step needs no teacher.
                 if self.guidance is None:
                     self.guidance = Guidance(self, steps_taken)
-                self.guidance.start_step(self._lambda)
+                self.guidance.start_step(self._lambda, measures=self._measures())
             elif self.guidance is not None:
                 self._end_alignment()
 
@@ -90,6 +91,13 @@ class LetTrainerMixin(_Base):
             extra_kwargs[TARGET_KWARG] = target_BLE
         return inputs, labels, extra_kwargs
 
+    def _measures(self) -> bool:
+        """Whether the step that is about to be taken compares gradients."""
+        freq = self.let.diagnosis_freq
+        if not self.config.training.disable_cuda_graphs:
+            return freq > 0  # a captured step does the same each time
+        return freq > 0 and self.metrics_processor.should_log(self.step) and (self.step == 1 or self.step % freq == 0)
+
     def _end_alignment(self) -> None:
         assert self.guidance is not None
         self.guidance.remove()
@@ -108,6 +116,8 @@ class LetTrainerMixin(_Base):
         metrics = {"let/active": float(self.guidance is not None), "let/lambda": self._lambda}
         if self.guidance is not None:
             metrics |= self.guidance.metrics()
+            if advice := self._disagreement.advice(metrics.get("let/grad_cosine")):
+                logger.warning(f"LET: step {self.step}: {advice}")
         self._logged_metrics = metrics
         return metrics
 

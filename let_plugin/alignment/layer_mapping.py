@@ -1,9 +1,18 @@
-"""Which block of the student meets which layer of the teacher."""
+"""Which blocks of the student meet which layers of the teacher.
 
+Depth is a fraction of the number of blocks: the block "at" 1/3 is the last one that ends at one third of the depth or
+before. The letters are the paper's: Early, Middle, Late; the first is the teacher's, the second the student's.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from fractions import Fraction
+from typing import Literal, Protocol
 
 from let_plugin.registry import Registry
+
+# The teacher's layer of that name: what enters its first block.
+EMBEDDING: Literal["embedding"] = "embedding"
 
 
 @dataclass(frozen=True)
@@ -12,42 +21,72 @@ class LayerPair:
 
     Attributes:
         student: 0-based index of a block of the student.
-        teacher: Index of a layer of the teacher as Python counts; -1 is the last, after the final norm.
+        teacher: 0-based index of a block of the teacher, whose output it is; negative: from the end; or `EMBEDDING`.
+        weight: Factor of this pair's loss, beside lambda.
     """
 
     student: int
-    teacher: int = -1
+    teacher: int | str = -1
+    weight: float = 1.0
 
 
 class LayerMapping(Protocol):
-    """A strategy: from the numbers of blocks of both models to the pair that is aligned."""
+    """A strategy: from the numbers of blocks of both models to the pairs that are aligned.
 
-    def __call__(self, student_depth: int, teacher_depth: int) -> LayerPair: ...
+    Options are keyword-only arguments with defaults. ValueError for a bad one, in a message that begins with its name.
+    """
+
+    def __call__(self, student_depth: int, teacher_depth: int) -> Sequence[LayerPair]: ...
 
 
 LAYER_MAPPINGS: Registry[LayerMapping] = Registry("layer mapping", "let_plugin.layer_mappings")
 
 
-def block_at_depth(num_blocks: int, thirds: int) -> int:
-    """0-based index of the block whose output lies at `thirds`/3 of the depth, or just before; at least the first."""
-    return max(num_blocks * thirds // 3, 1) - 1
+def register_layer_mapping(name: str, mapping: LayerMapping) -> None:
+    """Makes `let.layer_mapping = name` mean `mapping`. ValueError if the name is taken."""
+    LAYER_MAPPINGS.register(name, mapping)
 
 
-def late_to_early(student_depth: int, teacher_depth: int) -> LayerPair:
-    """The teacher's last layer and the student's block at one third of its depth (the paper's L2E)."""
-    return LayerPair(block_at_depth(student_depth, 1))
+def block_at_depth(num_blocks: int, depth: float) -> int:
+    """0-based index of the last block that ends at `depth` (a fraction of all blocks) or before; at least the first."""
+    exact = Fraction(depth).limit_denominator(1000)  # 1/3 as a float is a little less than a third
+    return max(num_blocks * exact.numerator // exact.denominator, 1) - 1
 
 
-def late_to_middle(student_depth: int, teacher_depth: int) -> LayerPair:
-    """The teacher's last layer and the student's block at two thirds of its depth."""
-    return LayerPair(block_at_depth(student_depth, 2))
+def _of_letters(teacher_letter: str, student_letter: str) -> Callable[..., list[LayerPair]]:
+    def mapping(
+        student_depth: int, teacher_depth: int, *, early: float = 1 / 3, middle: float = 2 / 3, late: float = 1.0
+    ) -> list[LayerPair]:
+        depths = {"early": early, "middle": middle, "late": late}
+        for name, depth in depths.items():
+            if not 0 < depth <= 1:
+                raise ValueError(f"{name} must be a depth between 0 (not included) and 1")
+        by_letter = {name[0].upper(): depth for name, depth in depths.items()}
+        return [
+            LayerPair(
+                block_at_depth(student_depth, by_letter[student_letter]),
+                block_at_depth(teacher_depth, by_letter[teacher_letter]),
+            )
+        ]
+
+    return mapping
 
 
-def late_to_late(student_depth: int, teacher_depth: int) -> LayerPair:
-    """The teacher's last layer and the student's last block."""
-    return LayerPair(block_at_depth(student_depth, 3))
+def uniform(student_depth: int, teacher_depth: int, *, num_pairs: int = 4) -> list[LayerPair]:
+    """`num_pairs` pairs at equal distances, each of the same relative depth in both models, weighing 1 together.
+
+    Fewer, if one of the models has fewer blocks. The last pair is that of the last layers.
+    """
+    if num_pairs < 1:
+        raise ValueError("num_pairs must be at least 1")
+    count = min(num_pairs, student_depth, teacher_depth)
+    return [
+        LayerPair(block_at_depth(student_depth, i / count), block_at_depth(teacher_depth, i / count), 1 / count)
+        for i in range(1, count + 1)
+    ]
 
 
-LAYER_MAPPINGS.register("L2E", late_to_early)
-LAYER_MAPPINGS.register("L2M", late_to_middle)
-LAYER_MAPPINGS.register("L2L", late_to_late)
+for _teacher in "LM":
+    for _student in "EML":
+        register_layer_mapping(f"{_teacher}2{_student}", _of_letters(_teacher, _student))
+register_layer_mapping("uniform", uniform)

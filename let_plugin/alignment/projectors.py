@@ -1,12 +1,12 @@
-"""How the teacher's width becomes the student's.
+"""How one model's width becomes the other's.
 
-A dimension match is a module from [B, L, E] to [B, L, D] in fp32. One with parameters learns: `let_plugin.learned` owns
-its weights, and calls it with them.
+A dimension match is a module from [B, L, E] to [B, L, D]; it stands on the teacher's side or on the student's. One with
+parameters learns: `let_plugin.learned` owns its weights, and calls it with them.
 
-Shape legend: B batch, L sequence, D student width, E teacher width.
+Shape legend: B batch, L sequence, E width in, D width out, H hidden width.
 """
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,53 +16,152 @@ from let_plugin.registry import Registry
 
 
 class DimensionMatch(Protocol):
-    """Makes the module that maps [B, L, `teacher_width`] to [B, L, `student_width`].
+    """Makes the module that maps [B, L, `in_width`] to [B, L, `out_width`], in the dtype of its input.
 
-    Its parameters, if it has any, are initialised without random numbers, or with a generator of its own: they must
-    be the same on every rank and in every world size.
+    Options are further keyword arguments, with defaults; ValueError for a bad value of one, in a message that begins
+    with the option's name. The module's parameters, if it has any, are initialised without random numbers, or with a
+    generator of its own on the CPU: they must be the same on every rank and in every world size, and the run's own
+    random numbers those of a run without it. It has no buffers, which nothing would move to the device.
     """
 
-    def __call__(self, teacher_width: int, student_width: int, *, align_corners: bool) -> nn.Module: ...
+    def __call__(self, in_width: int, out_width: int) -> nn.Module: ...
 
 
 DIMENSION_MATCHES: Registry[DimensionMatch] = Registry("dimension match", "let_plugin.dimension_matches")
 
 
-def interpolate(teacher_BLE: torch.Tensor, width: int, *, align_corners: bool = False) -> torch.Tensor:
+def register_dimension_match(name: str, factory: DimensionMatch) -> None:
+    """Makes `let.dimension_match = name` mean the modules that `factory` makes (see DimensionMatch)."""
+    DIMENSION_MATCHES.register(name, factory)
+
+
+def interpolate(hidden_BLE: torch.Tensor, width: int, *, align_corners: bool = False) -> torch.Tensor:
     """1-D linear interpolation along the channels (LET); the identity when the widths are equal."""
-    if teacher_BLE.shape[-1] == width:
-        return teacher_BLE
+    if hidden_BLE.shape[-1] == width:
+        return hidden_BLE
     # F.interpolate reads [N, C, W]: the sequence stands where it expects channels, each token is resampled alone.
-    return F.interpolate(teacher_BLE, size=width, mode="linear", align_corners=align_corners)
+    return F.interpolate(hidden_BLE, size=width, mode="linear", align_corners=align_corners)
 
 
 class Interpolate(nn.Module):
     """`interpolate` as a dimension match (the paper's)."""
 
-    def __init__(self, teacher_width: int, student_width: int, *, align_corners: bool = False) -> None:
+    def __init__(self, in_width: int, out_width: int, *, align_corners: bool = False) -> None:
         super().__init__()
-        self._width = student_width
+        self._width = out_width
         self._align_corners = align_corners
 
-    def forward(self, teacher_BLE: torch.Tensor) -> torch.Tensor:
-        return interpolate(teacher_BLE, self._width, align_corners=self._align_corners)
+    def forward(self, hidden_BLE: torch.Tensor) -> torch.Tensor:
+        return interpolate(hidden_BLE, self._width, align_corners=self._align_corners)
+
+
+class TruncateOrPad(nn.Module):
+    """The first D channels, or all of them and zeros after them: a control that neither mixes nor learns."""
+
+    def __init__(self, in_width: int, out_width: int) -> None:
+        super().__init__()
+        self._missing = out_width - in_width
+
+    def forward(self, hidden_BLE: torch.Tensor) -> torch.Tensor:
+        return F.pad(hidden_BLE, (0, self._missing))  # a negative number cuts
 
 
 class LearnedLinear(nn.Module):
-    """A learned linear map, without bias, that starts as the interpolation and is trained with the student.
+    """A learned linear map, without bias, trained with the student.
 
-    Starting there makes step 0 that of the paper's recipe, and needs no random numbers.
+    It starts as the interpolation, which makes step 0 that of the paper's recipe; or at random, normal with a standard
+    deviation of in_width**-0.5, which keeps the size of the channels.
     """
 
-    def __init__(self, teacher_width: int, student_width: int, *, align_corners: bool = False) -> None:
+    def __init__(
+        self,
+        in_width: int,
+        out_width: int,
+        *,
+        init: Literal["interpolate", "random"] = "interpolate",
+        align_corners: bool = False,
+        seed: int = 0,
+    ) -> None:
         super().__init__()
-        identity_1EE = torch.eye(teacher_width, device="cpu")[None]
-        weight_ED = interpolate(identity_1EE, student_width, align_corners=align_corners)[0]
-        self.weight = nn.Parameter(weight_ED.T.contiguous())
+        generator = _generator(seed)
+        if init == "interpolate":
+            identity_1EE = torch.eye(in_width, device="cpu")[None]
+            weight_DE = interpolate(identity_1EE, out_width, align_corners=align_corners)[0].T.contiguous()
+        elif init == "random":
+            weight_DE = torch.randn(out_width, in_width, generator=generator, device="cpu") * in_width**-0.5
+        else:
+            raise ValueError("init must be 'interpolate' or 'random'")
+        self.weight = nn.Parameter(weight_DE)
 
-    def forward(self, teacher_BLE: torch.Tensor) -> torch.Tensor:
-        return F.linear(teacher_BLE, self.weight)
+    def forward(self, hidden_BLE: torch.Tensor) -> torch.Tensor:
+        return F.linear(hidden_BLE, self.weight)
 
 
-DIMENSION_MATCHES.register("interpolate", Interpolate)
-DIMENSION_MATCHES.register("linear", LearnedLinear)
+class MLP(nn.Sequential):
+    """Three linear layers with SiLU between them, trained with the student (REPA, arXiv 2410.06940).
+
+    E -> H -> H -> D, with biases: a token of zeros does not stay one. Initialised as nn.Linear is.
+    """
+
+    def __init__(self, in_width: int, out_width: int, *, hidden_width: int = 2048, seed: int = 0) -> None:
+        if hidden_width < 1:
+            raise ValueError("hidden_width must be at least 1")
+        generator = _generator(seed)
+        super().__init__(
+            _linear(in_width, hidden_width, generator),
+            nn.SiLU(),
+            _linear(hidden_width, hidden_width, generator),
+            nn.SiLU(),
+            _linear(hidden_width, out_width, generator),
+        )
+
+
+class Orthogonal(nn.Module):
+    """A learned linear map that preserves inner products, trained with the student (VkD, arXiv 2403.06213).
+
+    The first E columns of Q = exp(A - A^T), with A [D, D] the parameter: the exponential of a skew-symmetric matrix is
+    orthogonal, so no step of an optimizer leaves the orthogonal maps. Such a map can absorb nothing of the alignment
+    but a rotation. Weight decay pulls Q towards the identity. torch.nn.utils.parametrizations.orthogonal does the same
+    around a starting point, but keeps that in a buffer.
+    """
+
+    def __init__(self, in_width: int, out_width: int, *, seed: int = 0) -> None:
+        super().__init__()
+        if in_width > out_width:
+            raise ValueError(
+                f"in_width is greater than out_width: an orthogonal map from {in_width} to {out_width} channels cannot "
+                "keep inner products; the match on the other side can: set let.projector.side"
+            )
+        self._in_width = in_width
+        # With this deviation, the angles that Q turns by reach +-3.8 and cos(angle) is 0 on average: Q starts far from
+        # the identity, which would match channels by their order.
+        deviation = 1.35 * out_width**-0.5
+        angles_DD = torch.randn(out_width, out_width, generator=_generator(seed), device="cpu") * deviation
+        self.weight = nn.Parameter(angles_DD)
+
+    def forward(self, hidden_BLE: torch.Tensor) -> torch.Tensor:
+        # In fp32, whatever the dtype of the maths: squarings would add up the errors of bf16.
+        angles_DD = self.weight.float()
+        weight_DE = torch.matrix_exp(angles_DD - angles_DD.mT)[:, : self._in_width]
+        return F.linear(hidden_BLE, weight_DE.to(hidden_BLE.dtype))
+
+
+def _generator(seed: int) -> torch.Generator:
+    if seed < 0:
+        raise ValueError("seed must not be negative")
+    return torch.Generator(device="cpu").manual_seed(seed)
+
+
+def _linear(in_width: int, out_width: int, generator: torch.Generator) -> nn.Linear:
+    """nn.Linear, initialised as it initialises itself, but with this generator."""
+    layer = nn.utils.skip_init(nn.Linear, in_width, out_width, device="cpu")
+    for parameter in layer.parameters():
+        nn.init.uniform_(parameter, -(in_width**-0.5), in_width**-0.5, generator=generator)
+    return layer
+
+
+register_dimension_match("interpolate", Interpolate)
+register_dimension_match("linear", LearnedLinear)
+register_dimension_match("mlp", MLP)
+register_dimension_match("orthogonal", Orthogonal)
+register_dimension_match("truncate_or_pad", TruncateOrPad)

@@ -1,18 +1,19 @@
-"""The tap: adds the alignment gradient to the output of one student block, from outside.
+"""The tap: adds alignment gradients to the outputs of student blocks, from outside.
 
-A forward hook on the block sees its output and forms the gradient there; a gradient hook on that output adds it when
+A forward hook on a block sees its output and forms the gradient there; a gradient hook on that output adds it when
 the backward pass comes by. The student's loss, schedule and graph know nothing of it: no autograd node, no view, no
-change of type. The target travels as a keyword argument of the model, so whatever cuts a batch into microbatches hands
-the right target to the right microbatch; a pre-hook on the model takes it out before `forward` sees it.
+change of type. The targets travel as a keyword argument of the model, so whatever cuts a batch into microbatches hands
+the right targets to the right microbatch; a pre-hook on the model takes them out before `forward` sees them.
 
-The hook sits on the outermost wrapper of the block. Inside an activation-checkpoint wrapper it would run again in the
-recomputation, inside a compiled region dynamo would drop it.
+The hooks sit on the outermost wrapper of the block. Inside an activation-checkpoint wrapper they would run again in the
+recomputation, inside a compiled region dynamo would drop them.
 
-Shape legend: B batch, L sequence (this rank's part of it), D student width, E teacher width.
+Shape legend: B batch, L sequence (this rank's part of it), D student width, E width of the teacher's states.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,92 +22,120 @@ from torch.distributed.tensor import DTensor
 
 from let_plugin.alignment.losses import Alignment
 
-# Name of the keyword argument that carries the target, [B, L, E], through the model's forward.
+# Name of the keyword argument that carries the teacher's states, [B, L, E], through the model's forward.
 TARGET_KWARG = "let_target"
 
-# Name of the buffer that sums the cosines.
-COSINE_BUFFER = "let_cosine_sum"
+# Names of the buffers that sum the cosines, and the products of the two gradients.
+COSINE_BUFFER, GRADIENT_BUFFER = "let_cosine_sums", "let_gradient_sums"
 
 Align = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Alignment]
 
 
 class AlignmentTap:
-    """Aligns the output of `model.layers[block]` with the targets that arrive as `TARGET_KWARG`.
+    """Aligns outputs of `model.layers` with the teacher's states that arrive as `TARGET_KWARG`.
 
-    Inert without a target and in evaluation. `remove` leaves no trace on the models.
+    Inert without a target and in evaluation. `remove` leaves no trace on the model.
 
     Args:
-        model: The student, or the pipeline part of it that holds the block; anything with a `layers` ModuleDict.
-        block: Name of the block in `model.layers`.
-        align: (hidden state [B, L, D], target [B, L, E], coefficient 0-dim) -> Alignment.
+        model: The student, or a pipeline part of it; anything with a `layers` ModuleDict.
+        aligns: Name of a block in `model.layers` -> for each of its pairs, a function of (hidden state [B, L, D],
+            states [B, L, E], coefficient 0-dim). May be empty: the tap then only takes the target out of the way.
         device: Where the coefficient and the metric live.
-        other_models: The other parts of the student on this rank. A pipeline schedule hands the target to all of them.
         context: Makes the context that the alignment is computed in, inside the student's forward pass.
 
     Attributes:
         coefficient: lambda / (number of valid tokens of the whole step), 0-dim fp32. Written in place before each
             forward pass, so that its address never changes and no step waits for the host.
-        cosine_sum: Sum of the cosines over this rank's tokens since `reset`, 0-dim fp32.
-        num_calls: How often a backward pass has taken the tap's gradient along since the tap was attached.
+        cosine_sums: For each pair, in the order of `aligns`, the sum of the cosines over this rank's tokens since
+            `reset`; fp32.
+        measures: Whether a step's gradients are compared with those of the student's own loss.
+        gradient_sums: Sums over this rank's tokens and the blocks, since `reset`, of <g, a>, <g, g> and <a, a>, where
+            g is the gradient of the student's own loss with respect to the hidden state, a the alignment's; fp32.
+        num_calls: For each block, how often a backward pass has taken its gradient along since the tap was attached.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        block: str,
-        align: Align,
+        aligns: Mapping[str, Sequence[Align]],
         device: torch.device,
         *,
-        other_models: Iterable[nn.Module] = (),
         context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.coefficient = torch.zeros((), dtype=torch.float32, device=device)
-        self.cosine_sum = torch.zeros((), dtype=torch.float32, device=device)
-        # A buffer: before its first step a pipeline runs a microbatch to learn the shapes, and then puts the buffers
+        self.cosine_sums = torch.zeros(sum(map(len, aligns.values())), dtype=torch.float32, device=device)
+        self.gradient_sums = torch.zeros(3, dtype=torch.float32, device=device)
+        # Buffers: before its first step a pipeline runs a microbatch to learn the shapes, and then puts the buffers
         # of its stages back. That microbatch must not count.
-        model.register_buffer(COSINE_BUFFER, self.cosine_sum, persistent=False)
-        self.num_calls = 0
+        model.register_buffer(COSINE_BUFFER, self.cosine_sums, persistent=False)
+        model.register_buffer(GRADIENT_BUFFER, self.gradient_sums, persistent=False)
+        self.measures = False
+        self.num_calls = dict.fromkeys(aligns, 0)
         self._model = model
-        self._align = align
         self._context = context
         self._target_BLE: torch.Tensor | None = None
-        self._handles = [
-            model.register_forward_pre_hook(self._take_target, prepend=True, with_kwargs=True),
-            model.layers[block].register_forward_hook(self._inject),  # type: ignore[index, union-attr]
-        ]
-        for other in other_models:
-            self._handles.append(other.register_forward_pre_hook(_drop_target, prepend=True, with_kwargs=True))
+        self._waiting: set[str] = set()  # blocks that have not seen the target yet
+        self._handles = [model.register_forward_pre_hook(self._take_target, prepend=True, with_kwargs=True)]
+        first = 0
+        for block, functions in aligns.items():
+            sums = self.cosine_sums[first : first + len(functions)]
+            first += len(functions)
+            hook = torch.compiler.disable(partial(self._inject, block, functions, sums))
+            self._handles.append(model.layers[block].register_forward_hook(hook))  # type: ignore[index, union-attr]
 
     def reset(self) -> None:
-        """Starts a new step's metric."""
-        self.cosine_sum.zero_()
+        """Starts a new step's metrics."""
+        self.cosine_sums.zero_()
+        self.gradient_sums.zero_()
 
     def remove(self) -> None:
-        """Detaches the tap; the models are as they were before."""
+        """Detaches the tap; the model is as it was before."""
         for handle in self._handles:
             handle.remove()
         delattr(self._model, COSINE_BUFFER)
+        delattr(self._model, GRADIENT_BUFFER)
         self._target_BLE = None
 
     @torch.compiler.disable
     def _take_target(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         self._target_BLE = kwargs.get(TARGET_KWARG)
-        return _drop_target(module, args, kwargs)
+        self._waiting = set(self.num_calls)
+        return args, {name: value for name, value in kwargs.items() if name != TARGET_KWARG}
 
-    @torch.compiler.disable
-    def _inject(self, module: nn.Module, args: Any, output_BLD: torch.Tensor) -> None:
-        target_BLE, self._target_BLE = self._target_BLE, None
+    def _inject(
+        self,
+        block: str,
+        functions: Sequence[Align],
+        cosine_sums: torch.Tensor,
+        module: nn.Module,
+        args: Any,
+        output_BLD: torch.Tensor,
+    ) -> None:
+        target_BLE = self._target_BLE
+        self._waiting.discard(block)
+        if not self._waiting:
+            self._target_BLE = None  # the last block frees it
         if target_BLE is None or not output_BLD.requires_grad:
             return
         with self._context():
-            self._align_output(output_BLD, target_BLE)
+            self._align(block, functions, cosine_sums, output_BLD, target_BLE)
 
-    def _align_output(self, output_BLD: torch.Tensor, target_BLE: torch.Tensor) -> None:
+    def _align(
+        self,
+        block: str,
+        functions: Sequence[Align],
+        cosine_sums: torch.Tensor,
+        output_BLD: torch.Tensor,
+        target_BLE: torch.Tensor,
+    ) -> None:
         with torch.no_grad():
             hidden_BLD = output_BLD.to_local() if isinstance(output_BLD, DTensor) else output_BLD.detach()
-            alignment = self._align(hidden_BLD, target_BLE, self.coefficient)
-            self.cosine_sum += alignment.cosine_sum
-            gradient_BLD = alignment.gradient_BLD.to(output_BLD.dtype)
+            alignments = [align(hidden_BLD, target_BLE, self.coefficient) for align in functions]
+            cosine_sums += torch.stack([alignment.cosine_sum for alignment in alignments])
+            gradient_BLD = alignments[0].gradient_BLD
+            for alignment in alignments[1:]:
+                gradient_BLD = gradient_BLD + alignment.gradient_BLD
+            gradient_BLD = gradient_BLD.to(output_BLD.dtype)
         if isinstance(output_BLD, DTensor):
             gradient_BLD = DTensor.from_local(
                 gradient_BLD,
@@ -124,11 +153,18 @@ class AlignmentTap:
         def add_once(grad_BLD: torch.Tensor) -> torch.Tensor | None:
             if not waiting:
                 return None
-            self.num_calls += 1
-            return grad_BLD + waiting.pop()
+            self.num_calls[block] += 1
+            added_BLD = waiting.pop()
+            if self.measures:
+                self._measure(grad_BLD, added_BLD)
+            return grad_BLD + added_BLD
 
         output_BLD.register_hook(add_once)
 
-
-def _drop_target(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    return args, {name: value for name, value in kwargs.items() if name != TARGET_KWARG}
+    @torch.no_grad()
+    def _measure(self, grad_BLD: torch.Tensor, added_BLD: torch.Tensor) -> None:
+        if isinstance(grad_BLD, DTensor) and isinstance(added_BLD, DTensor):
+            grad_BLD = grad_BLD.redistribute(placements=added_BLD.placements).to_local()
+            added_BLD = added_BLD.to_local()
+        g, a = grad_BLD.float().flatten(), added_BLD.float().flatten()
+        self.gradient_sums += torch.stack([g.dot(a), g.dot(g), a.dot(a)])

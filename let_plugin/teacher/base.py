@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from torchtitan.distributed import ParallelDims
     from torchtitan.trainer import Trainer
 
-# The layer before the first block: what enters block 0. All others are numbers of blocks.
-EMBEDDING = "embedding"
-
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherInfo:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from let_plugin.teacher.base import EMBEDDING
+from let_plugin.alignment.layer_mapping import EMBEDDING
 
 
 class LayerStates:

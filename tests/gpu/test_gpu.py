@@ -14,9 +14,7 @@ ON_GPU = ["--runtime.device", "auto"]
 
 
 def test_the_gradient_equals_that_of_the_cpu(tmp_path, tiny_config):
-    seed = ["--checkpoint.enable", "--checkpoint.create_seed_checkpoint", "--dump_folder", tmp_path / "seed"]
-    jobs.run("let_plugin.train", tiny_config, *seed, "--let.no-enable")
-    start = ["--checkpoint.enable", "--checkpoint.initial_load_path", tmp_path / "seed/checkpoint/step-0"]
+    start = jobs.seed_checkpoint(tmp_path / "seed", tiny_config)
     cpu = jobs.probe(tmp_path / "cpu", tiny_config, *start)
     gpu = jobs.probe(tmp_path / "gpu", tiny_config, *start, *ON_GPU, PROBE_DEVICE="auto")
     assert jobs.relative_difference(gpu["gradients"][0], cpu["gradients"][0]) <= 1e-4

@@ -39,10 +39,7 @@ teacher.path = "assets/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def assert_several_processes_equal_one(tmp_path, config, args=(), layout=(), processes=2):
-    # DTensor draws other random numbers on another number of ranks: both runs start from one seed checkpoint.
-    seed = ["--checkpoint.enable", "--checkpoint.create_seed_checkpoint", "--dump_folder", tmp_path / "seed"]
-    jobs.run("let_plugin.train", config, *args, *seed, "--let.no-enable")
-    start = [*args, "--checkpoint.enable", "--checkpoint.initial_load_path", tmp_path / "seed/checkpoint/step-0"]
+    start = [*args, *jobs.seed_checkpoint(tmp_path / "seed", config, *args)]
 
     single = jobs.probe(tmp_path / "one", config, *start)
     # Fewer rows per rank: the global batch stays the same.

@@ -14,8 +14,8 @@ import torch
 pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
 
 from let_plugin import host
+from let_plugin.alignment.layer_mapping import EMBEDDING
 from let_plugin.config import TeacherConfig
-from let_plugin.teacher.base import EMBEDDING
 from let_plugin.teacher.hf import HFTeacher, HFTeacherSource
 from tests.support import jobs
 

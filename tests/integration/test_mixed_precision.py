@@ -1,9 +1,6 @@
 """LET under reduced precision: the same gradient, up to the rounding of the student's own."""
 
-import json
-
 import pytest
-import torch
 
 from tests.support import jobs
 
@@ -28,23 +25,17 @@ def gradients(tmp_path_factory, tiny_teacher):
     folder = tmp_path_factory.mktemp("precision")
     seed = folder / "seed.toml"
     seed.write_text(jobs.TINY.format(folder=folder / "seed", teacher=tiny_teacher[0]))
-    jobs.run("let_plugin.train", seed, "--checkpoint.enable", "--checkpoint.create_seed_checkpoint")
-    args = ["--checkpoint.enable", "--checkpoint.load_only"]
-    args += ["--checkpoint.initial_load_path", str(folder / "seed/checkpoint/step-0")]
+    args = jobs.seed_checkpoint(folder / "seed", seed)
     args += ["--parallelism.data_parallel_shard_degree", "2", "--training.local_batch_size", "2"]
     args += ["--training.max_norm", "1e9", "--training.steps", "1", "--let.stop-step", "1"]
-    cases = []
+    cases = {}
     for i, (name, options) in enumerate(CASES.items()):
         options = {"let.weight": WEIGHT, **options}
         config = folder / f"{i}.toml"
         text = jobs.TINY.format(folder=folder / str(i), teacher=tiny_teacher[0])
         config.write_text(text.replace("tests.support.tiny", options.pop("base", "tests.support.tiny")))
-        own = [str(arg) for option, value in options.items() for arg in (f"--{option}", value)]
-        cases.append({"name": name, "config": str(config), "args": args + own})
-    (folder / "cases.json").write_text(json.dumps(cases))
-    out = folder / "out.pt"
-    jobs.run("tests.support.matrix", out, folder / "cases.json", processes=2, OMP_NUM_THREADS="1")
-    results = torch.load(out, weights_only=True)
+        cases[name] = (config, [*args, *(arg for option, value in options.items() for arg in (f"--{option}", value))])
+    results = jobs.train_many(folder, cases, processes=2)
     for name, result in results.items():
         assert "error" not in result, f"{name}: {result['error']}"
     return {name: result["gradients"] for name, result in results.items()}

@@ -66,6 +66,42 @@ def kill(folder, config, *args, step):
     assert result.returncode == -signal.SIGKILL, result.stderr[-4000:]
 
 
+def train_many(folder, cases, processes):
+    """Trains the configurations one after the other in one job (tests/support/matrix.py).
+
+    Args:
+        folder: For the files of the job.
+        cases: Name -> (TOML file, arguments).
+        processes: How many.
+
+    Returns:
+        Name -> {"gradients", "logged"}, or {"error"} for a run that failed.
+    """
+    listed, out = folder / f"{processes}.json", folder / f"{processes}.pt"
+    rows = [
+        {"name": name, "config": str(config), "args": list(map(str, args))} for name, (config, args) in cases.items()
+    ]
+    listed.write_text(json.dumps(rows))
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
+    run("tests.support.matrix", out, listed, processes=processes, torchrun=True, **threads)
+    return torch.load(out, weights_only=True)
+
+
+def seed_checkpoint(folder, config, *args):
+    """Options that start a run from the initial weights of `config`, whatever its layout; writes them into `folder`.
+
+    Without them, DTensor draws other random numbers on another number of ranks.
+    """
+    seed = ["--checkpoint.enable", "--checkpoint.create_seed_checkpoint", "--dump_folder", folder]
+    run("let_plugin.train", config, *args, *seed, "--let.no-enable")
+    return [
+        "--checkpoint.enable",
+        "--checkpoint.load_only",
+        "--checkpoint.initial_load_path",
+        folder / "checkpoint/step-0",
+    ]
+
+
 def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 

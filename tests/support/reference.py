@@ -63,7 +63,10 @@ def rotate(x_BLNH, positions_BL, theta):
 
 
 def let_loss(student, teacher, batch, *, student_shape, teacher_shape, block, weight, projector_DE=None):
-    """(L_NLL, L_NLL + lambda * L_align, mean cosine) of a batch [B, L], each divided by its number of valid tokens."""
+    """L_NLL, L_NLL + lambda * L_align and the mean cosine of a batch [B, L], each over its number of valid tokens.
+
+    And how the gradients of the two losses with respect to the block's output agree: (cosine, ratio of norms).
+    """
     tokens_BL, positions_BL, labels_BL = batch
     valid_BL = labels_BL != IGNORE_INDEX
     hidden, final_BLD = llama(student, tokens_BL, positions_BL, **student_shape)
@@ -78,10 +81,12 @@ def let_loss(student, teacher, batch, *, student_shape, teacher_shape, block, we
         target_BLD = target_BLE @ projector_DE.T
     cosine_BL = F.cosine_similarity(a_BLD, target_BLD, dim=-1)
     nll, cosine = nll / valid_BL.sum(), (cosine_BL * valid_BL).sum() / valid_BL.sum()
-    return nll, nll - weight * cosine, cosine
+    own, added = (torch.autograd.grad(loss, a_BLD, retain_graph=True)[0].flatten() for loss in (nll, -weight * cosine))
+    agreement = (F.cosine_similarity(own, added, dim=0).item(), (added.norm() / own.norm()).item())
+    return nll, nll - weight * cosine, cosine, agreement
 
 
-PROJECTOR = "let_projector.weight"
+PROJECTOR = "let_projector_0.weight"
 
 
 def train(initial, teacher, batches, lrs, *, weight, stop_step, **shapes):
@@ -96,12 +101,14 @@ def train(initial, teacher, batches, lrs, *, weight, stop_step, **shapes):
     steps = []
     for step, (batch, lr) in enumerate(zip(batches, lrs, strict=True)):
         now = weight * max(0, stop_step - step) / stop_step
-        nll, loss, cosine = let_loss(student, teacher, batch, weight=now, projector_DE=weights.get(PROJECTOR), **shapes)
+        nll, loss, cosine, agreement = let_loss(
+            student, teacher, batch, weight=now, projector_DE=weights.get(PROJECTOR), **shapes
+        )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
         gradients = {name: p.grad.clone() for name, p in weights.items()}
-        steps.append({"gradients": gradients, "loss": nll.item(), "cosine": cosine.item()})
+        steps.append({"gradients": gradients, "loss": nll.item(), "cosine": cosine.item(), "agreement": agreement})
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
     return steps, {name: p.detach() for name, p in weights.items()}

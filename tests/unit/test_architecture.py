@@ -23,9 +23,15 @@ def test_the_maths_imports_torch_and_the_registry_only():
         "torch",
         "let_plugin.alignment",
         "let_plugin.registry",
+        "fractions",
+        "functools",
+        "math",
         "collections.abc",
         "contextlib",
         "dataclasses",
+        "fractions",
+        "functools",
+        "math",
         "typing",
     )
     for path in (PACKAGE / "alignment").glob("*.py"):

@@ -27,7 +27,14 @@ def documented_fields(class_name):
 
 # `teacher` holds a table of its own, which has a docstring.
 @pytest.mark.parametrize(
-    ("cls", "tables"), [(config.LetConfig, {"teacher"}), (config.TeacherConfig, set()), (config.RuntimeConfig, set())]
+    ("cls", "tables"),
+    [
+        (config.LetConfig, {"teacher", "projector"}),
+        (config.PairConfig, set()),
+        (config.ProjectorConfig, set()),
+        (config.TeacherConfig, set()),
+        (config.RuntimeConfig, set()),
+    ],
 )
 def test_every_field_is_documented(cls, tables):
     assert cls.__doc__ and not cls.__doc__.startswith(f"{cls.__name__}(")

@@ -112,7 +112,8 @@ def test_nothing_is_left_of_it(trainer, batch, match):
     parameters = [name for name, _ in part.named_parameters()]
     guidance = Guidance(trainer, 0)
     assert traces() != before
-    assert (PROJECTOR in states) == (guidance.projector is not None) == (match == "linear")
+    assert list(states) == [projector.name for projector in guidance.projectors]
+    assert len(guidance.projectors) == (match == "linear")
     assert list(part.state_dict()) == before[1]  # not even while it is there
     guidance.remove()
     assert traces() == before
@@ -123,7 +124,7 @@ def test_nothing_is_left_of_it(trainer, batch, match):
 def test_a_projector_learns_from_the_step(trainer, batch):
     trainer.config.let.dimension_match = "linear"
     guidance = Guidance(trainer, 0)
-    weight = trainer.model_parts[0].get_parameter(f"{PROJECTOR}.weight")
+    weight = trainer.model_parts[0].get_parameter(f"{PROJECTOR}_0.weight")
     assert weight.shape == (STUDENT_DIM, TEACHER_DIM)
     guidance.start_step(1.0)
     with guidance.microbatches(valid_tokens(batch)):

@@ -45,7 +45,7 @@ def test_it_is_a_guest_of_the_student_and_in_no_state_dict(part, config):
     projector = learned(part, config)
     assert list(part.state_dict()) == keys
     added = {name for name, _ in part.named_parameters()} - set(names)  # where the student's clipping finds it
-    assert added == {f"{PROJECTOR}.weight"}
+    assert added == {f"{PROJECTOR}_0.weight"}
     part.load_state_dict(part.state_dict(), strict=False)  # as torchtitan loads
 
     projector.remove()
@@ -64,9 +64,9 @@ def test_training_equals_a_plain_optimizer(part, config):
         optimizer.param_groups[0]["lr"] = kwargs["lr"] * factor
         optimizer.step()
         train(projector, 1, start=step)
-        torch.testing.assert_close(part.get_parameter(f"{PROJECTOR}.weight"), weight)
+        torch.testing.assert_close(part.get_parameter(f"{PROJECTOR}_0.weight"), weight)
     projector.start_step()
-    assert torch.equal(projector.weights["weight"], part.get_parameter(f"{PROJECTOR}.weight"))
+    assert torch.equal(projector.weights["weight"], part.get_parameter(f"{PROJECTOR}_0.weight"))
 
 
 def test_it_takes_the_settings_that_the_students_optimizer_has_for_its_name(part, config):
@@ -83,14 +83,14 @@ def test_saved_and_restored_it_trains_on_as_if_nothing_had_happened(part, config
     config.dump_folder = str(tmp_path)
     one = learned(part, config)
     train(one, 2)
-    dcp.save({PROJECTOR: one}, checkpoint_id=str(tmp_path / config.checkpoint.folder / "step-2"), no_dist=True)
+    dcp.save({one.name: one}, checkpoint_id=str(tmp_path / config.checkpoint.folder / "step-2"), no_dist=True)
     train(one, 2, start=2)
 
     part_again = Part()
     again = learned(part_again, config)
     again.restore(config, 2)
     train(again, 2, start=2)
-    assert torch.equal(part_again.get_parameter(f"{PROJECTOR}.weight"), part.get_parameter(f"{PROJECTOR}.weight"))
+    assert torch.equal(part_again.get_parameter(f"{PROJECTOR}_0.weight"), part.get_parameter(f"{PROJECTOR}_0.weight"))
 
 
 def test_a_checkpoint_without_a_projector_starts_it_afresh_and_says_so(part, config, tmp_path, caplog):
@@ -99,4 +99,4 @@ def test_a_checkpoint_without_a_projector_starts_it_afresh_and_says_so(part, con
     projector = learned(part, config)
     projector.restore(config, 2)
     assert "starts afresh at step 2" in caplog.text
-    torch.testing.assert_close(part.get_parameter(f"{PROJECTOR}.weight"), LearnedLinear(3, 4).weight)
+    torch.testing.assert_close(part.get_parameter(f"{PROJECTOR}_0.weight"), LearnedLinear(3, 4).weight)

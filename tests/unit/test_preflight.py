@@ -8,7 +8,7 @@ import re
 import pytest
 
 from let_plugin import preflight
-from let_plugin.config import LetConfig, TeacherConfig
+from let_plugin.config import LetConfig, PairConfig, ProjectorConfig, TeacherConfig
 from let_plugin.demo import TOKENIZER
 from let_plugin.errors import ConfigError
 from let_plugin.models import llama_spec
@@ -208,6 +208,44 @@ def test_a_load_balancer_that_cuts_each_batch_differently_is_refused(config, mon
     assert '"headtail"' in problem_of(config, "parallelism.context_parallel_load_balancer").message
     config.let = LetConfig(enable=False)
     preflight.run(config)  # plain torchtitan has it
+
+
+@pytest.mark.parametrize(
+    ("degrees", "refused"),
+    [
+        ({"parallelism__context_parallel_degree": 2}, True),
+        ({"parallelism__tensor_parallel_degree": 2}, True),
+        ({"parallelism__tensor_parallel_degree": 2, "parallelism__enable_sequence_parallel": False}, False),
+        ({"parallelism__data_parallel_shard_degree": 2}, False),
+    ],
+)
+def test_a_loss_that_compares_tokens_needs_whole_sequences(config, monkeypatch, degrees, refused):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    set_all(config, **degrees)
+    config.let.loss = "relational"
+    if refused:
+        assert "per token" in problem_of(config, "let.loss").message
+        config.let.loss = "mse"
+    preflight.run(config)
+
+
+def test_all_mistakes_in_strategies_at_once(config):
+    config.let.loss_options = {"beta": 1}
+    config.let.schedule = "linaer"
+    config.let.dimension_match_options = {"align": True}
+    config.let.pairs = [PairConfig(student=9), PairConfig(student=0, teacher=5)]
+    config.let.projector = ProjectorConfig(lr_multiplier=-1.0)
+    assert set(problems_of(config)) == {
+        *("let.loss_options.beta", "let.schedule", "let.dimension_match_options.align"),
+        *("let.pairs.0.student", "let.pairs.1.teacher", "let.projector.lr_multiplier"),
+    }
+
+
+def test_an_orthogonal_map_that_narrows(config):
+    config.let.dimension_match = "orthogonal"
+    preflight.run(config)  # 32 to 48
+    config.let.projector.side = "student"
+    assert "let.projector.side" in problem_of(config, "let.dimension_match_options").message
 
 
 def test_a_block_on_no_pipeline_stage(config, monkeypatch):

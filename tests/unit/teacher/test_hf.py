@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 transformers = pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
 
 from let_plugin import host  # noqa: E402
+from let_plugin.alignment.layer_mapping import EMBEDDING  # noqa: E402
 from let_plugin.config import TeacherConfig  # noqa: E402
 from let_plugin.errors import ConfigError  # noqa: E402
-from let_plugin.teacher.base import EMBEDDING  # noqa: E402
 from let_plugin.teacher.hf import HFTeacher, HFTeacherSource  # noqa: E402
 
 VOCAB_SIZE = 61

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from let_plugin.teacher.base import EMBEDDING, num_blocks_to
+from let_plugin.alignment.layer_mapping import EMBEDDING
+from let_plugin.teacher.base import num_blocks_to
 from let_plugin.teacher.layers import LayerStates
 
 

@@ -1,0 +1,170 @@
+"""Every strategy, from a TOML file, in real runs: alone and paired, in one process, under FSDP2 and in a pipeline."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.support import jobs
+
+STEPS = 3
+LAYOUTS = {
+    "single process": (1, []),
+    "FSDP2": (2, ["--parallelism.data_parallel_shard_degree", 2, "--training.local_batch_size", 2]),
+    "pipeline": (
+        2,
+        [
+            *("--parallelism.pipeline_parallel_degree", 2, "--parallelism.pipeline_parallel_schedule", "1F1B"),
+            *("--parallelism.pipeline_parallel_first_stage_less_layers", 0),
+            *("--parallelism.pipeline_parallel_last_stage_less_layers", 0),
+        ],
+    ),
+}
+# Name -> lines of the `[let]` table. The student has 4 blocks of width 48, the teacher 2 of width 32.
+STRATEGIES = {
+    "the paper's": "",
+    **{name: f'layer_mapping = "{name}"' for name in ("L2M", "L2L", "M2E", "M2M", "M2L", "uniform")},
+    "depths": 'layer_mapping = "M2L"\nlayer_mapping_options = {middle = 0.5, late = 0.75}',
+    "pairs": "pairs = [{student = 0, teacher = -1, weight = 0.5}, {student = 3, teacher = 0}]",
+    "one block, two layers": 'pairs = [{student = 1}, {student = 1, teacher = "embedding", weight = 0.25}]',
+    "embedding": 'pairs = [{student = 0, teacher = "embedding"}]',
+    "before the final norm": "teacher.final_norm = false",
+    "align_corners": "dimension_match_options.align_corners = true",
+    "linear": 'dimension_match = "linear"',
+    "linear, random": 'dimension_match = "linear"\ndimension_match_options = {init = "random", seed = 1}',
+    "linear, own optimizer": 'dimension_match = "linear"\nprojector = {lr_multiplier = 3, weight_decay = 0}',
+    "mlp": 'dimension_match = "mlp"\ndimension_match_options.hidden_width = 40',
+    "orthogonal": 'dimension_match = "orthogonal"',
+    "truncate_or_pad": 'dimension_match = "truncate_or_pad"',
+    "student's side": 'projector.side = "student"',
+    "student's side, linear": 'dimension_match = "linear"\nprojector.side = "student"',
+    "student's side, mlp": """\
+dimension_match = "mlp"
+projector.side = "student"
+dimension_match_options.hidden_width = 40""",
+    "mse": 'loss = "mse"',
+    "mse, normalised": 'loss = "mse"\nloss_options.normalize = true',
+    "smooth_l1": 'loss = "smooth_l1"\nloss_options.beta = 0.5',
+    "logsum": 'loss = "logsum"\nloss_options.alpha = 2',
+    "relational": 'loss = "relational"\nloss_options.stride = 4',
+    "constant": 'schedule = "constant"',
+    "cosine": 'schedule = "cosine"\nstop_fraction = 1',
+    "exponential": 'schedule = "exponential"\nschedule_options.final = 0.1\nstop_tokens = 512',
+    "hard_stop": 'schedule = "hard_stop"\nstop_step = 2',
+    "warm-up": "warmup_steps = 1\nstop_step = 3",
+    "linear + smooth_l1 + cosine + two pairs": """\
+dimension_match = "linear"
+loss = "smooth_l1"
+schedule = "cosine"
+pairs = [{student = 0, teacher = 0, weight = 0.5}, {student = 2, teacher = -1}]""",
+    "mlp on the student's side + mse + warm-up + uniform": """\
+dimension_match = "mlp"
+projector.side = "student"
+loss = "mse"
+warmup_steps = 1
+stop_step = 3
+layer_mapping = "uniform"
+layer_mapping_options.num_pairs = 2""",
+}
+# Of the default stop after half of the run, one step of three.
+LAMBDAS = {
+    "the paper's": [0.5, 0, 0],
+    "constant": [0.5, 0.5, 0.5],
+    "cosine": [0.5, 0.375, 0.125],
+    "exponential": [0.5, 0.5 * 0.1**0.5, 0],  # 512 tokens are two steps of 4 x 64
+    "hard_stop": [0.5, 0.5, 0],
+    "warm-up": [0.25, 0.5, 0.25],
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny_teacher):
+    """ "LAYOUT: STRATEGY" -> what the run did."""
+    folder = tmp_path_factory.mktemp("strategies")
+    plain = folder / "plain.toml"
+    plain.write_text(jobs.TINY.format(folder=folder, teacher=tiny_teacher[0]))
+    start = [*jobs.seed_checkpoint(folder / "seed", plain), "--training.steps", STEPS, "--training.max_norm", 1e9]
+    results = {}
+    for processes in (1, 2):
+        cases = {}
+        for layout, (number, args) in LAYOUTS.items():
+            for i, (name, lines) in enumerate({**STRATEGIES, "off": "enable = false"}.items()):
+                if number == processes:
+                    config = folder / f"{layout}-{i}.toml"
+                    text = jobs.TINY.format(folder=folder / f"{layout}-{i}", teacher=tiny_teacher[0])
+                    config.write_text(text.replace("stop_step = 4", lines))
+                    cases[f"{layout}: {name}"] = (config, [*start, *args])
+        results |= jobs.train_many(folder, cases, processes)
+    return results
+
+
+def result_of(runs, layout, name):
+    result = runs[f"{layout}: {name}"]
+    assert "error" not in result, result["error"]
+    return result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_strategy_moves_the_student_alike_in_every_layout(runs, name):
+    single, off = (result_of(runs, "single process", which) for which in (name, "off"))
+    student = {key: single["gradients"][key] for key in off["gradients"]}
+    assert jobs.relative_difference(student, off["gradients"]) > 1e-3  # it does something
+
+    for layout in ("FSDP2", "pipeline"):
+        several = result_of(runs, layout, name)
+        assert jobs.relative_difference(several["gradients"], single["gradients"]) <= 1e-5, layout
+        for got, expected in zip(several["logged"], single["logged"], strict=True):
+            assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5), layout
+            assert got["let/lambda"] == expected["let/lambda"]
+            cosines = {key for key in expected if key.startswith("let/cosine")}
+            assert {key for key in got if key.startswith("let/cosine")} == cosines
+            for key in cosines:
+                assert got[key] == pytest.approx(expected[key], abs=1e-5), (layout, key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAMBDAS)
+def test_lambda_follows_the_schedule(runs, name):
+    logged = result_of(runs, "single process", name)["logged"]
+    assert [line["let/lambda"] for line in logged] == pytest.approx(LAMBDAS[name])
+    assert [line["let/active"] for line in logged] == [float(weight > 0) for weight in LAMBDAS[name]]
+
+
+@pytest.mark.slow
+def test_several_pairs_have_their_own_cosines(runs):
+    (first, *_) = result_of(runs, "single process", "pairs")["logged"]
+    own = [first["let/cosine/0-1"], first["let/cosine/3-0"]]
+    assert first["let/cosine"] == pytest.approx(sum(own) / 2)
+
+
+@pytest.mark.slow
+def test_strategies_of_another_package(tmp_path, tiny_config):
+    """It is installed, not imported: its entry points are all that is known of it."""
+    site = tmp_path / "site"
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install", "--no-deps"]
+    source = shutil.copytree(jobs.ROOT / "tests/support/strategies_package", tmp_path / "source")
+    subprocess.run([*pip, "--target", str(site), str(source)], check=True)
+    lines = [
+        'layer_mapping = "first_and_last"',
+        'loss = "angle"',
+        'schedule = "polynomial"',
+        "schedule_options.power = 3",
+    ]
+    tiny_config.write_text(tiny_config.read_text().replace("stop_step = 4", "\n".join(["stop_step = 4", *lines])))
+
+    without = jobs.run("let_plugin.train", tiny_config, "--check", check=False)
+    assert without.returncode == 2 and "let.layer_mapping = 'first_and_last': unknown" in without.stderr
+
+    path = f"{jobs.ROOT}{os.pathsep}{site}"
+    jobs.run("let_plugin.train", tiny_config, PYTHONPATH=path)
+    lines = jobs.metrics(tmp_path / "out")
+    assert [line["let/lambda"] for line in lines] == pytest.approx([0.5 * (1 - step / 4) ** 3 for step in range(4)])
+    assert {"let/cosine/0-1", "let/cosine/3-1"} <= lines[0].keys()
+
+    bad = jobs.run(
+        "let_plugin.train", tiny_config, "--let.layer-mapping-options", "share", "2.0", PYTHONPATH=path, check=False
+    )
+    assert bad.returncode == 2 and "let.layer_mapping_options.share = 2.0: must be between 0 and 1" in bad.stderr
