@@ -54,7 +54,8 @@ class LayerStates:
 
     @torch.compiler.disable
     def _keep_input(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._states[EMBEDDING] = args[0] if args else kwargs["hidden_states"]
+        # The first time: some models run their blocks in loops.
+        self._states.setdefault(EMBEDDING, args[0] if args else kwargs["hidden_states"])
 
     def _output_keeper(self, layer: int) -> Callable[[nn.Module, Any, Any], None]:
         @torch.compiler.disable
