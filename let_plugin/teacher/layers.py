@@ -18,7 +18,7 @@ class LayerStates:
     The hooks are never taken off: they live as long as the blocks. What the model returns by itself needs none.
 
     Args:
-        blocks: The blocks that run, as the model calls them: already parallelised and compiled.
+        blocks: The blocks that run, as the model calls them: compiled and wrapped; FSDP2 may come later.
         layers: As in TeacherSource.build.
         output_layer: The layer whose state the model returns. None if what it returns is none of the layers.
     """
