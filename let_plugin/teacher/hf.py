@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 _PATH_KEY = "let.teacher.path"
 _TOKENIZER_KEY = "let.teacher.tokenizer_path"
 _HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
+_TRIAL_LENGTH = 6  # tokens of a document that a teacher is tried out with
 _TOKENIZER_FILES = ("tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 
 
@@ -232,10 +233,10 @@ def make_teacher(
     Its configuration stays as it is: `forward` runs the blocks that are there, with the types that it gives them.
     """
     blocks = find_layers(trunk, info.num_layers)
-    del blocks[num_blocks_to(layers) :]
     states = LayerStates(list(blocks), layers, output_layer=info.num_layers - 1 if final_norm else None)
     teacher = HFTeacher(trunk, states)
     freeze(teacher)
+    _cut(teacher, blocks, info, layers, path)
     _try_out(teacher, info, sum(info.width(layer, final_norm) for layer in layers), path)
     mesh = _shard_mesh(parallel_dims)
     if mesh is None:
@@ -278,23 +279,36 @@ def quiet_transformers() -> Iterator[None]:
 
 
 @torch.no_grad()
+def _cut(teacher: HFTeacher, blocks: nn.ModuleList, info: TeacherInfo, layers: Sequence[int | str], path: str) -> None:
+    """Takes away the blocks behind the deepest layer. ConfigError unless the layers' states stay as they were.
+
+    They would not in a family that runs its blocks in loops: there, a later block comes before an earlier one.
+    """
+    num_blocks = num_blocks_to(layers)
+    if num_blocks == info.num_layers:
+        return
+    tokens_BL, positions_BL = _two_documents(info)
+    before_BLE = _run(teacher, info, tokens_BL, positions_BL, path)
+    del blocks[num_blocks:]
+    after_BLE = _run(teacher, info, tokens_BL, positions_BL, path)
+    if not (after_BLE - before_BLE).float().norm() <= 1e-2 * before_BLE.float().norm():
+        message = f"{info.description}: the states of these layers depend on blocks behind them; choose its last layer"
+        raise ConfigError(Problem("let.pairs", message, list(layers)))
+
+
+@torch.no_grad()
 def _try_out(teacher: HFTeacher, info: TeacherInfo, width: int, path: str) -> None:
     """ConfigError unless the states have the width E = `width` and a document's do not depend on the one before it.
 
     Two documents of 6 tokens in each of 2 rows, on the CPU: milliseconds for a small teacher. A family that passes
     `check_isolates_documents` but has other ways from token to token (a convolution, say) is caught here.
     """
-    length = 6
-    tokens_BL = torch.arange(2 * length).repeat(2, 1) % info.vocab_size
+    length = _TRIAL_LENGTH
+    tokens_BL, positions_BL = _two_documents(info)
     changed_BL = tokens_BL.clone()
     changed_BL[0, :length] = (changed_BL[0, :length] + 1) % info.vocab_size
-    positions_BL = torch.arange(length).repeat(2, 2)
-    try:
-        states_BLE = teacher(tokens_BL, positions_BL)
-        changed_BLE = teacher(changed_BL, positions_BL)
-    except Exception as error:  # whatever this family's code raises when it is given our arguments
-        message = f"{info.description} cannot run over packed documents: {error}"
-        raise ConfigError(Problem(_PATH_KEY, message, path)) from error
+    states_BLE = _run(teacher, info, tokens_BL, positions_BL, path)
+    changed_BLE = _run(teacher, info, changed_BL, positions_BL, path)
     if states_BLE.shape[-1] != width:
         message = f"its states have width {states_BLE.shape[-1]}, its configuration says {width}"
         raise ConfigError(Problem(_PATH_KEY, message, path))
@@ -305,6 +319,22 @@ def _try_out(teacher: HFTeacher, info: TeacherInfo, width: int, path: str) -> No
     if not leak <= 1e-2 * effect:
         message = f"{info.description}: a document's states depend on the document before it; choose another teacher"
         raise ConfigError(Problem(_PATH_KEY, message, path))
+
+
+def _two_documents(info: TeacherInfo) -> tuple[torch.Tensor, torch.Tensor]:
+    """tokens_BL and positions_BL to try a teacher out with: two documents in each of 2 rows."""
+    tokens_BL = torch.arange(2 * _TRIAL_LENGTH).repeat(2, 1) % info.vocab_size
+    return tokens_BL, torch.arange(_TRIAL_LENGTH).repeat(2, 2)
+
+
+def _run(
+    teacher: HFTeacher, info: TeacherInfo, tokens_BL: torch.Tensor, positions_BL: torch.Tensor, path: str
+) -> torch.Tensor:
+    try:
+        return teacher(tokens_BL, positions_BL)
+    except Exception as error:  # whatever this family's code raises when it is given our arguments
+        message = f"{info.description} cannot run over packed documents: {error}"
+        raise ConfigError(Problem(_PATH_KEY, message, path)) from error
 
 
 def _shard_mesh(parallel_dims: "ParallelDims") -> Any:

@@ -18,7 +18,7 @@ class LayerStates:
     The hooks are never taken off: they live as long as the blocks. What the model returns by itself needs none.
 
     Args:
-        blocks: The blocks that run, as the model calls them: already parallelised and compiled.
+        blocks: The blocks that run, as the model calls them: compiled and wrapped; FSDP2 may come later.
         layers: As in TeacherSource.build.
         output_layer: The layer whose state the model returns. None if what it returns is none of the layers.
     """
@@ -54,7 +54,8 @@ class LayerStates:
 
     @torch.compiler.disable
     def _keep_input(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._states[EMBEDDING] = args[0] if args else kwargs["hidden_states"]
+        # The first time: some models run their blocks in loops.
+        self._states.setdefault(EMBEDDING, args[0] if args else kwargs["hidden_states"])
 
     def _output_keeper(self, layer: int) -> Callable[[nn.Module, Any, Any], None]:
         @torch.compiler.disable
