@@ -111,7 +111,7 @@ def result_of(runs, layout, name):
 def test_a_strategy_moves_the_student_alike_in_every_layout(runs, name):
     single, off = (result_of(runs, "single process", which) for which in (name, "off"))
     student = {key: single["gradients"][key] for key in off["gradients"]}
-    assert jobs.relative_difference(student, off["gradients"]) > 1e-3  # it does something
+    assert jobs.relative_difference(student, off["gradients"]) > 1e-4  # it does something
 
     for layout in ("FSDP2", "pipeline"):
         several = result_of(runs, layout, name)
