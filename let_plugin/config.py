@@ -86,6 +86,29 @@ class ProjectorConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class AdaptiveStopConfig:
+    """The `[let.adaptive_stop]` table: an end of the alignment before the stop step, by what is measured."""
+
+    criterion: Literal["none", "gradient", "validation"] = "none"
+    """
+    What is measured. "gradient": let/grad_cosine, on the steps that measure it. "validation": the student's held-out
+    loss minus `teacher_loss`, after each validation.
+    """
+
+    threshold: float = 0.0
+    """The alignment ends when the smoothed value has stayed below it."""
+
+    smoothing: float = 0.9
+    """Weight of the past in the exponential moving average of the value, from 0 up to but not including 1."""
+
+    patience: int = 3
+    """How many measurements in a row must be below the threshold."""
+
+    teacher_loss: float | None = None
+    """The teacher's own loss on the validation data, in nats per token; needed by "validation"."""
+
+
+@dataclass(kw_only=True, slots=True)
 class LetConfig:
     """The `[let]` table. Its presence in a TOML file turns LET on; without it the run is plain torchtitan."""
 
@@ -118,6 +141,8 @@ class LetConfig:
     S_stop as a fraction of `training.steps`, rounded down. Without any `stop_*`: 0.5, except for a schedule that says
     otherwise ("constant": the whole run). (The paper does not state its S_stop.)
     """
+
+    adaptive_stop: AdaptiveStopConfig = field(default_factory=AdaptiveStopConfig)
 
     layer_mapping: str = "L2E"
     """

@@ -16,7 +16,7 @@ from torch import nn
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.trainer import Trainer
 
-from let_plugin import plan
+from let_plugin import checkpoint, plan
 from let_plugin.alignment.losses import Alignment
 from let_plugin.alignment.tap import Align, AlignmentTap
 from let_plugin.learned import LearnedProjector
@@ -215,7 +215,7 @@ class Guidance:
                 device=device,
             )
             if steps_taken > 0:
-                projector.restore(config, steps_taken)
+                checkpoint.restore(projector.name, projector, config, steps_taken)
             if config.checkpoint.enable:
                 self._trainer.checkpointer.states[projector.name] = projector
             self.projectors.append(projector)

@@ -10,17 +10,14 @@ Each step all-gathers the weights once, sums the gradients of the microbatches w
 """
 
 import dataclasses
-import os
 import re
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torchtitan.components.optimizer import OptimizersContainer
-from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
 from let_plugin.config import ProjectorConfig
@@ -123,26 +120,6 @@ class LearnedProjector(Stateful):
                 self._module.get_parameter(flat).copy_(weight)
         self._optimizers.load_state_dict(state_dict["optimizer"])
         self._lr_schedulers.load_state_dict(state_dict["lr_scheduler"])
-
-    def restore(self, config: Trainer.Config, step: int) -> None:
-        """Reads the state from the checkpoint that the run has resumed from, if it has one.
-
-        Args:
-            config: The student's configuration.
-            step: The optimizer steps taken by then.
-        """
-        checkpoint: Any = config.checkpoint
-        path = os.path.join(config.dump_folder, checkpoint.folder, f"step-{step}")
-        if not os.path.isdir(path):
-            path = checkpoint.initial_load_path
-        reader = dcp.FileSystemReader(path)
-        if not any(name.startswith(f"{self.name}.") for name in reader.read_metadata().state_dict_metadata):
-            logger.warning(f"LET: {path} has no {self.name}: it starts afresh at step {step}")
-            return
-        # no_dist: with pipeline parallelism, the other stages have no projector and do not take part.
-        state = {self.name: self.state_dict()}
-        dcp.load(state, storage_reader=reader, no_dist=True)
-        self.load_state_dict(state[self.name])
 
 
 def _gradient_name(parameter: str) -> str:

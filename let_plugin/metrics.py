@@ -19,11 +19,19 @@ class JsonlLogger(BaseLogger):
         inner: The logger that torchtitan built (TensorBoard, W&B, or one that does nothing).
         path: The file to append to; None on the ranks that do not log.
         extra_metrics: Called once per logged training step, on every rank (it may communicate).
+        on_validation: Called with each validation's loss, on every rank.
     """
 
-    def __init__(self, inner: BaseLogger, path: str | None, extra_metrics: Callable[[], dict[str, float]]) -> None:
+    def __init__(
+        self,
+        inner: BaseLogger,
+        path: str | None,
+        extra_metrics: Callable[[], dict[str, float]],
+        on_validation: Callable[[float], None] = lambda loss: None,
+    ) -> None:
         self._inner = inner
         self._extra_metrics = extra_metrics
+        self._on_validation = on_validation
         self._file = None
         if path is not None:
             os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -33,6 +41,8 @@ class JsonlLogger(BaseLogger):
     def log(self, metrics: dict[str, Any], step: int) -> None:
         if "loss_metrics/global_avg_loss" in metrics:
             metrics = {**metrics, **self._extra_metrics()}
+        elif "validation_metrics/loss" in metrics:
+            self._on_validation(metrics["validation_metrics/loss"])
         self._inner.log(metrics, step)
         if self._file is not None:
             self._file.write(json.dumps({"step": step, "time": time.time(), **metrics}) + "\n")

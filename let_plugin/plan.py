@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from let_plugin import options
+from let_plugin.alignment.adaptive_stop import AdaptiveStop
 from let_plugin.alignment.layer_mapping import EMBEDDING, LAYER_MAPPINGS, LayerPair
 from let_plugin.alignment.losses import Alignment, AlignmentLoss, LossEntry, alignment_of, get_loss
 from let_plugin.alignment.projectors import DIMENSION_MATCHES
@@ -94,6 +95,30 @@ def schedule(let: LetConfig) -> Schedule:
     function = options.bind(_schedule_entry(let).function, let.schedule_options, key="let.schedule_options")
     function(0, stop_step=1)  # refuses bad values now
     return with_warmup(function, let.warmup_steps)
+
+
+def adaptive_stop(let: LetConfig) -> AdaptiveStop | None:
+    """What ends the alignment before the stop step, if anything is to. ConfigError for a value out of its range."""
+    settings = let.adaptive_stop
+    if settings.criterion == "none":
+        return None
+    problems = []
+    if not 0 <= settings.smoothing < 1:
+        message = "must be at least 0 and less than 1"
+        problems.append(Problem("let.adaptive_stop.smoothing", message, settings.smoothing))
+    if settings.patience < 1:
+        problems.append(Problem("let.adaptive_stop.patience", "must be at least 1", settings.patience))
+    if not math.isfinite(settings.threshold):
+        problems.append(Problem("let.adaptive_stop.threshold", "must be a number", settings.threshold))
+    if settings.criterion == "gradient" and let.diagnosis_freq == 0:
+        message = 'let.adaptive_stop.criterion = "gradient" needs what it measures: at least 1'
+        problems.append(Problem("let.diagnosis_freq", message, let.diagnosis_freq))
+    if settings.criterion == "validation" and not (settings.teacher_loss and settings.teacher_loss > 0):
+        message = 'give the teacher\'s loss on the validation data, for criterion = "validation"'
+        problems.append(Problem("let.adaptive_stop.teacher_loss", message, settings.teacher_loss))
+    if problems:
+        raise ConfigError(problems)
+    return AdaptiveStop(threshold=settings.threshold, smoothing=settings.smoothing, patience=settings.patience)
 
 
 def layer_pairs(config: "Trainer.Config", teacher: TeacherInfo) -> list[LayerPair]:

@@ -66,6 +66,8 @@ def run(config: Trainer.Config) -> str:
     if parallel_dims is not None:
         stop_step = checks(plan.stop_step, config, parallel_dims.dp_replicate * parallel_dims.dp_shard)
     checks(plan.schedule, let)
+    checks(plan.adaptive_stop, let)
+    checks(_check_validation, config)
     checks(plan.loss, let)
     checks(plan.dimension_match, let)
     checks(_check_let_parallelism, config)
@@ -254,6 +256,13 @@ def _check_let_parallelism(config: Trainer.Config) -> None:
                 "parallelism.enable_sequence_parallel, cut into parts; choose a loss per token",
                 config.let.loss,
             )
+        )
+
+
+def _check_validation(config: Trainer.Config) -> None:
+    if config.let.adaptive_stop.criterion == "validation" and not config.validator.enable:
+        raise ConfigError(
+            Problem("validator.enable", 'let.adaptive_stop.criterion = "validation" needs validation: true', False)
         )
 
 

@@ -23,6 +23,7 @@ from let_plugin.alignment.tap import TARGET_KWARG
 from let_plugin.config import LetConfig, RuntimeConfig
 from let_plugin.guidance import Guidance
 from let_plugin.metrics import Disagreement, JsonlLogger, Progress
+from let_plugin.stopping import Stopping
 
 # A mixin's attributes and `super()` calls are those of the trainer that it is mixed into.
 _Base: Any = Trainer if TYPE_CHECKING else object
@@ -38,8 +39,8 @@ class LetTrainerMixin(_Base):
         super().__init__(config)
         self.let: LetConfig = config.let
         if self.let.enable:
-            self.stop_step = plan.stop_step(config, self.parallel_dims.dp_replicate * self.parallel_dims.dp_shard)
             self.schedule = plan.schedule(self.let)
+            self.stopping = Stopping(self)
         self.guidance: Guidance | None = None
         self._lambda = 0.0
         self._logged_metrics: dict[str, float] = {}
@@ -54,13 +55,16 @@ class LetTrainerMixin(_Base):
             self.metrics_processor.logger,
             os.path.join(config.dump_folder, "metrics.jsonl") if logs else None,
             self._metrics,
+            lambda loss: self.stopping.after_validation(loss) if self.guidance is not None else None,
         )
 
     def train_step(self, data_iterator: Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]) -> None:
         steps_taken = self.step - 1  # torchtitan counts the step that is about to be taken
         if self.let.enable:
-            self._lambda = self.let.weight * self.schedule(steps_taken, stop_step=self.stop_step)
-            if steps_taken < self.stop_step:
+            self.stopping.restore(steps_taken)
+            self._lambda = 0.0
+            if steps_taken < self.stopping.step:
+                self._lambda = self.let.weight * self.schedule(steps_taken, stop_step=self.stopping.step)
                 # Here rather than in __init__: only now is a restored step known, and a run that resumes after the
                 # stop step needs no teacher.
                 if self.guidance is None:
@@ -116,6 +120,7 @@ class LetTrainerMixin(_Base):
         metrics = {"let/active": float(self.guidance is not None), "let/lambda": self._lambda}
         if self.guidance is not None:
             metrics |= self.guidance.metrics()
+            self.stopping.after_gradients(metrics.get("let/grad_cosine"))
             if advice := self._disagreement.advice(metrics.get("let/grad_cosine")):
                 logger.warning(f"LET: step {self.step}: {advice}")
         self._logged_metrics = metrics

@@ -11,11 +11,11 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor
 from torchtitan.config import CompileConfig
 
+from let_plugin.alignment.layer_mapping import EMBEDDING
 from let_plugin.config import TeacherConfig
 from let_plugin.demo import TEACHER, TOKENIZER
 from let_plugin.errors import ConfigError
 from let_plugin.models import llama_spec
-from let_plugin.teacher.base import EMBEDDING
 from let_plugin.teacher.titan import TEACHER_SPECS, TitanTeacherSource, register_teacher_spec
 from tests.support import config_registry as tiny
 from tests.support import jobs, reference

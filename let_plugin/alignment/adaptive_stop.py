@@ -1,0 +1,55 @@
+"""When to end the alignment, by what is measured on the way rather than by a step that was chosen before."""
+
+from typing import Any
+
+import torch
+
+
+class AdaptiveStop:
+    """Ends the alignment when a measured value has stayed below a threshold.
+
+    The value is the cosine between the gradients of the alignment and of the student's own loss, which turns negative
+    when the teacher begins to hold the student back (HASTE, arXiv 2505.16792, stops on the like), or how far the
+    student's held-out loss is above the teacher's. It must be the same on every rank; so is then the state.
+
+    Args:
+        threshold: What the smoothed value must stay below.
+        smoothing: Weight of the past in the exponential moving average, which is corrected for its start at zero.
+        patience: How many measurements in a row must be below.
+
+    Attributes:
+        stop_step: The first step (0-based) without the alignment; None until it is known.
+    """
+
+    def __init__(self, *, threshold: float, smoothing: float, patience: int) -> None:
+        self.stop_step: int | None = None
+        self._threshold = threshold
+        self._smoothing = smoothing
+        self._patience = patience
+        self._average = 0.0
+        self._num_measured = 0
+        self._num_below = 0
+
+    def update(self, value: float, *, next_step: int) -> float:
+        """Takes a measurement, after which `next_step` is to be taken. Returns the smoothed value."""
+        self._num_measured += 1
+        self._average = self._smoothing * self._average + (1 - self._smoothing) * value
+        smoothed = self._average / (1 - self._smoothing**self._num_measured)
+        self._num_below = self._num_below + 1 if smoothed < self._threshold else 0
+        if self._num_below >= self._patience and self.stop_step is None:
+            self.stop_step = next_step
+        return smoothed
+
+    # Tensors only, so that a checkpoint holds no pickled objects; fp64, so that a resumed run goes on bit for bit.
+
+    def state_dict(self) -> dict[str, Any]:
+        stop_step = -1 if self.stop_step is None else self.stop_step
+        return {
+            "average": torch.tensor(self._average, dtype=torch.float64),
+            "counts": torch.tensor([self._num_measured, self._num_below, stop_step]),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._average = state_dict["average"].item()
+        self._num_measured, self._num_below, stop_step = state_dict["counts"].tolist()
+        self.stop_step = None if stop_step < 0 else stop_step
