@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.distributed.elastic.utils.distributed import get_free_port
 
-from let_plugin import data
+from let_plugin import data, host
 from let_plugin.config import LetConfig, TeacherConfig
 from let_plugin.demo import TOKENIZER
 from let_plugin.models import llama_spec
@@ -35,6 +35,19 @@ def config(tmp_path, tiny_teacher, monkeypatch):
     teacher = TeacherConfig(spec="tiny_teacher", path=str(tiny_teacher[0]), tokenizer_path=TOKENIZER)
     config.let = LetConfig(enable=True, weight=0.5, stop_step=2, teacher=teacher)
     return config
+
+
+@pytest.fixture
+def trainer(config, parallel_dims):
+    """torchtitan's trainer with LET, of the configuration as it is by then; the process group is there already."""
+    from torchtitan.observability import structured_logger
+
+    structured_logger.init_structured_logger(source="training", output_dir=config.dump_folder, enable=False)
+    config.training.disable_cuda_graphs = True
+    host.adapt_model_spec(config.model_spec)
+    trainer = config.build()
+    yield trainer
+    trainer.close()
 
 
 @pytest.fixture

@@ -29,7 +29,8 @@ def documented_fields(class_name):
 @pytest.mark.parametrize(
     ("cls", "tables"),
     [
-        (config.LetConfig, {"teacher", "projector"}),
+        (config.LetConfig, {"teacher", "projector", "adaptive_stop"}),
+        (config.AdaptiveStopConfig, set()),
         (config.PairConfig, set()),
         (config.ProjectorConfig, set()),
         (config.TeacherConfig, set()),

@@ -3,26 +3,13 @@
 import pytest
 import torch
 from torchtitan.components.loss import IGNORE_INDEX
-from torchtitan.observability import structured_logger
 
-from let_plugin import host
 from let_plugin.alignment.tap import TARGET_KWARG
 from let_plugin.guidance import Guidance
 from let_plugin.learned import PROJECTOR
 from tests.support.config_registry import STUDENT_DIM, TEACHER_DIM
 
 ROWS, LENGTH = 2, 64
-
-
-@pytest.fixture
-def trainer(config, parallel_dims):
-    """torchtitan's trainer with LET; the process group is there already."""
-    structured_logger.init_structured_logger(source="training", output_dir=config.dump_folder, enable=False)
-    config.training.disable_cuda_graphs = True
-    host.adapt_model_spec(config.model_spec)
-    trainer = config.build()
-    yield trainer
-    trainer.close()
 
 
 @pytest.fixture

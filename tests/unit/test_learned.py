@@ -8,7 +8,9 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
 
+from let_plugin import checkpoint
 from let_plugin.alignment.projectors import LearnedLinear
+from let_plugin.config import ProjectorConfig
 from let_plugin.learned import PROJECTOR, LearnedProjector
 
 CPU = torch.device("cpu")
@@ -88,7 +90,7 @@ def test_saved_and_restored_it_trains_on_as_if_nothing_had_happened(part, config
 
     part_again = Part()
     again = learned(part_again, config)
-    again.restore(config, 2)
+    checkpoint.restore(again.name, again, config, 2)
     train(again, 2, start=2)
     assert torch.equal(part_again.get_parameter(f"{PROJECTOR}_0.weight"), part.get_parameter(f"{PROJECTOR}_0.weight"))
 
@@ -97,6 +99,28 @@ def test_a_checkpoint_without_a_projector_starts_it_afresh_and_says_so(part, con
     config.dump_folder = str(tmp_path)
     dcp.save({"x": torch.ones(2)}, checkpoint_id=str(tmp_path / config.checkpoint.folder / "step-2"), no_dist=True)
     projector = learned(part, config)
-    projector.restore(config, 2)
+    checkpoint.restore(projector.name, projector, config, 2)
     assert "starts afresh at step 2" in caplog.text
     torch.testing.assert_close(part.get_parameter(f"{PROJECTOR}_0.weight"), LearnedLinear(3, 4).weight)
+
+
+def test_its_learning_rate_and_weight_decay_can_be_its_own(part, config):
+    kwargs = config.optimizer.param_groups[0].optimizer_kwargs
+    config.let.projector = ProjectorConfig(lr_multiplier=3.0, weight_decay=0.0)
+    (optimizer,) = learned(part, config)._optimizers
+    assert optimizer.param_groups[0]["initial_lr"] == 3 * kwargs["lr"]
+    assert optimizer.param_groups[0]["weight_decay"] == 0
+    assert kwargs["weight_decay"] > 0  # the student's
+
+
+def test_projectors_of_several_pairs_live_side_by_side(part, config):
+    keys = list(part.state_dict())
+    one, other = (learned(part, config, index=i) for i in (0, 3))
+    assert {n for n, _ in part.named_parameters() if n.startswith(PROJECTOR)} == {
+        f"{PROJECTOR}_0.weight",
+        f"{PROJECTOR}_3.weight",
+    }
+    assert list(part.state_dict()) == keys
+    one.remove()
+    other.remove()
+    assert list(part.state_dict()) == keys and not part._state_dict_hooks

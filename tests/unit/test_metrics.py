@@ -8,7 +8,7 @@ import torch
 from torchtitan.components.metrics import BaseLogger
 
 from let_plugin import metrics
-from let_plugin.metrics import DeviceTimer, JsonlLogger, Progress
+from let_plugin.metrics import DeviceTimer, Disagreement, JsonlLogger, Progress
 
 TRAINING = {"loss_metrics/global_avg_loss": 2.5, "grad_norm": 0.25}
 VALIDATION = {"validation_metrics/loss": 2.75}
@@ -115,3 +115,20 @@ def test_eta_of_a_step_that_is_logged_twice_is_unknown(clock):
     assert progress.eta(5) == "-"
     clock(3.0)
     assert progress.eta(6) == "0:00:08"
+
+
+def test_validation_is_told():
+    told = []
+    logger = JsonlLogger(BaseLogger(), None, dict, told.append)
+    logger.log(TRAINING, 1)
+    logger.log(VALIDATION, 1)
+    assert told == [2.75]
+
+
+def test_a_lasting_disagreement_is_said_once():
+    disagreement = Disagreement()
+    values = [-0.5, -0.5, 0.1, -0.1, None, -0.2, -0.3, -0.2, -0.2, -0.9, -0.9, 0.5, *[-0.9] * 9]
+    said = [(i, advice) for i, value in enumerate(values) if (advice := disagreement.advice(value))]
+    ((i, advice),) = said
+    assert i == 8  # the fifth in a row; steps that measure nothing do not count
+    assert "-0.200" in advice and "let.stop_step" in advice and "let.weight" in advice

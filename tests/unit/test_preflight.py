@@ -8,7 +8,7 @@ import re
 import pytest
 
 from let_plugin import preflight
-from let_plugin.config import LetConfig, PairConfig, ProjectorConfig, TeacherConfig
+from let_plugin.config import AdaptiveStopConfig, LetConfig, PairConfig, ProjectorConfig, TeacherConfig
 from let_plugin.demo import TOKENIZER
 from let_plugin.errors import ConfigError
 from let_plugin.models import llama_spec
@@ -239,6 +239,18 @@ def test_all_mistakes_in_strategies_at_once(config):
         *("let.loss_options.beta", "let.schedule", "let.dimension_match_options.align"),
         *("let.pairs.0.student", "let.pairs.1.teacher", "let.projector.lr_multiplier"),
     }
+
+
+def test_what_an_adaptive_stop_needs(config):
+    config.let.adaptive_stop = AdaptiveStopConfig(criterion="validation", smoothing=1.0, patience=0)
+    assert set(problems_of(config)) == {
+        *("let.adaptive_stop.smoothing", "let.adaptive_stop.patience", "let.adaptive_stop.teacher_loss"),
+        "validator.enable",
+    }
+    config.let.adaptive_stop = AdaptiveStopConfig(criterion="gradient")
+    preflight.run(config)
+    config.let.diagnosis_freq = 0
+    assert "at least 1" in problem_of(config, "let.diagnosis_freq").message
 
 
 def test_an_orthogonal_map_that_narrows(config):

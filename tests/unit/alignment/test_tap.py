@@ -200,3 +200,26 @@ def test_several_blocks_and_several_pairs_of_one_block_add_up(batch):
     torch.testing.assert_close(tap.cosine_sums, torch.stack(cosines).detach())
     assert tap.num_calls == {"0": 1, "2": 1}
     assert tap._target_BLE is None  # the last block has freed it
+
+
+def test_the_two_gradients_are_compared_when_asked_for(batch):
+    x, target = batch
+    model = Student()
+    tap = AlignmentTap(model, {"1": [negative_cosine]}, CPU)
+    tap.coefficient.fill_(0.3)
+    model(x, **{TARGET_KWARG: target}).square().sum().backward()
+    assert not tap.gradient_sums.any()
+    tap.measures = True
+    for _ in range(2):  # microbatches
+        model(x, **{TARGET_KWARG: target}).square().sum().backward()
+
+    plain = Student()
+    hidden = plain.layers["1"](plain.layers["0"](x))
+    own = torch.autograd.grad(plain.layers["2"](hidden).square().sum(), hidden, retain_graph=True)[0].flatten()
+    added = (
+        -0.3 * torch.autograd.grad(nn.functional.cosine_similarity(hidden, target, dim=-1).sum(), hidden)[0].flatten()
+    )
+    expected = 2 * torch.stack([own @ added, own @ own, added @ added])
+    torch.testing.assert_close(tap.gradient_sums, expected)
+    tap.reset()
+    assert not tap.gradient_sums.any()

@@ -1,0 +1,49 @@
+"""LET's own state in a checkpoint, written by the distributed checkpointer as torchtitan writes it."""
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+from let_plugin import checkpoint
+from let_plugin.alignment.adaptive_stop import AdaptiveStop
+
+SETTINGS = {"threshold": 0.0, "smoothing": 0.9, "patience": 2}
+
+
+def written(folder):
+    """A checkpoint with an adaptive stop in it, and that stop."""
+    stop = AdaptiveStop(**SETTINGS)
+    for step in range(3):
+        stop.update(-0.1 * step, next_step=step)
+    dcp.save({"own": stop, "model": {"weight": torch.ones(2)}}, checkpoint_id=str(folder), no_dist=True)
+    return stop
+
+
+def read(config, name="own", step=2):
+    stop = AdaptiveStop(**SETTINGS)
+    checkpoint.restore(name, stop, config, step)
+    return stop
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_it_is_read_from_the_runs_own_checkpoint(config, tmp_path):
+    expected = written(tmp_path / "out" / config.checkpoint.folder / "step-2")
+    got = read(config)
+    assert same(got, expected) and got.stop_step == expected.stop_step == 2
+
+
+def test_or_from_the_one_that_the_run_has_started_from(config, tmp_path):
+    config.checkpoint.initial_load_path = str(tmp_path / "elsewhere")
+    assert same(read_after_writing(config, tmp_path / "elsewhere"), written(tmp_path / "elsewhere"))
+
+
+def read_after_writing(config, folder):
+    written(folder)
+    return read(config)
+
+
+def test_a_checkpoint_without_it_is_said_and_changes_nothing(config, tmp_path, caplog):
+    written(tmp_path / "out" / config.checkpoint.folder / "step-2")
+    assert same(read(config, name="other"), AdaptiveStop(**SETTINGS))
