@@ -53,6 +53,16 @@ class TeacherConfig:
     final_norm: bool = True
     """Whether the state of its last block is taken after the final norm (what `transformers` returns last)."""
 
+    center: bool = False
+    """
+    Subtract from each layer's states their running mean over the steps before: a few large channels, the same for every
+    token, no longer dominate the cosine. Never a mean over the sequence or the batch itself, which would tell a token
+    of later ones.
+    """
+
+    center_momentum: float = 0.99
+    """Weight of the past in that mean, from 0 up to but not including 1."""
+
     trust_remote_code: bool = False
     """Let `transformers` run Python code that comes with the checkpoint. Off: such a teacher is refused."""
 

@@ -18,12 +18,16 @@ from torchtitan.trainer import Trainer
 
 from let_plugin import checkpoint, plan
 from let_plugin.alignment.losses import Alignment
+from let_plugin.alignment.running_mean import RunningMean
 from let_plugin.alignment.tap import Align, AlignmentTap
 from let_plugin.learned import LearnedProjector
 from let_plugin.metrics import DeviceTimer
 from let_plugin.teacher.base import Teacher, TeacherInfo
 from let_plugin.teacher.sharding import TeacherShare, sequence_shards, teacher_parallel_dims
 from let_plugin.teacher.sources import open_teacher
+
+# Name of the running mean's state in a checkpoint.
+CENTER = "let_center"
 
 
 class Guidance:
@@ -69,6 +73,8 @@ class Guidance:
             [i for i in by_block if str(self.pairs[i].student) in part.layers] for part in trainer.model_parts
         ]
         self._refuse_blocks_on_no_stage()
+        all_channels = _channels(source.info, plan.teacher_layers(self.pairs), config.let.teacher.final_norm)
+        self._center = self._make_center(sum(c.stop - c.start for c in all_channels.values()), steps_taken)
         own_pairs = [self.pairs[i] for indices in self._pairs_of_taps for i in indices]
         if not own_pairs:
             return
@@ -82,6 +88,9 @@ class Guidance:
             final_norm=config.let.teacher.final_norm,
         )
         channels = _channels(source.info, layers, config.let.teacher.final_norm)
+        if self._center is not None:
+            own = [all_channels[layer] for layer in layers]
+            self._center_channels_E = torch.cat([torch.arange(c.start, c.stop, device=device) for c in own])
         for part, indices in zip(trainer.model_parts, self._pairs_of_taps, strict=True):
             aligns: dict[str, list[Align]] = {}
             for i in indices:
@@ -140,14 +149,21 @@ class Guidance:
         with self._timer:
             states_BLE = self.teacher(rows_BL, None if positions_BL is None else self._share.rows(positions_BL))
         self._tokens += rows_BL.numel()
-        ignored_BL1 = (self._share.rows(labels_BL) == IGNORE_INDEX).unsqueeze(-1)
-        states_BLE = states_BLE.to(self._target_dtype).masked_fill(ignored_BL1, 0)
+        ignored_BL = self._share.rows(labels_BL) == IGNORE_INDEX
+        if self._center is not None:
+            self._center.add(states_BLE, ~ignored_BL, self._center_channels_E)
+            states_BLE = states_BLE - self._center.mean_C[self._center_channels_E]  # fp32, before it is rounded
+        states_BLE = states_BLE.to(self._target_dtype).masked_fill(ignored_BL[..., None], 0)
         return self._share.deliver(states_BLE, len(tokens_BL))
 
     def finish_step(self) -> None:
         """After the student's optimizer step. RuntimeError if the gradient of the alignment has reached no block."""
         for projector in self.projectors:
             projector.finish_step()
+        if self._center is not None:
+            # All ranks of the job: each channel's layer may be on several pipeline stages, and on others not at all.
+            torch.distributed.all_reduce(self._center.sums)
+            self._center.finish_step()
         for tap in self.taps:
             for block, num_calls in tap.num_calls.items():
                 if num_calls == 0:
@@ -189,7 +205,21 @@ class Guidance:
             projector.remove()
             if self._trainer.config.checkpoint.enable:
                 del self._trainer.checkpointer.states[projector.name]
+        if self._center is not None and self._trainer.config.checkpoint.enable:
+            del self._trainer.checkpointer.states[CENTER]
         self.teacher, self.taps, self.projectors = None, [], []
+
+    def _make_center(self, width: int, steps_taken: int) -> RunningMean | None:
+        """The mean of the teacher's states, of all layers that any rank asks for; every rank has all of it."""
+        config = self._trainer.config
+        if not config.let.teacher.center:
+            return None
+        center = RunningMean(width, momentum=config.let.teacher.center_momentum, device=self._trainer.device)
+        if steps_taken > 0:
+            checkpoint.restore(CENTER, center, config, steps_taken)
+        if config.checkpoint.enable:
+            self._trainer.checkpointer.states[CENTER] = center
+        return center
 
     def _refuse_blocks_on_no_stage(self) -> None:
         owners = torch.zeros(len(self.pairs), device=self._trainer.device)

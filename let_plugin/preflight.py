@@ -71,7 +71,7 @@ def run(config: Trainer.Config) -> str:
     checks(plan.loss, let)
     checks(plan.dimension_match, let)
     checks(_check_let_parallelism, config)
-    checks(_check_learned_settings, let)
+    checks(_check_projection, let)
     source, pairs = checks(open_teacher, let.teacher), None
     if source is not None:
         pairs = checks(plan.layer_pairs, config, source.info)
@@ -266,13 +266,16 @@ def _check_validation(config: Trainer.Config) -> None:
         )
 
 
-def _check_learned_settings(let: LetConfig) -> None:
+def _check_projection(let: LetConfig) -> None:
     projector = let.projector
     problems = [
         Problem(f"let.projector.{name}", "must be 0 or more", value)
         for name, value in (("lr_multiplier", projector.lr_multiplier), ("weight_decay", projector.weight_decay))
         if value is not None and not (math.isfinite(value) and value >= 0)
     ]
+    if not 0 <= let.teacher.center_momentum < 1:
+        message = "must be at least 0 and less than 1"
+        problems.append(Problem("let.teacher.center_momentum", message, let.teacher.center_momentum))
     if problems:
         raise ConfigError(problems)
 

@@ -31,6 +31,11 @@ STRATEGIES = {
     "one block, two layers": 'pairs = [{student = 1}, {student = 1, teacher = "embedding", weight = 0.25}]',
     "embedding": 'pairs = [{student = 0, teacher = "embedding"}]',
     "before the final norm": "teacher.final_norm = false",
+    "centred": "teacher.center = true\nteacher.center_momentum = 0.5\nstop_step = 3",
+    "centred, several layers": """\
+pairs = [{student = 0, teacher = -1}, {student = 3, teacher = 0}, {student = 2, teacher = "embedding"}]
+teacher.center = true
+stop_step = 3""",
     "align_corners": "dimension_match_options.align_corners = true",
     "linear": 'dimension_match = "linear"',
     "linear, random": 'dimension_match = "linear"\ndimension_match_options = {init = "random", seed = 1}',
