@@ -18,8 +18,10 @@ from torchtitan.trainer import Trainer
 
 from let_plugin import checkpoint, plan
 from let_plugin.alignment.losses import Alignment
+from let_plugin.alignment.projectors import FittedMatch
 from let_plugin.alignment.running_mean import RunningMean
 from let_plugin.alignment.tap import Align, AlignmentTap
+from let_plugin.fitted import FittedProjector
 from let_plugin.learned import LearnedProjector
 from let_plugin.metrics import DeviceTimer
 from let_plugin.teacher.base import Teacher, TeacherInfo
@@ -41,14 +43,14 @@ class Guidance:
         pairs: What is aligned, on all ranks together.
         teacher: None on the ranks whose pipeline stages hold no aligned block.
         taps: One for each part of the student on this rank, if there is a teacher; else none.
-        projectors: Those of this rank's pairs that learn.
+        projectors: Those of this rank's pairs that learn or are fitted.
     """
 
     def __init__(self, trainer: Trainer, steps_taken: int) -> None:
         config, dims, device = trainer.config, trainer.parallel_dims, trainer.device
         self.teacher: Teacher | None = None
         self.taps: list[AlignmentTap] = []
-        self.projectors: list[LearnedProjector] = []
+        self.projectors: list[LearnedProjector | FittedProjector] = []
         self._trainer = trainer
         self._num_accumulations_left = 0
         self._lambda = 0.0
@@ -114,7 +116,7 @@ class Guidance:
             tap.reset()
             tap.measures = measures
         for projector in self.projectors:
-            projector.start_step()
+            projector.start_step(self._trainer.step - 1)
 
     @contextmanager
     def microbatches(self, global_valid_tokens: torch.Tensor) -> Iterator[None]:
@@ -130,7 +132,7 @@ class Guidance:
         self._num_accumulations_left -= 1
         if self._num_accumulations_left == 0:
             for projector in self.projectors:
-                projector.reduce_gradients()
+                projector.reduce()
 
     @torch.no_grad()
     def target(self, input_dict: dict[str, torch.Tensor], labels_BL: torch.Tensor) -> torch.Tensor | None:
@@ -232,32 +234,33 @@ class Guidance:
     def _align(self, index: int, part: nn.Module, block: str, channels: slice, steps_taken: int) -> Align:
         """The maths of pair `index`; makes its projector if it learns."""
         config, device = self._trainer.config, self._trainer.device
-        match = plan.dimension_match(config.let)(channels.stop - channels.start, config.model_spec.model.dim)
-        learns = any(True for _ in match.parameters())
-        if learns:
-            projector = LearnedProjector(
-                match,
-                part,
-                block,
-                config,
-                index=index,
-                sequence_parallel=config.parallelism.enable_sequence_parallel,
-                device=device,
-            )
+        make_match = plan.dimension_match(config.let)
+        match = make_match(channels.stop - channels.start, config.model_spec.model.dim)
+        cuts = config.parallelism.enable_sequence_parallel
+        learned: LearnedProjector | None = None
+        fitted: FittedProjector | None = None
+        if any(parameter.requires_grad for parameter in match.parameters()):
+            learned = LearnedProjector(match, part, block, config, index=index, sequence_parallel=cuts, device=device)
+        match.to(device)
+        if isinstance(match, FittedMatch):
+            side = config.let.projector.side
+            fitted = FittedProjector(match, part, block, index=index, side=side, sequence_parallel=cuts)
+        if projector := learned or fitted:
             if steps_taken > 0:
                 checkpoint.restore(projector.name, projector, config, steps_taken)
             if config.checkpoint.enable:
                 self._trainer.checkpointer.states[projector.name] = projector
             self.projectors.append(projector)
-        pair_align = plan.alignment(
-            config.let, match.to(device), config.compile, channels=channels, weight=self.pairs[index].weight
-        )
+        weight = self.pairs[index].weight
+        pair_align = plan.alignment(config.let, match, config.compile, channels=channels, weight=weight)
 
         def align(student_BLD: torch.Tensor, teacher_BLE: torch.Tensor, coefficient: torch.Tensor) -> Alignment:
-            weights = projector.weights if learns else {}
+            weights = learned.weights if learned else {}
             alignment, gradients = pair_align(student_BLD, teacher_BLE, coefficient, weights)
-            if learns:
-                projector.accumulate(gradients)
+            if learned:
+                learned.accumulate(gradients)
+            if fitted:
+                fitted.observe(student_BLD, teacher_BLE[..., channels])
             return alignment
 
         return align

@@ -55,11 +55,11 @@ class LearnedProjector(Stateful):
         self._part = part
         self._module = nn.Module()  # holds the parameters, flat: dots are not allowed in their names
         self._names = {name: name.replace(".", "__") for name, _ in projector.named_parameters()}
-        like = _dense_parameter(part.get_submodule(f"layers.{block}"))
+        like = dense_parameter(part.get_submodule(f"layers.{block}"))
         for name, parameter in projector.named_parameters():
             weight = parameter.detach().to(device, torch.float32)
             self._module.register_parameter(self._names[name], nn.Parameter(_distribute(weight, like)))
-        self._sum_placements = _sum_placements(like, sequence_parallel)
+        self._sum_placements = sum_placements(like, sequence_parallel)
         # Non-persistent buffers of the part: a pipeline's trial run puts them back (see AlignmentTap).
         for name, parameter in projector.named_parameters():
             gradient = torch.zeros(parameter.shape, dtype=torch.float32, device=device)
@@ -73,7 +73,7 @@ class LearnedProjector(Stateful):
         # The whole weights. Written in place, so that their addresses never change.
         self.weights = {name: parameter.detach().to(device).clone() for name, parameter in projector.named_parameters()}
 
-    def start_step(self) -> None:
+    def start_step(self, step: int) -> None:
         """Gathers the weights for this step and clears the gradients."""
         self._optimizers.zero_grad()
         for name, flat in self._names.items():
@@ -86,7 +86,7 @@ class LearnedProjector(Stateful):
         for name, gradient in gradients.items():
             self._module.get_buffer(_gradient_name(self._names[name])).add_(gradient)
 
-    def reduce_gradients(self) -> None:
+    def reduce(self) -> None:
         """After the last microbatch: sums the gradients over the ranks, where the student's clipping finds them."""
         for flat in self._names.values():
             parameter = self._module.get_parameter(flat)
@@ -131,7 +131,7 @@ def _hide(part: nn.Module, state_dict: dict[str, Any], prefix: str, local_metada
         del state_dict[name]
 
 
-def _dense_parameter(block: nn.Module) -> nn.Parameter:
+def dense_parameter(block: nn.Module) -> nn.Parameter:
     """A parameter whose mesh is the one that the student's gradients are clipped on: not an expert's."""
     for parameter in block.parameters():
         if not isinstance(parameter, DTensor) or "ep" not in (parameter.device_mesh.mesh_dim_names or ()):
@@ -150,7 +150,8 @@ def _distribute(weight: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(weight, like.device_mesh, placements, src_data_rank=None)
 
 
-def _sum_placements(like: torch.Tensor, sequence_parallel: bool) -> list[Placement]:
+def sum_placements(like: torch.Tensor, sequence_parallel: bool) -> list[Placement]:
+    """How a sum over this rank's tokens lies on the mesh of `like`: to be added up, but for replicas."""
     if not isinstance(like, DTensor):
         return []
     names = like.device_mesh.mesh_dim_names or ()

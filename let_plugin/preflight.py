@@ -17,6 +17,7 @@ from torchtitan.trainer import Trainer
 
 from let_plugin import data, plan
 from let_plugin.alignment.layer_mapping import LayerPair
+from let_plugin.alignment.projectors import FittedMatch
 from let_plugin.config import LetConfig
 from let_plugin.errors import ConfigError, Problem, suggest
 from let_plugin.report import Student, report
@@ -300,7 +301,15 @@ def _check_dimension_match(config: Trainer.Config, pairs: Sequence[LayerPair], t
     let: LetConfig = config.let
     assert config.model_spec is not None
     for width in {teacher.width(pair.teacher, let.teacher.final_norm) for pair in pairs}:
-        plan.dimension_match(let)(width, config.model_spec.model.dim)
+        match = plan.dimension_match(let)(width, config.model_spec.model.dim)
+        if isinstance(match, FittedMatch) and let.cuda_graphs:
+            raise ConfigError(
+                Problem(
+                    "let.cuda_graphs",
+                    f"{let.dimension_match!r} is refitted in some steps, a captured step is not",
+                    True,
+                )
+            )
 
 
 def _check_sequence_length(config: Trainer.Config, teacher: TeacherInfo) -> None:

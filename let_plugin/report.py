@@ -72,7 +72,7 @@ def report(
         "gradient": tokens * student.width * TORCH_DTYPE_MAP[config.training.mixed_precision_param].itemsize,
     }
     matches = [plan.dimension_match(let)(widths[pair.teacher], student.width) for pair in pairs]
-    if num_learned := sum(p.numel() for match in matches for p in match.parameters()):
+    if num_learned := sum(p.numel() for match in matches for p in match.parameters() if p.requires_grad):
         # In fp32: the gathered weights and their gradient; the sharded ones, their gradient and the optimizer's state.
         memory["projector"] = num_learned * 4 * 2 + num_learned * 4 * 4 // num_shards
     if let.teacher.check_vocabulary:

@@ -146,6 +146,41 @@ class Orthogonal(nn.Module):
         return F.linear(hidden_BLE, weight_DE.to(hidden_BLE.dtype))
 
 
+class FittedMatch(nn.Module):
+    """A match that learns without a gradient: `let_plugin.fitted` refits its weight [D, E] in closed form."""
+
+    weight: nn.Parameter
+    refit_every: int
+
+    def fit(self, products_DE: torch.Tensor) -> torch.Tensor:
+        """The weight for states whose outer products, wanted x given, add up to `products_DE`; fp32."""
+        raise NotImplementedError
+
+
+class Procrustes(FittedMatch):
+    """The map with orthonormal columns or rows that brings the given states nearest to the wanted ones.
+
+    Of W with W^T W = I (or W W^T = I, if it narrows) the one with the least sum of |y - W x|^2 is U V^T, with
+    U S V^T = sum of y x^T the singular value decomposition (Schoenemann 1966). It is refitted on the tokens of step 0,
+    `refit_every`, 2 `refit_every`, ... for the steps after these; in step 0 it is the interpolation.
+    """
+
+    def __init__(self, in_width: int, out_width: int, *, refit_every: int = 100) -> None:
+        super().__init__()
+        if refit_every < 1:
+            raise ValueError("refit_every must be at least 1")
+        self.refit_every = refit_every
+        identity_1EE = torch.eye(in_width, device="cpu")[None]
+        self.weight = nn.Parameter(interpolate(identity_1EE, out_width)[0].T.contiguous(), requires_grad=False)
+
+    def forward(self, hidden_BLE: torch.Tensor) -> torch.Tensor:
+        return F.linear(hidden_BLE, self.weight.to(hidden_BLE.dtype))
+
+    def fit(self, products_DE: torch.Tensor) -> torch.Tensor:
+        left, _, right = torch.linalg.svd(products_DE, full_matrices=False)
+        return left @ right
+
+
 def _generator(seed: int) -> torch.Generator:
     if seed < 0:
         raise ValueError("seed must not be negative")
@@ -164,4 +199,5 @@ register_dimension_match("interpolate", Interpolate)
 register_dimension_match("linear", LearnedLinear)
 register_dimension_match("mlp", MLP)
 register_dimension_match("orthogonal", Orthogonal)
+register_dimension_match("procrustes", Procrustes)
 register_dimension_match("truncate_or_pad", TruncateOrPad)

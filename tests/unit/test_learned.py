@@ -34,11 +34,11 @@ def learned(part, config, **kwargs):
 
 def train(projector, steps, start=0):
     for step in range(start, start + steps):
-        projector.start_step()
+        projector.start_step(0)
         generator = torch.Generator().manual_seed(step)
         for _ in range(2):  # microbatches
             projector.accumulate({"weight": torch.randn(4, 3, generator=generator)})
-        projector.reduce_gradients()
+        projector.reduce()
         projector.finish_step()
 
 
@@ -67,7 +67,7 @@ def test_training_equals_a_plain_optimizer(part, config):
         optimizer.step()
         train(projector, 1, start=step)
         torch.testing.assert_close(part.get_parameter(f"{PROJECTOR}_0.weight"), weight)
-    projector.start_step()
+    projector.start_step(0)
     assert torch.equal(projector.weights["weight"], part.get_parameter(f"{PROJECTOR}_0.weight"))
 
 
