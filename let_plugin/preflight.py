@@ -306,7 +306,7 @@ def _check_dimension_match(config: Trainer.Config, pairs: Sequence[LayerPair], t
             raise ConfigError(
                 Problem(
                     "let.cuda_graphs",
-                    f"{let.dimension_match!r} is refitted in some steps, a captured step is not",
+                    f"a captured step cannot refit: not with {let.dimension_match!r}",
                     True,
                 )
             )

@@ -270,3 +270,27 @@ def test_the_registered_matches_and_one_of_ones_own():
         assert DIMENSION_MATCHES.get("own", key="let.projector.type") is TruncateOrPad
     finally:
         DIMENSION_MATCHES.unregister("own")
+
+
+@pytest.mark.parametrize(("in_width", "out_width"), [(5, 8), (8, 5), (6, 6)])
+def test_procrustes_starts_as_the_interpolation_and_no_orthogonal_map_is_nearer(in_width, out_width):
+    match = DIMENSION_MATCHES.get("procrustes", key="")(in_width, out_width, refit_every=7)
+    generator = torch.Generator().manual_seed(0)
+    given = torch.randn(40, in_width, generator=generator)
+    wanted = torch.randn(40, out_width, generator=generator)
+    torch.testing.assert_close(match(given[None]), interpolate(given[None], out_width))
+    assert match.refit_every == 7 and not any(p.requires_grad for p in match.parameters())
+
+    weight = match.fit(wanted.T @ given)
+    narrow = min(in_width, out_width)
+    gram = weight.T @ weight if out_width >= in_width else weight @ weight.T
+    torch.testing.assert_close(gram, torch.eye(narrow), rtol=0, atol=1e-5)
+    if out_width >= in_width:  # of the maps with orthonormal columns, whose distances differ in the inner product only
+        for _ in range(20):
+            other = torch.linalg.qr(torch.randn(out_width, in_width, generator=generator)).Q
+            assert (wanted - given @ weight.T).square().sum() <= (wanted - given @ other.T).square().sum()
+
+
+def test_procrustes_refuses_to_refit_never():
+    with pytest.raises(ValueError, match=r"^refit_every must be"):
+        DIMENSION_MATCHES.get("procrustes", key="")(4, 4, refit_every=0)
