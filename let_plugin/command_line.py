@@ -38,8 +38,9 @@ def apply(config: "Trainer.Config", cli: Sequence[str], prog: str) -> tuple["Tra
     """
     if not cli:
         return config, []
+    config, cli, problems = _apply_tables(config, cli)
     with contextlib.suppress(ValueError, AssertionError):
-        return _parse(config, cli, prog), []
+        return _parse(config, cli, prog), problems
     # tyro stops at the first mistake: option by option, then, and again, as one may need another that comes later.
     options = _options(cli)
     result, taken, messages, num_taken = config, set[int](), dict[int, str](), -1
@@ -52,7 +53,39 @@ def apply(config: "Trainer.Config", cli: Sequence[str], prog: str) -> tuple["Tra
                     taken.add(i)
                 except (ValueError, AssertionError) as error:
                     messages[i] = str(error)
-    return result, [_problem(result, option, messages[i]) for i, option in enumerate(options) if i not in taken]
+    problems += [_problem(result, option, messages[i]) for i, option in enumerate(options) if i not in taken]
+    return result, problems
+
+
+def _apply_tables(config: "Trainer.Config", cli: Sequence[str]) -> tuple["Trainer.Config", list[str], list[Problem]]:
+    """Takes the options that tyro has no flags for: new keys of a free table, and arrays of tables, written as in TOML.
+
+    Returns the configuration with them, the other options, and what is wrong.
+    """
+    overlay, rest = Overlay(SOURCE), list[str]()
+    for option in _options(cli):
+        key, value = _key(option[0]), _text(option)
+        if option[0].startswith("--") and value and _is_table(config, key.split("."), value):
+            config = overlay.configuration(config, _nested(key, _toml_value(value)))
+        else:
+            rest += option
+    return config, rest, overlay.problems
+
+
+def _is_table(config: Any, names: list[str], value: str) -> bool:
+    for i, name in enumerate(names):
+        if isinstance(config, dict):
+            return i == len(names) - 1 and name not in config
+        if not hasattr(config, name):
+            return False
+        config = getattr(config, name)
+    return isinstance(config, list) and value.startswith("[{")
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return value
 
 
 def keys(cli: Sequence[str]) -> set[str]:
@@ -120,15 +153,17 @@ def _problem(config: "Trainer.Config", option: list[str], message: str) -> Probl
     key = _key(option[0])
     if not option[0].startswith("--"):
         return Problem(option[0], f"{message}; options are written --section.key VALUE", source=SOURCE)
-    values = [option[0].partition("=")[2]] if "=" in option[0] else option[1:]
-    value = _toml_value(" ".join(values))
-    table = value
-    for name in reversed(key.split(".")):
-        table = {name: table}
+    text = _text(option)
+    value = _toml_value(text)
     overlay = Overlay(SOURCE)
-    overlay.configuration(config, table)
+    overlay.configuration(config, _nested(key, value))
     message = overlay.problems[0].message if overlay.problems else message
-    return Problem(key, message, source=SOURCE, **({"value": value} if values else {}))
+    return Problem(key, message, source=SOURCE, **({"value": value} if text or "=" in option[0] else {}))
+
+
+def _text(option: list[str]) -> str:
+    """The value of an option, as it is written."""
+    return option[0].partition("=")[2] if "=" in option[0] else " ".join(option[1:])
 
 
 def _key(option: str) -> str:

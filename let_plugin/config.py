@@ -125,6 +125,12 @@ class LetConfig:
     enable: bool = False
     """Turns LET on or off. A `[let]` table in a TOML file sets it, unless the table says `enable = false`."""
 
+    target: Literal["teacher", "labels"] = "teacher"
+    """
+    What the blocks are drawn to. "labels" is a control without a teacher: the cross-entropy of the block's output,
+    through the student's own norm and head, takes the place of the alignment loss, with the same weight and schedule.
+    """
+
     weight: float = 0.1
     """lambda0, the weight of the alignment loss at step 0 (0.1: best of the paper's grid 0.01 ... 3)."""
 

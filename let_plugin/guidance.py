@@ -21,6 +21,7 @@ from let_plugin.alignment.losses import Alignment
 from let_plugin.alignment.projectors import FittedMatch
 from let_plugin.alignment.running_mean import RunningMean
 from let_plugin.alignment.tap import Align, AlignmentTap
+from let_plugin.auxiliary_head import AuxiliaryHead
 from let_plugin.fitted import FittedProjector
 from let_plugin.learned import LearnedProjector
 from let_plugin.metrics import DeviceTimer
@@ -41,8 +42,8 @@ class Guidance:
 
     Attributes:
         pairs: What is aligned, on all ranks together.
-        teacher: None on the ranks whose pipeline stages hold no aligned block.
-        taps: One for each part of the student on this rank, if there is a teacher; else none.
+        teacher: None on the ranks whose pipeline stages hold no aligned block, and if the labels are the target.
+        taps: One for each part of the student on this rank, if any of them holds an aligned block; else none.
         projectors: Those of this rank's pairs that learn or are fitted.
     """
 
@@ -51,6 +52,8 @@ class Guidance:
         self.teacher: Teacher | None = None
         self.taps: list[AlignmentTap] = []
         self.projectors: list[LearnedProjector | FittedProjector] = []
+        self._head: AuxiliaryHead | None = None
+        self._center: RunningMean | None = None
         self._trainer = trainer
         self._num_accumulations_left = 0
         self._lambda = 0.0
@@ -62,8 +65,8 @@ class Guidance:
         self._num_replicas = dims.cp * dims.tp // sequence_shards(config, dims)
         self._target_dtype = plan.target_dtype(config)
 
-        source = open_teacher(config.let.teacher)
-        self.pairs = plan.layer_pairs(config, source.info)
+        source = open_teacher(config.let.teacher) if config.let.target == "teacher" else None
+        self.pairs = plan.layer_pairs(config, source.info.num_layers) if source else plan.auxiliary_pairs(config)
         # Meshes are made by all ranks together, also by those that return below.
         teacher_dims = teacher_parallel_dims(dims)
         teacher_dims.build_mesh()
@@ -75,6 +78,9 @@ class Guidance:
             [i for i in by_block if str(self.pairs[i].student) in part.layers] for part in trainer.model_parts
         ]
         self._refuse_blocks_on_no_stage()
+        if source is None:
+            self._attach_auxiliary_head()
+            return
         all_channels = _channels(source.info, plan.teacher_layers(self.pairs), config.let.teacher.final_norm)
         self._center = self._make_center(sum(c.stop - c.start for c in all_channels.values()), steps_taken)
         own_pairs = [self.pairs[i] for indices in self._pairs_of_taps for i in indices]
@@ -115,8 +121,8 @@ class Guidance:
         for tap in self.taps:
             tap.reset()
             tap.measures = measures
-        for projector in self.projectors:
-            projector.start_step(self._trainer.step - 1)
+        for learner in self._learners:
+            learner.start_step(self._trainer.step - 1)
 
     @contextmanager
     def microbatches(self, global_valid_tokens: torch.Tensor) -> Iterator[None]:
@@ -131,12 +137,18 @@ class Guidance:
         yield
         self._num_accumulations_left -= 1
         if self._num_accumulations_left == 0:
-            for projector in self.projectors:
-                projector.reduce()
+            for learner in self._learners:
+                learner.reduce()
+
+    @property
+    def _learners(self) -> list[LearnedProjector | FittedProjector | AuxiliaryHead]:
+        return [*self.projectors, *([] if self._head is None else [self._head])]
 
     @torch.no_grad()
     def target(self, input_dict: dict[str, torch.Tensor], labels_BL: torch.Tensor) -> torch.Tensor | None:
         """The teacher's states of a microbatch, of this rank's part of the sequence, [B, S, E]; None without a teacher.
+
+        If the labels are the target: these, [B, S].
 
         Args:
             input_dict: "input", token ids [B, L], and, for packed documents, "positions" [B, L]: whole sequences, as
@@ -144,6 +156,8 @@ class Guidance:
             labels_BL: Labels of the whole sequences. A token that does not count in the loss gets a state of zeros,
                 whose cosine and gradient are 0: no mask has to travel.
         """
+        if self._head is not None:
+            return self._share.part(labels_BL)
         if self.teacher is None:
             return None
         tokens_BL, positions_BL = input_dict["input"], input_dict.get("positions")
@@ -160,8 +174,8 @@ class Guidance:
 
     def finish_step(self) -> None:
         """After the student's optimizer step. RuntimeError if the gradient of the alignment has reached no block."""
-        for projector in self.projectors:
-            projector.finish_step()
+        for learner in self._learners:
+            learner.finish_step()
         if self._center is not None:
             # All ranks of the job: each channel's layer may be on several pipeline stages, and on others not at all.
             torch.distributed.all_reduce(self._center.sums)
@@ -182,19 +196,24 @@ class Guidance:
             let/grad_cosine, let/grad_ratio: cosine between the gradients of lambda * L_align and of the student's own
                 loss with respect to the aligned hidden states, and the ratio of their norms, if they were compared.
             let/teacher_tokens_per_second: of the teacher's forward pass alone, per rank that has one.
+            let/auxiliary_loss: in place of cosine and speed, if the labels are the target: mean of the blocks' losses.
         """
         cosines = self._valid_tokens.new_zeros(len(self.pairs), dtype=torch.float64)
         for tap, indices in zip(self.taps, self._pairs_of_taps, strict=bool(self.taps)):
-            cosines[indices] = tap.cosine_sums.double() / self._valid_tokens / self._num_replicas
+            cosines[indices] = tap.metric_sums.double() / self._valid_tokens / self._num_replicas
         speed = cosines.new_tensor([self._tokens, self._timer.pop()])
         gradients = sum((tap.gradient_sums for tap in self.taps), start=cosines.new_zeros(3))
         totals = torch.cat([cosines, speed, gradients])
         torch.distributed.all_reduce(totals)
         self._tokens = 0
         *means, tokens, seconds, dot, own, added = totals.tolist()
-        metrics = {"let/cosine": sum(means) / len(means), "let/teacher_tokens_per_second": tokens / seconds}
-        if len(means) > 1:
-            metrics |= {f"let/cosine/{p.student}-{p.teacher}": mean for p, mean in zip(self.pairs, means, strict=True)}
+        if self._head is not None:
+            metrics = {"let/auxiliary_loss": sum(means) / len(means)}
+        else:
+            metrics = {"let/cosine": sum(means) / len(means), "let/teacher_tokens_per_second": tokens / seconds}
+            if len(means) > 1:
+                names = [f"let/cosine/{pair.student}-{pair.teacher}" for pair in self.pairs]
+                metrics |= dict(zip(names, means, strict=True))
         if self._measures and own > 0 and added > 0:
             metrics |= {"let/grad_cosine": dot / math.sqrt(own * added), "let/grad_ratio": math.sqrt(added / own)}
         return metrics
@@ -209,7 +228,16 @@ class Guidance:
                 del self._trainer.checkpointer.states[projector.name]
         if self._center is not None and self._trainer.config.checkpoint.enable:
             del self._trainer.checkpointer.states[CENTER]
-        self.teacher, self.taps, self.projectors = None, [], []
+        self.teacher, self.taps, self.projectors, self._head = None, [], [], None
+
+    def _attach_auxiliary_head(self) -> None:
+        config, device = self._trainer.config, self._trainer.device
+        (part,) = self._trainer.model_parts  # not under pipeline parallelism: preflight has seen to it
+        cuts = config.parallelism.enable_sequence_parallel
+        self._head = AuxiliaryHead(part, config, sequence_parallel=cuts, device=device)
+        (indices,) = self._pairs_of_taps
+        aligns = {str(self.pairs[i].student): [self._head.align(self.pairs[i].weight)] for i in indices}
+        self.taps.append(AlignmentTap(part, aligns, device, context=spmd.no_typecheck))
 
     def _make_center(self, width: int, steps_taken: int) -> RunningMean | None:
         """The mean of the teacher's states, of all layers that any rank asks for; every rank has all of it."""

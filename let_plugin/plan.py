@@ -18,7 +18,6 @@ from let_plugin.alignment.projectors import DIMENSION_MATCHES
 from let_plugin.alignment.schedules import Schedule, ScheduleEntry, get_schedule, with_warmup
 from let_plugin.config import LetConfig
 from let_plugin.errors import ConfigError, Problem
-from let_plugin.teacher.base import TeacherInfo
 
 if TYPE_CHECKING:
     from torchtitan.config import CompileConfig
@@ -84,6 +83,11 @@ def teacher_dtype(config: "Trainer.Config") -> torch.dtype:
     return _DTYPES[config.training.mixed_precision_param if name == "auto" else name]
 
 
+def math_dtype(let: LetConfig) -> torch.dtype:
+    """Data type of the alignment's maths."""
+    return _DTYPES[let.math_dtype]
+
+
 def target_dtype(config: "Trainer.Config") -> torch.dtype:
     """Data type in which the target waits for the block's output: `let.target_dtype`, or the teacher's."""
     name = config.let.target_dtype
@@ -121,8 +125,8 @@ def adaptive_stop(let: LetConfig) -> AdaptiveStop | None:
     return AdaptiveStop(threshold=settings.threshold, smoothing=settings.smoothing, patience=settings.patience)
 
 
-def layer_pairs(config: "Trainer.Config", teacher: TeacherInfo) -> list[LayerPair]:
-    """The student's blocks and the teacher's layers that meet, with indices that count from 0.
+def layer_pairs(config: "Trainer.Config", teacher_depth: int) -> list[LayerPair]:
+    """The student's blocks and the layers of a teacher of so many blocks that meet, with indices that count from 0.
 
     ConfigError for an unknown mapping, a bad option of it, or a layer that there is not.
     """
@@ -134,10 +138,10 @@ def layer_pairs(config: "Trainer.Config", teacher: TeacherInfo) -> list[LayerPai
             raise ConfigError(Problem("let.student_block", "not together with let.pairs", let.student_block))
         pairs = [LayerPair(pair.student, pair.teacher, pair.weight) for pair in let.pairs]
         keys = [f"let.pairs.{i}" for i in range(len(pairs))]
-        return _resolved(pairs, keys, depth, teacher.num_layers)
+        return _resolved(pairs, keys, depth, teacher_depth)
     mapping = LAYER_MAPPINGS.get(let.layer_mapping, key="let.layer_mapping")
     bound = options.bind(mapping, let.layer_mapping_options, key="let.layer_mapping_options")
-    pairs = list(bound(depth, teacher.num_layers))
+    pairs = list(bound(depth, teacher_depth))
     if let.student_block is not None:
         if len(pairs) != 1:
             raise ConfigError(
@@ -150,7 +154,20 @@ def layer_pairs(config: "Trainer.Config", teacher: TeacherInfo) -> list[LayerPai
                 Problem("let.student_block", f"the student has blocks 0 to {depth - 1}", let.student_block)
             )
         pairs = [LayerPair(let.student_block, pairs[0].teacher, pairs[0].weight)]
-    return _resolved(pairs, ["let.layer_mapping"] * len(pairs), depth, teacher.num_layers)
+    return _resolved(pairs, ["let.layer_mapping"] * len(pairs), depth, teacher_depth)
+
+
+def auxiliary_pairs(config: "Trainer.Config") -> list[LayerPair]:
+    """With `let.target = "labels"`: the blocks that are trained by themselves, each once.
+
+    They are those that would be aligned with a teacher as deep as the student; the pairs' teacher layers mean nothing.
+    """
+    assert config.model_spec is not None
+    depth = len(config.model_spec.model.layers)
+    blocks: dict[int, LayerPair] = {}
+    for pair in layer_pairs(config, depth):
+        blocks.setdefault(pair.student, pair)
+    return list(blocks.values())
 
 
 def teacher_layers(pairs: Sequence[LayerPair]) -> list[int | str]:
@@ -200,7 +217,7 @@ def alignment(
         channels: Where the pair's layer lies in the teacher's states.
         weight: The pair's weight.
     """
-    losses, dtype = loss(let), _DTYPES[let.math_dtype]
+    losses, dtype = loss(let), math_dtype(let)
     on_teacher = let.projector.side == "teacher"
 
     def align(

@@ -20,7 +20,7 @@ from let_plugin.alignment.layer_mapping import LayerPair
 from let_plugin.alignment.projectors import FittedMatch
 from let_plugin.config import LetConfig
 from let_plugin.errors import ConfigError, Problem, suggest
-from let_plugin.report import Student, report
+from let_plugin.report import Student, report, report_auxiliary
 from let_plugin.teacher.base import TeacherInfo, TeacherSource
 from let_plugin.teacher.sources import open_teacher
 from let_plugin.teacher.vocabulary import compare_vocabularies
@@ -73,9 +73,15 @@ def run(config: Trainer.Config) -> str:
     checks(plan.dimension_match, let)
     checks(_check_let_parallelism, config)
     checks(_check_projection, let)
+    if let.target == "labels":
+        pairs = checks(plan.auxiliary_pairs, config)
+        checks(_check_auxiliary_head, config)
+        checks.finish()
+        assert student and pairs and stop_step is not None
+        return report_auxiliary(config, student, pairs, stop_step)
     source, pairs = checks(open_teacher, let.teacher), None
     if source is not None:
-        pairs = checks(plan.layer_pairs, config, source.info)
+        pairs = checks(plan.layer_pairs, config, source.info.num_layers)
         if pairs is not None:
             checks(_check_stages, config, pairs)
             checks(_check_dimension_match, config, pairs, source.info)
@@ -279,6 +285,19 @@ def _check_projection(let: LetConfig) -> None:
         problems.append(Problem("let.teacher.center_momentum", message, let.teacher.center_momentum))
     if problems:
         raise ConfigError(problems)
+
+
+def _check_auxiliary_head(config: Trainer.Config) -> None:
+    degree = config.parallelism.pipeline_parallel_degree
+    if degree > 1:
+        raise ConfigError(
+            Problem(
+                "let.target",
+                f"needs the head beside the block, and parallelism.pipeline_parallel_degree = {degree} has the two on "
+                'different ranks; run this control without pipeline parallelism, or choose "teacher"',
+                config.let.target,
+            )
+        )
 
 
 def _check_stages(config: Trainer.Config, pairs: Sequence[LayerPair]) -> None:

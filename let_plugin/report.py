@@ -33,6 +33,7 @@ class Student:
         self.width: int = spec.model.dim
         self.num_params = sum(p.numel() for p in model.parameters())
         tied = model.tok_embeddings.weight is model.lm_head.weight
+        self.num_head_params = sum(p.numel() for p in model.lm_head.parameters())
         self.num_matmul_params = self.num_params - (0 if tied else model.tok_embeddings.weight.numel())
 
     def __str__(self) -> str:
@@ -97,6 +98,27 @@ def report(
             f"  overhead   + {overhead:.1%} FLOPs while active: N_T / (3 N_S) = {num_teacher:,} / (3 x "
             f"{student.num_matmul_params:,}), embeddings not counted",
             f"  break-even {break_even}",
+        ]
+    )
+
+
+def report_auxiliary(config: Trainer.Config, student: Student, pairs: Sequence[LayerPair], stop_step: int) -> str:
+    """The preflight report of the control without a teacher, without a final line break."""
+    let: LetConfig = config.let
+    blocks = ", ".join(str(pair.student) for pair in pairs)
+    overhead = len(pairs) * student.num_head_params / student.num_matmul_params
+    # In fp32: the gathered norm and head, and their gradient.
+    memory = 2 * 4 * (student.num_head_params + student.width)
+    return "\n".join(
+        [
+            "LET preflight",
+            f"  student    {student}",
+            "  teacher    none: the labels are the target, through the student's own norm and head",
+            f"  blocks     {blocks} (of 0 to {student.num_blocks - 1})",
+            f"  lambda     {_describe_schedule(let)} to 0 at step {stop_step} of {config.training.steps}",
+            f"  memory     + {_mib(memory)} per rank while active",
+            f"  overhead   + {overhead:.1%} FLOPs while active: {student.num_head_params:,} parameters of the head, "
+            f"once per block, beside the student's {student.num_matmul_params:,}",
         ]
     )
 

@@ -32,12 +32,12 @@ class Alignment(NamedTuple):
     Attributes:
         gradient_BLD: coefficient * d(sum of the tokens' losses) / d(hidden state).
         target_gradient_BLD: The same with respect to the target, for a projector that learns.
-        cosine_sum: Sum of the tokens' cosine similarities, fp32, 0-dim: the metric, whatever the loss.
+        metric_sum: Sum over tokens of what is logged, fp32, 0-dim: their cosine similarity, whatever the loss.
     """
 
     gradient_BLD: torch.Tensor
     target_gradient_BLD: torch.Tensor
-    cosine_sum: torch.Tensor
+    metric_sum: torch.Tensor
 
 
 class TokenLoss(Protocol):
@@ -117,8 +117,8 @@ def alignment_of(entry: LossEntry, options: Mapping[str, Any]) -> AlignmentLoss:
 
         loss_BL, backward = torch.func.vjp(losses, student_BLD, target_BLD)  # type: ignore[misc]
         gradient_BLD, target_gradient_BLD = backward((coefficient * counts_BL).to(loss_BL.dtype))
-        cosine_sum = (-cosine(student_BLD, target_BLD) * counts_BL).sum(dtype=torch.float32)
-        return Alignment(gradient_BLD, target_gradient_BLD, cosine_sum)
+        metric_sum = (-cosine(student_BLD, target_BLD) * counts_BL).sum(dtype=torch.float32)
+        return Alignment(gradient_BLD, target_gradient_BLD, metric_sum)
 
     return align_in_closed_form if closed_form else align
 
@@ -140,7 +140,7 @@ def negative_cosine(student_BLD: torch.Tensor, target_BLD: torch.Tensor, coeffic
     return Alignment(
         gradient_BLD=(cosine_BL1 * u_BLD - v_BLD) * (coefficient / student_norm_BL1),
         target_gradient_BLD=(cosine_BL1 * v_BLD - u_BLD) * (coefficient / target_norm_BL1),
-        cosine_sum=cosine_BL1.sum(dtype=torch.float32),
+        metric_sum=cosine_BL1.sum(dtype=torch.float32),
     )
 
 

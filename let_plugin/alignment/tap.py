@@ -25,8 +25,8 @@ from let_plugin.alignment.losses import Alignment
 # Name of the keyword argument that carries the teacher's states, [B, L, E], through the model's forward.
 TARGET_KWARG = "let_target"
 
-# Names of the buffers that sum the cosines, and the products of the two gradients.
-COSINE_BUFFER, GRADIENT_BUFFER = "let_cosine_sums", "let_gradient_sums"
+# Names of the buffers that sum what is logged, and the products of the two gradients.
+METRIC_BUFFER, GRADIENT_BUFFER = "let_metric_sums", "let_gradient_sums"
 
 Align = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Alignment]
 
@@ -46,7 +46,7 @@ class AlignmentTap:
     Attributes:
         coefficient: lambda / (number of valid tokens of the whole step), 0-dim fp32. Written in place before each
             forward pass, so that its address never changes and no step waits for the host.
-        cosine_sums: For each pair, in the order of `aligns`, the sum of the cosines over this rank's tokens since
+        metric_sums: For each pair, in the order of `aligns`, the sum of its cosines over this rank's tokens since
             `reset`; fp32.
         measures: Whether a step's gradients are compared with those of the student's own loss.
         gradient_sums: Sums over this rank's tokens and the blocks, since `reset`, of <g, a>, <g, g> and <a, a>, where
@@ -63,11 +63,11 @@ class AlignmentTap:
         context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.coefficient = torch.zeros((), dtype=torch.float32, device=device)
-        self.cosine_sums = torch.zeros(sum(map(len, aligns.values())), dtype=torch.float32, device=device)
+        self.metric_sums = torch.zeros(sum(map(len, aligns.values())), dtype=torch.float32, device=device)
         self.gradient_sums = torch.zeros(3, dtype=torch.float32, device=device)
         # Buffers: before its first step a pipeline runs a microbatch to learn the shapes, and then puts the buffers
         # of its stages back. That microbatch must not count.
-        model.register_buffer(COSINE_BUFFER, self.cosine_sums, persistent=False)
+        model.register_buffer(METRIC_BUFFER, self.metric_sums, persistent=False)
         model.register_buffer(GRADIENT_BUFFER, self.gradient_sums, persistent=False)
         self.measures = False
         self.num_calls = dict.fromkeys(aligns, 0)
@@ -78,21 +78,21 @@ class AlignmentTap:
         self._handles = [model.register_forward_pre_hook(self._take_target, prepend=True, with_kwargs=True)]
         first = 0
         for block, functions in aligns.items():
-            sums = self.cosine_sums[first : first + len(functions)]
+            sums = self.metric_sums[first : first + len(functions)]
             first += len(functions)
             hook = torch.compiler.disable(partial(self._inject, block, functions, sums))
             self._handles.append(model.layers[block].register_forward_hook(hook))  # type: ignore[index, union-attr]
 
     def reset(self) -> None:
         """Starts a new step's metrics."""
-        self.cosine_sums.zero_()
+        self.metric_sums.zero_()
         self.gradient_sums.zero_()
 
     def remove(self) -> None:
         """Detaches the tap; the model is as it was before."""
         for handle in self._handles:
             handle.remove()
-        delattr(self._model, COSINE_BUFFER)
+        delattr(self._model, METRIC_BUFFER)
         delattr(self._model, GRADIENT_BUFFER)
         self._target_BLE = None
 
@@ -106,7 +106,7 @@ class AlignmentTap:
         self,
         block: str,
         functions: Sequence[Align],
-        cosine_sums: torch.Tensor,
+        metric_sums: torch.Tensor,
         module: nn.Module,
         args: Any,
         output_BLD: torch.Tensor,
@@ -118,20 +118,20 @@ class AlignmentTap:
         if target_BLE is None or not output_BLD.requires_grad:
             return
         with self._context():
-            self._align(block, functions, cosine_sums, output_BLD, target_BLE)
+            self._align(block, functions, metric_sums, output_BLD, target_BLE)
 
     def _align(
         self,
         block: str,
         functions: Sequence[Align],
-        cosine_sums: torch.Tensor,
+        metric_sums: torch.Tensor,
         output_BLD: torch.Tensor,
         target_BLE: torch.Tensor,
     ) -> None:
         with torch.no_grad():
             hidden_BLD = output_BLD.to_local() if isinstance(output_BLD, DTensor) else output_BLD.detach()
             alignments = [align(hidden_BLD, target_BLE, self.coefficient) for align in functions]
-            cosine_sums += torch.stack([alignment.cosine_sum for alignment in alignments])
+            metric_sums += torch.stack([alignment.metric_sum for alignment in alignments])
             gradient_BLD = alignments[0].gradient_BLD
             for alignment in alignments[1:]:
                 gradient_BLD = gradient_BLD + alignment.gradient_BLD

@@ -84,6 +84,10 @@ class TeacherShare:
         assert self._mesh is not None
         return tensor_BL.chunk(self._num_peers)[self._mesh.get_local_rank()]
 
+    def part(self, tensor_BL: torch.Tensor) -> torch.Tensor:
+        """This rank's part of the sequence: [B, L, ...] to [B, S, ...]."""
+        return tensor_BL if self._part_S is None else tensor_BL.index_select(1, self._part_S)
+
     def deliver(self, states_BLE: torch.Tensor, num_rows: int) -> torch.Tensor:
         """The states of this rank's part of the sequence, [B, S, E], from those of its rows, [its rows, L, E].
 
@@ -92,7 +96,7 @@ class TeacherShare:
             num_rows: B, the rows of the whole microbatch.
         """
         if not rows_are_shared(num_rows, self._student):
-            return states_BLE if self._part_S is None else states_BLE.index_select(1, self._part_S)
+            return self.part(states_BLE)
         assert self._mesh is not None
         rows, _, width = states_BLE.shape
         if self._part_S is None:

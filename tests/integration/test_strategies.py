@@ -95,16 +95,43 @@ def runs(tmp_path_factory, tiny_teacher):
     start = [*jobs.seed_checkpoint(folder / "seed", plain), "--training.steps", STEPS, "--training.max_norm", 1e9]
     results = {}
     for processes in (1, 2):
+        wanted = [
+            (layout, name, lines, args)
+            for layout, (number, args) in LAYOUTS.items()
+            for name, lines in {**STRATEGIES, "off": "enable = false"}.items()
+            if number == processes
+        ]
+        wanted += [
+            (layout, name, lines, args)
+            for layout, args in CONTROL_LAYOUTS.items()
+            for name, lines in CONTROLS.items()
+            if (processes == 1) == (layout == "single process")
+        ]
         cases = {}
-        for layout, (number, args) in LAYOUTS.items():
-            for i, (name, lines) in enumerate({**STRATEGIES, "off": "enable = false"}.items()):
-                if number == processes:
-                    config = folder / f"{layout}-{i}.toml"
-                    text = jobs.TINY.format(folder=folder / f"{layout}-{i}", teacher=tiny_teacher[0])
-                    config.write_text(text.replace("stop_step = 4", lines))
-                    cases[f"{layout}: {name}"] = (config, [*start, *args])
+        for i, (layout, name, lines, args) in enumerate(wanted):
+            config = folder / f"{processes}-{i}.toml"
+            text = jobs.TINY.format(folder=folder / f"{processes}-{i}", teacher=tiny_teacher[0])
+            config.write_text(text.replace("stop_step = 4", lines))
+            cases[f"{layout}: {name}"] = (config, [*start, *args])
         results |= jobs.train_many(folder, cases, processes)
     return results
+
+
+# Without a teacher: not in a pipeline, where the head is on another rank than the block.
+CONTROLS = {
+    "labels": 'target = "labels"',
+    "labels, two blocks": """\
+target = "labels"
+pairs = [{student = 0}, {student = 2, weight = 0.5}]
+schedule = "cosine" """,
+}
+CONTROL_LAYOUTS = {
+    "single process": [],
+    "FSDP2": LAYOUTS["FSDP2"][1],
+    "TP": ["--parallelism.tensor_parallel_degree", 2],
+    "TP without SP": ["--parallelism.tensor_parallel_degree", 2, "--parallelism.no-enable_sequence_parallel"],
+    "CP": ["--parallelism.context_parallel_degree", 2],
+}
 
 
 def result_of(runs, layout, name):
@@ -130,6 +157,21 @@ def test_a_strategy_moves_the_student_alike_in_every_layout(runs, name):
             assert {key for key in got if key.startswith("let/cosine")} == cosines
             for key in cosines:
                 assert got[key] == pytest.approx(expected[key], abs=1e-5), (layout, key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", list(CONTROL_LAYOUTS)[1:])
+@pytest.mark.parametrize("name", CONTROLS)
+def test_the_control_without_a_teacher_is_the_same_in_every_layout(runs, name, layout):
+    single, off = (result_of(runs, "single process", which) for which in (name, "off"))
+    assert jobs.relative_difference(single["gradients"], off["gradients"]) > 0.01
+    several = result_of(runs, layout, name)
+    assert jobs.relative_difference(several["gradients"], single["gradients"]) <= 1e-5
+    for got, expected in zip(several["logged"], single["logged"], strict=True):
+        assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert got.keys() == expected.keys()
+        if "let/auxiliary_loss" in expected:
+            assert got["let/auxiliary_loss"] == pytest.approx(expected["let/auxiliary_loss"], rel=1e-5)
 
 
 @pytest.mark.slow
@@ -172,6 +214,6 @@ def test_strategies_of_another_package(tmp_path, tiny_config):
     assert {"let/cosine/0-1", "let/cosine/3-1"} <= lines[0].keys()
 
     bad = jobs.run(
-        "let_plugin.train", tiny_config, "--let.layer-mapping-options", "share", "2.0", PYTHONPATH=path, check=False
+        "let_plugin.train", tiny_config, "--let.layer-mapping-options.share", "2.0", PYTHONPATH=path, check=False
     )
     assert bad.returncode == 2 and "let.layer_mapping_options.share = 2.0: must be between 0 and 1" in bad.stderr

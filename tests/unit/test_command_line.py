@@ -3,6 +3,7 @@
 import pytest
 
 from let_plugin import command_line
+from let_plugin.config import PairConfig
 from let_plugin.errors import Problem
 
 
@@ -46,6 +47,26 @@ def test_wrong_option(config, cli, key, value, message):
     problem = problem_of(config, *cli)
     assert (problem.key, problem.value) == (key, value)
     assert message in problem.message
+
+
+def test_new_keys_of_free_tables_and_arrays_of_tables_are_written_as_in_toml(config):
+    options = ["--let.loss-options.beta", "0.5", "--let.schedule-options.final=0.1", "--training.steps", "3"]
+    pairs = ["--let.pairs", '[{student = 3}, {student = 0, teacher = "embedding", weight = 2}]']
+    result, problems = apply(config, *options, *pairs)
+    assert not problems
+    assert result.let.loss_options == {"beta": 0.5} and result.let.schedule_options == {"final": 0.1}
+    assert result.let.pairs == [PairConfig(student=3), PairConfig(student=0, teacher="embedding", weight=2.0)]
+    assert result.training.steps == 3
+    assert not config.let.pairs and not config.let.loss_options
+    assert apply(result, "--let.loss-options.beta", "1.5")[0].let.loss_options == {"beta": 1.5}
+
+
+def test_mistakes_in_them(config):
+    problems = apply(config, "--let.pairs", "[{studnt = 3}]", "--let.loss-options", "beta", "--training.steps", "x")[1]
+    assert [problem.key for problem in problems] == [
+        *("let.pairs.0.studnt", "let.pairs.0.student", "let.loss_options", "training.steps"),
+    ]
+    assert {problem.source for problem in problems} == {"command line"}
 
 
 @pytest.mark.parametrize(

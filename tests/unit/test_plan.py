@@ -13,20 +13,8 @@ from let_plugin.alignment.layer_mapping import LayerPair
 from let_plugin.alignment.schedules import linear
 from let_plugin.config import LetConfig, PairConfig, ProjectorConfig
 from let_plugin.errors import ConfigError
-from let_plugin.teacher.base import TeacherInfo
 from let_plugin.trainer import with_let
 from tests.support.config_registry import tiny
-
-TEACHER = TeacherInfo(
-    description="",
-    hidden_size=32,
-    num_layers=2,
-    vocab_size=4096,
-    max_seq_len=None,
-    num_trunk_params=1,
-    num_embedding_params=1,
-    block_params=(0, 0),
-)
 
 
 def config_of(steps=10, **let):
@@ -123,13 +111,13 @@ def test_options_and_warm_up_of_a_schedule():
     [("L2E", 0), ("L2M", 1), ("L2L", 3)],  # of the tiny student's 4 blocks
 )
 def test_layer_mapping(mapping, block):
-    assert plan.layer_pairs(config_of(layer_mapping=mapping), TEACHER) == [LayerPair(block, 1)]
+    assert plan.layer_pairs(config_of(layer_mapping=mapping), 2) == [LayerPair(block, 1)]
 
 
 def test_pairs_by_hand_count_from_the_end_too():
     pairs = [PairConfig(student=-1), PairConfig(student=0, teacher=0, weight=0.5)]
     pairs.append(PairConfig(student=-4, teacher="embedding"))
-    got = plan.layer_pairs(config_of(pairs=pairs), TEACHER)
+    got = plan.layer_pairs(config_of(pairs=pairs), 2)
     assert got == [LayerPair(3, 1), LayerPair(0, 0, 0.5), LayerPair(0, "embedding")]
     assert plan.teacher_layers([*got, got[0]]) == [1, 0, "embedding"]
 
@@ -146,34 +134,34 @@ def test_pairs_by_hand_count_from_the_end_too():
 )
 def test_pairs_that_there_are_not(pairs, keys):
     with pytest.raises(ConfigError) as info:
-        plan.layer_pairs(config_of(pairs=pairs), TEACHER)
+        plan.layer_pairs(config_of(pairs=pairs), 2)
     assert [problem.key for problem in info.value.problems] == keys
 
 
 def test_a_chosen_block_is_one_pair_and_not_beside_pairs():
-    problem = problem_of(plan.layer_pairs, config_of(student_block=1, layer_mapping="uniform"), TEACHER)
+    problem = problem_of(plan.layer_pairs, config_of(student_block=1, layer_mapping="uniform"), 2)
     assert problem.key == "let.student_block" and "let.pairs" in problem.message
-    problem = problem_of(plan.layer_pairs, config_of(student_block=1, pairs=[PairConfig(student=0)]), TEACHER)
+    problem = problem_of(plan.layer_pairs, config_of(student_block=1, pairs=[PairConfig(student=0)]), 2)
     assert problem.key == "let.student_block"
 
 
 def test_a_bad_option_of_a_mapping():
     config = config_of(layer_mapping_options={"early": 0.0})
-    assert problem_of(plan.layer_pairs, config, TEACHER).key == "let.layer_mapping_options.early"
+    assert problem_of(plan.layer_pairs, config, 2).key == "let.layer_mapping_options.early"
     config = config_of(layer_mapping_options={"erly": 0.5})
-    problem = problem_of(plan.layer_pairs, config, TEACHER)
+    problem = problem_of(plan.layer_pairs, config, 2)
     assert problem.key == "let.layer_mapping_options.erly" and "'early'" in problem.message
 
 
 @pytest.mark.parametrize("block", [0, 2, 3])
 def test_a_chosen_block_overrides_the_mapping(block):
-    pairs = plan.layer_pairs(config_of(student_block=block, layer_mapping="L2L"), TEACHER)
+    pairs = plan.layer_pairs(config_of(student_block=block, layer_mapping="L2L"), 2)
     assert pairs == [LayerPair(block, 1)]
 
 
 @pytest.mark.parametrize("block", [-1, 4])
 def test_a_block_that_the_student_does_not_have(block):
-    problem = problem_of(plan.layer_pairs, config_of(student_block=block), TEACHER)
+    problem = problem_of(plan.layer_pairs, config_of(student_block=block), 2)
     assert (problem.key, problem.value) == ("let.student_block", block)
     assert "blocks 0 to 3" in problem.message
 
@@ -186,7 +174,7 @@ def test_a_block_that_the_student_does_not_have(block):
             "layer_mapping",
             "L2Early",
             "L2E",
-            lambda let: plan.layer_pairs(config_of(layer_mapping=let.layer_mapping), TEACHER),
+            lambda let: plan.layer_pairs(config_of(layer_mapping=let.layer_mapping), 2),
         ),
         ("dimension_match", "interpolat", "interpolate", lambda let: plan.dimension_match(let)),
         ("loss", "cosin", "cosine", lambda let: plan.loss(let)),
@@ -215,9 +203,9 @@ def reference(student_BLD, teacher_BLE, coefficient, align_corners):
     teacher_BLE = teacher_BLE.float()
     target_BLD = teacher_BLE[..., left_D] * (1 - weight_D) + teacher_BLE[..., right_D] * weight_D
     hidden_BLD = student_BLD.float().requires_grad_()
-    cosine_sum = F.cosine_similarity(hidden_BLD, target_BLD, dim=-1).sum()
-    (-coefficient * cosine_sum).backward()
-    return hidden_BLD.grad, cosine_sum.detach()
+    metric_sum = F.cosine_similarity(hidden_BLD, target_BLD, dim=-1).sum()
+    (-coefficient * metric_sum).backward()
+    return hidden_BLD.grad, metric_sum.detach()
 
 
 @pytest.mark.parametrize("teacher_dtype", [torch.float32, torch.bfloat16])
@@ -230,12 +218,12 @@ def test_alignment_equals_the_explicit_formula(teacher_width, student_width, ali
     coefficient = torch.tensor(0.37)
 
     let = LetConfig(dimension_match_options={"align_corners": align_corners})
-    gradient_BLD, _, cosine_sum = alignment(let, teacher_width, student_width)(student_BLD, teacher_BLE, coefficient)
+    gradient_BLD, _, metric_sum = alignment(let, teacher_width, student_width)(student_BLD, teacher_BLE, coefficient)
 
     expected_gradient, expected_sum = reference(student_BLD, teacher_BLE, coefficient, align_corners)
-    assert gradient_BLD.dtype == cosine_sum.dtype == torch.float32
+    assert gradient_BLD.dtype == metric_sum.dtype == torch.float32
     torch.testing.assert_close(gradient_BLD, expected_gradient, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(cosine_sum, expected_sum, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(metric_sum, expected_sum, rtol=1e-5, atol=1e-5)
 
 
 def test_a_bf16_student_is_aligned_in_fp32():
@@ -246,8 +234,8 @@ def test_a_bf16_student_is_aligned_in_fp32():
     expected_gradient, _ = reference(student_BLD, teacher_BLE, 1.0, align_corners=False)
     torch.testing.assert_close(gradient_BLD, expected_gradient, rtol=1e-4, atol=1e-6)
 
-    low, _, cosine_sum = alignment(LetConfig(math_dtype="bfloat16"), 8, 12)(student_BLD, teacher_BLE, torch.tensor(1.0))
-    assert low.dtype == torch.bfloat16 and cosine_sum.dtype == torch.float32
+    low, _, metric_sum = alignment(LetConfig(math_dtype="bfloat16"), 8, 12)(student_BLD, teacher_BLE, torch.tensor(1.0))
+    assert low.dtype == torch.bfloat16 and metric_sum.dtype == torch.float32
     torch.testing.assert_close(low.float(), expected_gradient, rtol=0, atol=3e-2)
 
 
@@ -295,7 +283,7 @@ def test_learned_alignment_equals_autograd(compile_config):
         result, gradients = align(student_BLD, teacher_BLE, torch.tensor(0.37), own)
 
     torch.testing.assert_close(result.gradient_BLD, student.grad, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(result.cosine_sum, cosine_BL.sum().detach())
+    torch.testing.assert_close(result.metric_sum, cosine_BL.sum().detach())
     assert gradients.keys() == weights.keys()
     for name, weight in weights.items():
         torch.testing.assert_close(gradients[name], weight.grad, rtol=1e-4, atol=1e-5)
@@ -355,3 +343,9 @@ def test_an_orthogonal_map_where_it_cannot_be():
     assert problem.key.startswith("let.dimension_match_options") and "let.projector.side" in problem.message
     let.projector.side = "student"
     assert plan.dimension_match(let)(12, 8)(torch.ones(1, 1, 8)).shape == (1, 1, 12)
+
+
+def test_auxiliary_blocks_are_those_of_the_pairs_each_once():
+    assert plan.auxiliary_pairs(config_of()) == [LayerPair(0, 3)]
+    pairs = [PairConfig(student=2, weight=0.5), PairConfig(student=2, teacher=0), PairConfig(student=0)]
+    assert plan.auxiliary_pairs(config_of(pairs=pairs)) == [LayerPair(2, 3, 0.5), LayerPair(0, 3)]

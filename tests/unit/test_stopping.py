@@ -19,7 +19,7 @@ def test_without_a_criterion_the_step_is_the_one_that_was_chosen(trainer):
     stopping.after_gradients(-1.0)
     stopping.after_validation(0.0)
     assert stopping.step == 4
-    assert ADAPTIVE_STOP not in trainer.checkpointer.states
+    assert not hasattr(trainer.checkpointer, "states")  # checkpoints are off: there is none to put anything into
 
 
 @pytest.mark.parametrize(("cosines", "expected"), [([-1, -1], 3), ([-1, 1], 4), ([-1, None, -1], 3), ([1, 1], 4)])

@@ -130,10 +130,10 @@ def test_an_alignment_is_the_weighted_gradient_and_the_sum_of_cosines(name, opti
 
     expected_BL = reference(name, options, *exact, counts_BL)
     expected = gradients(expected_BL, 0.37, *exact)
-    cosine_sum = F.cosine_similarity(*exact, dim=-1)[counts_BL].sum().detach()
+    metric_sum = F.cosine_similarity(*exact, dim=-1)[counts_BL].sum().detach()
     assert got.gradient_BLD.dtype == got.target_gradient_BLD.dtype == dtype
-    assert got.cosine_sum.dtype == torch.float32 and got.cosine_sum.shape == ()
-    for a, b in zip(got, (*expected, cosine_sum), strict=True):
+    assert got.metric_sum.dtype == torch.float32 and got.metric_sum.shape == ()
+    for a, b in zip(got, (*expected, metric_sum), strict=True):
         assert_near(a, b, tolerance)
     for a, b in zip(align(*hidden, counts_BL.float(), torch.tensor(0.37)), got, strict=True):
         assert torch.equal(a, b)

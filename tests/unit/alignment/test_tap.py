@@ -80,7 +80,7 @@ def test_the_tap_is_inert_without_a_target_and_without_gradient(batch):
     with torch.no_grad():
         model(x, **{TARGET_KWARG: target})
     model.zero_grad()
-    assert tap.num_calls == {"1": 0} and tap.cosine_sums == 0
+    assert tap.num_calls == {"1": 0} and tap.metric_sums == 0
     model(x).square().sum().backward()
     with_tap = gradients(model)
     plain = Student()
@@ -137,10 +137,10 @@ def test_the_metric_is_a_buffer_that_a_pipelines_trial_run_can_put_back(batch):
     tap = AlignmentTap(model, {"1": [negative_cosine]}, CPU)
     backup = [(buffer, buffer.clone()) for buffer in model.buffers()]
     model(x, **{TARGET_KWARG: target})
-    assert tap.cosine_sums != 0
+    assert tap.metric_sums != 0
     for buffer, value in backup:
         buffer.copy_(value)
-    assert tap.cosine_sums == 0
+    assert tap.metric_sums == 0
     assert not any("let" in name for name in model.state_dict())
 
 
@@ -149,11 +149,11 @@ def test_the_metric_sums_over_microbatches_until_reset(batch):
     model = Student()
     tap = AlignmentTap(model, {"1": [negative_cosine]}, CPU)
     model(x, **{TARGET_KWARG: target})
-    once = tap.cosine_sums.clone()
+    once = tap.metric_sums.clone()
     model(x, **{TARGET_KWARG: target})
-    torch.testing.assert_close(tap.cosine_sums, 2 * once)
+    torch.testing.assert_close(tap.metric_sums, 2 * once)
     tap.reset()
-    assert tap.cosine_sums == 0
+    assert tap.metric_sums == 0
 
 
 def test_remove_leaves_no_trace(batch):
@@ -197,7 +197,7 @@ def test_several_blocks_and_several_pairs_of_one_block_add_up(batch):
     (last.square().sum() - 0.3 * (cosines[0] + 2 * cosines[1] + cosines[2])).backward()
     for name, expected in gradients(plain).items():
         torch.testing.assert_close(gradients(model)[name], expected, rtol=1e-5, atol=1e-6, msg=name)
-    torch.testing.assert_close(tap.cosine_sums, torch.stack(cosines).detach())
+    torch.testing.assert_close(tap.metric_sums, torch.stack(cosines).detach())
     assert tap.num_calls == {"0": 1, "2": 1}
     assert tap._target_BLE is None  # the last block has freed it
 
