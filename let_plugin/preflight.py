@@ -64,8 +64,9 @@ def run(config: Trainer.Config) -> str:
         return "\n".join(["preflight", f"  student    {student}", "  LET        off: plain torchtitan"])
 
     stop_step = None
-    if parallel_dims is not None:
-        stop_step = checks(plan.stop_step, config, parallel_dims.dp_replicate * parallel_dims.dp_shard)
+    if parallel_dims is not None or let.stop_tokens is None:  # only tokens depend on the degree
+        num_data_parallel = 1 if parallel_dims is None else parallel_dims.dp_replicate * parallel_dims.dp_shard
+        stop_step = checks(plan.stop_step, config, num_data_parallel)
     checks(plan.schedule, let)
     checks(plan.adaptive_stop, let)
     checks(_check_validation, config)

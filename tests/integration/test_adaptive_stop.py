@@ -44,7 +44,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, tiny_config, uninterr
 @pytest.mark.slow
 def test_a_checkpoint_of_another_run_is_no_error(tmp_path, tiny_config):
     """Without the state, it starts to measure afresh."""
-    short = ["--let.stop-step", "8", "--training.steps", "2"]
+    short = ["--let.stop-step", "2", "--training.steps", "2"]
     jobs.probe(tmp_path / "out", tiny_config, *short, *SAVE)
     jobs.probe(tmp_path / "out", tiny_config, *GRADIENT, *SAVE)
     assert active(tmp_path / "out") == [1, 1] + [1] * 4 + [0, 0]
@@ -58,11 +58,11 @@ def test_two_processes_stop_at_the_same_step(tmp_path, tiny_config):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("layout", "processes"), [([], 1), (PIPELINE, 2)], ids=["single process", "pipeline"])
-@pytest.mark.parametrize(("teacher_loss", "expected"), [(20, [1, 1, 0, 0]), (2, [1, 1, 1, 1])])
+@pytest.mark.parametrize(("teacher_loss", "expected"), [(20, [1, 0, 0, 0]), (2, [1, 1, 1, 1])])
 def test_it_stops_when_the_held_out_loss_passes_the_teachers(
     tmp_path, tiny_config, layout, processes, teacher_loss, expected
 ):
-    """An untrained student's loss is about 9."""
+    """An untrained student's loss is about 9. The first validation is after the first step."""
     args = [*VALIDATION, "--let.adaptive-stop.teacher-loss", teacher_loss, *layout]
     jobs.run("let_plugin.train", tiny_config, *args, processes=processes)
     assert active(tmp_path / "out") == expected

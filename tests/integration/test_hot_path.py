@@ -27,8 +27,7 @@ def hf_teacher(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("match", ["interpolate", "linear"])
-@pytest.mark.parametrize("teacher", ["titan", "hf"])
+@pytest.mark.parametrize(("teacher", "match"), [("titan", "interpolate"), ("titan", "linear"), ("hf", "interpolate")])
 def test_no_step_makes_the_host_wait_for_let(tmp_path, tiny_config, hf_teacher, match, teacher):
     """Steps 1 and 6 are logged, and step 1 builds the teacher; in the others LET reads nothing from the device."""
     args = ["--metrics.log_freq", "6", "--let.dimension-match", match, *(hf_teacher if teacher == "hf" else [])]

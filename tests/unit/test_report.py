@@ -3,7 +3,7 @@
 import pytest
 
 from let_plugin import preflight
-from let_plugin.config import LetConfig
+from let_plugin.config import LetConfig, PairConfig
 from let_plugin.models import llama_spec
 from tests.support.fields import set_all
 
@@ -35,15 +35,52 @@ def test_alignment_line_names_both_layers(config, mapping, block):
     config.let.layer_mapping = mapping
     assert line(preflight.run(config), "alignment") == (
         f"output of student block {block} (layers.{block}, of 0 to 3) with the teacher's last layer (after the final "
-        "norm), width 32 to 48 by interpolate"
+        "norm), width 32 to 48 by interpolate, cosine"
     )
+
+
+def test_alignment_lines_of_several_pairs(config):
+    config.let.pairs = [PairConfig(student=1, teacher=0, weight=0.5), PairConfig(student=3, teacher="embedding")]
+    config.let.loss, config.let.dimension_match = "mse", "linear"
+    config.let.projector.side = "student"
+    lines = [text for text in preflight.run(config).splitlines() if text.startswith("  alignment")]
+    assert len(lines) == 2
+    assert lines[0].endswith("with the teacher's block 0 (of 0 to 1), width 48 to 32 by linear, mse, weight 0.5")
+    assert lines[1].endswith("with the teacher's embedding, width 48 to 32 by linear, mse")
+
+
+def test_a_teacher_that_ends_early_costs_less(config):
+    def overhead(layer):
+        config.let.pairs = [PairConfig(student=0, teacher=layer)]
+        return int(
+            line(preflight.run(config), "overhead").split("N_T / (3 N_S) = ")[1].split(" / ")[0].replace(",", "")
+        )
+
+    norm = 32
+    assert overhead(0) - norm == (overhead(1) - norm) / 2  # of two blocks
+
+
+def test_a_warm_up_and_a_norm_that_is_left_out(config):
+    config.let.warmup_steps, config.let.teacher.final_norm = 1, False
+    report = preflight.run(config)
+    assert line(report, "lambda") == "up to 0.5 at step 1, then linear to 0 at step 2 of 4"
+    assert "last layer (before the final norm)" in line(report, "alignment")
+
+
+def test_the_control_without_a_teacher(config):
+    config.let.target = "labels"
+    config.let.pairs = [PairConfig(student=0), PairConfig(student=2)]
+    report = preflight.run(config)
+    head, num_student = 4096 * 48, STUDENT_BLOCKS + STUDENT_EMBEDDING
+    assert line(report, "blocks") == "0, 2 (of 0 to 3)"
+    assert f"+ {2 * head / num_student:.1%} FLOPs while active: {head:,} parameters" in line(report, "overhead")
 
 
 def test_alignment_line_of_equal_widths(config):
     config.model_spec = llama_spec("wide", dim=32, num_layers=3, num_heads=2, hidden_dim=64, vocab_size=4096)
     text = line(preflight.run(config), "alignment")
     assert text.startswith("output of student block 0 (layers.0, of 0 to 2)")
-    assert text.endswith("both of width 32")
+    assert text.endswith("both of width 32, cosine")
 
 
 def test_lambda_and_vocabulary_lines(config):

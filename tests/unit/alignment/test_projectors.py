@@ -35,7 +35,7 @@ def forget_what_was_compiled():
 
 
 def make(name, in_width, out_width, options):
-    return DIMENSION_MATCHES.get(name, key="let.projector.type")(in_width, out_width, **options)
+    return DIMENSION_MATCHES.get(name, key="let.dimension_match")(in_width, out_width, **options)
 
 
 def weights_of(match):
@@ -264,10 +264,10 @@ def test_truncating_keeps_the_first_channels_and_padding_adds_zeros():
 
 
 def test_the_registered_matches_and_one_of_ones_own():
-    assert list(DIMENSION_MATCHES) == ["interpolate", "linear", "mlp", "orthogonal", "truncate_or_pad"]
+    assert list(DIMENSION_MATCHES) == ["interpolate", "linear", "mlp", "orthogonal", "procrustes", "truncate_or_pad"]
     register_dimension_match("own", TruncateOrPad)
     try:
-        assert DIMENSION_MATCHES.get("own", key="let.projector.type") is TruncateOrPad
+        assert DIMENSION_MATCHES.get("own", key="let.dimension_match") is TruncateOrPad
     finally:
         DIMENSION_MATCHES.unregister("own")
 
