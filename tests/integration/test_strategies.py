@@ -74,6 +74,28 @@ warmup_steps = 1
 stop_step = 3
 layer_mapping = "uniform"
 layer_mapping_options.num_pairs = 2""",
+    "orthogonal + logsum + exponential + M2M + adaptive stop": """\
+dimension_match = "orthogonal"
+loss = "logsum"
+schedule = "exponential"
+layer_mapping = "M2M"
+stop_step = 3
+adaptive_stop = {criterion = "gradient", threshold = 2.0, patience = 2}""",
+    "procrustes + relational + hard_stop + L2M + centred": """\
+dimension_match = "procrustes"
+dimension_match_options.refit_every = 1
+loss = "relational"
+schedule = "hard_stop"
+layer_mapping = "L2M"
+stop_step = 3
+teacher.center = true""",
+    "truncate_or_pad + constant + before the final norm + pairs + tokens": """\
+dimension_match = "truncate_or_pad"
+projector.side = "student"
+schedule = "constant"
+teacher.final_norm = false
+pairs = [{student = 3, teacher = 0}, {student = 0, teacher = "embedding"}, {student = 2}]
+stop_tokens = 512""",
 }
 # Of the default stop after half of the run, one step of three.
 LAMBDAS = {
@@ -83,6 +105,8 @@ LAMBDAS = {
     "exponential": [0.5, 0.5 * 0.1**0.5, 0],  # 512 tokens are two steps of 4 x 64
     "hard_stop": [0.5, 0.5, 0],
     "warm-up": [0.25, 0.5, 0.25],
+    "orthogonal + logsum + exponential + M2M + adaptive stop": [0.5, 0.5 * 0.01 ** (1 / 3), 0],
+    "truncate_or_pad + constant + before the final norm + pairs + tokens": [0.5, 0.5, 0],
 }
 
 
