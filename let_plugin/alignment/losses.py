@@ -2,7 +2,7 @@
 
 A loss is a pure function: per token, in the dtype of its inputs, differentiable with respect to both. lambda and the
 number of valid tokens are known before the forward pass, so the gradient of the weighted loss can be formed where the
-hidden state is, and injected in the backward pass: in closed form where somebody has derived it (2.5 times as fast),
+hidden state is, and injected in the backward pass: in closed form where somebody has derived it, which is faster,
 else by torch.func.vjp, whose graph lives for that moment only.
 
 A token that does not count has a target of zeros. Whatever a loss says of it is masked, so it has to be finite, value
