@@ -77,13 +77,15 @@ class AuxiliaryHead:
     def reduce(self) -> None:
         """After the last microbatch: adds the gradients of all ranks to the student's."""
         for name, parameter in self._parameters.items():
+            if not parameter.requires_grad:
+                continue  # frozen by the student's own settings
             gradient = self._gradients[name]
             if isinstance(parameter, DTensor):
                 placements = sum_placements(parameter, self._sequence_parallel)
                 partial = DTensor.from_local(gradient, parameter.device_mesh, placements, run_check=False)
                 gradient = partial.redistribute(placements=parameter.placements)
             assert parameter.grad is not None
-            parameter.grad = parameter.grad + gradient.to(parameter.grad.dtype)
+            parameter.grad.add_(gradient.to(parameter.grad.dtype))  # in place: a captured step writes to this address
 
     def finish_step(self) -> None:
         """The student's optimizer has done it all."""

@@ -58,28 +58,30 @@ def apply(config: "Trainer.Config", cli: Sequence[str], prog: str) -> tuple["Tra
 
 
 def _apply_tables(config: "Trainer.Config", cli: Sequence[str]) -> tuple["Trainer.Config", list[str], list[Problem]]:
-    """Takes the options that tyro has no flags for: new keys of a free table, and arrays of tables, written as in TOML.
+    """Takes the options that tyro has no flags for: keys of a free table, and arrays of tables, written as in TOML.
 
     Returns the configuration with them, the other options, and what is wrong.
     """
     overlay, rest = Overlay(SOURCE), list[str]()
     for option in _options(cli):
-        key, value = _key(option[0]), _text(option)
+        # What follows the value is no part of it: a choice (activation-checkpoint:full), say.
+        num_own = 1 if "=" in option[0] else 2
+        key, value = _key(option[0]), _text(option[:num_own])
         if option[0].startswith("--") and value and _is_table(config, key.split("."), value):
             config = overlay.configuration(config, _nested(key, _toml_value(value)))
-        else:
-            rest += option
+            option = option[num_own:]
+        rest += option
     return config, rest, overlay.problems
 
 
 def _is_table(config: Any, names: list[str], value: str) -> bool:
     for i, name in enumerate(names):
         if isinstance(config, dict):
-            return i == len(names) - 1 and name not in config
+            return i == len(names) - 1
         if not hasattr(config, name):
             return False
         config = getattr(config, name)
-    return isinstance(config, list) and value.startswith("[{")
+    return isinstance(config, list) and value.startswith("[")
 
 
 def _nested(key: str, value: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ Shape legend: B batch, L sequence, E teacher width, S the part of the sequence t
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import spmd_types as spmd
 import torch
@@ -78,6 +79,7 @@ class Guidance:
             [i for i in by_block if str(self.pairs[i].student) in part.layers] for part in trainer.model_parts
         ]
         self._refuse_blocks_on_no_stage()
+        self._deepest_block = str(self.pairs[by_block[-1]].student)
         if source is None:
             self._attach_auxiliary_head()
             return
@@ -120,7 +122,7 @@ class Guidance:
         self._num_accumulations_left = self._trainer.gradient_accumulation_steps
         for tap in self.taps:
             tap.reset()
-            tap.measures = measures
+            tap.measured_block = self._deepest_block if measures else None
         for learner in self._learners:
             learner.start_step(self._trainer.step - 1)
 
@@ -194,7 +196,7 @@ class Guidance:
         Returns:
             let/cosine: mean cosine; of several pairs, their mean, and each pair's own beside it.
             let/grad_cosine, let/grad_ratio: cosine between the gradients of lambda * L_align and of the student's own
-                loss with respect to the aligned hidden states, and the ratio of their norms, if they were compared.
+                loss with respect to the deepest aligned hidden state, and the ratio of their norms, if compared.
             let/teacher_tokens_per_second: of the teacher's forward pass alone, per rank that has one.
             let/auxiliary_loss: in place of cosine and speed, if the labels are the target: mean of the blocks' losses.
         """
@@ -245,11 +247,16 @@ class Guidance:
         if not config.let.teacher.center:
             return None
         center = RunningMean(width, momentum=config.let.teacher.center_momentum, device=self._trainer.device)
-        if steps_taken > 0:
-            checkpoint.restore(CENTER, center, config, steps_taken)
-        if config.checkpoint.enable:
-            self._trainer.checkpointer.states[CENTER] = center
+        self._keep(CENTER, center, [_number(layer) for layer in plan.teacher_layers(self.pairs)], steps_taken)
         return center
+
+    def _keep(self, name: str, stateful: Any, identity: list[int], steps_taken: int) -> None:
+        """Restores a state if the run has resumed, and makes it a part of the run's checkpoints."""
+        state = checkpoint.Identified(stateful, identity)
+        if steps_taken > 0:
+            checkpoint.restore(name, state, self._trainer.config, steps_taken)
+        if self._trainer.config.checkpoint.enable:
+            self._trainer.checkpointer.states[name] = state
 
     def _refuse_blocks_on_no_stage(self) -> None:
         owners = torch.zeros(len(self.pairs), device=self._trainer.device)
@@ -274,10 +281,8 @@ class Guidance:
             side = config.let.projector.side
             fitted = FittedProjector(match, part, block, index=index, side=side, sequence_parallel=cuts)
         if projector := learned or fitted:
-            if steps_taken > 0:
-                checkpoint.restore(projector.name, projector, config, steps_taken)
-            if config.checkpoint.enable:
-                self._trainer.checkpointer.states[projector.name] = projector
+            pair = self.pairs[index]
+            self._keep(projector.name, projector, [pair.student, _number(pair.teacher)], steps_taken)
             self.projectors.append(projector)
         weight = self.pairs[index].weight
         pair_align = plan.alignment(config.let, match, config.compile, channels=channels, weight=weight)
@@ -292,6 +297,10 @@ class Guidance:
             return alignment
 
         return align
+
+
+def _number(layer: int | str) -> int:
+    return layer if isinstance(layer, int) else -1
 
 
 def _channels(teacher: TeacherInfo, layers: Sequence[int | str], final_norm: bool) -> dict[int | str, slice]:

@@ -19,7 +19,7 @@ class JsonlLogger(BaseLogger):
         inner: The logger that torchtitan built (TensorBoard, W&B, or one that does nothing).
         path: The file to append to; None on the ranks that do not log.
         extra_metrics: Called once per logged training step, on every rank (it may communicate).
-        on_validation: Called with each validation's loss, on every rank.
+        on_validation: Called with each validation's loss and step, on every rank.
     """
 
     def __init__(
@@ -27,7 +27,7 @@ class JsonlLogger(BaseLogger):
         inner: BaseLogger,
         path: str | None,
         extra_metrics: Callable[[], dict[str, float]],
-        on_validation: Callable[[float], None] = lambda loss: None,
+        on_validation: Callable[[float, int], None] = lambda loss, step: None,
     ) -> None:
         self._inner = inner
         self._extra_metrics = extra_metrics
@@ -42,7 +42,7 @@ class JsonlLogger(BaseLogger):
         if "loss_metrics/global_avg_loss" in metrics:
             metrics = {**metrics, **self._extra_metrics()}
         elif "validation_metrics/loss" in metrics:
-            self._on_validation(metrics["validation_metrics/loss"])
+            self._on_validation(metrics["validation_metrics/loss"], step)
         self._inner.log(metrics, step)
         if self._file is not None:
             self._file.write(json.dumps({"step": step, "time": time.time(), **metrics}) + "\n")

@@ -256,7 +256,7 @@ def _check_let_parallelism(config: Trainer.Config) -> None:
     sequence_is_cut = parallelism.context_parallel_degree > 1 or (
         parallelism.tensor_parallel_degree > 1 and parallelism.enable_sequence_parallel
     )
-    if sequence_is_cut and plan.loss_entry(config.let).needs_whole_sequence:
+    if config.let.target == "teacher" and sequence_is_cut and plan.loss_entry(config.let).needs_whole_sequence:
         raise ConfigError(
             Problem(
                 "let.loss",

@@ -70,7 +70,10 @@ def report(
     memory = {
         "teacher": num_kept * dtype.itemsize // num_shards,
         "target": tokens * sum(widths.values()) * plan.target_dtype(config).itemsize,
-        "gradient": tokens * student.width * TORCH_DTYPE_MAP[config.training.mixed_precision_param].itemsize,
+        "gradient": tokens
+        * len({pair.student for pair in pairs})
+        * student.width
+        * TORCH_DTYPE_MAP[config.training.mixed_precision_param].itemsize,
     }
     matches = [plan.dimension_match(let)(widths[pair.teacher], student.width) for pair in pairs]
     if num_learned := sum(p.numel() for match in matches for p in match.parameters() if p.requires_grad):

@@ -37,26 +37,30 @@ class Stopping:
         if steps_taken > 0:
             checkpoint.restore(ADAPTIVE_STOP, self._adaptive, self._trainer.config, steps_taken)
             self._come_forward()
+            validator = self._trainer.validator if self._settings.criterion == "validation" else None
+            if validator is not None and validator.should_validate(steps_taken):
+                # torchtitan validates after it has saved: what that measured is in no checkpoint.
+                validator.validate(self._trainer.model_parts, steps_taken)
 
-    def after_gradients(self, grad_cosine: float | None) -> None:
+    def after_gradients(self, grad_cosine: float | None, steps_taken: int) -> None:
         """After a logged step's metrics, on every rank. None: this step has not measured it."""
         if self._settings.criterion == "gradient" and grad_cosine is not None:
-            self._measured(grad_cosine)
+            self._measured(grad_cosine, steps_taken)
 
-    def after_validation(self, loss: float) -> None:
+    def after_validation(self, loss: float, steps_taken: int) -> None:
         """After a validation, on every rank. With pipeline parallelism only the last stage knows the loss."""
-        if self._settings.criterion == "validation":
+        if self._settings.criterion == "validation" and steps_taken < self.step:
             known = torch.tensor(loss, device=self._trainer.device, dtype=torch.float64)
             torch.distributed.all_reduce(known, torch.distributed.ReduceOp.MAX)  # the others have less than any loss
             assert self._settings.teacher_loss is not None
-            self._measured(known.item() - self._settings.teacher_loss)
+            self._measured(known.item() - self._settings.teacher_loss, steps_taken)
 
-    def _measured(self, value: float) -> None:
+    def _measured(self, value: float, steps_taken: int) -> None:
         assert self._adaptive is not None
-        smoothed = self._adaptive.update(value, next_step=self._trainer.step)
+        smoothed = self._adaptive.update(value, next_step=steps_taken)
         if self._adaptive.stop_step is not None:
             logger.info(
-                f"LET: step {self._trainer.step}: the alignment is to end, {self._settings.criterion} criterion at "
+                f"LET: step {steps_taken}: the alignment is to end, {self._settings.criterion} criterion at "
                 f"{smoothed:.4f}"
             )
         self._come_forward()

@@ -19,7 +19,7 @@ usage: let-train CONFIG.toml [--check | --print-config] [--section.key VALUE ...
 Trains a torchtitan configuration, given as TOML, with or without Late-to-Early Training.
 
   CONFIG.toml          base = "module.function", and tables that overlay its configuration
-  --section.key VALUE  overrides one option; `let-train CONFIG.toml --help` lists them all. A new key of a free
+  --section.key VALUE  overrides one option; `let-train CONFIG.toml --help` lists them all. A key of a free
                        table, and an array of tables, as in TOML: --let.loss-options.beta 0.5
                        --let.pairs '[{student = 3, teacher = -1}]'
   --check              resolves and validates everything, prints the preflight report, trains nothing

@@ -55,7 +55,7 @@ class LetTrainerMixin(_Base):
             self.metrics_processor.logger,
             os.path.join(config.dump_folder, "metrics.jsonl") if logs else None,
             self._metrics,
-            lambda loss: self.stopping.after_validation(loss) if self.guidance is not None else None,
+            lambda loss, step: self.stopping.after_validation(loss, step) if self.let.enable else None,
         )
 
     def train_step(self, data_iterator: Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]) -> None:
@@ -120,7 +120,7 @@ class LetTrainerMixin(_Base):
         metrics = {"let/active": float(self.guidance is not None), "let/lambda": self._lambda}
         if self.guidance is not None:
             metrics |= self.guidance.metrics()
-            self.stopping.after_gradients(metrics.get("let/grad_cosine"))
+            self.stopping.after_gradients(metrics.get("let/grad_cosine"), self.step)
             if advice := self._disagreement.advice(metrics.get("let/grad_cosine")):
                 logger.warning(f"LET: step {self.step}: {advice}")
         self._logged_metrics = metrics
@@ -129,12 +129,13 @@ class LetTrainerMixin(_Base):
     def _print_progress(self) -> None:
         parts = [f"step {self.step}/{self.config.training.steps}", f"eta {self._progress.eta(self.step)}"]
         metrics = self._logged_metrics
-        if "let/cosine" in metrics:
-            parts += [
-                f"lambda {metrics['let/lambda']:.4g}",
-                f"cosine {metrics['let/cosine']:.4f}",
-                f"teacher {metrics['let/teacher_tokens_per_second']:,.0f} tokens/s",
-            ]
+        if metrics.get("let/active"):
+            parts.append(f"lambda {metrics['let/lambda']:.4g}")
+            if "let/auxiliary_loss" in metrics:
+                parts.append(f"auxiliary loss {metrics['let/auxiliary_loss']:.4f}")
+            else:
+                parts.append(f"cosine {metrics['let/cosine']:.4f}")
+                parts.append(f"teacher {metrics['let/teacher_tokens_per_second']:,.0f} tokens/s")
         elif self.let.enable:
             parts.append("alignment ended")
         logger.info(f"LET: {'  '.join(parts)}" if self.let.enable else "  ".join(parts))

@@ -1,5 +1,6 @@
 """When to end the alignment, by what is measured on the way rather than by a step that was chosen before."""
 
+import math
 from typing import Any
 
 import torch
@@ -31,7 +32,12 @@ class AdaptiveStop:
         self._num_below = 0
 
     def update(self, value: float, *, next_step: int) -> float:
-        """Takes a measurement, after which `next_step` is to be taken. Returns the smoothed value."""
+        """Takes a measurement, after which `next_step` is to be taken. Returns the smoothed value.
+
+        One that is not finite counts as none, and is returned.
+        """
+        if not math.isfinite(value):
+            return value
         self._num_measured += 1
         self._average = self._smoothing * self._average + (1 - self._smoothing) * value
         smoothed = self._average / (1 - self._smoothing**self._num_measured)

@@ -48,9 +48,10 @@ class AlignmentTap:
             forward pass, so that its address never changes and no step waits for the host.
         metric_sums: For each pair, in the order of `aligns`, the sum of its cosines over this rank's tokens since
             `reset`; fp32.
-        measures: Whether a step's gradients are compared with those of the student's own loss.
-        gradient_sums: Sums over this rank's tokens and the blocks, since `reset`, of <g, a>, <g, g> and <a, a>, where
-            g is the gradient of the student's own loss with respect to the hidden state, a the alignment's; fp32.
+        measured_block: The block at which the two gradients are compared in this step, if any. Where the deepest block
+            of all is aligned: at the others, what arrives has the alignment of deeper ones in it.
+        gradient_sums: Sums over this rank's tokens, since `reset`, of <g, a>, <g, g> and <a, a>, where g is the
+            gradient that arrives at the measured block's output, and a the one that the tap adds; fp32.
         num_calls: For each block, how often a backward pass has taken its gradient along since the tap was attached.
     """
 
@@ -69,7 +70,7 @@ class AlignmentTap:
         # of its stages back. That microbatch must not count.
         model.register_buffer(METRIC_BUFFER, self.metric_sums, persistent=False)
         model.register_buffer(GRADIENT_BUFFER, self.gradient_sums, persistent=False)
-        self.measures = False
+        self.measured_block: str | None = None
         self.num_calls = dict.fromkeys(aligns, 0)
         self._model = model
         self._context = context
@@ -98,8 +99,8 @@ class AlignmentTap:
 
     @torch.compiler.disable
     def _take_target(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        self._target_BLE = kwargs.get(TARGET_KWARG)
         self._waiting = set(self.num_calls)
+        self._target_BLE = kwargs.get(TARGET_KWARG) if self._waiting else None
         return args, {name: value for name, value in kwargs.items() if name != TARGET_KWARG}
 
     def _inject(
@@ -155,7 +156,7 @@ class AlignmentTap:
                 return None
             self.num_calls[block] += 1
             added_BLD = waiting.pop()
-            if self.measures:
+            if block == self.measured_block:
                 self._measure(grad_BLD, added_BLD)
             return grad_BLD + added_BLD
 

@@ -42,6 +42,15 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, tiny_config, uninterr
 
 
 @pytest.mark.slow
+def test_a_resumed_run_repeats_the_validation_that_no_checkpoint_holds(tmp_path, tiny_config):
+    """Validations after steps 1 and 2, each below; the second is the last that `patience` asks for."""
+    args = [*VALIDATION, "--let.adaptive-stop.patience", "2", "--let.adaptive-stop.teacher-loss", "20", *SAVE]
+    jobs.kill(tmp_path / "out", tiny_config, *args, step=2)
+    jobs.probe(tmp_path / "out", tiny_config, *args)
+    assert active(tmp_path / "out") == [1, 1, 0, 0]
+
+
+@pytest.mark.slow
 def test_a_checkpoint_of_another_run_is_no_error(tmp_path, tiny_config):
     """Without the state, it starts to measure afresh."""
     short = ["--let.stop-step", "2", "--training.steps", "2"]

@@ -1,10 +1,12 @@
 """LET's own state in a checkpoint, written by the distributed checkpointer as torchtitan writes it."""
 
+import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
 from let_plugin import checkpoint
 from let_plugin.alignment.adaptive_stop import AdaptiveStop
+from let_plugin.errors import ConfigError
 
 SETTINGS = {"threshold": 0.0, "smoothing": 0.9, "patience": 2}
 
@@ -47,3 +49,16 @@ def read_after_writing(config, folder):
 def test_a_checkpoint_without_it_is_said_and_changes_nothing(config, tmp_path, caplog):
     written(tmp_path / "out" / config.checkpoint.folder / "step-2")
     assert same(read(config, name="other"), AdaptiveStop(**SETTINGS))
+
+
+@pytest.mark.parametrize("what", ["identity", "shape"])
+def test_the_state_of_something_else_is_refused(config, tmp_path, what):
+    folder = tmp_path / "out" / config.checkpoint.folder / "step-2"
+    stop = AdaptiveStop(**SETTINGS)
+    dcp.save({"own": checkpoint.Identified(stop, [3, 11])}, checkpoint_id=str(folder), no_dist=True)
+    again = checkpoint.Identified(AdaptiveStop(**SETTINGS), [3, 11])
+    checkpoint.restore("own", again, config, 2)  # its own
+
+    other = checkpoint.Identified(AdaptiveStop(**SETTINGS), [3, 10] if what == "identity" else [3, 11, 12])
+    with pytest.raises(ConfigError, match=r"step-2 has a own of other settings .* start afresh"):
+        checkpoint.restore("own", other, config, 2)

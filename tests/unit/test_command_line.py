@@ -58,7 +58,17 @@ def test_new_keys_of_free_tables_and_arrays_of_tables_are_written_as_in_toml(con
     assert result.let.pairs == [PairConfig(student=3), PairConfig(student=0, teacher="embedding", weight=2.0)]
     assert result.training.steps == 3
     assert not config.let.pairs and not config.let.loss_options
-    assert apply(result, "--let.loss-options.beta", "1.5")[0].let.loss_options == {"beta": 1.5}
+    for text, value in (("1.5", 1.5), ("2", 2.0)):
+        assert apply(result, "--let.loss-options.beta", text)[0].let.loss_options == {"beta": value}
+    assert apply(result, "--let.pairs", "[]")[0].let.pairs == []
+
+
+@pytest.mark.parametrize("option", [["--let.loss-options.beta", "2"], ["--let.pairs=[{student = 3}]"]])
+def test_a_choice_may_follow_them(config, option):
+    result, problems = apply(config, *option, "activation-checkpoint:full")
+    assert not problems
+    assert type(result.activation_checkpoint).__qualname__.startswith("FullAC")
+    assert result.let.loss_options == {"beta": 2} or result.let.pairs == [PairConfig(student=3)]
 
 
 def test_mistakes_in_them(config):

@@ -119,10 +119,10 @@ def test_eta_of_a_step_that_is_logged_twice_is_unknown(clock):
 
 def test_validation_is_told():
     told = []
-    logger = JsonlLogger(BaseLogger(), None, dict, told.append)
+    logger = JsonlLogger(BaseLogger(), None, dict, lambda *args: told.append(args))
     logger.log(TRAINING, 1)
-    logger.log(VALIDATION, 1)
-    assert told == [2.75]
+    logger.log(VALIDATION, 2)
+    assert told == [(2.75, 2)]
 
 
 def test_a_lasting_disagreement_is_said_once():

@@ -16,8 +16,8 @@ def config(config):
 def test_without_a_criterion_the_step_is_the_one_that_was_chosen(trainer):
     stopping = Stopping(trainer)
     stopping.restore(0)
-    stopping.after_gradients(-1.0)
-    stopping.after_validation(0.0)
+    stopping.after_gradients(-1.0, 1)
+    stopping.after_validation(0.0, 1)
     assert stopping.step == 4
     assert not hasattr(trainer.checkpointer, "states")  # checkpoints are off: there is none to put anything into
 
@@ -26,17 +26,15 @@ def test_without_a_criterion_the_step_is_the_one_that_was_chosen(trainer):
 def test_the_gradients_bring_it_forward(trainer, cosines, expected):
     trainer.config.let.adaptive_stop = AdaptiveStopConfig(criterion="gradient", patience=2, smoothing=0.0)
     stopping = Stopping(trainer)
-    trainer.step = 3  # has been taken: step 3, counted from 0, is the next
     for cosine in cosines:
-        stopping.after_gradients(cosine)
+        stopping.after_gradients(cosine, 3)  # three steps have been taken: step 3, counted from 0, is the next
     assert stopping.step == expected
 
 
 def test_it_never_comes_later_than_chosen(trainer):
     trainer.config.let.adaptive_stop = AdaptiveStopConfig(criterion="gradient", patience=1)
     stopping = Stopping(trainer)
-    trainer.step = 6
-    stopping.after_gradients(-1.0)
+    stopping.after_gradients(-1.0, 6)
     assert stopping.step == 4
 
 
@@ -45,9 +43,8 @@ def test_the_held_out_loss_brings_it_forward(trainer, loss, expected):
     settings = AdaptiveStopConfig(criterion="validation", patience=1, teacher_loss=3.0)
     trainer.config.let.adaptive_stop = settings
     stopping = Stopping(trainer)
-    trainer.step = 1
-    stopping.after_gradients(-1.0)  # not what it goes by
-    stopping.after_validation(loss)
+    stopping.after_gradients(-1.0, 1)  # not what it goes by
+    stopping.after_validation(loss, 1)
     assert stopping.step == expected
 
 

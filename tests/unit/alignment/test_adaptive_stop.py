@@ -21,6 +21,7 @@ def stop_after(values, **kwargs):
         ([-1, -1, -1, 1], 3, 3),  # later measurements change nothing
         ([0, 0], 1, None),  # below, not at
         ([], 1, None),
+        ([-1, float("nan"), float("inf"), -1], 2, 4),  # what is not finite is no measurement
     ],
 )
 def test_it_stops_after_so_many_in_a_row(values, patience, expected):

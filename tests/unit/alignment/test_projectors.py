@@ -30,8 +30,9 @@ all_dtypes = pytest.mark.parametrize(("dtype", "tolerance"), DTYPES, ids=str)
 
 
 @pytest.fixture(autouse=True)
-def forget_what_was_compiled():
+def start_afresh():
     torch._dynamo.reset()
+    torch.manual_seed(0)
 
 
 def make(name, in_width, out_width, options):

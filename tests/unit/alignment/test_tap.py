@@ -209,7 +209,7 @@ def test_the_two_gradients_are_compared_when_asked_for(batch):
     tap.coefficient.fill_(0.3)
     model(x, **{TARGET_KWARG: target}).square().sum().backward()
     assert not tap.gradient_sums.any()
-    tap.measures = True
+    tap.measured_block = "1"
     for _ in range(2):  # microbatches
         model(x, **{TARGET_KWARG: target}).square().sum().backward()
 
