@@ -1,9 +1,9 @@
 """Trains many configurations one after the other in one job, so that starting processes does not take all the time.
 
-    torchrun ... -m tests.support.matrix OUT.pt CASES.json
+    torchrun ... -m tests.support.matrix CASES.json
 
-CASES.json lists {"name", "config" (a TOML file), "args"}. OUT.pt maps each name to what the run did, or to
-{"error": traceback}: the gradients of the first step as the optimizer got them, and what was logged in each step.
+CASES.json lists {"name", "config" (a TOML file), "args", "out"}. `out` becomes what the run did, or {"error": traceback}:
+the gradients of the first step as the optimizer got them, and what was logged in each step.
 """
 
 import json
@@ -59,11 +59,10 @@ def run(config_file, args):
 
 
 def main():
-    out, cases = sys.argv[1:]
+    (cases,) = sys.argv[1:]
     host.set_up("cpu")
     dist.init_process_group("gloo")  # torchtitan keeps a group that is there already
     data.register()
-    results = {}
     for case in json.loads(Path(cases).read_text()):
         try:
             own = run(case["config"], case["args"])
@@ -73,7 +72,7 @@ def main():
         dist.all_gather_object(everybody, own)
         errors = [rank["error"] for rank in everybody if "error" in rank]
         # A pipeline's stages have the parameters among them; the one that sees the loss logs last.
-        results[case["name"]] = (
+        result = (
             {"error": errors[0]}
             if errors
             else {
@@ -82,9 +81,8 @@ def main():
             }
         )
         if dist.get_rank() == 0:
+            torch.save(result, case["out"])
             print(f"{case['name']}: {'failed' if errors else 'done'}", flush=True)
-    if dist.get_rank() == 0:
-        torch.save(results, out)
     # Without it, a rank that leaves first takes the connections down while another still sends.
     dist.destroy_process_group()
 

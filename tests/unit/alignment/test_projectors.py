@@ -32,7 +32,7 @@ all_dtypes = pytest.mark.parametrize(("dtype", "tolerance"), DTYPES, ids=str)
 @pytest.fixture(autouse=True)
 def start_afresh():
     torch._dynamo.reset()
-    torch.manual_seed(0)
+    torch.manual_seed(1)  # not 0, which the matches themselves start from
 
 
 def make(name, in_width, out_width, options):
