@@ -100,7 +100,7 @@ def train_many(folder, cases, processes):
         left = [row for row in rows if not Path(row["out"]).exists()]
         listed.write_text(json.dumps(left))
         result = run("tests.support.matrix", listed, processes=processes, torchrun=True, check=False, **threads)
-        # A segmentation fault in torch, seen once in several hundred runs of compiled pipelines, is given one more chance.
+        # A segmentation fault, seen once in several hundred runs of four processes, is given one more chance.
         if not (can_run_again and _SEGMENTATION_FAULT in result.stderr):
             break
         print(f"a segmentation fault; the cases that are left are run again\n{_fatal_error(result)}")

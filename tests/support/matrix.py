@@ -2,8 +2,8 @@
 
     torchrun ... -m tests.support.matrix CASES.json
 
-CASES.json lists {"name", "config" (a TOML file), "args", "out"}. `out` becomes what the run did, or {"error": traceback}:
-the gradients of the first step as the optimizer got them, and what was logged in each step.
+CASES.json lists {"name", "config" (a TOML file), "args", "out"}. The file `out` gets what the run did: the gradients of
+the first step as the optimizer got them, and what was logged in each step; or {"error": traceback}.
 """
 
 import json
