@@ -8,9 +8,11 @@ student's once, before these are clipped.
 Shape legend: B batch, L sequence (this rank's part of it), D student width, T tokens.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -29,32 +31,65 @@ _CHUNK = 2048
 class AuxiliaryHead:
     """The student's final norm and language-model head, applied to the outputs of other blocks.
 
+    Every rank of the job makes one. Under pipeline parallelism norm and head live on the last stage: their weights are
+    broadcast to the other stages once a step, and the gradients come back once a step.
+
     Args:
-        part: The student: the whole of it, on this rank.
+        parts: The student's parts on this rank.
         config: The student's configuration.
+        pipeline: The ranks of this rank's pipeline; None without pipeline parallelism.
         sequence_parallel: Whether tensor-parallel ranks hold different parts of the sequence.
         device: This rank's device.
     """
 
-    def __init__(self, part: Any, config: Trainer.Config, *, sequence_parallel: bool, device: torch.device) -> None:
+    def __init__(
+        self,
+        parts: Sequence[Any],
+        config: Trainer.Config,
+        *,
+        pipeline: dist.ProcessGroup | None = None,
+        sequence_parallel: bool,
+        device: torch.device,
+    ) -> None:
         assert config.model_spec is not None
-        # A copy without parameters of its own: FSDP's hooks are on the student's modules.
+        model: Any = config.model_spec.model
+        # Copies without parameters of their own: FSDP's hooks are on the student's modules.
         with torch.device("meta"):
-            self._norm: nn.Module = config.model_spec.model.norm.build()
-        self._parameters: dict[str, nn.Parameter] = {
-            **{f"norm.{name}": p for name, p in part.norm.named_parameters()},
-            **{f"lm_head.{name}": p for name, p in part.lm_head.named_parameters()},
-        }
+            self._norm: nn.Module = model.norm.build()
+            head: nn.Module = model.lm_head.build()
+        shapes = {f"norm.{name}": p.shape for name, p in self._norm.named_parameters()}
+        shapes |= {f"lm_head.{name}": p.shape for name, p in head.named_parameters()}
+        # The student's own, by the same names; empty on the ranks that do not have them.
+        self._parameters: dict[str, nn.Parameter] = {}
+        for part in parts:
+            if part.lm_head is not None:
+                self._parameters = {name: part.get_parameter(name) for name in shapes}
+        self._pipeline = pipeline
+        self._owner = self._find_owner(device)
         self._sequence_parallel = sequence_parallel
         self._dtype = plan.math_dtype(config.let)
-        self._weights = {name: _whole(p).to(device, copy=True) for name, p in self._parameters.items()}
-        self._gradients = {name: torch.zeros_like(weight) for name, weight in self._weights.items()}
+        self._weights = {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
+        self._gradients = {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
+        # Buffers of the parts: a pipeline's trial run puts them back (see AlignmentTap).
+        self._parts = parts
+        for part in parts:
+            for name, gradient in self._gradients.items():
+                part.register_buffer(_buffer_name(name), gradient, persistent=False)
 
     def start_step(self, step: int) -> None:
         """Gathers the weights for this step and clears the gradients."""
-        for name, parameter in self._parameters.items():
-            self._weights[name].copy_(_whole(parameter))
+        for name, weight in self._weights.items():
+            if self._parameters:
+                weight.copy_(_whole(self._parameters[name]))
+            if self._pipeline is not None:
+                dist.broadcast(weight, self._owner, group=self._pipeline)
             self._gradients[name].zero_()
+
+    def remove(self) -> None:
+        """Nothing of it is left on the student."""
+        for part in self._parts:
+            for name in self._gradients:
+                delattr(part, _buffer_name(name))
 
     def align(self, weight: float) -> Align:
         """The gradient of a block, for the tap: of its hidden state [B, L, D] and its labels [B, L], times `weight`."""
@@ -76,6 +111,9 @@ class AuxiliaryHead:
 
     def reduce(self) -> None:
         """After the last microbatch: adds the gradients of all ranks to the student's."""
+        if self._pipeline is not None:
+            for gradient in self._gradients.values():
+                dist.all_reduce(gradient, group=self._pipeline)
         for name, parameter in self._parameters.items():
             if not parameter.requires_grad:
                 continue  # frozen by the student's own settings
@@ -90,6 +128,13 @@ class AuxiliaryHead:
     def finish_step(self) -> None:
         """The student's optimizer has done it all."""
 
+    def _find_owner(self, device: torch.device) -> int:
+        """The rank of this pipeline that has norm and head."""
+        owner = torch.tensor(dist.get_rank() if self._parameters else -1, device=device)
+        if self._pipeline is not None:
+            dist.all_reduce(owner, dist.ReduceOp.MAX, group=self._pipeline)
+        return int(owner.item())
+
     def _loss_of(self, labels_T: torch.Tensor) -> Any:
         def loss(weights: dict[str, torch.Tensor], hidden_TD: torch.Tensor) -> torch.Tensor:
             """Sum of the cross-entropies, fp32."""
@@ -100,6 +145,10 @@ class AuxiliaryHead:
             return F.cross_entropy(logits_TV.float(), labels_T, ignore_index=IGNORE_INDEX, reduction="sum")
 
         return loss
+
+
+def _buffer_name(parameter: str) -> str:
+    return f"let_head_gradient__{parameter.replace('.', '__')}"
 
 
 def _whole(parameter: torch.Tensor) -> torch.Tensor:

@@ -224,6 +224,8 @@ class Guidance:
         """Leaves no trace on the student, its trainer and its checkpoints."""
         for tap in self.taps:
             tap.remove()
+        if self._head is not None:
+            self._head.remove()
         for projector in self.projectors:
             projector.remove()
             if self._trainer.config.checkpoint.enable:
@@ -233,13 +235,14 @@ class Guidance:
         self.teacher, self.taps, self.projectors, self._head = None, [], [], None
 
     def _attach_auxiliary_head(self) -> None:
-        config, device = self._trainer.config, self._trainer.device
-        (part,) = self._trainer.model_parts  # not under pipeline parallelism: preflight has seen to it
+        config, dims, device = self._trainer.config, self._trainer.parallel_dims, self._trainer.device
+        parts = self._trainer.model_parts
+        pipeline = dims.get_mesh("pp").get_group() if dims.pp_enabled else None
         cuts = config.parallelism.enable_sequence_parallel
-        self._head = AuxiliaryHead(part, config, sequence_parallel=cuts, device=device)
-        (indices,) = self._pairs_of_taps
-        aligns = {str(self.pairs[i].student): [self._head.align(self.pairs[i].weight)] for i in indices}
-        self.taps.append(AlignmentTap(part, aligns, device, context=spmd.no_typecheck))
+        self._head = AuxiliaryHead(parts, config, pipeline=pipeline, sequence_parallel=cuts, device=device)
+        for part, indices in zip(parts, self._pairs_of_taps, strict=True):
+            aligns = {str(self.pairs[i].student): [self._head.align(self.pairs[i].weight)] for i in indices}
+            self.taps.append(AlignmentTap(part, aligns, device, context=spmd.no_typecheck))
 
     def _make_center(self, width: int, steps_taken: int) -> RunningMean | None:
         """The mean of the teacher's states, of all layers that any rank asks for; every rank has all of it."""

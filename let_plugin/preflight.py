@@ -76,7 +76,8 @@ def run(config: Trainer.Config) -> str:
     checks(_check_projection, let)
     if let.target == "labels":
         pairs = checks(plan.auxiliary_pairs, config)
-        checks(_check_auxiliary_head, config)
+        if pairs is not None:
+            checks(_check_stages, config, pairs)
         checks.finish()
         assert student and pairs and stop_step is not None
         return report_auxiliary(config, student, pairs, stop_step)
@@ -286,19 +287,6 @@ def _check_projection(let: LetConfig) -> None:
         problems.append(Problem("let.teacher.center_momentum", message, let.teacher.center_momentum))
     if problems:
         raise ConfigError(problems)
-
-
-def _check_auxiliary_head(config: Trainer.Config) -> None:
-    degree = config.parallelism.pipeline_parallel_degree
-    if degree > 1:
-        raise ConfigError(
-            Problem(
-                "let.target",
-                f"needs the head beside the block, and parallelism.pipeline_parallel_degree = {degree} has the two on "
-                'different ranks; run this control without pipeline parallelism, or choose "teacher"',
-                config.let.target,
-            )
-        )
 
 
 def _check_stages(config: Trainer.Config, pairs: Sequence[LayerPair]) -> None:

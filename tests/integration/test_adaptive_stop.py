@@ -66,7 +66,9 @@ def test_two_processes_stop_at_the_same_step(tmp_path, tiny_config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("layout", "processes"), [([], 1), (PIPELINE, 2)], ids=["single process", "pipeline"])
+@pytest.mark.parametrize(
+    ("layout", "processes"), [([], 1), (FSDP2, 2), (PIPELINE, 2)], ids=["single process", "FSDP2", "pipeline"]
+)
 @pytest.mark.parametrize(("teacher_loss", "expected"), [(20, [1, 0, 0, 0]), (2, [1, 1, 1, 1])])
 def test_it_stops_when_the_held_out_loss_passes_the_teachers(
     tmp_path, tiny_config, layout, processes, teacher_loss, expected

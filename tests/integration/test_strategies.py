@@ -74,6 +74,25 @@ warmup_steps = 1
 stop_step = 3
 layer_mapping = "uniform"
 layer_mapping_options.num_pairs = 2""",
+    "M2E + align_corners + normalised mse + stop_fraction": """\
+layer_mapping = "M2E"
+dimension_match_options.align_corners = true
+loss = "mse"
+loss_options.normalize = true
+stop_fraction = 1""",
+    "L2L + random linear with its own optimizer + constant": """\
+layer_mapping = "L2L"
+dimension_match = "linear"
+dimension_match_options = {init = "random", seed = 3}
+projector = {lr_multiplier = 2, weight_decay = 0.5}
+schedule = "constant\"""",
+    "M2L at other depths + smooth_l1 + hard_stop + warm-up": """\
+layer_mapping = "M2L"
+layer_mapping_options = {middle = 0.5, late = 0.75}
+loss = "smooth_l1"
+schedule = "hard_stop"
+warmup_steps = 1
+stop_step = 3""",
     "orthogonal + logsum + exponential + M2M + adaptive stop": """\
 dimension_match = "orthogonal"
 loss = "logsum"
@@ -105,6 +124,7 @@ LAMBDAS = {
     "exponential": [0.5, 0.5 * 0.1**0.5, 0],  # 512 tokens are two steps of 4 x 64
     "hard_stop": [0.5, 0.5, 0],
     "warm-up": [0.25, 0.5, 0.25],
+    "M2L at other depths + smooth_l1 + hard_stop + warm-up": [0.25, 0.5, 0.5],
     "orthogonal + logsum + exponential + M2M + adaptive stop": [0.5, 0.5 * 0.01 ** (1 / 3), 0],
     "truncate_or_pad + constant + before the final norm + pairs + tokens": [0.5, 0.5, 0],
 }
@@ -141,7 +161,7 @@ def runs(tmp_path_factory, tiny_teacher):
     return results
 
 
-# Without a teacher: not in a pipeline, where the head is on another rank than the block.
+# Without a teacher. In the pipeline, the head is on another rank than the block, and needed on both.
 CONTROLS = {
     "labels": 'target = "labels"',
     "labels, two blocks": """\
@@ -155,6 +175,7 @@ CONTROL_LAYOUTS = {
     "TP": ["--parallelism.tensor_parallel_degree", 2],
     "TP without SP": ["--parallelism.tensor_parallel_degree", 2, "--parallelism.no-enable_sequence_parallel"],
     "CP": ["--parallelism.context_parallel_degree", 2],
+    "pipeline": LAYOUTS["pipeline"][1],
 }
 
 

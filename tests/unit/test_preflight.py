@@ -253,14 +253,11 @@ def test_what_an_adaptive_stop_needs(config):
     assert "at least 1" in problem_of(config, "let.diagnosis_freq").message
 
 
-def test_the_control_needs_no_teacher_but_the_head_beside_the_block(config, monkeypatch):
+def test_the_control_needs_no_teacher(config):
     config.let.target = "labels"
     config.let.teacher.path = "/nowhere"
     text = preflight.run(config)
     assert "teacher    none" in text and "blocks     0 (of 0 to 3)" in text
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    config.parallelism.pipeline_parallel_degree = 2
-    assert "pipeline_parallel_degree = 2" in problem_of(config, "let.target").message
 
 
 def test_an_orthogonal_map_that_narrows(config):
