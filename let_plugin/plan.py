@@ -190,9 +190,9 @@ def dimension_match(let: LetConfig) -> Callable[[int, int], nn.Module]:
 def loss(let: LetConfig) -> AlignmentLoss:
     """The alignment loss. ConfigError for an unknown name or a bad option."""
     entry = loss_entry(let)
-    bound = options.bind(entry.function, let.loss_options, key="let.loss_options")
-    bound(torch.ones(1, 1, 2), torch.ones(1, 1, 2))  # refuses bad values now
-    return alignment_of(entry, let.loss_options)
+    options.bind(entry.function, let.loss_options, key="let.loss_options")  # refuses bad names and types
+    with options.refusals(let.loss_options, key="let.loss_options"):
+        return alignment_of(entry, let.loss_options)
 
 
 def loss_entry(let: LetConfig) -> LossEntry:

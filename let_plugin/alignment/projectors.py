@@ -6,6 +6,7 @@ parameters learns: `let_plugin.learned` owns its weights, and calls it with them
 Shape legend: B batch, L sequence, E width in, D width out, H hidden width.
 """
 
+from abc import ABC, abstractmethod
 from typing import Literal, Protocol
 
 import torch
@@ -146,15 +147,15 @@ class Orthogonal(nn.Module):
         return F.linear(hidden_BLE, weight_DE.to(hidden_BLE.dtype))
 
 
-class FittedMatch(nn.Module):
+class FittedMatch(nn.Module, ABC):
     """A match that learns without a gradient: `let_plugin.fitted` refits its weight [D, E] in closed form."""
 
     weight: nn.Parameter
     refit_every: int
 
+    @abstractmethod
     def fit(self, products_DE: torch.Tensor) -> torch.Tensor:
         """The weight for states whose outer products, wanted x given, add up to `products_DE`; fp32."""
-        raise NotImplementedError
 
 
 class Procrustes(FittedMatch):
