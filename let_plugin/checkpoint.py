@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.stateful import Stateful
 from torchtitan.tools import filesystem
@@ -57,7 +58,7 @@ def restore(name: str, stateful: Any, config: Trainer.Config, step: int) -> None
     path = filesystem.join(filesystem.join(config.dump_folder, checkpoint.folder), f"step-{step}")
     if not filesystem.isdir(path):
         path = checkpoint.initial_load_path
-    reader = dcp.FsspecReader(path) if filesystem.is_remote(path) else dcp.FileSystemReader(path)
+    reader = FsspecReader(path) if filesystem.is_remote(path) else dcp.FileSystemReader(path)
     if not any(key.startswith(f"{name}.") for key in reader.read_metadata().state_dict_metadata):
         logger.warning(f"LET: {path} has no {name}: it starts afresh at step {step}")
         return

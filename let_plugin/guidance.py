@@ -7,7 +7,7 @@ Shape legend: B batch, L sequence, E teacher width, S the part of the sequence t
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,12 +23,14 @@ from let_plugin.alignment.projectors import FittedMatch
 from let_plugin.alignment.running_mean import RunningMean
 from let_plugin.alignment.tap import Align, AlignmentTap
 from let_plugin.auxiliary_head import AuxiliaryHead
+from let_plugin.batch_extras import BatchExtras
 from let_plugin.fitted import FittedProjector
 from let_plugin.learned import LearnedProjector
 from let_plugin.metrics import DeviceTimer
 from let_plugin.teacher.base import Teacher, TeacherInfo
 from let_plugin.teacher.sharding import TeacherShare, sequence_shards, teacher_parallel_dims
 from let_plugin.teacher.sources import open_teacher
+from let_plugin.teacher.states import OnlineStates, StateProvider
 
 # Name of the running mean's state in a checkpoint.
 CENTER = "let_center"
@@ -43,14 +45,15 @@ class Guidance:
 
     Attributes:
         pairs: What is aligned, on all ranks together.
-        teacher: None on the ranks whose pipeline stages hold no aligned block, and if the labels are the target.
+        teacher: None on the ranks whose pipeline stages hold no aligned block, and if nothing runs one.
         taps: One for each part of the student on this rank, if any of them holds an aligned block; else none.
         projectors: Those of this rank's pairs that learn or are fitted.
     """
 
     def __init__(self, trainer: Trainer, steps_taken: int) -> None:
         config, dims, device = trainer.config, trainer.parallel_dims, trainer.device
-        self.teacher: Teacher | None = None
+        self._provider: StateProvider | None = None
+        self._extras: BatchExtras | None = None
         self.taps: list[AlignmentTap] = []
         self.projectors: list[LearnedProjector | FittedProjector] = []
         self._head: AuxiliaryHead | None = None
@@ -89,14 +92,18 @@ class Guidance:
         if not own_pairs:
             return
         layers = plan.teacher_layers(own_pairs)
-        self.teacher = source.build(
-            dtype=plan.teacher_dtype(config),
-            device=device,
-            config=config,
-            parallel_dims=teacher_dims,
-            layers=layers,
-            final_norm=config.let.teacher.final_norm,
+        self._provider = OnlineStates(
+            source.build(
+                dtype=plan.teacher_dtype(config),
+                device=device,
+                config=config,
+                parallel_dims=teacher_dims,
+                layers=layers,
+                final_norm=config.let.teacher.final_norm,
+            )
         )
+        if self._provider.make_extras is not None:
+            self._extras = BatchExtras(trainer.dataloader, self._provider.make_extras)
         channels = _channels(source.info, layers, config.let.teacher.final_norm)
         if self._center is not None:
             own = [all_channels[layer] for layer in layers]
@@ -143,11 +150,20 @@ class Guidance:
                 learner.reduce()
 
     @property
+    def teacher(self) -> Teacher | None:
+        return None if self._provider is None else self._provider.teacher
+
+    @property
     def _learners(self) -> list[LearnedProjector | FittedProjector | AuxiliaryHead]:
         return [*self.projectors, *([] if self._head is None else [self._head])]
 
     @torch.no_grad()
-    def target(self, input_dict: dict[str, torch.Tensor], labels_BL: torch.Tensor) -> torch.Tensor | None:
+    def target(
+        self,
+        input_dict: Mapping[str, torch.Tensor],
+        labels_BL: torch.Tensor,
+        extras: Mapping[str, torch.Tensor] | None = None,
+    ) -> torch.Tensor | None:
         """The teacher's states of a microbatch, of this rank's part of the sequence, [B, S, E]; None without a teacher.
 
         If the labels are the target: these, [B, S].
@@ -155,24 +171,28 @@ class Guidance:
         Args:
             input_dict: "input", token ids [B, L], and, for packed documents, "positions" [B, L]: whole sequences, as
                 the data loader made them.
-            labels_BL: Labels of the whole sequences. A token that does not count in the loss gets a state of zeros,
-                whose cosine and gradient are 0: no mask has to travel.
+            labels_BL: Labels of the whole sequences. A token that does not count in the loss, or of which the teacher
+                has no state, gets a state of zeros, whose cosine and gradient are 0: no mask has to travel.
+            extras: What the data loader has made for LET beside them.
         """
         if self._head is not None:
             return self._share.part(labels_BL)
-        if self.teacher is None:
+        if self._provider is None:
             return None
-        tokens_BL, positions_BL = input_dict["input"], input_dict.get("positions")
-        rows_BL = self._share.rows(tokens_BL)
+        batch = {name: input_dict[name] for name in ("input", "positions") if name in input_dict} | dict(extras or {})
         with self._timer:
-            states_BLE = self.teacher(rows_BL, None if positions_BL is None else self._share.rows(positions_BL))
-        self._tokens += rows_BL.numel()
-        ignored_BL = self._share.rows(labels_BL) == IGNORE_INDEX
+            states_BLE, known_BL, num_tokens = self._provider.states(
+                {name: self._share.rows(tensor) for name, tensor in batch.items()}
+            )
+        self._tokens += num_tokens
+        counts_BL = self._share.rows(labels_BL) != IGNORE_INDEX
+        if known_BL is not None:
+            counts_BL &= known_BL
         if self._center is not None:
-            self._center.add(states_BLE, ~ignored_BL, self._center_channels_E)
+            self._center.add(states_BLE, counts_BL, self._center_channels_E)
             states_BLE = states_BLE - self._center.mean_C[self._center_channels_E]  # fp32, before it is rounded
-        states_BLE = states_BLE.to(self._target_dtype).masked_fill(ignored_BL[..., None], 0)
-        return self._share.deliver(states_BLE, len(tokens_BL))
+        states_BLE = states_BLE.to(self._target_dtype).masked_fill(~counts_BL[..., None], 0)
+        return self._share.deliver(states_BLE, len(labels_BL))
 
     def finish_step(self) -> None:
         """After the student's optimizer step. RuntimeError if the gradient of the alignment has reached no block."""
@@ -232,7 +252,9 @@ class Guidance:
                 del self._trainer.checkpointer.states[projector.name]
         if self._center is not None and self._trainer.config.checkpoint.enable:
             del self._trainer.checkpointer.states[CENTER]
-        self.teacher, self.taps, self.projectors, self._head = None, [], [], None
+        if self._extras is not None:
+            self._extras.stop()
+        self._provider, self.taps, self.projectors, self._head = None, [], [], None
 
     def _attach_auxiliary_head(self) -> None:
         config, dims, device = self._trainer.config, self._trainer.parallel_dims, self._trainer.device

@@ -20,6 +20,7 @@ from torchtitan.trainer import Trainer
 
 from let_plugin import plan
 from let_plugin.alignment.tap import TARGET_KWARG
+from let_plugin.batch_extras import take_extras
 from let_plugin.config import LetConfig, RuntimeConfig
 from let_plugin.guidance import Guidance
 from let_plugin.metrics import Disagreement, JsonlLogger, Progress
@@ -89,7 +90,9 @@ class LetTrainerMixin(_Base):
     def post_dataloading_process(
         self, input_dict: dict[str, torch.Tensor], labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-        target_BLE = None if self.guidance is None else self.guidance.target(input_dict, labels)
+        # Taken out in any case: after the stop, a data loader's workers still hold some ready.
+        extras = take_extras(input_dict)
+        target_BLE = None if self.guidance is None else self.guidance.target(input_dict, labels, extras)
         inputs, labels, extra_kwargs = super().post_dataloading_process(input_dict, labels)
         if target_BLE is not None:
             extra_kwargs[TARGET_KWARG] = target_BLE

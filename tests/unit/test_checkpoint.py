@@ -36,6 +36,12 @@ def test_it_is_read_from_the_runs_own_checkpoint(config, tmp_path):
     assert same(got, expected) and got.stop_step == expected.stop_step == 2
 
 
+def test_it_is_read_from_a_remote_file_system(config):
+    config.dump_folder = "memory://run"
+    expected = written(f"memory://run/{config.checkpoint.folder}/step-2")
+    assert same(read(config), expected)
+
+
 def test_or_from_the_one_that_the_run_has_started_from(config, tmp_path):
     config.checkpoint.initial_load_path = str(tmp_path / "elsewhere")
     assert same(read_after_writing(config, tmp_path / "elsewhere"), written(tmp_path / "elsewhere"))
