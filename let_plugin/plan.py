@@ -125,8 +125,11 @@ def adaptive_stop(let: LetConfig) -> AdaptiveStop | None:
     return AdaptiveStop(threshold=settings.threshold, smoothing=settings.smoothing, patience=settings.patience)
 
 
-def layer_pairs(config: "Trainer.Config", teacher_depth: int) -> list[LayerPair]:
+def layer_pairs(config: "Trainer.Config", teacher_depth: int | None) -> list[LayerPair]:
     """The student's blocks and the layers of a teacher of so many blocks that meet, with indices that count from 0.
+
+    Without a teacher (`teacher_depth` None), a mapping chooses for one as deep as the student, and the teacher's layers
+    in `let.pairs` are not looked at.
 
     ConfigError for an unknown mapping, a bad option of it, or a layer that there is not.
     """
@@ -141,7 +144,7 @@ def layer_pairs(config: "Trainer.Config", teacher_depth: int) -> list[LayerPair]
         return _resolved(pairs, keys, depth, teacher_depth)
     mapping = LAYER_MAPPINGS.get(let.layer_mapping, key="let.layer_mapping")
     bound = options.bind(mapping, let.layer_mapping_options, key="let.layer_mapping_options")
-    pairs = list(bound(depth, teacher_depth))
+    pairs = list(bound(depth, depth if teacher_depth is None else teacher_depth))
     if let.student_block is not None:
         if len(pairs) != 1:
             raise ConfigError(
@@ -160,12 +163,10 @@ def layer_pairs(config: "Trainer.Config", teacher_depth: int) -> list[LayerPair]
 def auxiliary_pairs(config: "Trainer.Config") -> list[LayerPair]:
     """With `let.target = "labels"`: the blocks that are trained by themselves, each once.
 
-    They are those that would be aligned with a teacher as deep as the student; the pairs' teacher layers mean nothing.
+    They are those that would be aligned with a teacher; the pairs' teacher layers mean nothing.
     """
-    assert config.model_spec is not None
-    depth = len(config.model_spec.model.layers)
     blocks: dict[int, LayerPair] = {}
-    for pair in layer_pairs(config, depth):
+    for pair in layer_pairs(config, None):
         blocks.setdefault(pair.student, pair)
     return list(blocks.values())
 
@@ -257,21 +258,27 @@ def _schedule_entry(let: LetConfig) -> ScheduleEntry:
 
 
 def _resolved(
-    pairs: Sequence[LayerPair], keys: Sequence[str], student_depth: int, teacher_depth: int
+    pairs: Sequence[LayerPair], keys: Sequence[str], student_depth: int, teacher_depth: int | None
 ) -> list[LayerPair]:
-    """The pairs with indices from 0. ConfigError lists every layer that there is not; `keys` name the pairs."""
+    """The pairs with indices from 0. ConfigError lists every layer that there is not; `keys` name the pairs.
+
+    Without a depth of the teacher, its layers stay as they are.
+    """
     problems, result = [], []
     for key, pair in zip(keys, pairs, strict=True):
         by_hand = key != "let.layer_mapping"
         for name, index, depth in (("student", pair.student, student_depth), ("teacher", pair.teacher, teacher_depth)):
-            if index != EMBEDDING and not (isinstance(index, int) and -depth <= index < depth):
+            if depth is None or index == EMBEDDING:
+                continue
+            if not (isinstance(index, int) and -depth <= index < depth):
                 message = f"the {name} has blocks 0 to {depth - 1} (-{depth} to -1 from the end)"
                 problems.append(Problem(f"{key}.{name}" if by_hand else key, message, index))
         if not (math.isfinite(pair.weight) and pair.weight >= 0):
             problems.append(Problem(f"{key}.weight" if by_hand else key, "must be 0 or more", pair.weight))
         if problems:
             continue
-        teacher = pair.teacher if isinstance(pair.teacher, str) else pair.teacher % teacher_depth
+        is_index = isinstance(pair.teacher, int) and teacher_depth is not None
+        teacher = pair.teacher % teacher_depth if is_index else pair.teacher  # type: ignore[operator]
         result.append(LayerPair(pair.student % student_depth, teacher, pair.weight))
         if any((pair.student, pair.teacher) == (result[-1].student, teacher) for pair in result[:-1]):
             problems.append(Problem(key, f"student block {result[-1].student} and teacher layer {teacher} meet twice"))

@@ -101,19 +101,30 @@ class LearnedLinear(nn.Module):
 class MLP(nn.Sequential):
     """Three linear layers with SiLU between them, trained with the student (REPA, arXiv 2410.06940).
 
-    E -> H -> H -> D, with biases: a token of zeros does not stay one. Initialised as nn.Linear is.
+    E -> H -> H -> D, with biases: a token of zeros does not stay one. Initialised as nn.Linear is; or by "xavier", as
+    the projectors in REPA's own source are: weights uniform in +-(6 / (E + D))^(1/2) of the layer's widths, biases 0.
     """
 
-    def __init__(self, in_width: int, out_width: int, *, hidden_width: int = 2048, seed: int = 0) -> None:
+    def __init__(
+        self,
+        in_width: int,
+        out_width: int,
+        *,
+        hidden_width: int = 2048,
+        init: Literal["default", "xavier"] = "default",
+        seed: int = 0,
+    ) -> None:
         if hidden_width < 1:
             raise ValueError("hidden_width must be at least 1")
+        if init not in ("default", "xavier"):
+            raise ValueError("init must be 'default' or 'xavier'")
         generator = _generator(seed)
         super().__init__(
-            _linear(in_width, hidden_width, generator),
+            _linear(in_width, hidden_width, init, generator),
             nn.SiLU(),
-            _linear(hidden_width, hidden_width, generator),
+            _linear(hidden_width, hidden_width, init, generator),
             nn.SiLU(),
-            _linear(hidden_width, out_width, generator),
+            _linear(hidden_width, out_width, init, generator),
         )
 
 
@@ -124,9 +135,14 @@ class Orthogonal(nn.Module):
     orthogonal, so no step of an optimizer leaves the orthogonal maps. Such a map can absorb nothing of the alignment
     but a rotation. Weight decay pulls Q towards the identity. torch.nn.utils.parametrizations.orthogonal does the same
     around a starting point, but keeps that in a buffer.
+
+    It starts as a random rotation; or as the identity (A = 0), which keeps the order of the channels, and adds zeros if
+    it widens.
     """
 
-    def __init__(self, in_width: int, out_width: int, *, seed: int = 0) -> None:
+    def __init__(
+        self, in_width: int, out_width: int, *, init: Literal["random", "identity"] = "random", seed: int = 0
+    ) -> None:
         super().__init__()
         if in_width > out_width:
             raise ValueError(
@@ -134,10 +150,16 @@ class Orthogonal(nn.Module):
                 "keep inner products; the match on the other side can: set let.projector.side"
             )
         self._in_width = in_width
-        # With this deviation, the angles that Q turns by reach +-3.8 and cos(angle) is 0 on average: Q starts far from
-        # the identity, which would match channels by their order.
-        deviation = 1.35 * out_width**-0.5
-        angles_DD = torch.randn(out_width, out_width, generator=_generator(seed), device="cpu") * deviation
+        generator = _generator(seed)
+        if init == "random":
+            # With this deviation, the angles that Q turns by reach +-3.8 and cos(angle) is 0 on average: Q starts far
+            # from the identity, which would match channels by their order.
+            deviation = 1.35 * out_width**-0.5
+            angles_DD = torch.randn(out_width, out_width, generator=generator, device="cpu") * deviation
+        elif init == "identity":
+            angles_DD = torch.zeros(out_width, out_width, device="cpu")
+        else:
+            raise ValueError("init must be 'random' or 'identity'")
         self.weight = nn.Parameter(angles_DD)
 
     def forward(self, hidden_BLE: torch.Tensor) -> torch.Tensor:
@@ -188,9 +210,13 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator(device="cpu").manual_seed(seed)
 
 
-def _linear(in_width: int, out_width: int, generator: torch.Generator) -> nn.Linear:
-    """nn.Linear, initialised as it initialises itself, but with this generator."""
+def _linear(in_width: int, out_width: int, init: str, generator: torch.Generator) -> nn.Linear:
+    """nn.Linear, initialised with this generator: as it initialises itself, or by "xavier"."""
     layer = nn.utils.skip_init(nn.Linear, in_width, out_width, device="cpu")
+    if init == "xavier":
+        nn.init.xavier_uniform_(layer.weight, generator=generator)
+        nn.init.zeros_(layer.bias)
+        return layer
     for parameter in layer.parameters():
         nn.init.uniform_(parameter, -(in_width**-0.5), in_width**-0.5, generator=generator)
     return layer

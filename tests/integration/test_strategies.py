@@ -44,6 +44,13 @@ stop_step = 3""",
     "orthogonal": 'dimension_match = "orthogonal"',
     "procrustes": 'dimension_match = "procrustes"\ndimension_match_options.refit_every = 1\nstop_step = 3',
     "student's side, procrustes": 'dimension_match = "procrustes"\nprojector.side = "student"\nstop_step = 3',
+    "mlp, xavier": """\
+dimension_match = "mlp"
+dimension_match_options = {hidden_width = 40, init = "xavier", seed = 2}""",
+    "orthogonal, from the identity": """\
+dimension_match = "orthogonal"
+dimension_match_options = {init = "identity", seed = 3}
+projector = {lr_multiplier = 3, weight_decay = 0}""",
     "truncate_or_pad": 'dimension_match = "truncate_or_pad"',
     "student's side": 'projector.side = "student"',
     "student's side, linear": 'dimension_match = "linear"\nprojector.side = "student"',
@@ -56,6 +63,7 @@ dimension_match_options.hidden_width = 40""",
     "smooth_l1": 'loss = "smooth_l1"\nloss_options.beta = 0.5',
     "logsum": 'loss = "logsum"\nloss_options.alpha = 2',
     "relational": 'loss = "relational"\nloss_options.stride = 4',
+    "cka": 'loss = "cka"\nloss_options.stride = 4',
     "constant": 'schedule = "constant"',
     "cosine": 'schedule = "cosine"\nstop_fraction = 1',
     "exponential": 'schedule = "exponential"\nschedule_options.final = 0.1\nstop_tokens = 512',
@@ -100,6 +108,20 @@ schedule = "exponential"
 layer_mapping = "M2M"
 stop_step = 3
 adaptive_stop = {criterion = "gradient", threshold = 2.0, patience = 2}""",
+    "orthogonal from the identity + cka + L2M + centred": """\
+dimension_match = "orthogonal"
+dimension_match_options.init = "identity"
+loss = "cka"
+loss_options.stride = 2
+layer_mapping = "L2M"
+teacher.center = true
+stop_step = 3""",
+    "mlp by xavier on the student's side + cka + two pairs": """\
+dimension_match = "mlp"
+dimension_match_options = {init = "xavier", hidden_width = 40}
+projector.side = "student"
+loss = "cka"
+pairs = [{student = 0, teacher = 0, weight = 0.5}, {student = 2, teacher = -1}]""",
     "procrustes + relational + hard_stop + L2M + centred": """\
 dimension_match = "procrustes"
 dimension_match_options.refit_every = 1
@@ -166,7 +188,7 @@ CONTROLS = {
     "labels": 'target = "labels"',
     "labels, two blocks": """\
 target = "labels"
-pairs = [{student = 0}, {student = 2, weight = 0.5}]
+pairs = [{student = 0}, {student = 2, teacher = 30, weight = 0.5}]
 schedule = "cosine" """,
 }
 CONTROL_LAYOUTS = {

@@ -348,4 +348,11 @@ def test_an_orthogonal_map_where_it_cannot_be():
 def test_auxiliary_blocks_are_those_of_the_pairs_each_once():
     assert plan.auxiliary_pairs(config_of()) == [LayerPair(0, 3)]
     pairs = [PairConfig(student=2, weight=0.5), PairConfig(student=2, teacher=0), PairConfig(student=0)]
-    assert plan.auxiliary_pairs(config_of(pairs=pairs)) == [LayerPair(2, 3, 0.5), LayerPair(0, 3)]
+    assert [(p.student, p.weight) for p in plan.auxiliary_pairs(config_of(pairs=pairs))] == [(2, 0.5), (0, 1.0)]
+
+
+def test_auxiliary_blocks_have_no_teacher_whose_layers_could_be_wrong():
+    pairs = [PairConfig(student=-1, teacher=11), PairConfig(student=1, teacher="embedding")]
+    assert [pair.student for pair in plan.auxiliary_pairs(config_of(pairs=pairs))] == [3, 1]
+    with pytest.raises(ConfigError, match=r"let\.pairs\.0\.student = 4: the student has blocks 0 to 3"):
+        plan.auxiliary_pairs(config_of(pairs=[PairConfig(student=4, teacher=11)]))
