@@ -39,7 +39,10 @@ class TeacherConfig:
     """
 
     tokenizer_path: str = ""
-    """Folder with the teacher's tokenizer.json. Empty: the teacher's own folder, or the GGUF file itself."""
+    """
+    Folder with the teacher's tokenizer.json or tiktoken rank file. Empty: the teacher's own folder, or the GGUF file
+    itself.
+    """
 
     check_vocabulary: bool = True
     """

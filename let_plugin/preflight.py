@@ -197,13 +197,14 @@ def _student(config: Trainer.Config) -> Student:
 def _tokenizer_vocabulary(config: Trainer.Config) -> dict[str, int]:
     path = config.hf_assets_path
     if not os.path.exists(path):
-        raise ConfigError(Problem("hf_assets_path", "no such folder; it must hold the student's tokenizer.json", path))
+        raise ConfigError(Problem("hf_assets_path", "no such folder; it must hold the student's tokenizer", path))
     try:
         tokenizer: Any = config.tokenizer.build(tokenizer_path=path)
+    except ConfigError:
+        raise
     except Exception as error:  # the tokenizers library raises plain Exception
         raise ConfigError(Problem("hf_assets_path", f"the tokenizer cannot be loaded: {error}", path)) from error
-    inner: Any = getattr(tokenizer, "tokenizer", None)
-    vocabulary: dict[str, int] = inner.get_vocab() if hasattr(inner, "get_vocab") else {}
+    vocabulary: dict[str, int] = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
     assert config.model_spec is not None
     vocab_size: int = config.model_spec.model.vocab_size
     if vocabulary and max(vocabulary.values()) >= vocab_size:
@@ -340,8 +341,9 @@ def _check_vocabulary(student: dict[str, int], source: TeacherSource, let: LetCo
         raise ConfigError(
             Problem(
                 "let.teacher.tokenizer_path",
-                f"the {whose}'s tokenizer has no vocabulary to compare (no tokenizer.json); name the teacher's folder "
-                "here, or set let.teacher.check_vocabulary = false if the two are known to be the same",
+                f"the {whose}'s tokenizer has no vocabulary to compare (no tokenizer.json or tiktoken rank file); "
+                "name the teacher's folder here, or set let.teacher.check_vocabulary = false if the two are known to "
+                "be the same",
                 let.teacher.tokenizer_path,
             )
         )

@@ -31,6 +31,7 @@ from let_plugin.teacher.hf_checks import (
     remote_code_problem,
 )
 from let_plugin.teacher.layers import LayerStates
+from let_plugin.teacher.vocabulary import read_vocabulary
 
 if TYPE_CHECKING:
     from torchtitan.distributed import ParallelDims
@@ -69,7 +70,7 @@ class HFTeacherSource(TeacherSource):
         self.info = teacher_info(self._model_config, f"{where} {config.path}", config)
 
     def vocabulary(self) -> dict[str, int] | None:
-        """Token -> id, from tokenizer.json in `tokenizer_path` or the teacher's folder; None if there is none.
+        """Token -> id, from `tokenizer_path` or the teacher's folder (see read_vocabulary); None if there is none.
 
         Other formats go through `transformers`' AutoTokenizer. ConfigError if `tokenizer_path` holds no tokenizer, or
         a tokenizer cannot be read.
@@ -256,7 +257,7 @@ def read_tokenizer_path(path: str) -> dict[str, int]:
     """Token -> id of the tokenizer in the folder `let.teacher.tokenizer_path`; ConfigError if there is none."""
     vocabulary = _read_vocabulary(path, _TOKENIZER_KEY) if os.path.isdir(path) else None
     if vocabulary is None:
-        message = "no tokenizer there; give a folder with tokenizer.json, or leave it empty"
+        message = "no tokenizer there; give a folder with tokenizer.json or a tiktoken rank file, or leave it empty"
         raise ConfigError(Problem(_TOKENIZER_KEY, message, path))
     return vocabulary
 
@@ -347,15 +348,8 @@ def _shard_mesh(parallel_dims: "ParallelDims") -> Any:
 
 
 def _read_vocabulary(folder: str, key: str) -> dict[str, int] | None:
-    file = os.path.join(folder, "tokenizer.json")
-    if not os.path.isfile(file):
-        return _read_vocabulary_with_transformers(folder, key)
-    from tokenizers import Tokenizer
-
-    try:
-        return Tokenizer.from_file(file).get_vocab(with_added_tokens=True)
-    except Exception as error:  # the tokenizers library raises plain Exception
-        raise ConfigError(Problem(key, f"tokenizer.json cannot be read: {error}", folder)) from error
+    vocabulary = read_vocabulary(folder, key=key)
+    return _read_vocabulary_with_transformers(folder, key) if vocabulary is None else vocabulary
 
 
 def _read_vocabulary_with_transformers(path: str, key: str) -> dict[str, int] | None:

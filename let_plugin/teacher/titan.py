@@ -81,12 +81,8 @@ class TitanTeacherSource(TeacherSource):
         )
 
     def vocabulary(self) -> dict[str, int] | None:
-        path = self._config.tokenizer_path or self._config.path
-        try:
-            return read_vocabulary(path)
-        except Exception as error:  # the tokenizers library raises plain Exception
-            key = "let.teacher.tokenizer_path" if self._config.tokenizer_path else "let.teacher.path"
-            raise ConfigError(Problem(key, f"tokenizer.json cannot be read: {error}", path)) from error
+        key = "let.teacher.tokenizer_path" if self._config.tokenizer_path else "let.teacher.path"
+        return read_vocabulary(self._config.tokenizer_path or self._config.path, key=key)
 
     def build(
         self,

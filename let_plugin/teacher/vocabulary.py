@@ -5,13 +5,36 @@ from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
+from let_plugin import rank_files
+from let_plugin.errors import ConfigError, Problem
 
-def read_vocabulary(folder: str) -> dict[str, int] | None:
-    """Token -> id from `folder`/tokenizer.json, special tokens included; None if there is no such file."""
+
+class WithoutSpecialTokens(dict[str, int]):
+    """The vocabulary of a file that names no special tokens, though the model that it belongs to may know some."""
+
+
+def read_vocabulary(folder: str, *, key: str = "let.teacher.tokenizer_path") -> dict[str, int] | None:
+    """Token -> id from `folder`/tokenizer.json, or else from the tiktoken rank file there; special tokens included.
+
+    A rank file's tokens are written as in the tokenizer.json of byte-level BPE, so that the two can be compared. It is
+    a WithoutSpecialTokens if neither a tokenizer_config.json beside it nor its content tells them.
+
+    None if there is no such file; a ConfigError of the field `key` if it cannot be read.
+    """
     path = os.path.join(folder, "tokenizer.json")
-    if not os.path.isfile(path):
+    if os.path.isfile(path):
+        try:
+            return Tokenizer.from_file(path).get_vocab(with_added_tokens=True)
+        except Exception as error:  # the tokenizers library raises plain Exception
+            raise ConfigError(Problem(key, f"tokenizer.json cannot be read: {error}", folder)) from error
+    found = rank_files.find(folder, key=key)
+    if found is None:
         return None
-    return Tokenizer.from_file(path).get_vocab(with_added_tokens=True)
+    file = rank_files.read(found, key=key)
+    special = file.special_tokens()
+    if special is None:
+        return WithoutSpecialTokens(rank_files.vocabulary(file.ranks, {}))
+    return rank_files.vocabulary(file.ranks, special.ids)
 
 
 @dataclass(frozen=True)
@@ -30,9 +53,15 @@ class VocabularyDifference:
 
 
 def compare_vocabularies(student: dict[str, int], teacher: dict[str, int]) -> VocabularyDifference:
-    """Compares what each id of the student's means to the teacher. Ids that only the teacher has do not matter."""
+    """Compares what each id of the student's means to the teacher. Ids that only the teacher has do not matter.
+
+    Nor do those that a teacher WithoutSpecialTokens lacks: nothing is known of them.
+    """
     teacher_tokens = {i: token for token, i in teacher.items()}
-    differing = sorted((i, token) for token, i in student.items() if teacher_tokens.get(i) != token)
+    unknown = student.values() - teacher_tokens.keys() if isinstance(teacher, WithoutSpecialTokens) else ()
+    differing = sorted(
+        (i, token) for token, i in student.items() if teacher_tokens.get(i) != token and i not in unknown
+    )
     return VocabularyDifference(
         num_differing=len(differing),
         num_student=len(student),

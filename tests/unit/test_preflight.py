@@ -12,7 +12,9 @@ from let_plugin.config import AdaptiveStopConfig, LetConfig, PairConfig, Project
 from let_plugin.demo import TOKENIZER
 from let_plugin.errors import ConfigError
 from let_plugin.models import llama_spec
+from let_plugin.tiktoken_tokenizer import TikTokenTokenizer
 from tests.support.fields import set_all
+from tests.support.rank_files import EOS, write_demo
 
 
 def problems_of(config):
@@ -192,6 +194,30 @@ def test_vocabulary_mismatch(config, swapped):
 def test_vocabulary_mismatch_that_the_user_wants(config, swapped):
     set_all(config, let__teacher__tokenizer_path=swapped, let__teacher__check_vocabulary=False)
     assert "not compared" in preflight.run(config)
+
+
+def test_a_rank_file_of_tiktoken_on_either_side(config, tmp_path):
+    write_demo(tmp_path)
+    config.let.teacher.tokenizer_path = str(tmp_path)
+    assert "agree token by token" in preflight.run(config)
+    config.hf_assets_path = str(tmp_path)
+    config.tokenizer = TikTokenTokenizer.Config(pattern="gpt2", special_tokens={EOS: 0}, eos_token=EOS)
+    assert "agree token by token" in preflight.run(config)
+    config.let.teacher.tokenizer_path = TOKENIZER
+    assert "agree token by token" in preflight.run(config)
+    config.tokenizer = TikTokenTokenizer.Config(pattern="gpt2", special_tokens={"<eos>": 0}, eos_token="<eos>")
+    assert "id 0: '<eos>' (student), '<|endoftext|>' (teacher)" in problem_of(config, "let.teacher.path").message
+
+
+def test_a_tiktoken_tokenizer_says_what_is_wrong_with_it(config, tmp_path):
+    config.hf_assets_path = str(tmp_path)
+    config.tokenizer = TikTokenTokenizer.Config(pattern="gpt2", special_tokens={EOS: 0}, eos_token=EOS)
+    assert "no tiktoken rank file there" in problem_of(config, "hf_assets_path").message
+    write_demo(tmp_path).write_text("hello\n")
+    assert "line 1 is 'hello'" in problem_of(config, "hf_assets_path").message
+    write_demo(tmp_path)
+    config.tokenizer.special_tokens = {EOS: 0, "<|far|>": 5000}
+    assert "ids up to 5000, the model only 4096" in problem_of(config, "hf_assets_path").message
 
 
 def test_teacher_without_a_tokenizer(config):

@@ -19,6 +19,7 @@ from torchtitan.trainer import Trainer
 from let_plugin import toml_config
 from let_plugin.config import RuntimeConfig
 from let_plugin.errors import ConfigError, Problem
+from let_plugin.tiktoken_tokenizer import TikTokenTokenizer
 from let_plugin.toml_config import Loaded, dump, load, read_runtime, resolve
 
 DEBUG_MODEL = 'base = "llama3.llama3_debugmodel"\n'
@@ -557,6 +558,29 @@ def test_command_line_keeps_everything_else():
 
 
 # --- the good values of a bad file, and what else is wrong with them
+
+
+def test_a_tiktoken_tokenizer_with_special_tokens():
+    text = """
+    [tokenizer]
+    type = "TikTokenTokenizer"
+    pattern = "cl100k_base"
+    eos_token = "<|end of text|>"
+    [tokenizer.special_tokens]
+    "<|end of text|>" = 100
+    """
+    loaded = resolve_text(text, "--tokenizer.rank-file", "a.tiktoken")
+    assert not loaded.problems
+    expected = TikTokenTokenizer.Config(
+        pattern="cl100k_base", special_tokens={"<|end of text|>": 100}, eos_token="<|end of text|>"
+    )
+    assert config_of(text).tokenizer == expected
+    assert loaded.config.tokenizer.rank_file == "a.tiktoken"
+    assert loaded.config.tokenizer.special_tokens == {"<|end of text|>": 100}
+    Path("again.toml").write_text(dump(loaded))
+    assert load(Path("again.toml"), []).config.tokenizer == loaded.config.tokenizer
+    problems = problems_of(text.replace("= 100", '= "100"'))
+    assert "expected an integer" in problems["tokenizer.special_tokens.<|end of text|>"]
 
 
 def test_good_values_are_applied_next_to_bad_ones():

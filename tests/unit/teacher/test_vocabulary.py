@@ -4,7 +4,9 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from let_plugin.demo import TOKENIZER
-from let_plugin.teacher.vocabulary import compare_vocabularies, read_vocabulary
+from let_plugin.errors import ConfigError
+from let_plugin.teacher.vocabulary import WithoutSpecialTokens, compare_vocabularies, read_vocabulary
+from tests.support.rank_files import EOS, write_demo
 
 STUDENT = {"a": 0, "b": 1, "c": 2, "d": 3, "e": 4}
 
@@ -53,3 +55,31 @@ def test_an_id_that_the_teacher_lacks():
 def test_the_same_tokens_under_other_ids_are_another_vocabulary():
     shifted = {token: i + 1 for token, i in STUDENT.items()}
     assert compare_vocabularies(STUDENT, shifted).num_differing == 5
+
+
+def test_a_damaged_tokenizer(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"let\.teacher\.path.*tokenizer\.json cannot be read"):
+        read_vocabulary(str(tmp_path), key="let.teacher.path")
+
+
+def test_a_rank_file_and_the_tokenizer_json_of_the_same_vocabulary(tmp_path):
+    write_demo(tmp_path / "bare")
+    write_demo(tmp_path / "told", tell_special_tokens=True)
+    full = read_vocabulary(TOKENIZER)
+    assert read_vocabulary(str(tmp_path / "told")) == full
+    assert type(read_vocabulary(str(tmp_path / "told"))) is dict
+
+    bare = read_vocabulary(str(tmp_path / "bare"))
+    assert isinstance(bare, WithoutSpecialTokens) and bare == {t: i for t, i in full.items() if t != EOS}
+    assert compare_vocabularies(full, bare).num_differing == 0
+    assert compare_vocabularies(full, dict(bare)).examples == [f"id 0: {EOS!r} (student), 'no such id' (teacher)"]
+    swapped = full | {"\u0120the": full["\u0120a"], "\u0120a": full["\u0120the"]}
+    assert compare_vocabularies(swapped, bare).num_differing == 2
+
+
+def test_a_tokenizer_json_comes_before_a_rank_file(tmp_path):
+    write_demo(tmp_path)
+    tokenizer = Tokenizer(models.WordLevel({"a": 0}))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert read_vocabulary(str(tmp_path)) == {"a": 0}

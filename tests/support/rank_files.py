@@ -1,0 +1,40 @@
+"""tiktoken rank files, made of the demo's tokenizer."""
+
+import base64
+import json
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from let_plugin.demo import TOKENIZER
+from let_plugin.token_bytes import token_bytes
+
+EOS = "<|endoftext|>"
+
+
+def demo_tokenizer():
+    return Tokenizer.from_file(f"{TOKENIZER}/tokenizer.json")
+
+
+def lines_of(ranks):
+    return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
+
+
+def demo_ranks():
+    """Its tokens but for the special one, which has id 0: the ids are in the order of the merges."""
+    return {token: i for i, token in enumerate(token_bytes(demo_tokenizer())) if token is not None}
+
+
+def write_demo(folder, name="demo.tiktoken", *, tell_special_tokens=False):
+    """The demo's vocabulary as a rank file in `folder`, alone, or with a tokenizer_config.json that goes with it."""
+    path = Path(folder, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(lines_of(demo_ranks()))
+    if tell_special_tokens:
+        config = {
+            "added_tokens_decoder": {"0": {"content": EOS, "special": True}},
+            "bos_token": EOS,
+            "eos_token": {"content": EOS},
+        }
+        path.with_name("tokenizer_config.json").write_text(json.dumps(config))
+    return path
