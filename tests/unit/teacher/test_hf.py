@@ -316,9 +316,9 @@ def test_sharded_checkpoint(folders, tmp_path) -> None:
     assert torch.equal(states_BLE, build(source_of(folders["llama"]))(tokens_BL, positions_BL))
     shard = sorted(tmp_path.glob("*.safetensors"))[1]
     shard.unlink()
-    assert f"{shard.name} is missing" in problems_of(tmp_path, load=True)
+    assert f"{shard.name} is missing" in problems_of(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text("{}")
-    assert "index.json cannot be read" in problems_of(tmp_path, load=True)
+    assert "index.json cannot be read" in problems_of(tmp_path)
 
 
 # Vocabulary
@@ -460,18 +460,18 @@ def edit_weights(folder: Path, edit) -> None:
 
 def test_missing_tensor_is_named(llama) -> None:
     edit_weights(llama, lambda tensors: {k: v for k, v in tensors.items() if "1.mlp.up_proj" not in k})
-    assert "lacks tensors that its configuration asks for: layers.1.mlp.up_proj.weight" in problems_of(llama, load=True)
+    assert "lacks tensors that its configuration asks for: layers.1.mlp.up_proj.weight" in problems_of(llama)
 
 
 def test_mismatching_tensor_is_named(llama) -> None:
     edit_config(llama, intermediate_size=56)
-    text = problems_of(llama, load=True)
+    text = problems_of(llama)
     assert "layers.0.mlp.down_proj.weight (file (32, 48), configuration (32, 56))" in text
 
 
 def test_surplus_layers_are_named(llama) -> None:
     edit_config(llama, num_hidden_layers=2)
-    text = problems_of(llama, load=True)
+    text = problems_of(llama)
     assert "more layers than its configuration (2)" in text
     assert "layers.2." in text
 
@@ -480,7 +480,7 @@ def test_truncated_weights_are_named(llama) -> None:
     file = llama / "model.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[:-100])
-    assert "model.safetensors is truncated: it lacks (part of) model." in problems_of(llama, load=True)
+    assert "model.safetensors is truncated: it lacks (part of) model." in problems_of(llama)
     for damaged in (b"", b"123", content[:50], b"x" * 100, (2).to_bytes(8, "little") + b"[]" + b"x"):
         file.write_bytes(damaged)
-        assert "model.safetensors is " in problems_of(llama, load=True)
+        assert "model.safetensors is " in problems_of(llama)
