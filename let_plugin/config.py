@@ -53,6 +53,18 @@ class TeacherConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Data type of the teacher's weights and maths. "auto": the student's `training.mixed_precision_param`."""
 
+    cpu_offload: bool = False
+    """
+    Keep the teacher's weights in CPU memory, and bring them to the device block by block in each forward pass (FSDP2).
+    Slower; for a teacher that does not fit beside the student.
+    """
+
+    quantization: Literal["none", "int8"] = "none"
+    """
+    "int8": the weights of the teacher's linear layers as 8-bit integers with one scale per row, by torchao. Such a
+    teacher is held whole by each rank. Not together with `cpu_offload`.
+    """
+
     final_norm: bool = True
     """Whether the state of its last block is taken after the final norm (what `transformers` returns last)."""
 

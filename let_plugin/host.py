@@ -5,6 +5,7 @@ nothing. On the CPU, what differs from an accelerator is:
 
 * the device module that torchtitan talks to (memory statistics are the process's resident memory);
 * gloo has no PREMUL_SUM, so FSDP2 reduces with a plain sum;
+* parameters that are offloaded to CPU memory are not pinned there, for which a driver is needed;
 * FlexAttention has no backward on the CPU: attention runs as SDPA under the same mask, made dense. Packed documents
   stay isolated exactly as FlexAttention isolates them.
 
@@ -13,6 +14,7 @@ nothing. On the CPU, what differs from an accelerator is:
 
 import contextlib
 import ctypes
+import functools
 import os
 import platform
 import resource
@@ -100,6 +102,7 @@ def _patch_for_cpu() -> None:
             if hasattr(module, name):
                 setattr(module, name, value)
 
+    fsdp.CPUOffloadPolicy = functools.partial(fsdp.CPUOffloadPolicy, pin_memory=False)
     fsdp.disable_fsdp_gradient_division = _with_sum_reduction(fsdp.disable_fsdp_gradient_division)
     attention._compiled_create_block_mask = _dense_mask
     context_parallel.cp_shard = _with_dense_masks(context_parallel.cp_shard)

@@ -11,8 +11,8 @@ from torchtitan.trainer import Trainer
 
 from let_plugin import host, plan
 from let_plugin.alignment.layer_mapping import EMBEDDING, LayerPair
-from let_plugin.config import LetConfig
-from let_plugin.teacher.base import TeacherInfo
+from let_plugin.config import LetConfig, TeacherConfig
+from let_plugin.teacher.base import TeacherInfo, num_blocks_to
 from let_plugin.teacher.sharding import sequence_shards, teacher_parallel_dims
 
 
@@ -67,8 +67,7 @@ def report(
     num_shards = teacher_parallel_dims(parallel_dims).dp_shard
     tokens = tokens // sequence_shards(config, parallel_dims)
     widths = {layer: teacher.width(layer, let.teacher.final_norm) for layer in layers}
-    memory = {
-        "teacher": num_kept * dtype.itemsize // num_shards,
+    memory = _teacher_memory(let.teacher, teacher, layers, dtype, num_shards) | {
         "target": tokens * sum(widths.values()) * plan.target_dtype(config).itemsize,
         "gradient": tokens
         * len({pair.student for pair in pairs})
@@ -88,6 +87,11 @@ def report(
     else:
         break_even = "never: the teacher costs more than the whole plain run"
     parts = ", ".join(f"{name} {_mib(size)}" for name, size in memory.items())
+    offloaded = []
+    if let.teacher.cpu_offload:
+        offloaded = [
+            f"  offloaded  {_mib(num_kept * dtype.itemsize // num_shards)} of the teacher per rank to CPU memory"
+        ]
     return "\n".join(
         [
             "LET preflight",
@@ -98,6 +102,7 @@ def report(
             f"  lambda     {_describe_schedule(let)} to 0 at step {stop_step} of {steps}",
             f"  vocabulary {vocabulary}",
             f"  memory     + {_mib(sum(memory.values()))} per rank while active: {parts}",
+            *offloaded,
             f"  overhead   + {overhead:.1%} FLOPs while active: N_T / (3 N_S) = {num_teacher:,} / (3 x "
             f"{student.num_matmul_params:,}), embeddings not counted",
             f"  break-even {break_even}",
@@ -124,6 +129,22 @@ def report_auxiliary(config: Trainer.Config, student: Student, pairs: Sequence[L
             f"once per block, beside the student's {student.num_matmul_params:,}",
         ]
     )
+
+
+def _teacher_memory(
+    config: TeacherConfig, teacher: TeacherInfo, layers: Sequence[int | str], dtype: torch.dtype, num_shards: int
+) -> dict[str, int]:
+    """What it is -> bytes that the teacher's weights take on each rank's device."""
+    num_kept = teacher.num_params_to(layers)
+    if config.quantization != "none":
+        num_linear = teacher.num_linear_params_to(layers)  # one byte each; the scales are one per row
+        return {f"teacher ({config.quantization}, not sharded)": (num_kept - num_linear) * dtype.itemsize + num_linear}
+    if config.cpu_offload:
+        # A block runs while the next one is on its way; before the first, the embedding has run.
+        block = max(teacher.block_params[: num_blocks_to(layers)])
+        num_gathered = block + max(block, teacher.num_embedding_params)
+        return {"teacher (gathered)": num_gathered * dtype.itemsize}
+    return {"teacher": num_kept * dtype.itemsize // num_shards}
 
 
 def _describe(pair: LayerPair, width: int, student: Student, teacher: TeacherInfo, let: LetConfig) -> str:

@@ -31,6 +31,8 @@ class TeacherInfo:
         num_embedding_params: Those of the token (and position) embeddings alone: looked up, not multiplied.
         block_params: Parameters of each block.
         residual_size: Width of its residual stream, if it is another: OPT-350m projects its last hidden state.
+        num_linear_params: Weights of its linear layers: those that `let.teacher.quantization` changes.
+        block_linear_params: Those of each block.
     """
 
     description: str
@@ -42,6 +44,8 @@ class TeacherInfo:
     num_embedding_params: int
     block_params: tuple[int, ...]
     residual_size: int | None = None
+    num_linear_params: int = 0
+    block_linear_params: tuple[int, ...] = ()
 
     def num_params_to(self, layers: Sequence[int | str]) -> int:
         """Parameters of the trunk without the blocks that are not needed for these layers.
@@ -49,6 +53,10 @@ class TeacherInfo:
         The final norm counts, though a torchtitan teacher leaves it out too where it is not needed.
         """
         return self.num_trunk_params - sum(self.block_params[num_blocks_to(layers) :])
+
+    def num_linear_params_to(self, layers: Sequence[int | str]) -> int:
+        """Weights of the linear layers among `num_params_to`."""
+        return self.num_linear_params - sum(self.block_linear_params[num_blocks_to(layers) :])
 
     def width(self, layer: int | str, final_norm: bool) -> int:
         """Width of a layer's state; `final_norm` as in TeacherSource.build."""

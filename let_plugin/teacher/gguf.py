@@ -1,4 +1,4 @@
-"""A teacher in a .gguf file, read by `transformers` (it dequantises the weights), and that file's tokenizer.
+"""A teacher in a .gguf file, which is dequantised (see `gguf_weights.py`), and that file's tokenizer.
 
 `python -m let_plugin.teacher.gguf FILE.gguf --tokenizer OUT_DIR` writes the tokenizer in the form that torchtitan
 reads, so that a student can be trained on it.
@@ -17,16 +17,18 @@ import torch
 
 from let_plugin.config import TeacherConfig
 from let_plugin.errors import ConfigError, Problem
-from let_plugin.teacher.base import TeacherSource, keep_rng_state
+from let_plugin.teacher import quantization
+from let_plugin.teacher.base import TeacherSource
+from let_plugin.teacher.gguf_weights import fit_gguf
 from let_plugin.teacher.hf import (
     HFTeacher,
     import_transformers,
     make_teacher,
+    make_whole_trunk,
     quiet_transformers,
     read_tokenizer_path,
     teacher_info,
 )
-from let_plugin.teacher.hf_checks import check_loading_info
 
 if TYPE_CHECKING:
     from torchtitan.distributed import ParallelDims
@@ -49,10 +51,14 @@ class GGUFTeacherSource(TeacherSource):
 
     def __init__(self, config: TeacherConfig) -> None:
         _check_packages()
+        quantization.check(config)
         _check_file(config.path)
         self._teacher_config = config
         self._model_config = _read(config.path, "configuration", _load_config)
-        self.info = teacher_info(self._model_config, f"GGUF {config.path}", config)
+        trunk = make_whole_trunk(self._model_config, config)
+        self.info = teacher_info(trunk, f"GGUF {config.path}")
+        self._fit = _read(config.path, "weights", lambda folder, name: fit_gguf(os.path.realpath(config.path), trunk))
+        self._fit.check(trunk, self.info.num_layers, config.path)
 
     def vocabulary(self) -> dict[str, int]:
         """Token -> id, from `tokenizer_path` if given, or else of the file's own tokenizer."""
@@ -70,28 +76,18 @@ class GGUFTeacherSource(TeacherSource):
         layers: Sequence[int | str],
         final_norm: bool,
     ) -> HFTeacher:
-        """See TeacherSource. Every rank reads the whole file into CPU memory, in fp32, before it keeps its shard."""
-        from transformers import AutoModel
-
-        from let_plugin.teacher.hf_attention import ATTENTION
-
-        path = self._teacher_config.path
-        with keep_rng_state(device), quiet_transformers():
-            loaded, loading_info = _read(path, "weights", _load_trunk)
-            check_loading_info(loading_info, loaded, self.info.num_layers, path)
-            # A model that was loaded from GGUF counts as quantised, and refuses to change its dtype.
-            trunk = AutoModel.from_config(self._model_config, dtype=dtype, attn_implementation=ATTENTION)
-            trunk.load_state_dict(loaded.state_dict())
-            del loaded
-            return make_teacher(
-                trunk,
-                self.info,
-                layers=layers,
-                final_norm=final_norm,
-                device=device,
-                parallel_dims=parallel_dims,
-                path=path,
-            )
+        """See TeacherSource. One tensor of the file at a time is dequantised whole, by every rank, in CPU memory."""
+        return make_teacher(
+            self._model_config,
+            self.info,
+            self._fit.steps,
+            config=self._teacher_config,
+            dtype=dtype,
+            device=device,
+            parallel_dims=parallel_dims,
+            layers=layers,
+            final_norm=final_norm,
+        )
 
 
 def write_tokenizer(gguf_file: str, folder: str) -> None:
@@ -148,19 +144,6 @@ def _load_tokenizer(folder: str, name: str) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, gguf_file=name, local_files_only=True)
-
-
-def _load_trunk(folder: str, name: str) -> Any:
-    from transformers import AutoModel
-
-    return AutoModel.from_pretrained(
-        folder,
-        gguf_file=name,
-        dtype=torch.float32,
-        local_files_only=True,
-        ignore_mismatched_sizes=True,  # lists them in the loading info, which is checked
-        output_loading_info=True,
-    )
 
 
 def main(arguments: list[str] | None = None) -> int:

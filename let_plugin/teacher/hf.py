@@ -3,6 +3,7 @@
 * The trunk alone (`AutoModel`): a language-model head is never built, nor run.
 * Safetensors only, and only a checkpoint that holds every weight: a newly initialised weight is an error.
 * Cut behind the deepest layer that is asked for. The final norm runs all the same.
+* Made on the meta device, cut and sharded there; then each rank reads its own rows: see `hf_weights.py`.
 * Packed documents are isolated in every family that is accepted: see `hf_attention.py`. `build` tries it out.
 
 Shape legend: B batch, L sequence, E teacher width.
@@ -10,7 +11,7 @@ Shape legend: B batch, L sequence, E teacher width.
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,17 +21,18 @@ from torch import nn
 
 from let_plugin.config import TeacherConfig
 from let_plugin.errors import ConfigError, Problem
-from let_plugin.teacher.base import Teacher, TeacherInfo, TeacherSource, freeze, keep_rng_state, num_blocks_to
+from let_plugin.teacher import hf_trials, hf_weights, quantization
+from let_plugin.teacher.base import Teacher, TeacherInfo, TeacherSource, freeze, keep_rng_state
 from let_plugin.teacher.hf_checks import (
     check_folder,
     check_is_decoder,
     check_isolates_documents,
-    check_loading_info,
-    check_safetensors,
     find_layers,
     remote_code_problem,
 )
 from let_plugin.teacher.layers import LayerStates
+from let_plugin.teacher.safetensors_files import INDEX
+from let_plugin.teacher.sharding import raise_together
 from let_plugin.teacher.vocabulary import read_vocabulary
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
 _PATH_KEY = "let.teacher.path"
 _TOKENIZER_KEY = "let.teacher.tokenizer_path"
 _HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
-_TRIAL_LENGTH = 6  # tokens of a document that a teacher is tried out with
+_HUB_FILES = ["config.json", "model*.safetensors", INDEX]
 _TOKENIZER_FILES = ("tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 
 
@@ -53,11 +55,13 @@ class HFTeacherSource(TeacherSource):
             such path on this machine. A local teacher never touches the network.
 
     Raises:
-        ConfigError: If there is no such teacher, or it is not a decoder that can be a teacher.
+        ConfigError: If there is no such teacher, it is not a decoder that can be a teacher, or the headers of a local
+            teacher's files do not fit its configuration.
     """
 
     def __init__(self, config: TeacherConfig) -> None:
         import_transformers()
+        quantization.check(config)
         self._teacher_config = config
         self._is_local = os.path.exists(config.path)
         if self._is_local:
@@ -67,7 +71,11 @@ class HFTeacherSource(TeacherSource):
             raise ConfigError(Problem(_PATH_KEY, f"{message} and *.safetensors", config.path))
         self._model_config = self._load_config()
         where = "folder" if self._is_local else "hub"
-        self.info = teacher_info(self._model_config, f"{where} {config.path}", config)
+        self._whole_trunk = make_whole_trunk(self._model_config, config)
+        self.info = teacher_info(self._whole_trunk, f"{where} {config.path}")
+        self._fit: hf_weights.Fit | None = None
+        if self._is_local:
+            self._fit = self._check_fit(config.path)
 
     def vocabulary(self) -> dict[str, int] | None:
         """Token -> id, from `tokenizer_path` or the teacher's folder (see read_vocabulary); None if there is none.
@@ -91,40 +99,35 @@ class HFTeacherSource(TeacherSource):
         layers: Sequence[int | str],
         final_norm: bool,
     ) -> "HFTeacher":
-        """See TeacherSource. Every rank reads the whole checkpoint into CPU memory before it keeps its shard."""
-        from transformers import AutoModel
+        """See TeacherSource. No rank holds more of the teacher than its shard: see `hf_weights.py`."""
+        if self._fit is None:
+            self._fit = self._check_fit(self._download())
+        return make_teacher(
+            self._model_config,
+            self.info,
+            self._fit.steps,
+            config=self._teacher_config,
+            dtype=dtype,
+            device=device,
+            parallel_dims=parallel_dims,
+            layers=layers,
+            final_norm=final_norm,
+        )
 
-        from let_plugin.teacher.hf_attention import ATTENTION
+    def _check_fit(self, folder: str) -> hf_weights.Fit:
+        fit = hf_weights.fit_safetensors(Path(folder), self._whole_trunk)
+        fit.check(self._whole_trunk, self.info.num_layers, self._teacher_config.path)
+        return fit
+
+    def _download(self) -> str:
+        """The folder on this machine with the files of a hub name. They are fetched where they are not there yet."""
+        from huggingface_hub import snapshot_download
 
         path = self._teacher_config.path
-        if self._is_local:
-            check_safetensors(Path(path))
-        with keep_rng_state(device), quiet_transformers():
-            try:
-                trunk, loading_info = AutoModel.from_pretrained(
-                    path,
-                    config=self._model_config,
-                    dtype=dtype,
-                    attn_implementation=ATTENTION,
-                    use_safetensors=True,
-                    local_files_only=self._is_local,
-                    trust_remote_code=self._teacher_config.trust_remote_code,
-                    # Lists the mismatches in loading_info, which raises below: none is ever accepted.
-                    ignore_mismatched_sizes=True,
-                    output_loading_info=True,
-                )
-            except Exception as error:  # safetensors, the hub client and transformers each have types of their own
-                raise ConfigError(Problem(_PATH_KEY, f"the teacher cannot be loaded: {error}", path)) from error
-            check_loading_info(loading_info, trunk, self.info.num_layers, path)
-            return make_teacher(
-                trunk,
-                self.info,
-                layers=layers,
-                final_norm=final_norm,
-                device=device,
-                parallel_dims=parallel_dims,
-                path=path,
-            )
+        try:
+            return snapshot_download(path, allow_patterns=_HUB_FILES)
+        except Exception as error:  # OSError, ValueError and the hub client's own
+            raise ConfigError(Problem(_PATH_KEY, f"it cannot be fetched from the hub: {error}", path)) from error
 
     def _load_config(self) -> "PreTrainedConfig":
         from transformers import AutoConfig
@@ -184,72 +187,86 @@ def import_transformers() -> Any:
     return transformers
 
 
-def teacher_info(config: "PreTrainedConfig", where: str, teacher_config: TeacherConfig) -> TeacherInfo:
-    """Describes the trunk that `config` asks for, counted on the meta device.
+def make_whole_trunk(config: "PreTrainedConfig", teacher_config: TeacherConfig) -> Any:
+    """The trunk that `config` asks for, on the meta device.
 
-    ConfigError if it is not a decoder, or one of a family in which packed documents cannot be kept apart.
+    ConfigError if it is not a decoder, one of a family in which packed documents cannot be kept apart, or has nothing
+    to quantise where that is asked for.
     """
-    path = teacher_config.path
     check_is_decoder(config, teacher_config)
-    from transformers import AutoModel
-
     try:
         # Every family has "eager" attention, so that the check below can say what is the matter with the others.
-        with torch.device("meta"), keep_rng_state(torch.device("cpu")):
-            trunk = AutoModel.from_config(
-                config, attn_implementation="eager", trust_remote_code=teacher_config.trust_remote_code
-            )
+        trunk = _on_meta(config, teacher_config, attn_implementation="eager")
     except Exception as error:  # a configuration that contradicts itself fails anywhere in the model's constructor
-        raise ConfigError(Problem(_PATH_KEY, f"its configuration cannot be built: {error}", path)) from error
-    check_isolates_documents(config, trunk, path)
+        message = f"its configuration cannot be built: {error}"
+        raise ConfigError(Problem(_PATH_KEY, message, teacher_config.path)) from error
+    check_isolates_documents(config, trunk, teacher_config.path)
+    quantization.check_has_linear(teacher_config, trunk)
+    return trunk
 
-    blocks = find_layers(trunk, config.num_hidden_layers)
-    embeddings = [module for module in trunk.modules() if isinstance(module, nn.Embedding)]
+
+def teacher_info(whole_trunk: Any, where: str) -> TeacherInfo:
+    """Describes a trunk that `make_whole_trunk` made."""
+    config = whole_trunk.config
+    blocks = find_layers(whole_trunk, config.num_hidden_layers)
+    embeddings = [module for module in whole_trunk.modules() if isinstance(module, nn.Embedding)]
     return TeacherInfo(
-        description=f"{config.model_type} ({type(trunk).__name__}), {where}",
+        description=f"{config.model_type} ({type(whole_trunk).__name__}), {where}",
         # OPT-350m alone projects its last hidden state back to the width of its embedding.
         hidden_size=getattr(config, "word_embed_proj_dim", None) or config.hidden_size,
         num_layers=config.num_hidden_layers,
-        vocab_size=trunk.get_input_embeddings().weight.shape[0],
+        vocab_size=whole_trunk.get_input_embeddings().weight.shape[0],
         max_seq_len=getattr(config, "max_position_embeddings", None),
-        num_trunk_params=sum(parameter.numel() for parameter in trunk.parameters()),
+        num_trunk_params=sum(parameter.numel() for parameter in whole_trunk.parameters()),
         num_embedding_params=sum(module.weight.numel() for module in embeddings),
         block_params=tuple(sum(parameter.numel() for parameter in block.parameters()) for block in blocks),
         residual_size=config.hidden_size,
+        num_linear_params=quantization.num_linear_params(whole_trunk),
+        block_linear_params=tuple(quantization.num_linear_params(block) for block in blocks),
     )
 
 
 def make_teacher(
-    trunk: nn.Module,
+    model_config: "PreTrainedConfig",
     info: TeacherInfo,
+    steps: Iterable[hf_weights.Step],
     *,
-    layers: Sequence[int | str],
-    final_norm: bool,
+    config: TeacherConfig,
+    dtype: torch.dtype,
     device: torch.device,
     parallel_dims: "ParallelDims",
-    path: str,
+    layers: Sequence[int | str],
+    final_norm: bool,
 ) -> HFTeacher:
-    """Cuts and freezes a trunk on the CPU, tries it out, and moves it to `device`, sharded over data-parallel ranks.
+    """Makes a trunk on the meta device, cuts, freezes and shards it, reads its weights, and tries it out.
 
     Its configuration stays as it is: `forward` runs the blocks that are there, with the types that it gives them.
+    Collective over the ranks that it is sharded over, which all raise the same ConfigError.
     """
-    blocks = find_layers(trunk, info.num_layers)
-    states = LayerStates(list(blocks), layers, output_layer=info.num_layers - 1 if final_norm else None)
-    teacher = HFTeacher(trunk, states)
-    freeze(teacher)
-    _cut(teacher, blocks, info, layers, path)
-    _try_out(teacher, info, sum(info.width(layer, final_norm) for layer in layers), path)
-    mesh = _shard_mesh(parallel_dims)
-    if mesh is None:
-        return teacher.to(device)
+    from let_plugin.teacher.hf_attention import ATTENTION
 
-    from torch.distributed.fsdp import fully_shard
-
-    # Explicit: by default FSDP2 leaves a root that never runs backward gathered. One layer at a time goes to the
-    # device, where its shard stays.
-    for block in blocks:
-        fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    fully_shard(trunk, mesh=mesh, reshard_after_forward=True)
+    with keep_rng_state(device), quiet_transformers():
+        trunk = _on_meta(model_config, config, attn_implementation=ATTENTION, dtype=dtype)
+        _keep_in_fp32(trunk, dtype)
+        trunk.eval()
+        blocks = find_layers(trunk, info.num_layers)
+        order_is_known = hf_trials.cut(trunk, blocks, info, layers)
+        _init_buffers(trunk)
+        states = LayerStates(list(blocks), layers, output_layer=info.num_layers - 1 if final_norm else None)
+        teacher = HFTeacher(trunk, states)
+        freeze(teacher)
+        _place(trunk, blocks, device, parallel_dims, config)
+        raise_together(hf_weights.load(trunk, steps, device, config.path), parallel_dims)
+        hf_trials.try_out(
+            teacher,
+            blocks,
+            info,
+            layers=layers,
+            width=sum(info.width(layer, final_norm) for layer in layers),
+            in_order=not order_is_known,
+            device=device,
+            path=config.path,
+        )
     return teacher
 
 
@@ -264,7 +281,7 @@ def read_tokenizer_path(path: str) -> dict[str, int]:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars, and no report that the language-model head was left out: `check_loading_info` reports."""
+    """No progress bars, and no report that the language-model head was left out: `hf_weights.Fit` reports."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -279,72 +296,66 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-@torch.no_grad()
-def _cut(teacher: HFTeacher, blocks: nn.ModuleList, info: TeacherInfo, layers: Sequence[int | str], path: str) -> None:
-    """Takes away the blocks behind the deepest layer. ConfigError unless the layers' states stay as they were.
+def _on_meta(config: "PreTrainedConfig", teacher_config: TeacherConfig, **options: Any) -> Any:
+    from transformers import AutoModel
 
-    They would not in a family that runs its blocks in loops: there, a later block comes before an earlier one.
+    with torch.device("meta"), keep_rng_state(torch.device("cpu")):
+        return AutoModel.from_config(config, trust_remote_code=teacher_config.trust_remote_code, **options)
+
+
+def _keep_in_fp32(trunk: Any, dtype: torch.dtype) -> None:
+    """Makes fp32 what a family keeps so in every data type, as `from_pretrained` does (routers of some mixtures)."""
+    kept = [re.compile(rf"(^|\.){re.escape(name)}(\.|$)") for name in trunk._get_dtype_plan(dtype)]
+    for name, parameter in trunk.named_parameters():
+        if any(pattern.search(name) for pattern in kept):
+            parameter.data = parameter.data.float()
+
+
+def _init_buffers(trunk: Any) -> None:
+    """Computes, on the CPU, the buffers of a trunk on the meta device that no checkpoint holds (rotary frequencies).
+
+    By the family's own initialisation, as `from_pretrained` does. What is to be read is marked as initialised, and is
+    on the meta device still: it costs nothing.
     """
-    num_blocks = num_blocks_to(layers)
-    if num_blocks == info.num_layers:
-        return
-    tokens_BL, positions_BL = _two_documents(info)
-    before_BLE = _run(teacher, info, tokens_BL, positions_BL, path)
-    del blocks[num_blocks:]
-    after_BLE = _run(teacher, info, tokens_BL, positions_BL, path)
-    if not (after_BLE - before_BLE).float().norm() <= 1e-2 * before_BLE.float().norm():
-        message = f"{info.description}: the states of these layers depend on blocks behind them; choose its last layer"
-        raise ConfigError(Problem("let.pairs", message, list(layers)))
+    for module in trunk.modules():
+        for name in module._non_persistent_buffers_set:
+            buffer = module._buffers[name]
+            if buffer is not None:
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
+    for tensor in trunk.state_dict(keep_vars=True).values():
+        tensor._is_hf_initialized = True
+    trunk.initialize_weights()
 
 
-@torch.no_grad()
-def _try_out(teacher: HFTeacher, info: TeacherInfo, width: int, path: str) -> None:
-    """ConfigError unless the states have the width E = `width` and a document's do not depend on the one before it.
+def _place(
+    trunk: Any, blocks: nn.ModuleList, device: torch.device, parallel_dims: "ParallelDims", config: TeacherConfig
+) -> None:
+    """Shards a trunk on the meta device, and makes its tensors, without values, where they will stay.
 
-    Two documents of 6 tokens in each of 2 rows, on the CPU: milliseconds for a small teacher. A family that passes
-    `check_isolates_documents` but has other ways from token to token (a convolution, say) is caught here.
+    Linear weights that will be quantised are left on the meta device: `hf_weights.load` makes them one by one.
     """
-    length = _TRIAL_LENGTH
-    tokens_BL, positions_BL = _two_documents(info)
-    changed_BL = tokens_BL.clone()
-    changed_BL[0, :length] = (changed_BL[0, :length] + 1) % info.vocab_size
-    states_BLE = _run(teacher, info, tokens_BL, positions_BL, path)
-    changed_BLE = _run(teacher, info, changed_BL, positions_BL, path)
-    if states_BLE.shape[-1] != width:
-        message = f"its states have width {states_BLE.shape[-1]}, its configuration says {width}"
-        raise ConfigError(Problem(_PATH_KEY, message, path))
-    # A masked token contributes exactly 0, but a mixture-of-experts layer groups tokens differently: hence a tolerance
-    # relative to the effect that the change has where it may have one.
-    effect = (changed_BLE - states_BLE)[0, :length].float().norm()
-    leak = (changed_BLE - states_BLE)[0, length:].float().norm()
-    if not leak <= 1e-2 * effect:
-        message = f"{info.description}: a document's states depend on the document before it; choose another teacher"
-        raise ConfigError(Problem(_PATH_KEY, message, path))
+    offloads = config.cpu_offload
+    left: set[int] = set()
+    if config.quantization != "none":
+        left = {id(layer.weight) for layer in quantization.linear_layers(trunk)}
+    elif offloads or parallel_dims.dp_shard_enabled:
+        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
+        # Only the sharding axis of the (perhaps 2-D) data-parallel mesh: the replicas along the other axis hold the
+        # same frozen weights, and have no gradients to agree on. It is there with one rank too, for offloading.
+        mesh = parallel_dims.get_mesh("fsdp")
+        policy = CPUOffloadPolicy(pin_memory=device.type != "cpu") if offloads else OffloadPolicy()
+        # Explicit: by default FSDP2 leaves a root that never runs backward gathered.
+        for module in (trunk.get_input_embeddings(), *blocks, trunk):
+            fully_shard(module, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
 
-def _two_documents(info: TeacherInfo) -> tuple[torch.Tensor, torch.Tensor]:
-    """tokens_BL and positions_BL to try a teacher out with: two documents in each of 2 rows."""
-    tokens_BL = torch.arange(2 * _TRIAL_LENGTH).repeat(2, 1) % info.vocab_size
-    return tokens_BL, torch.arange(_TRIAL_LENGTH).repeat(2, 2)
+    def place(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) in left:
+            return tensor
+        own_device = torch.device("cpu") if offloads and isinstance(tensor, nn.Parameter) else device
+        return torch.empty_like(tensor, device=own_device) if tensor.is_meta else tensor.to(own_device)
 
-
-def _run(
-    teacher: HFTeacher, info: TeacherInfo, tokens_BL: torch.Tensor, positions_BL: torch.Tensor, path: str
-) -> torch.Tensor:
-    try:
-        return teacher(tokens_BL, positions_BL)
-    except Exception as error:  # whatever this family's code raises when it is given our arguments
-        message = f"{info.description} cannot run over packed documents: {error}"
-        raise ConfigError(Problem(_PATH_KEY, message, path)) from error
-
-
-def _shard_mesh(parallel_dims: "ParallelDims") -> Any:
-    """The 1-D mesh that the weights are sharded over, or None.
-
-    Only the sharding axis of the (perhaps 2-D) data-parallel mesh: the replicas along the other axis hold the same
-    frozen weights, and have no gradients to agree on.
-    """
-    return parallel_dims.get_mesh("fsdp") if parallel_dims.dp_shard_enabled else None
+    trunk._apply(place)
 
 
 def _read_vocabulary(folder: str, key: str) -> dict[str, int] | None:

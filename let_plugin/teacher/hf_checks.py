@@ -1,18 +1,19 @@
 """What can be wrong with a checkpoint that `transformers` is to read: found here, and said in one ConfigError.
 
-In the order in which they are asked: the folder, the architecture, the weight files, and what was loaded from them.
+In the order in which they are asked: the folder, then the architecture. `safetensors_files.py` checks the weight files,
+`hf_weights.py` how they fit, `hf_trials.py` how the teacher runs.
 """
 
 import inspect
 import json
-import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from let_plugin.config import TeacherConfig
 from let_plugin.errors import ConfigError, Problem
+from let_plugin.teacher.safetensors_files import INDEX, SINGLE_FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 _PATH_KEY = "let.teacher.path"
 _LAYER_TYPES = {"full_attention", "sliding_attention"}  # as `transformers` names them
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
-_MAX_NAMED_TENSORS = 8
 
 
 def check_folder(config: TeacherConfig) -> None:
@@ -36,14 +36,14 @@ def check_folder(config: TeacherConfig) -> None:
         problems.append(Problem(_PATH_KEY, f"{message} writes them", config.path))
     else:
         problems += _config_file_problems(config_file, config)
-    if not (folder / "model.safetensors").is_file() and not (folder / "model.safetensors.index.json").is_file():
+    if not (folder / SINGLE_FILE).is_file() and not (folder / INDEX).is_file():
         if any(file.suffix in _PICKLE_SUFFIXES for file in folder.iterdir()):
             message = (
                 "only pickled weights there, which can run code when they are read and are refused; convert them, "
                 "where you trust them: AutoModelForCausalLM.from_pretrained(path).save_pretrained(new_path)"
             )
         else:
-            message = "no model.safetensors (or model.safetensors.index.json) in this folder"
+            message = f"no {SINGLE_FILE} (or {INDEX}) in this folder"
         problems.append(Problem(_PATH_KEY, message, config.path))
     if problems:
         raise ConfigError(problems)
@@ -73,7 +73,7 @@ def check_is_decoder(config: "PreTrainedConfig", teacher_config: TeacherConfig) 
 
 
 def check_isolates_documents(config: "PreTrainedConfig", trunk: nn.Module, path: str) -> None:
-    """ConfigError for what can be told from the model's class and configuration; `hf._try_out` does the rest."""
+    """ConfigError for what can be told from the model's class and configuration; `hf_trials` does the rest."""
     family = config.model_type
     layer_types = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
     reason = ""
@@ -96,54 +96,6 @@ def check_isolates_documents(config: "PreTrainedConfig", trunk: nn.Module, path:
         find_layers(trunk, config.num_hidden_layers)
     except ValueError as error:
         raise ConfigError(Problem(_PATH_KEY, str(error), path)) from error
-
-
-def check_safetensors(folder: Path) -> None:
-    """ConfigError that names files and tensors if a shard is missing, damaged or shorter than its header says."""
-    index_file = folder / "model.safetensors.index.json"
-    files = {"model.safetensors"}
-    if not (folder / "model.safetensors").is_file():
-        try:
-            files = set(json.loads(index_file.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            message = f"its model.safetensors.index.json cannot be read: {error!r}"
-            raise ConfigError(Problem(_PATH_KEY, message, str(folder))) from error
-    problems = [
-        Problem(_PATH_KEY, message, str(folder)) for name in sorted(files) if (message := _damage(folder / name))
-    ]
-    if problems:
-        raise ConfigError(problems)
-
-
-def check_loading_info(loading_info: dict[str, Any], trunk: nn.Module, num_layers: int, path: str) -> None:
-    """ConfigError that names the tensors, unless the checkpoint held every weight in the shape that is asked for."""
-    problems = []
-    missing = sorted(loading_info["missing_keys"])
-    if missing:
-        message = f"the checkpoint lacks tensors that its configuration asks for: {_names(missing)}"
-        problems.append(Problem(_PATH_KEY, message, path))
-    mismatched = [
-        f"{name} (file {tuple(found)}, configuration {tuple(wanted)})"
-        for name, found, wanted in sorted(loading_info["mismatched_keys"])
-    ]
-    if mismatched:
-        message = f"tensors whose shape is not the configuration's: {_names(mismatched)}"
-        problems.append(Problem(_PATH_KEY, message, path))
-    # A head, or a buffer of an old version, is expected to be left over; a whole layer means a wrong config.json.
-    layers = find_layers(trunk, num_layers)
-    prefix = next(name for name, module in trunk.named_modules() if module is layers)
-    in_layers = re.compile(rf"(^|\.){re.escape(prefix)}\.(\d+)\.")
-    surplus = [
-        name
-        for name in sorted(loading_info["unexpected_keys"])
-        if (match := in_layers.search(name)) and int(match[2]) >= len(layers)
-    ]
-    if surplus:
-        message = f"the checkpoint has more layers than its configuration ({len(layers)}): {_names(surplus)}"
-        problems.append(Problem(_PATH_KEY, message, path))
-    problems += [Problem(_PATH_KEY, message, path) for message in loading_info["error_msgs"]]
-    if problems:
-        raise ConfigError(problems)
 
 
 def find_layers(trunk: nn.Module, num_layers: int) -> nn.ModuleList:
@@ -176,26 +128,3 @@ def _config_file_problems(config_file: Path, config: TeacherConfig) -> list[Prob
         return [] if config.trust_remote_code else [remote_code_problem()]
     message = f"transformers knows no model_type {model_type!r} (in config.json); a newer transformers may"
     return [Problem(_PATH_KEY, message, config.path)]
-
-
-def _damage(file: Path) -> str:
-    """What is wrong with a safetensors file, or ''. Reads its header only: 8 bytes of length, then JSON."""
-    if not file.is_file():
-        return f"{file.name} is missing"
-    size = file.stat().st_size
-    with file.open("rb") as f:
-        header_size = int.from_bytes(f.read(8), "little")
-        if size < 8 or header_size > size - 8:
-            return f"{file.name} is truncated, or is not a safetensors file ({size} bytes); fetch it again"
-        try:
-            header = json.loads(f.read(header_size))
-            ends = {name: entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            return f"{file.name} is not a safetensors file: {error!r}"
-    cut = sorted(name for name, end in ends.items() if 8 + header_size + end > size)
-    return f"{file.name} is truncated: it lacks (part of) {_names(cut)}; fetch it again" if cut else ""
-
-
-def _names(names: list[str]) -> str:
-    more = len(names) - _MAX_NAMED_TENSORS
-    return ", ".join(names[:_MAX_NAMED_TENSORS]) + (f" and {more} more" if more > 0 else "")

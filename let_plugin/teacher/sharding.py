@@ -16,6 +16,8 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.context_parallel import prepare_context_parallel_input
 from torchtitan.trainer import Trainer
 
+from let_plugin.errors import ConfigError, Problem
+
 # Plain tensors and FSDP2: the teacher needs no annotations, and runs outside the student's SPMD context.
 SPMD_BACKEND = "partial_dtensor"
 
@@ -35,6 +37,22 @@ def teacher_parallel_dims(student: ParallelDims) -> ParallelDims:
         world_size=student.world_size,
         spmd_backend=SPMD_BACKEND,
     )
+
+
+def raise_together(problems: list[Problem], parallel_dims: ParallelDims) -> None:
+    """ConfigError with the problems of all the ranks that share a teacher, on each of them; none goes on alone.
+
+    Args:
+        problems: What this rank has found.
+        parallel_dims: The teacher's device meshes.
+    """
+    if parallel_dims.dp_shard_enabled:
+        group = parallel_dims.get_mesh("fsdp").get_group()
+        found: list[list[Problem]] = [[] for _ in range(dist.get_world_size(group))]
+        dist.all_gather_object(found, problems, group=group)
+        problems = list(dict.fromkeys(problem for of_rank in found for problem in of_rank))
+    if problems:
+        raise ConfigError(problems)
 
 
 def sequence_shards(config: Trainer.Config, student: ParallelDims) -> int:

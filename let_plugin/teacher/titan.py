@@ -10,8 +10,11 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torchtitan.config import CompileConfig, ParallelismConfig
 from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.compile import apply_compile
 from torchtitan.models import _supported_models
 from torchtitan.models.common.attention import FlexAttention, VarlenAttention
 from torchtitan.protocols.model_spec import ModelSpec
@@ -22,8 +25,11 @@ from let_plugin import host
 from let_plugin.config import TeacherConfig
 from let_plugin.errors import ConfigError, Problem, suggest
 from let_plugin.registry import Registry
+from let_plugin.teacher import quantization
 from let_plugin.teacher.base import Teacher, TeacherInfo, TeacherSource, freeze, keep_rng_state, num_blocks_to
 from let_plugin.teacher.layers import LayerStates
+from let_plugin.teacher.safetensors_files import some_names
+from let_plugin.teacher.sharding import raise_together
 from let_plugin.teacher.vocabulary import read_vocabulary
 
 
@@ -62,6 +68,7 @@ class TitanTeacherSource(TeacherSource):
             path=config.path or teacher_spec.path,
             tokenizer_path=config.tokenizer_path or teacher_spec.tokenizer_path,
         )
+        quantization.check(config)
         self._config = config
         self._spec = teacher_spec.make_spec()
         host.adapt_model_spec(self._spec)
@@ -78,6 +85,8 @@ class TitanTeacherSource(TeacherSource):
             num_trunk_params=sum(p.numel() for p in trunk.parameters()),
             num_embedding_params=sum(p.numel() for p in trunk.tok_embeddings.parameters()),
             block_params=tuple(sum(p.numel() for p in block.parameters()) for block in trunk.layers.values()),
+            num_linear_params=quantization.num_linear_params(trunk),
+            block_linear_params=tuple(quantization.num_linear_params(block) for block in trunk.layers.values()),
         )
 
     def vocabulary(self) -> dict[str, int] | None:
@@ -102,8 +111,12 @@ class TitanTeacherSource(TeacherSource):
             fsdp_reshard_after_forward="always",
             spmd_backend=parallel_dims.spmd_backend,
         )
+        offloads = self._config.cpu_offload
         training = dataclasses.replace(
-            config.training, mixed_precision_param=str(dtype).removeprefix("torch."), disable_cuda_graphs=True
+            config.training,
+            mixed_precision_param=str(dtype).removeprefix("torch."),
+            disable_cuda_graphs=True,
+            enable_cpu_offload=offloads,
         )
         compile_config = CompileConfig(**dataclasses.asdict(config.compile))
         model_config: Any = self._spec.model
@@ -116,22 +129,44 @@ class TitanTeacherSource(TeacherSource):
             with torch.device("meta"), set_default_dtype(dtype):
                 model = _trunk(model_config.build())
                 _cut(model, layers, final_norm)
-            model = self._spec.parallelize_fn(
-                model,
-                parallel_dims=parallel_dims,
-                training=training,
-                parallelism=parallelism,
-                compile_config=compile_config,
-                ac_config=None,
-                dump_folder=config.dump_folder,
-            )
-            model.to_empty(device=device)
+            if self._config.quantization == "none":
+                model = self._spec.parallelize_fn(
+                    model,
+                    parallel_dims=parallel_dims,
+                    training=training,
+                    parallelism=parallelism,
+                    compile_config=compile_config,
+                    ac_config=None,
+                    dump_folder=config.dump_folder,
+                )
+                if isinstance(model, FSDPModule):
+                    model.set_reshard_after_forward(True)  # torchtitan leaves the root, with the norm, to the default
+            elif compile_config.enable and "model" in compile_config.components:
+                # Held whole: FSDP2, which torchtitan always applies, cannot hold int8 weights.
+                apply_compile(model, compile_config=compile_config, parallel_dims=parallel_dims)
+            model.to_empty(device="cpu" if offloads else device)
             with torch.no_grad():
-                model.init_weights(buffer_device=None)  # the buffers (RoPE); the weights are overwritten below
-            self._load(model)
+                # The buffers (RoPE); the weights are overwritten below.
+                model.init_weights(buffer_device=device if offloads else None)
+            raise_together(self._problems_of_loading(model), parallel_dims)
+            if self._config.quantization != "none":
+                quantization.quantize_linear(model)
         teacher = TitanTeacher(model, layers)
         freeze(teacher)
         return teacher
+
+    def _problems_of_loading(self, model: Any) -> list[Problem]:
+        """Reads this rank's shards, and returns what is wrong with them: tensors that hold NaN or infinities, too."""
+        try:
+            self._load(model)
+        except ConfigError as error:
+            return error.problems
+        local = {n: t.to_local() if isinstance(t, DTensor) else t for n, t in model.state_dict().items()}
+        bad = [name for name, tensor in local.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+        if not bad:
+            return []
+        message = f"these tensors hold NaN or infinite values: {some_names(bad)}; fetch the files again"
+        return [Problem("let.teacher.path", message, self._config.path)]
 
     def _load(self, model: Any) -> None:
         """Reads each rank's own shards into `model`. Every parameter must be found, in its shape."""

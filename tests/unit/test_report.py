@@ -154,6 +154,23 @@ def test_memory_of_a_sharded_teacher(config, monkeypatch):
     assert f"teacher {mib:.1f} MiB" in line(preflight.run(config), "memory")
 
 
+def test_memory_of_an_int8_teacher_that_is_whole_on_each_rank(config, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    set_all(config, let__teacher__quantization="int8")
+    norms = 32 * (2 * 2 + 1)
+    mib = ((TEACHER_BLOCKS + TEACHER_EMBEDDING - norms - TEACHER_EMBEDDING) + (norms + TEACHER_EMBEDDING) * 4) / 2**20
+    assert f"teacher (int8, not sharded) {mib:.1f} MiB" in line(preflight.run(config), "memory")
+
+
+def test_memory_of_an_offloaded_teacher(config):
+    set_all(config, let__teacher__cpu_offload=True)
+    report = preflight.run(config)
+    mib = (TEACHER_BLOCKS + TEACHER_EMBEDDING) * 4 / 2**20
+    assert line(report, "offloaded") == f"{mib:.1f} MiB of the teacher per rank to CPU memory"
+    block = (TEACHER_BLOCKS - 32) // 2
+    assert f"teacher (gathered) {(TEACHER_EMBEDDING + block) * 4 / 2**20:.1f} MiB" in line(report, "memory")
+
+
 def test_without_let_the_report_says_so_and_needs_no_teacher(config):
     config.let = LetConfig(enable=False)
     report = preflight.run(config)

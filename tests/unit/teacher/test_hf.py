@@ -14,12 +14,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 transformers = pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
 
-from let_plugin import host  # noqa: E402
+from torchtitan.distributed import ParallelDims  # noqa: E402
+
 from let_plugin.alignment.layer_mapping import EMBEDDING  # noqa: E402
 from let_plugin.config import TeacherConfig  # noqa: E402
 from let_plugin.errors import ConfigError  # noqa: E402
+from let_plugin.teacher import quantization  # noqa: E402
 from let_plugin.teacher.hf import HFTeacher, HFTeacherSource  # noqa: E402
+from let_plugin.teacher.sharding import teacher_parallel_dims  # noqa: E402
 
+ONE_RANK = {"dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1, "pp": 1, "ep": 1, "world_size": 1}
 VOCAB_SIZE = 61
 SEQ_LEN = 24
 WINDOW = 5  # shorter than the longest document, so that a lost window shows
@@ -41,7 +45,18 @@ _GPT2 = {"vocab_size": VOCAB_SIZE, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_p
 
 def _model_configs() -> dict:
     return {
-        "llama": transformers.LlamaConfig(**_GROUPED),
+        "llama": transformers.LlamaConfig(**_GROUPED, tie_word_embeddings=True),
+        "llama3_rope": transformers.LlamaConfig(
+            **{**_GROUPED, "max_position_embeddings": 128},
+            rope_parameters={
+                "rope_type": "llama3",
+                "rope_theta": 10_000.0,
+                "factor": 4.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            },
+        ),
         "gpt2": transformers.GPT2Config(**_GPT2),
         "opt": transformers.OPTConfig(**_OPT, ffn_dim=48, word_embed_proj_dim=32),
         "opt_350m_like": transformers.OPTConfig(**_OPT, ffn_dim=48, word_embed_proj_dim=16, do_layer_norm_before=False),
@@ -52,6 +67,9 @@ def _model_configs() -> dict:
         ),
         "qwen3": transformers.Qwen3Config(**_GROUPED, head_dim=8),
         "mistral": transformers.MistralConfig(**_GROUPED, sliding_window=WINDOW),
+        "phi": transformers.PhiConfig(**_GROUPED),
+        "phi3": transformers.Phi3Config(**_GROUPED, sliding_window=WINDOW),
+        "gemma": transformers.GemmaConfig(**_GROUPED, head_dim=8),
         "gemma2": transformers.Gemma2Config(**_GROUPED, head_dim=8, query_pre_attn_scalar=8, sliding_window=WINDOW),
         "gemma3": transformers.Gemma3TextConfig(**_GROUPED, head_dim=8, sliding_window=WINDOW),
         "olmoe": transformers.OlmoeConfig(**_GROUPED, num_experts=4, num_experts_per_tok=2),
@@ -85,13 +103,14 @@ def llama(folders: dict[str, Path], tmp_path: Path) -> Path:
 
 
 def build(
-    source: HFTeacherSource, dtype: torch.dtype = torch.float32, layers=None, final_norm: bool = True
+    source: HFTeacherSource,
+    dtype: torch.dtype = torch.float32,
+    layers=None,
+    final_norm: bool = True,
+    parallel_dims=None,
 ) -> HFTeacher:
     """The teacher; of its last layer unless `layers` says otherwise."""
-    host.set_up("cpu")
-    from torchtitan.distributed import ParallelDims
-
-    parallel_dims = ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=1, ep=1, world_size=1)
+    parallel_dims = parallel_dims or teacher_parallel_dims(ParallelDims(**ONE_RANK))
     return source.build(
         dtype=dtype,
         device=torch.device("cpu"),
@@ -100,6 +119,14 @@ def build(
         layers=[source.info.num_layers - 1] if layers is None else layers,
         final_norm=final_norm,
     )
+
+
+@pytest.fixture
+def one_rank(parallel_dims):
+    """The teacher's meshes of one process, with the process group that they stand on."""
+    dims = teacher_parallel_dims(parallel_dims)
+    dims.build_mesh()
+    return dims
 
 
 def reference_of(folder: Path):
@@ -307,6 +334,23 @@ def test_dropout_is_off(folders, family) -> None:
     assert torch.equal(teacher(tokens_BL, positions_BL), teacher(tokens_BL, positions_BL))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_weight_and_buffer_is_that_of_from_pretrained(folders, tmp_path, family, dtype) -> None:
+    """From one file, and from several with an index."""
+    expected = transformers.AutoModel.from_pretrained(folders[family], dtype=dtype)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folders[family])
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    for folder in (folders[family], tmp_path):
+        trunk = build(source_of(folder), dtype).trunk
+        for named in ("named_parameters", "named_buffers"):
+            tensors = dict(getattr(trunk, named)())
+            assert tensors.keys() == dict(getattr(expected, named)()).keys()
+            for name, tensor in getattr(expected, named)():
+                torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=0)
+
+
 def test_sharded_checkpoint(folders, tmp_path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(folders["llama"])
     model.save_pretrained(tmp_path, max_shard_size="20KB")
@@ -316,9 +360,9 @@ def test_sharded_checkpoint(folders, tmp_path) -> None:
     assert torch.equal(states_BLE, build(source_of(folders["llama"]))(tokens_BL, positions_BL))
     shard = sorted(tmp_path.glob("*.safetensors"))[1]
     shard.unlink()
-    assert f"{shard.name} is missing" in problems_of(tmp_path, load=True)
+    assert f"{shard.name} is missing" in problems_of(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text("{}")
-    assert "index.json cannot be read" in problems_of(tmp_path, load=True)
+    assert "index.json cannot be read" in problems_of(tmp_path)
 
 
 # Vocabulary
@@ -446,6 +490,54 @@ def test_a_window_that_the_family_does_not_hand_on_is_refused(tmp_path) -> None:
     assert "sliding window" in problems_of(tmp_path, load=True)
 
 
+# Offloaded and quantised
+
+
+@torch.no_grad()
+def test_an_offloaded_teacher_equals_the_plain_one(folders, one_rank) -> None:
+    from torch.distributed.tensor import DTensor
+
+    batch = packed_batch()[:2]
+    plain = build(source_of(folders["llama"]))
+    teacher = build(source_of(folders["llama"], cpu_offload=True), parallel_dims=one_rank)
+    for _ in range(2):
+        assert torch.equal(teacher(*batch), plain(*batch))
+        for parameter in teacher.parameters():  # gathered for each forward pass, and given back: the root's as well
+            assert isinstance(parameter, DTensor) and parameter.device.type == "cpu"
+    for module in (teacher.trunk, teacher.trunk.embed_tokens, *teacher.trunk.layers):
+        (group,) = module._get_fsdp_state()._fsdp_param_groups
+        assert all(parameter.offload_to_cpu for parameter in group.fsdp_params)
+        assert group._reshard_after_forward
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gemma2"])
+@torch.no_grad()
+def test_an_int8_teacher_is_near_the_plain_one_and_smaller(folders, family) -> None:
+    pytest.importorskip("torchao", reason="pip install torchao")
+    batch = packed_batch()[:2]
+    source = source_of(folders[family], quantization="int8")
+    small, plain = build(source), build(source_of(folders[family]))
+    cosine_BL = torch.nn.functional.cosine_similarity(small(*batch), plain(*batch), dim=-1)
+    assert 0.99 < cosine_BL.min() < 1 - 1e-7
+    sizes = [sum(map(quantization.num_bytes, teacher.parameters())) for teacher in (plain, small)]
+    # 4 bytes of each linear weight become 1, and each row (of 32 weights or more) gets a scale of 4.
+    linear = source.info.num_linear_params
+    assert 3 * linear - 4 * linear / 32 <= sizes[0] - sizes[1] < 3 * linear
+    assert linear == quantization.num_linear_params(plain)
+    assert not any(p.requires_grad or p.is_meta for p in small.parameters())
+
+
+def test_quantisation_that_cannot_be_had(folders, monkeypatch) -> None:
+    assert "no nn.Linear layers to quantise" in problems_of(folders["gpt2"], quantization="int8")
+    monkeypatch.setattr(quantization, "find_spec", lambda name: None)
+    text = problems_of(folders["llama"], quantization="int8", cpu_offload=True)
+    assert "let.teacher.quantization = 'int8': it needs the torchao package: pip install torchao" in text
+    assert "not together with let.teacher.cpu_offload" in text
+
+
+# Damaged weights
+
+
 def edit_config(folder: Path, **fields) -> None:
     file = folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
@@ -460,18 +552,58 @@ def edit_weights(folder: Path, edit) -> None:
 
 def test_missing_tensor_is_named(llama) -> None:
     edit_weights(llama, lambda tensors: {k: v for k, v in tensors.items() if "1.mlp.up_proj" not in k})
-    assert "lacks tensors that its configuration asks for: layers.1.mlp.up_proj.weight" in problems_of(llama, load=True)
+    assert "lacks tensors that its configuration asks for: layers.1.mlp.up_proj.weight" in problems_of(llama)
 
 
 def test_mismatching_tensor_is_named(llama) -> None:
     edit_config(llama, intermediate_size=56)
-    text = problems_of(llama, load=True)
+    text = problems_of(llama)
     assert "layers.0.mlp.down_proj.weight (file (32, 48), configuration (32, 56))" in text
+
+
+def test_a_tensor_of_another_kind_is_named(llama) -> None:
+    name = "model.layers.0.mlp.down_proj.weight"
+    edit_weights(llama, lambda tensors: {**tensors, name: tensors[name].to(torch.int8)})
+    assert "layers.0.mlp.down_proj.weight (file int8, configuration float32)" in problems_of(llama)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_tensors_that_are_not_finite_are_named(llama, value) -> None:
+    def spoil(tensors):
+        for name in ("model.layers.0.mlp.down_proj.weight", "model.layers.1.self_attn.q_proj.weight"):
+            tensors[name][-1, 3] = value
+        return tensors
+
+    edit_weights(llama, spoil)
+    names = "layers.0.mlp.down_proj.weight, layers.1.self_attn.q_proj.weight"
+    assert f"these tensors hold NaN or infinite values: {names}; fetch" in problems_of(llama, load=True)
+
+
+def test_a_number_too_large_for_the_teachers_data_type_is_named(llama) -> None:
+    name = "model.norm.weight"
+    edit_weights(llama, lambda tensors: {**tensors, name: tensors[name].double() * 1e300})
+    assert "NaN or infinite values: norm.weight" in problems_of(llama, load=True)
+
+
+def test_a_file_that_shrinks_after_its_header_was_read(llama) -> None:
+    source = source_of(llama)
+    file = llama / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match=r"cannot be read: OSError: model.safetensors ends too early"):
+        build(source)
+
+
+def test_experts_that_do_not_combine_are_named(folders, tmp_path) -> None:
+    folder = Path(shutil.copytree(folders["olmoe"], tmp_path / "olmoe"))
+    edit_weights(folder, lambda tensors: {k: v for k, v in tensors.items() if "experts.3.gate_proj" not in k})
+    text = problems_of(folder)
+    assert "layers.0.mlp.experts" in text
+    assert "not as its configuration says" in text
 
 
 def test_surplus_layers_are_named(llama) -> None:
     edit_config(llama, num_hidden_layers=2)
-    text = problems_of(llama, load=True)
+    text = problems_of(llama)
     assert "more layers than its configuration (2)" in text
     assert "layers.2." in text
 
@@ -480,7 +612,7 @@ def test_truncated_weights_are_named(llama) -> None:
     file = llama / "model.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[:-100])
-    assert "model.safetensors is truncated: it lacks (part of) model." in problems_of(llama, load=True)
+    assert "model.safetensors is truncated: it lacks (part of) model." in problems_of(llama)
     for damaged in (b"", b"123", content[:50], b"x" * 100, (2).to_bytes(8, "little") + b"[]" + b"x"):
         file.write_bytes(damaged)
-        assert "model.safetensors is " in problems_of(llama, load=True)
+        assert "model.safetensors is " in problems_of(llama)

@@ -16,6 +16,7 @@ from let_plugin.config import TeacherConfig
 from let_plugin.demo import TEACHER, TOKENIZER
 from let_plugin.errors import ConfigError
 from let_plugin.models import llama_spec
+from let_plugin.teacher import quantization
 from let_plugin.teacher.titan import TEACHER_SPECS, TitanTeacherSource, register_teacher_spec
 from tests.support import config_registry as tiny
 from tests.support import jobs, reference
@@ -27,8 +28,8 @@ LENGTHS = [[7, 12, 5], [1, 3, 20]]  # of the packed documents
 def build(config, parallel_dims):
     """Function that builds the teacher of a spec and a folder in this process; of its last layer unless told."""
 
-    def build(path, spec="tiny_teacher", dtype=torch.float32, layers=None, final_norm=True):
-        source = TitanTeacherSource(TeacherConfig(spec=spec, path=str(path)))
+    def build(path, spec="tiny_teacher", dtype=torch.float32, layers=None, final_norm=True, **fields):
+        source = TitanTeacherSource(TeacherConfig(spec=spec, path=str(path), **fields))
         return source.build(
             dtype=dtype,
             device=torch.device("cpu"),
@@ -108,6 +109,47 @@ def test_bf16_states_are_near_the_fp32_ones(tiny_teacher, build):
 
 
 # Layers
+
+
+@torch.no_grad()
+def test_an_offloaded_teacher_equals_the_plain_one(tiny_teacher, build):
+    path, _ = tiny_teacher
+    batch = packed_batch()
+    teacher = build(path, cpu_offload=True)
+    assert torch.equal(teacher(*batch), build(path)(*batch))
+    assert torch.equal(teacher(*batch), build(path)(*batch))
+    for parameter in teacher.parameters():  # gathered for each forward pass, and given back
+        assert isinstance(parameter, DTensor) and parameter.device.type == "cpu"
+    for module in (teacher.model, *teacher.model.layers.values()):
+        for group in module._get_fsdp_state()._fsdp_param_groups:
+            assert all(parameter.offload_to_cpu for parameter in group.fsdp_params)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@torch.no_grad()
+def test_an_int8_teacher_is_near_the_plain_one_and_smaller(build, config, compiled):
+    pytest.importorskip("torchao", reason="pip install torchao")
+    config.compile = CompileConfig(enable=compiled)
+    batch = packed_batch()
+    whole, small = build("", spec="demo_teacher"), build("", spec="demo_teacher", quantization="int8")
+    cosine_BL = torch.nn.functional.cosine_similarity(small(*batch), whole(*batch), dim=-1)
+    assert 0.99 < cosine_BL.min() < 1 - 1e-7
+    linear = quantization.num_linear_params(whole)
+    assert linear == TitanTeacherSource(TeacherConfig(spec="demo_teacher")).info.num_linear_params
+    saved = sum(map(quantization.num_bytes, whole.parameters())) - sum(map(quantization.num_bytes, small.parameters()))
+    assert 0.95 < saved / (3 * linear) <= 1  # 4 bytes have become 1, and a scale for each row
+    assert not any(p.requires_grad for p in small.parameters())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(tiny_teacher, tmp_path, build, value):
+    weights = {name: weight.clone() for name, weight in tiny_teacher[1].items()}
+    weights["layers.1.attention.wo.weight"][3, 5] = value
+    dcp.save(weights, checkpoint_id=str(tmp_path), no_dist=True)
+    problem = problem_of(build, tmp_path)
+    assert problem.key == "let.teacher.path"
+    assert "NaN or infinite values: layers.1.attention.wo.weight" in problem.message
+    build(tmp_path, layers=[0])  # what is not read cannot hurt
 
 
 def expected_states(weights, tokens_BL, positions_BL):
