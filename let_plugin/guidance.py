@@ -232,7 +232,7 @@ class Guidance:
                 del self._trainer.checkpointer.states[projector.name]
         if self._center is not None and self._trainer.config.checkpoint.enable:
             del self._trainer.checkpointer.states[CENTER]
-        self.teacher, self.taps, self.projectors, self._head = None, [], [], None
+        self.teacher, self.taps, self.projectors, self._head, self._center = None, [], [], None, None
 
     def _attach_auxiliary_head(self) -> None:
         config, dims, device = self._trainer.config, self._trainer.parallel_dims, self._trainer.device
