@@ -5,14 +5,20 @@ to be needed, and only exists, once that step is known: it is read then, from th
 from. A checkpoint without it, of plain torchtitan for one, is no error; one that holds the state of something else is.
 """
 
+import io
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.stateful import Stateful
+from torchtitan.components.checkpointer.base import TRAIN_STATE
+from torchtitan.components.checkpointer.dcp import CheckpointManager
 from torchtitan.tools import filesystem
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
@@ -55,13 +61,21 @@ def restore(name: str, stateful: Any, config: Trainer.Config, step: int) -> None
         ConfigError: If it is there, but is that of a run with other `[let]` settings.
     """
     checkpoint: Any = config.checkpoint
-    path = filesystem.join(filesystem.join(config.dump_folder, checkpoint.folder), f"step-{step}")
+    path = filesystem.join(_folder(config), f"step-{step}")
     if not filesystem.isdir(path):
         path = checkpoint.initial_load_path
-    reader = FsspecReader(path) if filesystem.is_remote(path) else dcp.FileSystemReader(path)
-    if not any(key.startswith(f"{name}.") for key in reader.read_metadata().state_dict_metadata):
+    if not read(name, stateful, path):
         logger.warning(f"LET: {path} has no {name}: it starts afresh at step {step}")
-        return
+
+
+def read(name: str, stateful: Any, path: str) -> bool:
+    """Reads the state called `name` from the checkpoint at `path`; False if it has none. Needs no process group.
+
+    ConfigError as for `restore`.
+    """
+    reader = _reader(path)
+    if not any(key.startswith(f"{name}.") for key in reader.read_metadata().state_dict_metadata):
+        return False
     state = {name: stateful.state_dict()}
     try:
         # no_dist: with pipeline parallelism, the other stages may have no such state, and do not take part.
@@ -71,3 +85,71 @@ def restore(name: str, stateful: Any, config: Trainer.Config, step: int) -> None
         first = str(error).strip().splitlines()[0]
         message = f"the checkpoint {path} has a {name} of other settings ({first}); resume with those, or start afresh"
         raise ConfigError(Problem("let", message)) from error
+    return True
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """The checkpoint that a run goes on from.
+
+    Attributes:
+        path: Its folder.
+        steps_taken: The optimizer steps taken by then.
+    """
+
+    path: str
+    steps_taken: int
+
+
+def find(config: Trainer.Config) -> Resumption | None:
+    """What torchtitan will resume from; None for a run that starts at step 0, with given weights or without.
+
+    Reads no weights. ConfigError if the checkpoint that the configuration asks for is not there or cannot be read.
+    """
+    settings: Any = config.checkpoint
+    if not settings.enable or settings.create_seed_checkpoint or not isinstance(settings, CheckpointManager.Config):
+        return None
+    folder, step = _folder(config), settings.load_step
+    if step == -1:
+        # torchtitan's own rule of what is a checkpoint; it asks nothing of the manager where the folder is given.
+        step = CheckpointManager._find_load_step(cast(Any, None), folder)
+    if step == -1:
+        key, path, model_only = "initial_load_path", settings.initial_load_path, settings.initial_load_model_only
+    else:
+        key, path, model_only = "load_step", filesystem.join(folder, f"step-{step}"), step == 0
+    if not path:
+        return None
+    if not filesystem.isdir(path):
+        raise ConfigError(Problem(f"checkpoint.{key}", f"there is no checkpoint {path}", getattr(settings, key)))
+    if model_only or TRAIN_STATE in settings.exclude_from_loading:
+        return None
+    planner = _SafePlanner()
+    name = f"{TRAIN_STATE}.step"
+    try:
+        reader = _reader(path)
+        if name not in reader.read_metadata().state_dict_metadata:
+            return None  # weights only: torchtitan says so
+        dcp.load({TRAIN_STATE: {"step": 0}}, storage_reader=reader, planner=planner, no_dist=True)
+    except (Exception, CheckpointException) as error:  # the latter is no Exception, only a BaseException
+        message = f"the checkpoint {path} cannot be read: {type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        raise ConfigError(Problem(f"checkpoint.{key}", message, getattr(settings, key))) from error
+    return Resumption(path, planner.values[name])
+
+
+class _SafePlanner(DefaultLoadPlanner):
+    """Keeps what is no tensor in `values`, and runs no code from the file to read it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: dict[str, Any] = {}
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        self.values[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
+
+
+def _folder(config: Trainer.Config) -> str:
+    return filesystem.join(config.dump_folder, config.checkpoint.folder)
+
+
+def _reader(path: str) -> Any:
+    return FsspecReader(path) if filesystem.is_remote(path) else dcp.FileSystemReader(path)

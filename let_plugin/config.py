@@ -173,6 +173,12 @@ class LetConfig:
     otherwise ("constant": the whole run). (The paper does not state its S_stop.)
     """
 
+    stop_action: Literal["free", "offload"] = "free"
+    """
+    What becomes of the teacher at the end of the alignment. "free": nothing is left of it. "offload": it is moved to
+    CPU memory and stays at hand as the trainer's `offloaded_teacher`. See docs/teachers.md.
+    """
+
     adaptive_stop: AdaptiveStopConfig = field(default_factory=AdaptiveStopConfig)
 
     layer_mapping: str = "L2E"

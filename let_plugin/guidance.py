@@ -254,7 +254,7 @@ class Guidance:
             del self._trainer.checkpointer.states[CENTER]
         if self._extras is not None:
             self._extras.stop()
-        self._provider, self.taps, self.projectors, self._head = None, [], [], None
+        self._provider, self.taps, self.projectors, self._head, self._center = None, [], [], None, None
 
     def _attach_auxiliary_head(self) -> None:
         config, dims, device = self._trainer.config, self._trainer.parallel_dims, self._trainer.device

@@ -15,12 +15,12 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataLoader
 from torchtitan.trainer import Trainer
 
-from let_plugin import data, plan
+from let_plugin import checkpoint, data, plan, stopping
 from let_plugin.alignment.layer_mapping import LayerPair
 from let_plugin.alignment.projectors import FittedMatch
 from let_plugin.config import LetConfig
 from let_plugin.errors import ConfigError, Problem, suggest
-from let_plugin.report import Student, report, report_auxiliary
+from let_plugin.report import Student, report, report_auxiliary, report_ended
 from let_plugin.teacher.base import TeacherInfo, TeacherSource
 from let_plugin.teacher.sources import open_teacher
 from let_plugin.teacher.vocabulary import compare_vocabularies
@@ -56,6 +56,7 @@ def run(config: Trainer.Config) -> str:
         if key == "dataloader" or config.validator.enable:
             checks(_check_dataset, key, loader)
     checks(_check_dump_folder, config.dump_folder)
+    resumption = checks(checkpoint.find, config)
 
     let: LetConfig = config.let
     if not let.enable:
@@ -81,6 +82,11 @@ def run(config: Trainer.Config) -> str:
         checks.finish()
         assert student and pairs and stop_step is not None
         return report_auxiliary(config, student, pairs, stop_step)
+    ended_at = None if stop_step is None else checks(stopping.ended_at, config, stop_step, resumption)
+    if ended_at is not None:
+        checks.finish()
+        assert student
+        return report_ended(student, ended_at)
     source, pairs = checks(open_teacher, let.teacher), None
     if source is not None:
         pairs = checks(plan.layer_pairs, config, source.info.num_layers)

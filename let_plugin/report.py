@@ -147,6 +147,17 @@ def _teacher_memory(
     return {"teacher": num_kept * dtype.itemsize // num_shards}
 
 
+def report_ended(student: Student, stop_step: int) -> str:
+    """The preflight report of a run without a step before the end of the alignment, without a final line break."""
+    return "\n".join(
+        [
+            "LET preflight",
+            f"  student    {student}",
+            f"  teacher    the alignment has ended at step {stop_step}; the teacher is not needed",
+        ]
+    )
+
+
 def _describe(pair: LayerPair, width: int, student: Student, teacher: TeacherInfo, let: LetConfig) -> str:
     if pair.teacher == EMBEDDING:
         layer = "embedding"

@@ -10,6 +10,26 @@ from let_plugin import checkpoint, plan
 ADAPTIVE_STOP = "let_adaptive_stop"
 
 
+def ended_at(config: Trainer.Config, stop_step: int, resumption: checkpoint.Resumption | None) -> int | None:
+    """The step at which the alignment has ended by the time the run starts; None if there is some of it left.
+
+    Needs no process group. An adaptive stop by validation may yet end it before its first step: torchtitan validates
+    after it has saved, and what that measured is in no checkpoint.
+
+    Args:
+        config: The student's configuration.
+        stop_step: The end that was chosen.
+        resumption: The checkpoint that the run goes on from.
+    """
+    adaptive = plan.adaptive_stop(config.let)
+    if resumption is not None and adaptive is not None:
+        checkpoint.read(ADAPTIVE_STOP, adaptive, resumption.path)
+        if adaptive.stop_step is not None:
+            stop_step = min(stop_step, adaptive.stop_step)
+    steps_taken = 0 if resumption is None else resumption.steps_taken
+    return stop_step if steps_taken >= stop_step else None
+
+
 class Stopping:
     """S_stop of a run, the same on every rank.
 

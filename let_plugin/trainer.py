@@ -25,13 +25,21 @@ from let_plugin.config import LetConfig, RuntimeConfig
 from let_plugin.guidance import Guidance
 from let_plugin.metrics import Disagreement, JsonlLogger, Progress
 from let_plugin.stopping import Stopping
+from let_plugin.teacher.base import Teacher
 
 # A mixin's attributes and `super()` calls are those of the trainer that it is mixed into.
 _Base: Any = Trainer if TYPE_CHECKING else object
 
 
 class LetTrainerMixin(_Base):
-    """Late-to-Early Training for any subclass of torchtitan's Trainer."""
+    """Late-to-Early Training for any subclass of torchtitan's Trainer.
+
+    Attributes:
+        guidance: What is there only while the alignment lasts; None before its first step and after its end.
+        offloaded_teacher: The teacher in CPU memory, from the end of the alignment on, with
+            `let.stop_action = "offload"`. None without it, on ranks that had no teacher, and in a run that has resumed
+            after the end.
+    """
 
     def __init__(self, config: Any) -> None:
         if config.let.enable and not config.let.cuda_graphs and not config.training.disable_cuda_graphs:
@@ -43,6 +51,7 @@ class LetTrainerMixin(_Base):
             self.schedule = plan.schedule(self.let)
             self.stopping = Stopping(self)
         self.guidance: Guidance | None = None
+        self.offloaded_teacher: Teacher | None = None
         self._lambda = 0.0
         self._logged_metrics: dict[str, float] = {}
         self._progress = Progress(config.training.steps)
@@ -107,6 +116,8 @@ class LetTrainerMixin(_Base):
 
     def _end_alignment(self) -> None:
         assert self.guidance is not None
+        if self.let.stop_action == "offload" and self.guidance.teacher is not None:
+            self.offloaded_teacher = self.guidance.teacher.to("cpu")
         self.guidance.remove()
         self.guidance = None
         if not self.config.training.disable_cuda_graphs:
@@ -115,7 +126,8 @@ class LetTrainerMixin(_Base):
             self.fwd_bwd_fn = wrap_with_cuda_graph(self._forward_backward_body)
         gc.collect()  # torchtitan has switched off the automatic collection; FSDP's modules are in cycles
         utils.device_module.empty_cache()
-        logger.info(f"LET: step {self.step}: the alignment has ended and the teacher is freed")
+        end = "is freed" if self.let.stop_action == "free" else "has moved to CPU memory"
+        logger.info(f"LET: step {self.step}: the alignment has ended and the teacher {end}")
 
     def _metrics(self) -> dict[str, float]:
         if not self.let.enable:

@@ -3,7 +3,8 @@
     torchrun ... -m tests.support.matrix CASES.json
 
 CASES.json lists {"name", "config" (a TOML file), "args", "out"}. The file `out` gets what the run did: the gradients of
-the first step as the optimizer got them, and what was logged in each step; or {"error": traceback}.
+the first step as the optimizer got them, what was logged in each step, and what of the alignment there was on each rank
+("watched") and was left after its end ("leftovers", see tests/support/leftovers.py); or {"error": traceback}.
 """
 
 import json
@@ -24,6 +25,8 @@ def run(config_file, args):
     from torchtitan.components.checkpointer.utils import canonical_fqn
     from torchtitan.observability import structured_logger
 
+    from tests.support.leftovers import Leftovers
+
     config = toml_config.load(Path(config_file), args).config
     torchtitan.trainer.time.sleep = lambda seconds: None  # "for other ranks to complete"
     # torch refuses it where a graph is kept for a second backward pass, as zero-bubble schedules do, LET or not.
@@ -33,6 +36,7 @@ def run(config_file, args):
     structured_logger.init_structured_logger(source="training", output_dir=config.dump_folder, enable=False)
     host.adapt_model_spec(config.model_spec)
     trainer = config.build()
+    leftovers = Leftovers(trainer)
 
     gradients, logged = {}, []
 
@@ -55,7 +59,7 @@ def run(config_file, args):
     trainer.metrics_processor.logger.log = record
     trainer.train()
     trainer.close()
-    return {"gradients": gradients, "logged": logged}
+    return {"gradients": gradients, "logged": logged, "watched": leftovers.watched, "leftovers": leftovers.alive}
 
 
 def main():
@@ -78,6 +82,8 @@ def main():
             else {
                 "gradients": {name: g for rank in everybody for name, g in rank["gradients"].items()},
                 "logged": max((rank["logged"] for rank in everybody), key=lambda steps: steps[0]["loss"]),
+                "watched": [rank["watched"] for rank in everybody],
+                "leftovers": [rank["leftovers"] for rank in everybody],
             }
         )
         if dist.get_rank() == 0:

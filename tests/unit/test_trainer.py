@@ -1,0 +1,119 @@
+"""The end of the alignment, in a trainer of one process: what is given back, and what is kept."""
+
+import gc
+
+import pytest
+import torch
+import torchtitan.trainer
+
+from let_plugin.config import PairConfig, TeacherConfig
+from let_plugin.demo import TOKENIZER
+from tests.support.config_registry import VOCAB_SIZE
+from tests.support.fields import set_all
+from tests.support.leftovers import Leftovers
+
+# Name -> settings of the run, and what of them the watcher must have seen.
+ENDS = {
+    "torchtitan": ({}, ["guidance", "teacher states", "teacher parameter model.layers.0.attention.wo.weight", "tap 0"]),
+    "transformers": ({}, ["teacher parameter trunk.layers.0.mlp.up_proj.weight"]),
+    "projector": (
+        {"let__dimension_match": "linear", "checkpoint__enable": True},
+        ["let_projector_0 optimizer", "let_projector_0 optimizer state 0 exp_avg", "let_projector_0 weights weight"],
+    ),
+    "mlp, several pairs": (
+        {"let__dimension_match": "mlp", "let__pairs": [PairConfig(student=0, teacher=0), PairConfig(student=2)]},
+        ["let_projector_1 module "],
+    ),
+    "procrustes, centred": (
+        {"let__dimension_match": "procrustes", "let__teacher__center": True, "checkpoint__enable": True},
+        ["let_projector_0", "center mean_C"],
+    ),
+    "compiled": (
+        {"compile__enable": True, "compile__backend": "aot_eager", "let__dimension_match": "linear"},
+        ["let_projector_0 module ", "teacher module model.layers.0"],
+    ),
+    "labels": ({"let__target": "labels"}, ["tap 0 coefficient"]),
+    "validated": (
+        {"validator__enable": True, "validator__freq": 1, "validator__steps": 1},
+        ["teacher buffer model.freqs_cis"],
+    ),
+}
+
+
+@pytest.fixture
+def hf_teacher(tmp_path):
+    """Folder of a teacher that `transformers` builds, of the student's vocabulary."""
+    transformers = pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(vocab_size=VOCAB_SIZE, **shape))
+    model.save_pretrained(tmp_path / "hf")
+    return str(tmp_path / "hf")
+
+
+@pytest.fixture
+def settings(request, config, hf_teacher, monkeypatch):
+    """Three steps, of which the last is without a teacher; and the settings that the test asks for, by name."""
+    monkeypatch.setattr(torchtitan.trainer.time, "sleep", lambda seconds: None)
+    set_all(config, training__steps=3, **ENDS[request.param][0])
+    if request.param == "transformers":
+        config.let.teacher = TeacherConfig(path=hf_teacher, tokenizer_path=TOKENIZER)
+    return request.param
+
+
+@pytest.mark.parametrize("settings", ENDS, indirect=True)
+def test_at_the_end_of_the_alignment_all_that_it_brought_is_gone(settings, trainer):
+    leftovers = Leftovers(trainer)
+    trainer.train()
+    assert set(ENDS[settings][1]) <= set(leftovers.watched)
+    assert leftovers.alive == []
+    assert trainer.offloaded_teacher is None
+
+
+@pytest.mark.parametrize("settings", ["projector"], indirect=True)
+def test_a_reference_that_is_kept_is_seen(settings, trainer):
+    """The tests above can fail."""
+    leftovers = Leftovers(trainer)
+    kept = []
+    finish_step = trainer.train_step
+
+    def train_step(data_iterator):
+        finish_step(data_iterator)
+        if trainer.guidance is not None:
+            kept.append(trainer.guidance.projectors[0].weights["weight"])
+            kept.append(trainer.guidance.teacher.get_parameter("model.layers.0.attention.wo.weight").data)
+
+    trainer.train_step = train_step
+    trainer.train()
+    assert leftovers.alive == ["teacher parameter model.layers.0.attention.wo.weight", "let_projector_0 weights weight"]
+
+
+@pytest.mark.parametrize("settings", ["transformers", "projector"], indirect=True)
+def test_an_offloaded_teacher_stays_at_hand_and_the_rest_goes(settings, config, trainer):
+    config.let.stop_action = "offload"
+    leftovers = Leftovers(trainer)
+    states = []
+    tokens_BL = torch.arange(24).view(2, 12)
+    train_step = trainer.train_step
+
+    def run_teacher(data_iterator):
+        train_step(data_iterator)
+        if trainer.guidance is not None:
+            with torch.no_grad():
+                states.append(trainer.guidance.teacher(tokens_BL, None))
+
+    trainer.train_step = run_teacher
+    trainer.train()
+    assert trainer.guidance is None
+    teacher = trainer.offloaded_teacher
+    assert all(p.device.type == "cpu" and not p.requires_grad for p in teacher.parameters())
+    with torch.no_grad():
+        assert torch.equal(teacher(tokens_BL, None), states[-1])
+    assert not any(name.startswith("teacher") for name in trainer.model_parts[0].state_dict())
+    gone = [name for name in leftovers.watched if not name.startswith("teacher")]
+    assert gone and not set(gone) & set(leftovers.alive)
+
+    # Whoever kept it gives it up.
+    trainer.offloaded_teacher = None
+    del teacher
+    gc.collect()
+    assert leftovers.alive_now() == []
