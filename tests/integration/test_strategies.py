@@ -39,6 +39,8 @@ stop_step = 3""",
     "align_corners": "dimension_match_options.align_corners = true",
     "linear": 'dimension_match = "linear"',
     "linear, random": 'dimension_match = "linear"\ndimension_match_options = {init = "random", seed = 1}',
+    "early": "layer_mapping_options.early = 0.75",
+    "linear, align_corners": 'dimension_match = "linear"\ndimension_match_options.align_corners = true',
     "linear, own optimizer": 'dimension_match = "linear"\nprojector = {lr_multiplier = 3, weight_decay = 0}',
     "mlp": 'dimension_match = "mlp"\ndimension_match_options.hidden_width = 40',
     "orthogonal": 'dimension_match = "orthogonal"',
@@ -84,7 +86,9 @@ layer_mapping = "uniform"
 layer_mapping_options.num_pairs = 2""",
     "M2E + align_corners + normalised mse + stop_fraction": """\
 layer_mapping = "M2E"
+layer_mapping_options.early = 0.5
 dimension_match_options.align_corners = true
+teacher.check_vocabulary = false
 loss = "mse"
 loss_options.normalize = true
 stop_fraction = 1""",
@@ -107,7 +111,7 @@ loss = "logsum"
 schedule = "exponential"
 layer_mapping = "M2M"
 stop_step = 3
-adaptive_stop = {criterion = "gradient", threshold = 2.0, patience = 2}""",
+adaptive_stop = {criterion = "gradient", threshold = 2.0, smoothing = 0.5, patience = 2}""",
     "orthogonal from the identity + cka + L2M + centred": """\
 dimension_match = "orthogonal"
 dimension_match_options.init = "identity"
@@ -128,6 +132,8 @@ dimension_match_options.refit_every = 1
 loss = "relational"
 schedule = "hard_stop"
 layer_mapping = "L2M"
+student_block = 2
+diagnosis_freq = 2
 stop_step = 3
 teacher.center = true""",
     "truncate_or_pad + constant + before the final norm + pairs + tokens": """\
