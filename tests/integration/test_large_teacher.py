@@ -66,7 +66,9 @@ def _worker(path: str) -> None:
     plain, plain_rise = _measured_build(path, 1)
     torch.testing.assert_close(states_BLE, plain(tokens_BL, None), rtol=0, atol=1e-5)
     full = sum(map(quantization.num_bytes, plain.parameters()))
-    print(f"rank {rank}: {sharded_rise / 2**20:.0f} MiB sharded, {plain_rise / 2**20:.0f} plain, {full / 2**20:.0f} full")
+    print(
+        f"rank {rank}: {sharded_rise / 2**20:.0f} MiB sharded, {plain_rise / 2**20:.0f} plain, {full / 2**20:.0f} full"
+    )
     assert plain_rise > 0.9 * full  # else nothing has been measured
     assert 0.4 * full < sharded_rise < 0.75 * full  # a half, and a few gathered blocks while it is tried out
     del sharded, plain
