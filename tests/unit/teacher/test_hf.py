@@ -422,6 +422,23 @@ def test_hub_name_that_cannot_be_had(monkeypatch) -> None:
     assert "no local folder of that name either" in text
 
 
+@torch.no_grad()
+def test_hub_name_in_the_hub_clients_cache(folders, tmp_path, monkeypatch) -> None:
+    repository = tmp_path / "models--org--name"
+    shutil.copytree(folders["llama"], repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    source = source_of("org/name")
+    assert source.info.description.endswith("hub org/name")
+    batch = packed_batch()[:2]
+    assert torch.equal(build(source)(*batch), build(source_of(folders["llama"]))(*batch))
+    shutil.rmtree(repository)
+    with pytest.raises(ConfigError, match=r"let\.teacher\.path = 'org/name': it cannot be fetched from the hub"):
+        source._download()
+
+
 def test_folder_without_config_and_weights(tmp_path) -> None:
     text = problems_of(tmp_path)  # both mistakes at once
     assert "no config.json" in text
