@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import DefaultLoadPlanner
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.stateful import Stateful
@@ -151,4 +152,4 @@ def _folder(config: Trainer.Config) -> str:
 
 
 def _reader(path: str) -> Any:
-    return dcp.FsspecReader(path) if filesystem.is_remote(path) else dcp.FileSystemReader(path)
+    return FsspecReader(path) if filesystem.is_remote(path) else dcp.FileSystemReader(path)
