@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SMOLLM2 := assets/smollm2
+# Two files of tests at a time. A file stays in one process: its tests share the jobs that they look at.
+PARALLEL := -n 2 --dist loadfile
 
 .PHONY: demo test test-quick lint format fetch-smollm2 wheel clean
 
@@ -11,10 +13,10 @@ demo: $(VENV)/.installed  ## Train the demo's student plain and with LET, and co
 	$(BIN)/python -m let_plugin.demo
 
 test: $(VENV)/.installed $(SMOLLM2)/tokenizer.json  ## Run all tests that this machine can run
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-quick: $(VENV)/.installed  ## Leave the slow ones out
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 lint: $(VENV)/.installed  ## What CI checks besides the tests
 	$(BIN)/ruff check .

@@ -117,7 +117,8 @@ class LetTrainerMixin(_Base):
     def _end_alignment(self) -> None:
         assert self.guidance is not None
         if self.let.stop_action == "offload" and self.guidance.teacher is not None:
-            self.offloaded_teacher = self.guidance.teacher.to("cpu")
+            self.offloaded_teacher = self.guidance.teacher
+            self.offloaded_teacher.move_to(torch.device("cpu"))
         self.guidance.remove()
         self.guidance = None
         if not self.config.training.disable_cuda_graphs:

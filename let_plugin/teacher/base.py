@@ -82,6 +82,17 @@ class Teacher(nn.Module, ABC):
                 sees another document's. None: one document per row.
         """
 
+    def move_to(self, device: torch.device) -> None:
+        """Moves weights and buffers; of a sharded teacher each rank its shard, and `forward` needs the ranks' device.
+
+        Not by `Module.to`: for sharded parameters it swaps what they are in place, and refuses where anything, like
+        the guards of compiled code, holds a weak reference to one.
+        """
+        self.load_state_dict({name: tensor.to(device) for name, tensor in self.state_dict().items()}, assign=True)
+        for module in self.modules():
+            for name, buffer in module.named_buffers(recurse=False):  # some are in no state dict
+                setattr(module, name, buffer.to(device))
+
 
 class TeacherSource(ABC):
     """A teacher that has been found and understood, but not loaded yet.

@@ -18,12 +18,12 @@ def uninterrupted(tmp_path_factory, tiny_teacher):
     folder = tmp_path_factory.mktemp("uninterrupted")
     config = folder / "tiny.toml"
     config.write_text(jobs.TINY.format(folder=folder, teacher=tiny_teacher[0]))
-    return jobs.probe(folder, config, *ARGS), jobs.metrics(folder)
+    return jobs.probe(folder, config, *ARGS), jobs.metrics(folder), folder
 
 
 @pytest.mark.parametrize(("kill_at", "resumes_at"), [(5, 4), (8, 7), (11, 10)], ids=["before", "at", "after"])
 def test_killed_and_resumed_equals_uninterrupted(tmp_path, tiny_config, uninterrupted, kill_at, resumes_at):
-    expected, expected_metrics = uninterrupted
+    expected, expected_metrics, _ = uninterrupted
     folder = tmp_path / "out"
     jobs.kill(folder, tiny_config, *ARGS, step=kill_at)
 
@@ -39,12 +39,28 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, tiny_config, uninterr
             assert got.get(key) == line.get(key), (line["step"], key)
 
 
-def test_resuming_after_the_stop_loads_no_teacher(tmp_path, tiny_teacher):
-    teacher = tmp_path / "teacher"
-    shutil.copytree(tiny_teacher[0], teacher)
+def copy_of_checkpoint(uninterrupted, tmp_path, step):
+    """The folder of a run that goes on from that step of the uninterrupted one, and its TOML file, without teacher."""
+    folder = tmp_path / "out"
+    shutil.copytree(uninterrupted[2] / f"checkpoint/step-{step}", folder / f"checkpoint/step-{step}")
     config = tmp_path / "tiny.toml"
-    config.write_text(jobs.TINY.format(folder=tmp_path / "out", teacher=teacher))
-    jobs.kill(tmp_path / "out", config, *ARGS, step=8)
-    for shard in teacher.glob("*.distcp"):
-        shard.write_bytes(b"not weights any more")
-    jobs.probe(tmp_path / "out", config, *ARGS)
+    config.write_text(jobs.TINY.format(folder=folder, teacher=tmp_path / "deleted"))
+    return folder, config
+
+
+def test_resuming_after_the_stop_needs_no_teacher_and_not_its_library_either(tmp_path, uninterrupted):
+    folder, config = copy_of_checkpoint(uninterrupted, tmp_path, 6)
+    hf = ["--let.teacher.spec", ""]  # a folder that `transformers` would read
+    resumed = jobs.probe(folder, config, *ARGS, *hf, PROBE_WITHOUT="transformers")
+    assert len(resumed["gradients"]) == 6
+    for name, weight in uninterrupted[0]["final"].items():
+        assert resumed["final"][name].equal(weight), name
+
+
+@pytest.mark.slow
+def test_resuming_before_the_stop_without_the_teacher_is_one_clear_error(tmp_path, uninterrupted):
+    folder, config = copy_of_checkpoint(uninterrupted, tmp_path, 3)
+    result = jobs.run("let_plugin.train", config, *ARGS, check=False)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "1 problem in the configuration" in result.stderr and "let.teacher.path" in result.stderr
+    assert [path.name for path in folder.iterdir()] == ["checkpoint"]

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tests.support import jobs
+from tests.support.config_registry import VOCAB_SIZE
 
 STEPS = 3
 LAYOUTS = {
@@ -179,6 +180,13 @@ def runs(tmp_path_factory, tiny_teacher):
             for name, lines in CONTROLS.items()
             if (processes == 1) == (layout == "single process")
         ]
+        if processes == 2:
+            other = hf_teacher(tmp_path_factory)
+            wanted += [
+                (layout, name, lines, [*LAYOUTS[layout][1], *(other if name == "transformers" else ()), *args])
+                for layout in ("FSDP2", "pipeline")
+                for name, (lines, args) in ENDS.items()
+            ]
         cases = {}
         for i, (layout, name, lines, args) in enumerate(wanted):
             config = folder / f"{processes}-{i}.toml"
@@ -205,6 +213,24 @@ CONTROL_LAYOUTS = {
     "CP": ["--parallelism.context_parallel_degree", 2],
     "pipeline": LAYOUTS["pipeline"][1],
 }
+
+
+# What may hold on to a teacher, beside the strategies: its library, the compiler; and a teacher that is to stay.
+ENDS = {
+    "transformers": ("", []),
+    "compiled": ('dimension_match = "linear"', ["--compile.enable", "--compile.backend", "aot_eager"]),
+    "offloaded": ('dimension_match = "linear"\nstop_action = "offload"', []),
+}
+
+
+def hf_teacher(tmp_path_factory):
+    """Options for a teacher that `transformers` builds, of the student's vocabulary."""
+    transformers = pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(vocab_size=VOCAB_SIZE, **shape))
+    folder = tmp_path_factory.mktemp("hf")
+    model.save_pretrained(folder)
+    return ["--let.teacher.spec", "", "--let.teacher.path", folder]
 
 
 def result_of(runs, layout, name):
@@ -245,6 +271,31 @@ def test_the_control_without_a_teacher_is_the_same_in_every_layout(runs, name, l
         assert got.keys() == expected.keys()
         if "let/auxiliary_loss" in expected:
             assert got["let/auxiliary_loss"] == pytest.approx(expected["let/auxiliary_loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", {**LAYOUTS, **CONTROL_LAYOUTS})
+def test_nothing_is_left_of_an_alignment_that_has_ended(runs, layout):
+    """On no rank, and with no further garbage collection: weak references to all that it brought along are dead."""
+    num_ended = 0
+    for name, result in runs.items():
+        if name.partition(": ")[0] != layout or "offloaded" in name or "error" in result:
+            continue  # an error fails the test of its strategy
+        for watched, left in zip(result["watched"], result["leftovers"], strict=True):
+            assert not left, (name, left)
+            num_ended += left is not None and len(watched) > 1
+    assert num_ended >= len(CONTROLS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["FSDP2", "pipeline"])
+def test_an_offloaded_teacher_alone_is_left(runs, layout):
+    result = result_of(runs, layout, "offloaded")
+    for watched, left in zip(result["watched"], result["leftovers"], strict=True):
+        has_teacher = any(name.startswith("teacher") for name in watched)
+        assert any(name.startswith("teacher parameter") for name in left) == has_teacher
+        assert all("teacher" in name for name in left)
+    assert any(result["leftovers"])
 
 
 @pytest.mark.slow

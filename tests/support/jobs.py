@@ -30,6 +30,8 @@ teacher.tokenizer_path = "let_plugin/demo/assets/tokenizer"
 
 def environment(**extra):
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    # One thread: the models are tiny, and pytest-xdist's workers run jobs side by side.
+    env.setdefault("OMP_NUM_THREADS", "1")
     return {**env, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **extra}
 
 

@@ -118,6 +118,4 @@ def _references(part: Any) -> Any:
 
 def _instances() -> list[Any]:
     """All objects of classes that only an alignment makes; those that nothing refers to any more count as well."""
-    return [
-        o for o in gc.get_objects() if type(o).__module__ in OURS or issubclass(type(o), Teacher | AlignmentTap)
-    ]
+    return [o for o in gc.get_objects() if type(o).__module__ in OURS or issubclass(type(o), Teacher | AlignmentTap)]

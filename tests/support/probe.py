@@ -7,6 +7,7 @@ Rank 0 writes: initial and final parameters, the gradients of every step as the 
 learning rates, what torchtitan logged, and what is left at the end of the hooks on the model and its blocks and of the
 teacher's modules.
 PROBE_KILL_AT_STEP kills the process (SIGKILL) before that step. PROBE_DEVICE=auto takes the accelerator.
+PROBE_WITHOUT names a package that is as good as not installed.
 """
 
 import os
@@ -97,6 +98,8 @@ def num_hooks(trainer):
 
 def main():
     out, *argv = sys.argv[1:]
+    if without := os.environ.get("PROBE_WITHOUT"):
+        sys.modules[without] = None  # type: ignore[assignment]
     host.set_up(os.environ.get("PROBE_DEVICE", "cpu"))
     from torchtitan.trainer import Trainer
 

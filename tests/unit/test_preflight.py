@@ -4,10 +4,14 @@ import json
 import math
 import os
 import re
+import sys
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 
 from let_plugin import preflight
+from let_plugin.alignment.adaptive_stop import AdaptiveStop
 from let_plugin.config import AdaptiveStopConfig, LetConfig, PairConfig, ProjectorConfig, TeacherConfig
 from let_plugin.demo import TOKENIZER
 from let_plugin.errors import ConfigError
@@ -347,3 +351,101 @@ def test_sequences_longer_than_the_student_was_built_for(config):
     config.model_spec = llama_spec("short", **shape, max_seq_len=32)
     (problem,) = problems_of(config).values()
     assert "32" in problem.message and "64" in problem.message
+
+
+# A run that resumes after the end of the alignment
+
+
+@pytest.fixture
+def resumed(config, tmp_path):
+    """step, adaptive stop -> the configuration of a run with a checkpoint of that step, whose teacher is not there."""
+    set_all(config, checkpoint__enable=True, training__steps=8, let__stop_step=4)
+    config.let.teacher = TeacherConfig(path=str(tmp_path / "deleted"))
+
+    def make(step, adaptive=None, folder=None):
+        state = {"train_state": {"step": step, "ntokens_seen": 0}, "weight": torch.ones(2)}
+        state |= {} if adaptive is None else {"let_adaptive_stop": adaptive}
+        folder = folder or os.path.join(config.dump_folder, "checkpoint", f"step-{step}")
+        dcp.save(state, checkpoint_id=str(folder), no_dist=True)
+        return config
+
+    return make
+
+
+def adaptive_stop(step):
+    """One that has ended the alignment before that step, or, if None, has measured something."""
+    stop = AdaptiveStop(threshold=0, smoothing=0.5, patience=1)
+    stop.update(1.0 if step is None else -1.0, next_step=3 if step is None else step)
+    return stop
+
+
+@pytest.mark.parametrize("step", [4, 6])
+def test_after_the_end_of_the_alignment_nothing_of_the_teacher_is_looked_at(resumed, monkeypatch, step):
+    monkeypatch.setitem(sys.modules, "transformers", None)  # importing it fails
+    config = resumed(step)
+    config.let.pairs = [PairConfig(student=0, teacher=99)]
+    assert "the alignment has ended at step 4; the teacher is not needed" in preflight.run(config)
+    config.let.weight = -1.0  # the rest is checked
+    assert list(problems_of(config)) == ["let.weight"]
+
+
+def test_before_its_end_the_teacher_is_needed(resumed):
+    assert problem_of(resumed(3), "let.teacher.path").message.startswith("there is no such folder")
+
+
+def test_the_checkpoint_that_torchtitan_takes_decides(resumed):
+    resumed(6)
+    config = resumed(3)
+    preflight.run(config)  # the latest
+    config.checkpoint.load_step = 3
+    problem_of(config, "let.teacher.path")
+    config.checkpoint.load_step = 5
+    assert "checkpoint.load_step" in problems_of(config)
+    set_all(config, checkpoint__load_step=-1, checkpoint__exclude_from_loading=["train_state"])
+    problem_of(config, "let.teacher.path")  # it starts to count at 0
+    set_all(config, checkpoint__exclude_from_loading=[], checkpoint__enable=False)
+    problem_of(config, "let.teacher.path")
+
+
+def test_a_checkpoint_from_elsewhere(resumed, tmp_path):
+    config = resumed(6, folder=tmp_path / "elsewhere")
+    config.checkpoint.initial_load_path = str(tmp_path / "elsewhere")
+    problem_of(config, "let.teacher.path")  # its weights alone: a run of its own
+    config.checkpoint.initial_load_model_only = False
+    assert "has ended at step 4" in preflight.run(config)
+    config.checkpoint.initial_load_path = str(tmp_path / "nowhere")
+    assert "there is no checkpoint" in problems_of(config)["checkpoint.initial_load_path"].message
+
+
+def test_a_checkpoint_of_weights_alone_says_nothing_of_the_end(resumed, config):
+    folder = os.path.join(config.dump_folder, "checkpoint", "step-6")
+    config = resumed(6, folder=folder)
+    dcp.save({"weight": torch.ones(2)}, checkpoint_id=folder, no_dist=True)
+    problem_of(config, "let.teacher.path")
+
+
+def test_a_damaged_checkpoint_is_said(resumed, config):
+    resumed(6)
+    with open(os.path.join(config.dump_folder, "checkpoint", "step-6", ".metadata"), "wb") as file:
+        file.write(b"nothing")
+    assert "cannot be read" in problems_of(config)["checkpoint.load_step"].message
+
+
+@pytest.mark.parametrize(("ended", "needed"), [(2, False), (None, True)])
+def test_an_adaptive_stop_has_ended_it_earlier(resumed, ended, needed):
+    config = resumed(3, adaptive_stop(ended))
+    config.let.adaptive_stop = AdaptiveStopConfig(criterion="gradient")
+    if needed:
+        problem_of(config, "let.teacher.path")
+    else:
+        assert f"has ended at step {ended}" in preflight.run(config)
+        config.let.adaptive_stop = AdaptiveStopConfig()  # what the checkpoint knows counts only if it is asked for
+        problem_of(config, "let.teacher.path")
+
+
+def test_an_alignment_of_no_step_needs_no_teacher(config, tmp_path):
+    set_all(config, let__stop_step=0, let__teacher__path=str(tmp_path / "absent"))
+    assert "has ended at step 0" in preflight.run(config)
+    config.let.stop_step = 2
+    config.let.weight = 0.0  # it measures the cosine
+    problem_of(config, "let.teacher.path")

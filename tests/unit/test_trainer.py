@@ -35,7 +35,7 @@ ENDS = {
     "labels": ({"let__target": "labels"}, ["tap 0 coefficient"]),
     "validated": (
         {"validator__enable": True, "validator__freq": 1, "validator__steps": 1},
-        ["teacher buffer model.freqs_cis"],
+        ["teacher parameter model.norm.weight"],
     ),
 }
 
@@ -111,6 +111,9 @@ def test_an_offloaded_teacher_stays_at_hand_and_the_rest_goes(settings, config, 
     assert not any(name.startswith("teacher") for name in trainer.model_parts[0].state_dict())
     gone = [name for name in leftovers.watched if not name.startswith("teacher")]
     assert gone and not set(gone) & set(leftovers.alive)
+
+    teacher.move_to(torch.device("meta"))  # another device, and the only one on every machine: nothing stays behind
+    assert {tensor.device.type for tensor in (*teacher.parameters(), *teacher.buffers())} == {"meta"}
 
     # Whoever kept it gives it up.
     trainer.offloaded_teacher = None
