@@ -34,7 +34,7 @@ from let_plugin.teacher.sources import open_teacher
 from let_plugin.teacher.states import OnlineStates, StateProvider
 
 # Names of ranges in a profile; the tap has its own.
-TEACHER_RANGE, DELIVERY_RANGE = "let: teacher", "let: delivery"
+TARGET_RANGE, TEACHER_RANGE, DELIVERY_RANGE = "let: target", "let: teacher", "let: delivery"
 
 # Name of the running mean's state in a checkpoint.
 CENTER = "let_center"
@@ -162,6 +162,7 @@ class Guidance:
         return [*self.projectors, *([] if self._head is None else [self._head])]
 
     @torch.no_grad()
+    @record_function(TARGET_RANGE)
     def target(
         self,
         input_dict: Mapping[str, torch.Tensor],
