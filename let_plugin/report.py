@@ -146,8 +146,8 @@ def report(
             f"  lambda     {_describe_schedule(let)} to 0 at step {stop_step} of {steps}",
             f"  vocabulary {vocabulary}",
             f"  memory     + {_mib(sum(costs.memory.values()))} per rank while active: {parts}",
-            f"  overhead   + {costs.overhead:.1%} FLOPs while active: N_T / (3 N_S) = {costs.num_teacher_params:,} / (3 x "
-            f"{student.num_matmul_params:,}), embeddings not counted",
+            f"  overhead   + {costs.overhead:.1%} FLOPs while active: N_T / (3 N_S) = "
+            f"{costs.num_teacher_params:,} / (3 x {student.num_matmul_params:,}), embeddings not counted",
             f"  break-even {break_even_line}",
         ]
     )
@@ -166,8 +166,8 @@ def report_auxiliary(config: Trainer.Config, student: Student, pairs: Sequence[L
             f"  blocks     {blocks} (of 0 to {student.num_blocks - 1})",
             f"  lambda     {_describe_schedule(let)} to 0 at step {stop_step} of {config.training.steps}",
             f"  memory     + {_mib(sum(costs.memory.values()))} per rank while active",
-            f"  overhead   + {costs.overhead:.1%} FLOPs while active: {student.num_head_params:,} parameters of the head, "
-            f"once per block, beside the student's {student.num_matmul_params:,}",
+            f"  overhead   + {costs.overhead:.1%} FLOPs while active: {student.num_head_params:,} parameters of the "
+            f"head, once per block, beside the student's {student.num_matmul_params:,}",
         ]
     )
 

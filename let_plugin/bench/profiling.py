@@ -69,7 +69,7 @@ class StepProfiler:
             width = teacher.width(pair.teacher, config.let.teacher.final_norm)
             match: Any = plan.dimension_match(config.let)(width, config.model_spec.model.dim).to(device)
             if config.compile.enable:
-                match = torch.compile(match, backend=config.compile.backend, isolate_recompiles=True)
+                match = torch.compile(match, backend=config.compile.backend)
             if config.let.projector.side == "student":
                 width = config.model_spec.model.dim
             hidden = torch.randn(*shape, width, device=device, dtype=plan.math_dtype(config.let))

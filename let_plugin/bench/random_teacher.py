@@ -1,6 +1,7 @@
 """Teachers of a chosen size with random weights: for what a teacher costs, its weights do not matter."""
 
 import math
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,9 @@ class RandomTeacher:
             with torch.no_grad():
                 model.init_weights(buffer_device=None)
         weights = {k: v.bfloat16() for k, v in model.state_dict().items() if not k.startswith("lm_head.")}
-        dcp.save(weights, checkpoint_id=str(path), no_dist=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that this process is no job: it is not meant to be one
+            dcp.save(weights, checkpoint_id=str(path), no_dist=True)
         return path
 
     def register(self) -> None:

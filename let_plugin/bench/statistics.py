@@ -58,7 +58,8 @@ def paired_ratio(
     ratios = np.log(pairs[0]) - np.log(pairs[1])
     of_logs = _mean if statistic == "geometric_mean" else _median
     value, low, high, num_pairs = _estimate(ratios, of_logs)
-    return Estimate(math.exp(value), *(None if end is None else math.exp(end) for end in (low, high)), num_pairs)
+    low, high = (None if end is None else math.exp(end) for end in (low, high))
+    return Estimate(math.exp(value), low, high, num_pairs)
 
 
 def paired_difference(values: Sequence[float], baselines: Sequence[float]) -> Estimate:

@@ -106,9 +106,8 @@ def measure(
         result = _run(run, work / suite, name, num_processes, profile=number is None)
         row = _row(run, result, origin, command) | {"suite": suite, "num_processes": num_processes}
         rows.append(out, row | ({"pair": number} if number is not None else {}))
-        progress.after(
-            f"{what}, {run.label}: {row['tokens_per_second']:,.0f} tokens/s, {median(row['values']):.3f} s/step"
-        )
+        speed = f"{row['tokens_per_second']:,.0f} tokens/s, {median(row['values']):.3f} s/step"
+        progress.after(f"{what}, {run.label}: {speed}")
     return suite
 
 

@@ -66,7 +66,8 @@ def step_time_ratio(own: Sequence[Row], plain: Sequence[Row]) -> Estimate:
 
 def memory_ratio(own: Sequence[Row], plain: Sequence[Row], kind: str) -> Estimate:
     """Peak memory of a case, in multiples of the plain one's, paired by round."""
-    return paired_ratio(*([row["peak_memory_bytes"][kind] for row in some] for some in (own, plain)))
+    peaks, plain_peaks = ([row["peak_memory_bytes"][kind] for row in some] for some in (own, plain))
+    return paired_ratio(peaks, plain_peaks)
 
 
 def _line(own: Sequence[Row], plain: Sequence[Row], kinds: Sequence[str]) -> list[str]:
@@ -90,7 +91,7 @@ def _line(own: Sequence[Row], plain: Sequence[Row], kinds: Sequence[str]) -> lis
         *cells,
         f"{_peak(own, kinds[0]) - _peak(plain, kinds[0]):+,.1f}",
         f"{row['memory_bound_bytes'] / _MIB:+,.1f}",
-        "" if row["case"] == "stopped" else "never" if speed_up is None else f"{speed_up:.3f}x",
+        "" if not row["flop_bound"] else "never" if speed_up is None else f"{speed_up:.3f}x",
     ]
 
 
