@@ -15,6 +15,7 @@ from let_plugin.teacher.base import keep_rng_state
 from let_plugin.teacher.titan import TEACHER_SPECS, register_teacher_spec
 
 _HEAD_WIDTHS = (128, 64, 32, 16)
+_FEED_FORWARD = 8 / 3  # widths
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ def of_share(student: Student, share: float, vocab_size: int) -> RandomTeacher:
     """The llama nearest to a share of the student's size, shaped like the student.
 
     Sizes are those of what is multiplied, N_T and N_S of the FLOP bound N_T / (3 N_S). Among the shapes that come
-    within 2 % of the size, or nearest, it is the one whose ratio of width to depth is most like the student's.
+    within 2 % of the size, or nearest, it is the one whose proportions are most like the student's (width to depth)
+    and LLaMA's (feed-forward network 8/3 of the width).
 
     Args:
         student: What it is to teach.
@@ -96,11 +98,15 @@ def of_share(student: Student, share: float, vocab_size: int) -> RandomTeacher:
     def badness(shape: tuple[int, int, int]) -> tuple[float, float]:
         dim, num_layers, hidden_dim = shape
         miss = abs(math.log(_num_params(dim, num_layers, hidden_dim) / target))
-        return max(miss, 0.02), abs(math.log(dim / num_layers / aspect))
+        odd = abs(math.log(dim / num_layers / aspect)) + abs(math.log(hidden_dim / dim / _FEED_FORWARD))
+        return max(miss, 0.02), odd
 
     shapes = [
-        (dim, num_layers, _hidden_dim(dim)) for dim in _widths(student.width) for num_layers in range(1, 65)
-    ]  # fmt: skip
+        (dim, num_layers, hidden_dim)
+        for dim in _widths(student.width)
+        for num_layers in range(1, student.num_blocks + 1)
+        for hidden_dim in _hidden_dims(dim, num_layers, target)
+    ]
     dim, num_layers, hidden_dim = min(shapes, key=badness)
     head_width = next(width for width in _HEAD_WIDTHS if dim % width == 0 and (dim > width or width == 16))
     return RandomTeacher(dim, num_layers, dim // head_width, hidden_dim, vocab_size)
@@ -112,9 +118,11 @@ def _widths(largest: int) -> list[int]:
     return [width for width in widths if width <= max(largest, 16)]
 
 
-def _hidden_dim(dim: int) -> int:
-    """8/3 of the width, as LLaMA has it, in steps of 16."""
-    return max(round(dim * 8 / 3 / 16) * 16, 16)
+def _hidden_dims(dim: int, num_layers: int, target: float) -> list[int]:
+    """LLaMA's feed-forward width, and the one that makes the size right, where that is between 1.5 and 4.5 widths."""
+    exact = round((target / num_layers - 4 * dim * dim) / (3 * dim) / 16) * 16
+    usual = max(round(_FEED_FORWARD * dim / 16) * 16, 16)
+    return [usual, exact] if 1.5 * dim <= exact <= 4.5 * dim else [usual]
 
 
 def _num_params(dim: int, num_layers: int, hidden_dim: int) -> int:
