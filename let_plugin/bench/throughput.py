@@ -1,5 +1,6 @@
 """`let-bench throughput`: what LET costs in tokens/s and memory, beside the bounds, for a user's configuration."""
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -85,6 +86,7 @@ def run(config_file: Path, overrides: Sequence[str], options: Options, command: 
         ConfigError: Before anything is measured.
         RunFailedError: See `suite.measure`.
     """
+    logging.getLogger("torchtitan").setLevel(logging.ERROR)  # its remarks on each of many configurations
     loaded = toml_config.load(config_file, list(overrides))
     data.register()
     os.environ["WORLD_SIZE"] = str(options.num_processes)  # of the runs, which the checks are for

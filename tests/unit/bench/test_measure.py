@@ -9,13 +9,13 @@ from let_plugin.bench.measure import Request, StepClock, Watch
 
 
 @pytest.fixture
-def watched(trainer, tmp_path):
+def watched(request, tmp_path):
     """Trains the tiny student's four steps under a request; LET stops after two. Returns what was measured."""
 
     def run(**fields):
+        trainer = request.getfixturevalue("trainer")  # of the configuration as it is by now
         out = tmp_path / "result.json"
-        request = Request(**{"config": "", "warmup": 2, "total": 4, "out": str(out)} | fields)
-        Watch(trainer, request).start()
+        Watch(trainer, Request(**{"config": "", "warmup": 2, "total": 4, "out": str(out)} | fields)).start()
         trainer.train()
         return json.loads(out.read_text())
 

@@ -73,8 +73,8 @@ def test_an_installed_package_has_no_commit_whatever_repository_it_lies_in(clone
     """As in a virtual environment in a user's own repository."""
     site = clone / "__pycache__/site"
     shutil.copytree(clone / "let_plugin", site / "let_plugin")
-    assert provenance_in(site, clone)["commit"] is None
-    assert provenance_in(clone, clone, PATH="/nowhere")["commit"] is None  # no git at all
+    assert provenance_in(site, site)["commit"] is None
+    assert provenance_in(clone, site.parent, PATH="/nowhere")["commit"] is None  # no git at all
 
 
 @pytest.mark.parametrize(
