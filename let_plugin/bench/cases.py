@@ -24,8 +24,8 @@ class Steps:
     """
 
     active: int = 2
-    settling: int = 3
-    measured: int = 10
+    settling: int = 2
+    measured: int = 8
 
     @property
     def warmup(self) -> int:

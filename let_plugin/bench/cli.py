@@ -42,7 +42,7 @@ def _add_throughput(subparsers: "argparse._SubParsersAction[argparse.ArgumentPar
     parser.add_argument("config", type=Path, metavar="CONFIG.toml")
     parser.add_argument("--cases", nargs="+", default=["active", "stopped"], help="beside plain (active stopped)")
     parser.add_argument("--pairs", type=int, default=7, help="how often each case is measured (7)")
-    parser.add_argument("--steps", type=int, default=10, help="measured steps of a run, after 5 that are not (10)")
+    parser.add_argument("--steps", type=int, default=8, help="measured steps of a run, after 4 that are not (8)")
     parser.add_argument(
         "--teacher-share",
         type=float,

@@ -43,16 +43,15 @@ _FIELDS: dict[str, tuple[type, ...]] = {
 
 
 def provenance() -> dict[str, Any]:
-    """Where a result comes from: time, commit, whether the checkout had changes, device, versions.
+    """Where a result comes from: time, commit, whether the package has been changed since, device, versions.
 
     The commit is that of this package's own checkout; None for an installed package, whatever repository it is in.
-    The results themselves do not count as changes: else only the first row of a file could come from a clean checkout.
     """
     folder = Path(let_plugin.__file__).parent
     commit = dirty = None
     if _git(folder, "ls-files", "--error-unmatch", "__init__.py") is not None:
         commit = _git(folder, "rev-parse", "--short", "HEAD")
-        changes = _git(folder, "status", "--porcelain", "--", ":/", ":(top,exclude)benchmarks/results")
+        changes = _git(folder, "status", "--porcelain", "--", ".")
         dirty = None if changes is None else changes != ""
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -103,7 +103,7 @@ def measure(
         what = f"pair {number + 1}" if number is not None else "profile"
         origin = rows.provenance()
         if suite_id(runs, num_processes, origin) != suite:
-            raise RunFailedError("the checkout has changed since the suite began: what is measured now is other code")
+            raise RunFailedError("let_plugin has changed since the suite began: what is measured now is other code")
         name = f"{_slug(run.label)}-{what.replace(' ', '-')}"
         result = _run(run, work / suite, name, num_processes, profile=number is None)
         row = _row(run, result, origin, command) | {"suite": suite, "num_processes": num_processes}

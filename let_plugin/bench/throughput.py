@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan.distributed import ParallelDims
+from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
 from let_plugin import data, plan, preflight, toml_config
@@ -86,7 +87,7 @@ def run(config_file: Path, overrides: Sequence[str], options: Options, command: 
         ConfigError: Before anything is measured.
         RunFailedError: See `suite.measure`.
     """
-    logging.getLogger("torchtitan").setLevel(logging.ERROR)  # its remarks on each of many configurations
+    logger.setLevel(logging.ERROR)  # torchtitan's remarks on each of many configurations
     loaded = toml_config.load(config_file, list(overrides))
     data.register()
     os.environ["WORLD_SIZE"] = str(options.num_processes)  # of the runs, which the checks are for

@@ -72,7 +72,7 @@ def test_configurations(config, monkeypatch, tmp_path):
     plain, active, stopped = (configured(config, name) for name in ("plain", "active", "stopped"))
     for each in (plain, active, stopped):
         preflight.run(each)
-        assert each.training.steps == STEPS.total == 9
+        assert each.training.steps == STEPS.total == 8
         assert (each.training.local_batch_size, each.training.seq_len, each.dump_folder) == (2, 32, "bench")
         assert not (each.checkpoint.enable or each.validator.enable or each.metrics.enable_tensorboard)
         assert each.metrics.log_freq > STEPS.total  # no measured step is logged

@@ -53,7 +53,7 @@ def test_bounds_are_those_of_the_preflight_report(planned):
     for run in (plain, stopped):
         assert (run.details["flop_bound"], run.details["memory_bound_bytes"], run.is_active) == (0, 0, False)
     assert {run.details["baseline"] for run in (plain, active, stopped)} == {"plain"}
-    assert [tomli.loads(run.config)["training"]["steps"] for run in (plain, active, stopped)] == [8, 8, 8]
+    assert [tomli.loads(run.config)["training"]["steps"] for run in (plain, active, stopped)] == [7, 7, 7]
 
 
 def test_random_teachers_of_a_configuration_without_let(planned, options):
