@@ -40,6 +40,13 @@ class ConfigError(ValueError):
         super().__init__("\n".join(map(str, self.problems)))
 
 
+def listing(error: ConfigError, program: str) -> str:
+    """What `program` prints before it exits with code 2: a heading, and a line for each problem."""
+    count = len(error.problems)
+    heading = f"{program}: {count} problem{'s' if count > 1 else ''} in the configuration"
+    return "\n".join([heading, *(f"  {problem}" for problem in error.problems)])
+
+
 def suggest(name: str, valid: Iterable[str]) -> str:
     """The remedy for an unknown name: the nearest valid one if there is one, then all of them."""
     names = sorted(set(valid))

@@ -14,6 +14,7 @@ from typing import Any
 import spmd_types as spmd
 import torch
 from torch import nn
+from torch.profiler import record_function
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.trainer import Trainer
 
@@ -31,6 +32,9 @@ from let_plugin.teacher.base import Teacher, TeacherInfo
 from let_plugin.teacher.sharding import TeacherShare, sequence_shards, teacher_parallel_dims
 from let_plugin.teacher.sources import open_teacher
 from let_plugin.teacher.states import OnlineStates, StateProvider
+
+# Names of ranges in a profile; the tap has its own.
+TARGET_RANGE, TEACHER_RANGE, DELIVERY_RANGE = "let: target", "let: teacher", "let: delivery"
 
 # Name of the running mean's state in a checkpoint.
 CENTER = "let_center"
@@ -158,6 +162,7 @@ class Guidance:
         return [*self.projectors, *([] if self._head is None else [self._head])]
 
     @torch.no_grad()
+    @record_function(TARGET_RANGE)
     def target(
         self,
         input_dict: Mapping[str, torch.Tensor],
@@ -180,7 +185,7 @@ class Guidance:
         if self._provider is None:
             return None
         batch = {name: input_dict[name] for name in ("input", "positions") if name in input_dict} | dict(extras or {})
-        with self._timer:
+        with self._timer, record_function(TEACHER_RANGE):
             states_BLE, known_BL, num_tokens = self._provider.states(
                 {name: self._share.rows(tensor) for name, tensor in batch.items()}
             )
@@ -192,7 +197,8 @@ class Guidance:
             self._center.add(states_BLE, counts_BL, self._center_channels_E)
             states_BLE = states_BLE - self._center.mean_C[self._center_channels_E]  # fp32, before it is rounded
         states_BLE = states_BLE.to(self._target_dtype).masked_fill(~counts_BL[..., None], 0)
-        return self._share.deliver(states_BLE, len(labels_BL))
+        with record_function(DELIVERY_RANGE):
+            return self._share.deliver(states_BLE, len(labels_BL))
 
     def finish_step(self) -> None:
         """After the student's optimizer step. RuntimeError if the gradient of the alignment has reached no block."""

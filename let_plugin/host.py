@@ -217,10 +217,13 @@ class CpuDeviceModule:
     """The part of `torch.cuda`'s interface that torchtitan uses, for the CPU.
 
     Memory is the process's resident memory, in bytes.
+
+    Attributes:
+        peak_is_resettable: Whether the kernel lets the peak start anew, as far as is known by now.
     """
 
     def __init__(self) -> None:
-        self._peak_is_resettable = True
+        self.peak_is_resettable = True
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.cpu, name)  # Stream, Event, current_stream, ...
@@ -255,13 +258,13 @@ class CpuDeviceModule:
 
     def reset_peak_memory_stats(self, device: Any = None) -> None:
         """Resets the peak to the present, where the kernel allows it (Linux: /proc/self/clear_refs)."""
-        if not self._peak_is_resettable:
+        if not self.peak_is_resettable:
             return
         try:
             with open("/proc/self/clear_refs", "w") as f:
                 f.write("5")
         except OSError:  # another kernel, or a container that forbids it: the peak is then the process's
-            self._peak_is_resettable = False
+            self.peak_is_resettable = False
 
     def empty_cache(self) -> None:
         """Gives freed memory back to the kernel, as an accelerator's empty_cache gives it back to the driver."""

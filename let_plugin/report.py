@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,28 +41,36 @@ class Student:
         return f"{self.name}: {self.num_blocks} blocks of width {self.width}, {self.num_params:,} parameters"
 
 
-def report(
+@dataclass(frozen=True)
+class Cost:
+    """What LET costs while it is active, beside a plain step.
+
+    Attributes:
+        num_teacher_params: N_T: the parameters that the teacher multiplies; 0 without one.
+        overhead: Share of a plain step's FLOPs. With a teacher the paper's bound, N_T / (3 N_S): its forward pass
+            (2 N_T per token) beside a forward and a backward pass of the student (6 N_S), N being the parameters that
+            are multiplied.
+        memory: Bytes per rank, by what they hold.
+    """
+
+    num_teacher_params: int
+    overhead: float
+    memory: dict[str, int]
+
+
+def cost(
     config: Trainer.Config,
     student: Student,
     teacher: TeacherInfo,
     pairs: Sequence[LayerPair],
-    stop_step: int,
     parallel_dims: ParallelDims,
-) -> str:
-    """The preflight report of a checked configuration, without a final line break.
-
-    The overhead is the paper's FLOP bound, N_T / (3 N_S): a forward pass of the teacher (2 N_T per token) beside a
-    forward and a backward pass of the student (6 N_S), N being the parameters that are multiplied.
-    """
+) -> Cost:
+    """The cost of a checked configuration."""
     let: LetConfig = config.let
-    steps = config.training.steps
     dtype = plan.teacher_dtype(config)
     layers = plan.teacher_layers(pairs)
     num_kept = teacher.num_params_to(layers)  # blocks above the highest layer that is asked for are not there
     num_teacher = num_kept - teacher.num_embedding_params
-    overhead = num_teacher / (3 * student.num_matmul_params)
-    # The run with LET costs as much as `steps` plain ones when it has this many steps left to spend.
-    affordable_steps = steps - overhead * stop_step
     tokens = config.training.local_batch_size * config.training.seq_len
     # The ranks of a pipeline stage share the teacher; each holds the states of its part of the sequence.
     num_shards = teacher_parallel_dims(parallel_dims).dp_shard
@@ -78,20 +87,58 @@ def report(
     if num_learned := sum(p.numel() for match in matches for p in match.parameters() if p.requires_grad):
         # In fp32: the gathered weights and their gradient; the sharded ones, their gradient and the optimizer's state.
         memory["projector"] = num_learned * 4 * 2 + num_learned * 4 * 4 // num_shards
+    return Cost(num_teacher, num_teacher / (3 * student.num_matmul_params), memory)
+
+
+def auxiliary_cost(student: Student, pairs: Sequence[LayerPair]) -> Cost:
+    """The cost of the control without a teacher: the head once more for each block."""
+    # In fp32: the gathered norm and head, and their gradient.
+    memory = {"head": 2 * 4 * (student.num_head_params + student.width)}
+    return Cost(0, len(pairs) * student.num_head_params / student.num_matmul_params, memory)
+
+
+def break_even(steps: int, stop_step: int, overhead: float) -> float | None:
+    """How many times fewer steps LET must need to cost no more than `steps` plain ones; None: it cannot.
+
+    Args:
+        steps: Steps of the plain run.
+        stop_step: Steps with the teacher, of the run with LET.
+        overhead: What such a step costs more, as a share of a plain one.
+    """
+    # The run with LET costs as much as `steps` plain ones when it has this many steps to spend.
+    affordable_steps = steps - overhead * stop_step
+    return steps / affordable_steps if affordable_steps > 0 else None
+
+
+def report(
+    config: Trainer.Config,
+    student: Student,
+    teacher: TeacherInfo,
+    pairs: Sequence[LayerPair],
+    stop_step: int,
+    parallel_dims: ParallelDims,
+) -> str:
+    """The preflight report of a checked configuration, without a final line break."""
+    let: LetConfig = config.let
+    steps = config.training.steps
+    costs = cost(config, student, teacher, pairs, parallel_dims)
+    layers = plan.teacher_layers(pairs)
+    num_kept, dtype = teacher.num_params_to(layers), plan.teacher_dtype(config)
+    widths = {layer: teacher.width(layer, let.teacher.final_norm) for layer in layers}
     if let.teacher.check_vocabulary:
         vocabulary = "the student's tokenizer and the teacher's agree token by token"
     else:
         vocabulary = "not compared (let.teacher.check_vocabulary = false)"
-    if affordable_steps > 0:
-        break_even = f"at {steps / affordable_steps:.3f}x fewer steps"
+    speed_up = break_even(steps, stop_step, costs.overhead)
+    if speed_up is not None:
+        break_even_line = f"at {speed_up:.3f}x fewer steps"
     else:
-        break_even = "never: the teacher costs more than the whole plain run"
-    parts = ", ".join(f"{name} {_mib(size)}" for name, size in memory.items())
+        break_even_line = "never: the teacher costs more than the whole plain run"
+    parts = ", ".join(f"{name} {_mib(size)}" for name, size in costs.memory.items())
     offloaded = []
     if let.teacher.cpu_offload:
-        offloaded = [
-            f"  offloaded  {_mib(num_kept * dtype.itemsize // num_shards)} of the teacher per rank to CPU memory"
-        ]
+        num_bytes = num_kept * dtype.itemsize // teacher_parallel_dims(parallel_dims).dp_shard
+        offloaded = [f"  offloaded  {_mib(num_bytes)} of the teacher per rank to CPU memory"]
     return "\n".join(
         [
             "LET preflight",
@@ -101,11 +148,11 @@ def report(
             *(f"  alignment  {_describe(pair, widths[pair.teacher], student, teacher, let)}" for pair in pairs),
             f"  lambda     {_describe_schedule(let)} to 0 at step {stop_step} of {steps}",
             f"  vocabulary {vocabulary}",
-            f"  memory     + {_mib(sum(memory.values()))} per rank while active: {parts}",
+            f"  memory     + {_mib(sum(costs.memory.values()))} per rank while active: {parts}",
             *offloaded,
-            f"  overhead   + {overhead:.1%} FLOPs while active: N_T / (3 N_S) = {num_teacher:,} / (3 x "
-            f"{student.num_matmul_params:,}), embeddings not counted",
-            f"  break-even {break_even}",
+            f"  overhead   + {costs.overhead:.1%} FLOPs while active: N_T / (3 N_S) = "
+            f"{costs.num_teacher_params:,} / (3 x {student.num_matmul_params:,}), embeddings not counted",
+            f"  break-even {break_even_line}",
         ]
     )
 
@@ -114,9 +161,7 @@ def report_auxiliary(config: Trainer.Config, student: Student, pairs: Sequence[L
     """The preflight report of the control without a teacher, without a final line break."""
     let: LetConfig = config.let
     blocks = ", ".join(str(pair.student) for pair in pairs)
-    overhead = len(pairs) * student.num_head_params / student.num_matmul_params
-    # In fp32: the gathered norm and head, and their gradient.
-    memory = 2 * 4 * (student.num_head_params + student.width)
+    costs = auxiliary_cost(student, pairs)
     return "\n".join(
         [
             "LET preflight",
@@ -124,9 +169,9 @@ def report_auxiliary(config: Trainer.Config, student: Student, pairs: Sequence[L
             "  teacher    none: the labels are the target, through the student's own norm and head",
             f"  blocks     {blocks} (of 0 to {student.num_blocks - 1})",
             f"  lambda     {_describe_schedule(let)} to 0 at step {stop_step} of {config.training.steps}",
-            f"  memory     + {_mib(memory)} per rank while active",
-            f"  overhead   + {overhead:.1%} FLOPs while active: {student.num_head_params:,} parameters of the head, "
-            f"once per block, beside the student's {student.num_matmul_params:,}",
+            f"  memory     + {_mib(sum(costs.memory.values()))} per rank while active",
+            f"  overhead   + {costs.overhead:.1%} FLOPs while active: {student.num_head_params:,} parameters of the "
+            f"head, once per block, beside the student's {student.num_matmul_params:,}",
         ]
     )
 

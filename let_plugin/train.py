@@ -7,9 +7,13 @@ before anything is written.
 import os
 import sys
 import time
-from typing import NoReturn
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NoReturn
 
-from let_plugin.errors import ConfigError
+from let_plugin.errors import ConfigError, listing
+
+if TYPE_CHECKING:
+    from torchtitan.trainer import Trainer
 
 _SECONDS_FOR_RANK_0 = 10.0
 
@@ -29,19 +33,24 @@ On N processes: torchrun --nproc-per-node N -m let_plugin.train CONFIG.toml ...
 """
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Runs the command line; SystemExit with code 2 for bad input."""
+def main(argv: list[str] | None = None, *, on_built: "Callable[[Trainer], None] | None" = None) -> None:
+    """Runs the command line; SystemExit with code 2 for bad input.
+
+    Args:
+        argv: Its arguments; those of this process if not given.
+        on_built: Called with the trainer before its first step, for who wants to watch the run.
+    """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="", file=sys.stdout if argv else sys.stderr)
         raise SystemExit(0 if argv else 2)
     try:
-        _run(argv)
+        _run(argv, on_built)
     except ConfigError as error:
         _exit_with(error)
 
 
-def _run(argv: list[str]) -> None:
+def _run(argv: list[str], on_built: "Callable[[Trainer], None] | None") -> None:
     from let_plugin import toml_config
 
     modes = {"--check", "--print-config"}
@@ -64,10 +73,10 @@ def _run(argv: list[str]) -> None:
     if os.environ["RANK"] == "0":
         print(report, flush=True)
     if "--check" not in mode:
-        loaded.apply(train)
+        loaded.apply(lambda config: train(config, on_built))
 
 
-def train(config: "Trainer.Config") -> None:  # type: ignore[name-defined]  # noqa: F821
+def train(config: "Trainer.Config", on_built: "Callable[[Trainer], None] | None" = None) -> None:
     """Builds the trainer of a checked configuration, trains, and takes the process group down."""
     import torch
     from torchtitan.observability import structured_logger
@@ -82,6 +91,8 @@ def train(config: "Trainer.Config") -> None:  # type: ignore[name-defined]  # no
     host.adapt_model_spec(config.model_spec)
     trainer = config.build()
     try:
+        if on_built is not None:
+            on_built(trainer)
         if config.checkpoint.create_seed_checkpoint:
             trainer.checkpointer.save(curr_step=0, last_step=True)
         else:
@@ -96,10 +107,7 @@ def _exit_with(error: ConfigError) -> NoReturn:
         # torchrun ends all ranks as soon as one has failed: rank 0, which mostly fails alike, speaks first. A problem
         # that only this rank has (a file that its machine lacks) is said after all.
         time.sleep(_SECONDS_FOR_RANK_0)
-    count = len(error.problems)
-    print(f"let-train: {count} problem{'s' if count > 1 else ''} in the configuration", file=sys.stderr)
-    for problem in error.problems:
-        print(f"  {problem}", file=sys.stderr, flush=True)
+    print(listing(error, "let-train"), file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.profiler import record_function
 
 from let_plugin.alignment.losses import Alignment
 
@@ -27,6 +28,9 @@ TARGET_KWARG = "let_target"
 
 # Names of the buffers that sum what is logged, and the products of the two gradients.
 METRIC_BUFFER, GRADIENT_BUFFER = "let_metric_sums", "let_gradient_sums"
+
+# Names of ranges in a profile: the maths in the forward pass, the addition in the backward pass.
+ALIGNMENT_RANGE, INJECTION_RANGE = "let: alignment", "let: injection"
 
 Align = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Alignment]
 
@@ -118,7 +122,7 @@ class AlignmentTap:
             self._target_BLE = None  # the last block frees it
         if target_BLE is None or not output_BLD.requires_grad:
             return
-        with self._context():
+        with self._context(), record_function(ALIGNMENT_RANGE):
             self._align(block, functions, metric_sums, output_BLD, target_BLE)
 
     def _align(
@@ -158,7 +162,8 @@ class AlignmentTap:
             added_BLD = waiting.pop()
             if block == self.measured_block:
                 self._measure(grad_BLD, added_BLD)
-            return grad_BLD + added_BLD
+            with record_function(INJECTION_RANGE):
+                return grad_BLD + added_BLD
 
         output_BLD.register_hook(add_once)
 

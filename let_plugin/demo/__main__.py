@@ -6,15 +6,12 @@ runs logged is kept; the comparison is printed, plotted, and written to `result.
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
+from let_plugin.bench.rows import provenance
 from let_plugin.demo import compare
 
 
@@ -40,7 +37,7 @@ def main() -> None:
     result = compare.compare(runs["plain"], runs["let"])
     own_command = " ".join(["python -m let_plugin.demo", *sys.argv[1:]])
     seconds = round(time.monotonic() - started, 1)
-    row = json.dumps({"command": own_command, **_provenance(), "seconds": seconds, **result}) + "\n"
+    row = json.dumps({"command": own_command, **provenance(), "seconds": seconds, **result}) + "\n"
     (out / "result.json").write_text(row)
     if args.record is not None:
         args.record.parent.mkdir(parents=True, exist_ok=True)
@@ -52,16 +49,6 @@ def main() -> None:
     print(f"plot         {out / 'comparison.png'}")
     print(f"TensorBoard  tensorboard --logdir {out}")
     print(f"numbers      {out / 'result.json'}, {out}/*/metrics.jsonl")
-
-
-def _provenance() -> dict[str, Any]:
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "commit": git.stdout.strip() or None,
-        "device": f"{platform.machine()} {platform.system()}, {os.cpu_count()} cores",
-        "versions": {name: version(name) for name in ("let-plugin", "torch", "torchtitan")},
-    }
 
 
 if __name__ == "__main__":

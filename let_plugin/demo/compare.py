@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from let_plugin.bench.statistics import step_at_loss
+
 VALIDATION_LOSS = "validation_metrics/loss"
 TOKENS_PER_SECOND = "throughput(tps)"
 PEAK_MEMORY = "memory/max_reserved(GiB)"
@@ -47,18 +49,6 @@ def read_run(folder: Path) -> Run:
         train=[line for line in lines if VALIDATION_LOSS not in line],
         validation=[(line["step"], line[VALIDATION_LOSS]) for line in lines if VALIDATION_LOSS in line],
     )
-
-
-def step_at_loss(validation: list[tuple[int, float]], loss: float) -> float | None:
-    """The step at which a curve first reached `loss`, linearly between evaluations; None if it never did."""
-    previous: tuple[int, float] | None = None
-    for step, value in validation:
-        if value <= loss:
-            if previous is None or value == previous[1]:
-                return float(step)
-            return previous[0] + (step - previous[0]) * (previous[1] - loss) / (previous[1] - value)
-        previous = (step, value)
-    return None
 
 
 def compare(plain: Run, let: Run) -> dict[str, Any]:

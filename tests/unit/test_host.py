@@ -113,7 +113,7 @@ def test_peak_memory_rises_with_an_allocation_and_can_be_reset():
         return device.memory_stats()["active_bytes.all.peak"]
 
     device.reset_peak_memory_stats()
-    if not device._peak_is_resettable:
+    if not device.peak_is_resettable:
         pytest.skip("/proc/self/clear_refs cannot be written here")
     before = peak()
     memory = torch.ones(200 * MIB // 4)

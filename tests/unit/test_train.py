@@ -193,7 +193,7 @@ def test_mistakes_are_not_printed_as_a_configuration(tmp_path, tiny_config, capf
 
 
 def test_a_mistake_that_only_the_training_finds_has_a_source(tmp_path, tiny_config, capfd, monkeypatch):
-    def fail(config):
+    def fail(config, on_built):
         raise ConfigError(Problem("let.teacher.path", "truncated", config.let.teacher.path))
 
     monkeypatch.setattr(train, "train", fail)

@@ -11,32 +11,8 @@ from let_plugin.demo.compare import (
     compare,
     plot,
     read_run,
-    step_at_loss,
     table,
 )
-
-CURVE = [(10, 5.0), (20, 4.0), (30, 3.5)]
-
-
-@pytest.mark.parametrize(
-    ("loss", "step"),
-    [
-        (4.0, 20.0),  # exactly at an evaluation
-        (4.25, 17.5),
-        (3.6, 28.0),
-        (5.0, 10.0),
-        (9.0, 10.0),  # reached before the first evaluation, which is the first that is known
-        (3.5, 30.0),
-        (3.4999, None),
-    ],
-)
-def test_step_at_loss(loss, step):
-    assert step_at_loss(CURVE, loss) == (step if step is None else pytest.approx(step))
-
-
-def test_step_at_loss_is_the_first_one_of_a_curve_that_rises_again():
-    assert step_at_loss([(1, 3.0), (2, 1.0), (3, 4.0), (4, 0.5)], 2.0) == 1.5
-    assert step_at_loss([], 2.0) is None
 
 
 def write_run(folder, validation, speed, stop=None):

@@ -1,0 +1,1 @@
+"""What LET costs and what it brings, measured: the `let-bench` command."""

@@ -1,0 +1,91 @@
+"""The `let-bench` command. Bad input ends with one clear message and exit code 2, as let-train's does."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from let_plugin import toml_config
+from let_plugin.bench.rows import command_line
+from let_plugin.errors import ConfigError, listing
+
+_PROGRAM = "let-bench"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command line; SystemExit with code 2 for bad input, 1 for a run that failed, 130 if interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog=_PROGRAM, description="Measures what LET costs and what it brings.")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_throughput(subparsers)
+    # What is not the benchmark's own is the configuration's: --section.key VALUE.
+    args, overrides = parser.parse_known_args(argv)
+    try:
+        args.function(args, overrides, command_line(_PROGRAM, argv))
+    except ConfigError as error:
+        print(listing(error, _PROGRAM), file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(f"\n{_PROGRAM}: interrupted; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _add_throughput(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = subparsers.add_parser(
+        "throughput",
+        help="tokens/s, step time and peak memory with LET and without",
+        description="Measures tokens/s, step time and peak memory of a configuration with LET and without: each case "
+        "in a process of its own, the cases in turn. Called again with the same settings, it goes on where it was "
+        "stopped.",
+        epilog="Options of the configuration, --section.key VALUE, are let-train's.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", type=Path, metavar="CONFIG.toml")
+    parser.add_argument("--cases", nargs="+", default=["active", "stopped"], help="beside plain (active stopped)")
+    parser.add_argument("--pairs", type=int, default=7, help="how often each case is measured (7)")
+    parser.add_argument("--steps", type=int, default=8, help="measured steps of a run, after 4 that are not (8)")
+    parser.add_argument(
+        "--teacher-share",
+        type=float,
+        nargs="+",
+        default=[],
+        metavar="P",
+        help="random teachers of P %% of the student's size, in place of the configured one",
+    )
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[], metavar="B", help="local batch sizes")
+    parser.add_argument("--seq-lens", type=int, nargs="+", default=[], metavar="L", help="sequence lengths")
+    parser.add_argument("--processes", type=int, default=1, help="processes of a run, by torchrun (1)")
+    parser.add_argument("--profile", action="store_true", help="one more run per case: where the overhead goes")
+    parser.add_argument("--out", type=Path, default=Path("outputs/bench/throughput.jsonl"), help="file of rows")
+    parser.add_argument("--work-dir", type=Path, default=Path("outputs/bench"), help="logs, random teachers")
+    parser.set_defaults(function=_throughput)
+
+
+def _throughput(args: argparse.Namespace, overrides: list[str], command: str) -> None:
+    _, runtime = toml_config.read_runtime([str(args.config), *overrides])
+
+    from let_plugin import host
+
+    host.set_up(runtime.device)  # before torchtitan is imported
+
+    from let_plugin.bench import throughput
+    from let_plugin.bench.cases import Steps
+    from let_plugin.bench.suite import RunFailedError
+
+    options = throughput.Options(
+        cases=args.cases,
+        pairs=args.pairs,
+        steps=Steps(measured=args.steps),
+        num_processes=args.processes,
+        teacher_shares=[share / 100 for share in args.teacher_share],
+        local_batch_sizes=args.batch_sizes,
+        seq_lens=args.seq_lens,
+        out=args.out,
+        work=args.work_dir,
+        profile=args.profile,
+    )
+    options.check()
+    try:
+        print(f"\n{throughput.run(args.config, overrides, options, command)}")
+    except RunFailedError as error:
+        print(f"{_PROGRAM}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None

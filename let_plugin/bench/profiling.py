@@ -1,0 +1,107 @@
+"""Where the time of a step with LET goes, by torch's profiler; in a run of its own, for it takes time itself."""
+
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity
+from torchtitan.trainer import Trainer
+
+from let_plugin import plan
+from let_plugin.alignment.tap import ALIGNMENT_RANGE, INJECTION_RANGE
+from let_plugin.guidance import DELIVERY_RANGE, TARGET_RANGE, TEACHER_RANGE
+from let_plugin.metrics import DeviceTimer
+from let_plugin.teacher.sharding import sequence_shards
+from let_plugin.teacher.sources import open_teacher
+
+_RANGES = (TARGET_RANGE, TEACHER_RANGE, DELIVERY_RANGE, ALIGNMENT_RANGE, INJECTION_RANGE)
+_COLLECTIVES = ("c10d::", "gloo:", "nccl:")
+_WARMUP_CALLS, _TIMED_CALLS = 3, 10
+
+
+class StepProfiler:
+    """Profiles from its making until `finish`."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        activities = [ProfilerActivity.CPU]
+        if trainer.device.type != "cpu":
+            activities.append(getattr(ProfilerActivity, trainer.device.type.upper()))
+        self._profile = torch.profiler.profile(activities=activities)
+        self._profile.start()
+
+    def finish(self, num_steps: int) -> dict[str, float]:
+        """Part of LET -> seconds per step on this rank, of the device.
+
+        A collective that overlaps with other work counts as long as it takes, not as long as it is waited for.
+        """
+        self._profile.stop()
+        is_cpu = self._trainer.device.type == "cpu"
+        ranges, collectives = range_seconds(self._profile.events(), on_device=not is_cpu)
+        seconds = {name: ranges[name] / num_steps for name in _RANGES}
+        inside = {name: collectives[name] / num_steps for name in _RANGES}
+        match = min(self._match_seconds(), seconds[ALIGNMENT_RANGE])
+        return {
+            "teacher forward": seconds[TEACHER_RANGE] - inside[TEACHER_RANGE],
+            "communication": seconds[DELIVERY_RANGE] + inside[TEACHER_RANGE],
+            "masking the target": seconds[TARGET_RANGE] - seconds[TEACHER_RANGE] - seconds[DELIVERY_RANGE],
+            "dimension match": match,
+            "loss and its gradient": seconds[ALIGNMENT_RANGE] - match,
+            "gradient injection": seconds[INJECTION_RANGE],
+        }
+
+    def _match_seconds(self) -> float:
+        """Seconds per step of the dimension matches alone, forward.
+
+        With torch.compile they are one function with the loss: this part of it is timed by itself, which is at most
+        what it takes there.
+        """
+        config, device = self._trainer.config, self._trainer.device
+        guidance = self._trainer.guidance
+        if config.let.target != "teacher" or not guidance.taps:
+            return 0.0
+        teacher = open_teacher(config.let.teacher).info
+        shape = (
+            config.training.local_batch_size,
+            config.training.seq_len // sequence_shards(config, self._trainer.parallel_dims),
+        )
+        total = 0.0
+        for pair in guidance.pairs:
+            width = teacher.width(pair.teacher, config.let.teacher.final_norm)
+            match: Any = plan.dimension_match(config.let)(width, config.model_spec.model.dim).to(device)
+            if config.compile.enable:
+                match = torch.compile(match, backend=config.compile.backend)
+            if config.let.projector.side == "student":
+                width = config.model_spec.model.dim
+            hidden = torch.randn(*shape, width, device=device, dtype=plan.math_dtype(config.let))
+            timer = DeviceTimer(device)
+            with torch.no_grad():
+                for _ in range(_WARMUP_CALLS):
+                    match(hidden)
+                with timer:
+                    for _ in range(_TIMED_CALLS):
+                        match(hidden)
+            total += timer.pop() / _TIMED_CALLS
+        return total * self._trainer.gradient_accumulation_steps
+
+
+def range_seconds(events: Any, *, on_device: bool) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds of LET's ranges in a profile, and of the collectives that are directly in them, by range.
+
+    Args:
+        events: Of torch's profiler.
+        on_device: Whether an accelerator's time counts, instead of the host's.
+    """
+    ranges, collectives = dict.fromkeys(_RANGES, 0.0), dict.fromkeys(_RANGES, 0.0)
+    for event in events:
+        if event.device_type != torch.autograd.DeviceType.CPU:
+            continue  # an accelerator's own events are counted with the calls that have started them
+        seconds = (event.device_time_total if on_device else event.cpu_time_total) / 1e6
+        if event.name in ranges:
+            ranges[event.name] += seconds
+        elif event.name.startswith(_COLLECTIVES):
+            parent = event.cpu_parent
+            while parent is not None and parent.name not in ranges and not parent.name.startswith(_COLLECTIVES):
+                parent = parent.cpu_parent
+            if parent is not None and parent.name in ranges:
+                collectives[parent.name] += seconds
+    return ranges, collectives

@@ -1,0 +1,187 @@
+"""`let-bench throughput`: what LET costs in tokens/s and memory, beside the bounds, for a user's configuration."""
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torchtitan.distributed import ParallelDims
+from torchtitan.tools.logging import logger
+from torchtitan.trainer import Trainer
+
+from let_plugin import data, plan, preflight, toml_config
+from let_plugin.bench import cases, random_teacher, suite, summary
+from let_plugin.bench.cases import CASES, PLAIN, Steps, Variant
+from let_plugin.errors import ConfigError, Problem
+from let_plugin.report import Cost, Student, auxiliary_cost, cost
+from let_plugin.teacher.sources import open_teacher
+from let_plugin.toml_config import Loaded
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Of the command line.
+
+    Attributes:
+        cases: Names of cases, beside the plain one.
+        pairs: How often each is measured.
+        steps: Of a run.
+        num_processes: Of a run.
+        teacher_shares: Sizes of random teachers, as shares of the student's; none: the configured teacher.
+        local_batch_sizes: None: the configuration's.
+        seq_lens: None: the configuration's.
+        out: Result file.
+        work: Folder for logs, and for the weights of random teachers.
+        profile: Also say where the overhead goes.
+    """
+
+    cases: Sequence[str]
+    pairs: int
+    steps: Steps
+    num_processes: int
+    teacher_shares: Sequence[float]
+    local_batch_sizes: Sequence[int]
+    seq_lens: Sequence[int]
+    out: Path
+    work: Path
+    profile: bool
+
+    def check(self) -> None:
+        """ConfigError with all that is wrong."""
+        problems = []
+        # Without a spread there is no interval.
+        for name, value, minimum in (
+            ("--pairs", self.pairs, 2),
+            ("--steps", self.steps.measured, 2),
+            ("--processes", self.num_processes, 1),
+        ):
+            if value < minimum:
+                problems.append(Problem(name, f"must be at least {minimum}", value))
+        for name, sizes in (("--batch-sizes", self.local_batch_sizes), ("--seq-lens", self.seq_lens)):
+            problems += [Problem(name, "must be at least 1", size) for size in sizes if size < 1]
+        problems += [
+            Problem("--teacher-share", "must be more than 0 and at most 100, in percent", 100 * share)
+            for share in self.teacher_shares
+            if not 0 < share <= 1
+        ]
+        for name in self.cases:
+            try:
+                CASES.get(name, key="--cases")
+            except ConfigError as error:
+                problems += error.problems
+        for name, path in (("--out", self.out), ("--work-dir", self.work)):
+            if path.exists() and path.is_dir() != (name == "--work-dir"):
+                problems.append(Problem(name, "a folder; expected a file" if path.is_dir() else "a file", str(path)))
+        if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            problems.append(Problem("--processes", "started under torchrun; start let-bench alone, and it starts them"))
+        if problems:
+            raise ConfigError(problems)
+
+
+def run(config_file: Path, overrides: Sequence[str], options: Options, command: str) -> str:
+    """Measures, and returns the table. The host is set up.
+
+    Raises:
+        ConfigError: Before anything is measured.
+        RunFailedError: See `suite.measure`.
+    """
+    logger.setLevel(logging.ERROR)  # torchtitan's remarks on each of many configurations
+    loaded = toml_config.load(config_file, list(overrides))
+    data.register()
+    os.environ["WORLD_SIZE"] = str(options.num_processes)  # of the runs, which the checks are for
+    runs = plan_runs(loaded, options)
+    name = suite.measure(
+        runs,
+        pairs=options.pairs,
+        num_processes=options.num_processes,
+        out=options.out,
+        work=options.work / "runs",
+        command=command,
+        profile=options.profile,
+    )
+    return summary.table(options.out, name)
+
+
+def plan_runs(loaded: Loaded, options: Options) -> list[suite.Run]:
+    """The checked runs of a round. ConfigError lists all that is wrong with any of them.
+
+    Writes the weights of random teachers, once the plain run is known to be right.
+    """
+    base = loaded.config
+    teachers: list[Any] = [(None, None)]
+    batches = list(options.local_batch_sizes) or [base.training.local_batch_size]
+    lengths = list(options.seq_lens) or [base.training.seq_len]
+
+    def configured(variant: Variant) -> Trainer.Config:
+        folder = options.work / "teachers"
+        weights = "" if variant.teacher is None else str(folder / variant.teacher.name)
+        dump_folder = str(options.work / "dump")
+        return cases.configure(base, variant, options.steps, dump_folder=dump_folder, weights=weights)
+
+    def checked(variants: Sequence[Variant]) -> None:
+        problems: list[Problem] = []
+        for variant in variants:
+            try:
+                replace(loaded, config=configured(variant)).apply(preflight.run)
+            except ConfigError as error:
+                problems += [problem for problem in error.problems if problem not in problems]
+        if problems:
+            raise ConfigError(problems)
+
+    def matrix() -> list[Variant]:
+        return cases.matrix(options.cases, teachers=teachers, local_batch_sizes=batches, seq_lens=lengths)
+
+    checked([variant for variant in matrix() if variant.case == PLAIN])
+    dims = ParallelDims.from_config(base.parallelism, options.num_processes)
+    stop_step = plan.stop_step(base, dims.dp_replicate * dims.dp_shard)
+    if options.teacher_shares:
+        assert base.model_spec is not None
+        student, vocab_size = Student(base), base.model_spec.model.vocab_size
+        teachers = [(s, random_teacher.of_share(student, s, vocab_size)) for s in options.teacher_shares]
+        for _, teacher in teachers:
+            teacher.register()
+            teacher.write(options.work / "teachers")
+    variants = matrix()
+    checked(variants)
+
+    runs = []
+    for variant in variants:
+        config = configured(variant)
+        case = CASES.get(variant.case, key="--cases")
+        student = Student(config)
+        costs = _cost(config, student, dims) if case.has_teacher else Cost(0, 0.0, {})
+        held = costs.memory.get("teacher", 0) + costs.memory.get("gradient", 0)
+        runs.append(
+            suite.Run(
+                label=variant.label,
+                config=toml_config.dump(replace(loaded, config=config)),
+                seed=config.debug.seed,
+                warmup=options.steps.warmup,
+                total=options.steps.total,
+                is_active=case.is_active,
+                teacher=None if variant.teacher is None else variant.teacher.as_dict(),
+                details={
+                    "case": variant.case,
+                    "baseline": cases.baseline(variant, variants).label,
+                    "local_batch_size": variant.local_batch_size,
+                    "seq_len": variant.seq_len,
+                    # Of what is multiplied: N_T and N_S.
+                    "num_teacher_params": costs.num_teacher_params,
+                    "num_student_params": student.num_matmul_params,
+                    "flop_bound": costs.overhead if case.is_active else 0.0,
+                    "memory_bound_bytes": held if case.is_active else 0,
+                    "run_steps": base.training.steps,
+                    "stop_step": stop_step,
+                },
+            )
+        )
+    return runs
+
+
+def _cost(config: Trainer.Config, student: Student, dims: ParallelDims) -> Cost:
+    if config.let.target == "labels":
+        return auxiliary_cost(student, plan.auxiliary_pairs(config))
+    info = open_teacher(config.let.teacher).info
+    return cost(config, student, info, plan.layer_pairs(config, info.num_layers), dims)
