@@ -22,7 +22,8 @@ from let_plugin.config import LetConfig
 from let_plugin.errors import ConfigError, Problem, suggest
 from let_plugin.report import Student, report, report_auxiliary
 from let_plugin.teacher.base import TeacherInfo, TeacherSource
-from let_plugin.teacher.sources import open_teacher
+from let_plugin.teacher.features import Features
+from let_plugin.teacher.providers import open_source
 from let_plugin.teacher.vocabulary import compare_vocabularies
 
 # Numbers for which torchtitan itself would fail late or loop for ever: key -> smallest value that makes sense.
@@ -40,10 +41,15 @@ _MINIMA = {
 }
 
 
-def run(config: Trainer.Config) -> str:
-    """Validates `config` and returns the report, lines for people. ConfigError lists everything that is wrong."""
+def run(config: Trainer.Config, world_size: int | None = None) -> str:
+    """Validates `config` and returns the report, lines for people. ConfigError lists everything that is wrong.
+
+    Args:
+        config: What is to run.
+        world_size: On how many processes; None: on those of this job.
+    """
     checks = _Checks()
-    world_size = int(os.environ["WORLD_SIZE"])
+    world_size = int(os.environ["WORLD_SIZE"]) if world_size is None else world_size
     for key, minimum in _MINIMA.items():
         checks.at_least(config, key, minimum)
     parallel_dims = checks(_parallel_dims, config, world_size)
@@ -81,18 +87,23 @@ def run(config: Trainer.Config) -> str:
         checks.finish()
         assert student and pairs and stop_step is not None
         return report_auxiliary(config, student, pairs, stop_step)
-    source, pairs = checks(open_teacher, let.teacher), None
+    source, pairs = checks(open_source, let.teacher), None
     if source is not None:
         pairs = checks(plan.layer_pairs, config, source.info.num_layers)
         if pairs is not None:
             checks(_check_stages, config, pairs)
             checks(_check_dimension_match, config, pairs, source.info)
         checks(_check_sequence_length, config, source.info)
-        if student_vocabulary is not None:
+        if isinstance(source, Features):
+            if pairs is not None and parallel_dims is not None and stop_step is not None:
+                num_data_parallel = parallel_dims.dp_replicate * parallel_dims.dp_shard
+                checks(source.check, config, plan.teacher_layers(pairs), num_data_parallel)
+        elif student_vocabulary is not None:
             checks(_check_vocabulary, student_vocabulary, source, let)
     checks.finish()
     assert student and parallel_dims and source and pairs and stop_step is not None
-    return report(config, student, source.info, pairs, stop_step, parallel_dims)
+    features = source if isinstance(source, Features) else None
+    return report(config, student, source.info, pairs, stop_step, parallel_dims, features)
 
 
 class _Checks:

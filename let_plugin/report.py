@@ -13,6 +13,7 @@ from let_plugin import host, plan
 from let_plugin.alignment.layer_mapping import EMBEDDING, LayerPair
 from let_plugin.config import LetConfig
 from let_plugin.teacher.base import TeacherInfo
+from let_plugin.teacher.features import Features
 from let_plugin.teacher.sharding import sequence_shards, teacher_parallel_dims
 
 
@@ -47,18 +48,20 @@ def report(
     pairs: Sequence[LayerPair],
     stop_step: int,
     parallel_dims: ParallelDims,
+    features: Features | None = None,
 ) -> str:
     """The preflight report of a checked configuration, without a final line break.
 
     The overhead is the paper's FLOP bound, N_T / (3 N_S): a forward pass of the teacher (2 N_T per token) beside a
-    forward and a backward pass of the student (6 N_S), N being the parameters that are multiplied.
+    forward and a backward pass of the student (6 N_S), N being the parameters that are multiplied. With states that
+    were made beforehand, `features`, no teacher runs.
     """
     let: LetConfig = config.let
     steps = config.training.steps
     dtype = plan.teacher_dtype(config)
     layers = plan.teacher_layers(pairs)
     num_kept = teacher.num_params_to(layers)  # blocks above the highest layer that is asked for are not there
-    num_teacher = num_kept - teacher.num_embedding_params
+    num_teacher = 0 if features else num_kept - teacher.num_embedding_params
     overhead = num_teacher / (3 * student.num_matmul_params)
     # The run with LET costs as much as `steps` plain ones when it has this many steps left to spend.
     affordable_steps = steps - overhead * stop_step
@@ -68,7 +71,7 @@ def report(
     tokens = tokens // sequence_shards(config, parallel_dims)
     widths = {layer: teacher.width(layer, let.teacher.final_norm) for layer in layers}
     memory = {
-        "teacher": num_kept * dtype.itemsize // num_shards,
+        **({} if features else {"teacher": num_kept * dtype.itemsize // num_shards}),
         "target": tokens * sum(widths.values()) * plan.target_dtype(config).itemsize,
         "gradient": tokens
         * len({pair.student for pair in pairs})
@@ -79,14 +82,30 @@ def report(
     if num_learned := sum(p.numel() for match in matches for p in match.parameters() if p.requires_grad):
         # In fp32: the gathered weights and their gradient; the sharded ones, their gradient and the optimizer's state.
         memory["projector"] = num_learned * 4 * 2 + num_learned * 4 * 4 // num_shards
-    if let.teacher.check_vocabulary:
+    if features:
+        vocabulary = "the student's tokenizer is the one that the states were made with"
+    elif let.teacher.check_vocabulary:
         vocabulary = "the student's tokenizer and the teacher's agree token by token"
     else:
         vocabulary = "not compared (let.teacher.check_vocabulary = false)"
-    if affordable_steps > 0:
+    if features:
+        break_even = "at any saving of steps: the teacher ran when the states were made"
+    elif affordable_steps > 0:
         break_even = f"at {steps / affordable_steps:.3f}x fewer steps"
     else:
         break_even = "never: the teacher costs more than the whole plain run"
+    if features:
+        memory["encoded states"] = (
+            config.training.local_batch_size * config.training.seq_len * features.bytes_per_token(layers)
+        )
+        overhead_line = "+ 0.0% FLOPs: the states are read, no teacher runs"
+        states = [f"  states     {line}" for line in features.describe(config, layers)]
+    else:
+        overhead_line = (
+            f"+ {overhead:.1%} FLOPs while active: N_T / (3 N_S) = {num_teacher:,} / (3 x "
+            f"{student.num_matmul_params:,}), embeddings not counted"
+        )
+        states = []
     parts = ", ".join(f"{name} {_mib(size)}" for name, size in memory.items())
     return "\n".join(
         [
@@ -94,12 +113,12 @@ def report(
             f"  student    {student}",
             f"  teacher    {teacher.description}: {teacher.num_layers} blocks of width {teacher.hidden_size}, "
             f"{num_kept:,} parameters in its trunk, {str(dtype).removeprefix('torch.')}",
+            *states,
             *(f"  alignment  {_describe(pair, widths[pair.teacher], student, teacher, let)}" for pair in pairs),
             f"  lambda     {_describe_schedule(let)} to 0 at step {stop_step} of {steps}",
             f"  vocabulary {vocabulary}",
             f"  memory     + {_mib(sum(memory.values()))} per rank while active: {parts}",
-            f"  overhead   + {overhead:.1%} FLOPs while active: N_T / (3 N_S) = {num_teacher:,} / (3 x "
-            f"{student.num_matmul_params:,}), embeddings not counted",
+            f"  overhead   {overhead_line}",
             f"  break-even {break_even}",
         ]
     )

@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         _run(argv)
     except ConfigError as error:
-        _exit_with(error)
+        exit_with(error)
 
 
 def _run(argv: list[str]) -> None:
@@ -91,13 +91,14 @@ def train(config: "Trainer.Config") -> None:  # type: ignore[name-defined]  # no
     torch.distributed.destroy_process_group()
 
 
-def _exit_with(error: ConfigError) -> NoReturn:
+def exit_with(error: ConfigError, program: str = "let-train") -> NoReturn:
+    """Prints the problems and exits with code 2."""
     if os.environ.get("RANK", "0") != "0":
         # torchrun ends all ranks as soon as one has failed: rank 0, which mostly fails alike, speaks first. A problem
         # that only this rank has (a file that its machine lacks) is said after all.
         time.sleep(_SECONDS_FOR_RANK_0)
     count = len(error.problems)
-    print(f"let-train: {count} problem{'s' if count > 1 else ''} in the configuration", file=sys.stderr)
+    print(f"{program}: {count} problem{'s' if count > 1 else ''} in the configuration", file=sys.stderr)
     for problem in error.problems:
         print(f"  {problem}", file=sys.stderr, flush=True)
     raise SystemExit(2)
