@@ -141,12 +141,19 @@ class Features:
 
         again = "set that, or export again"
         differs("training.seq_len", config.training.seq_len, stored["seq_len"], again)
-        tokenizer = fingerprints.tokenizer(config.hf_assets_path)
-        differs("hf_assets_path", tokenizer, stored["tokenizer"], "that is another tokenizer (hash of its files)")
+        if fingerprints.tokenizer(config.hf_assets_path) != stored["tokenizer"]:
+            message = f"not the tokenizer that {FEATURES_KEY} = {str(self.folder)!r} was made with; {again}"
+            problems.append(Problem("hf_assets_path", message, config.hf_assets_path))
         options, stored_options = fingerprints.loader(config), stored["loader"]
         for name in sorted({*options, *stored_options}):
             differs(f"dataloader.{name}", options.get(name), stored_options.get(name), again)
-        differs("data-parallel degree", num_data_parallel, stored["data_parallel_degree"], "its ranks read other rows")
+        if num_data_parallel != stored["data_parallel_degree"]:
+            message = (
+                f"{num_data_parallel} data-parallel ranks read other rows than the {stored['data_parallel_degree']} that "
+                f"{FEATURES_KEY} = {str(self.folder)!r} was made for; run with as many, or export again with "
+                f"--data-parallel-degree {num_data_parallel}"
+            )
+            problems.append(Problem("parallelism", message))
         dtype = str(plan.teacher_dtype(config)).removeprefix("torch.")
         differs("let.teacher.dtype", dtype, stored["teacher"]["dtype"], again)
         if self.info.num_layers - 1 in layers:
