@@ -8,7 +8,6 @@ export that was interrupted goes on: it runs through the data again and leaves o
 import argparse
 import os
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 from let_plugin.errors import ConfigError
@@ -21,7 +20,10 @@ let-train takes them."""
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Adds `export` to the subcommands of a command line; `run(args, overrides)` is what it does."""
+    """Adds `export` to the subcommands of a command line; `run(args)` is what it does.
+
+    What it does not know are options of the configuration: `args.overrides`.
+    """
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "export",
         help="write the teacher's states of a run's data, so that the run needs no teacher",
@@ -30,6 +32,15 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     _add_arguments(parser)
     parser.set_defaults(run=run)
+    parse = parser.parse_known_args
+
+    def parse_with_overrides(args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
+        result, overrides = parse(args, namespace)
+        result.overrides = overrides
+        return result, []
+
+    # argparse has no other way to let one subcommand take unknown options.
+    parser.parse_known_args = parse_with_overrides  # type: ignore[method-assign, assignment]
     return parser
 
 
@@ -58,30 +69,30 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="let-teacher export", description=_DESCRIPTION, allow_abbrev=False)
     _add_arguments(parser)
     args, overrides = parser.parse_known_args(argv)
+    args.overrides = overrides
     try:
-        run(args, overrides)
+        run(args)
     except ConfigError as error:
         from let_plugin.train import exit_with
 
         exit_with(error, "let-teacher export")
 
 
-def run(args: argparse.Namespace, overrides: Sequence[str]) -> None:
+def run(args: argparse.Namespace) -> None:
     """Exports, or prints what that would take. ConfigError for bad input, before anything is written.
 
     Args:
-        args: As `_add_arguments` names them.
-        overrides: What else was on the command line.
+        args: As `_add_arguments` names them, and `overrides`, the configuration's options.
     """
     from let_plugin import toml_config
 
-    argv = [args.config, *overrides]
+    argv = [args.config, *args.overrides]
     path, runtime = toml_config.read_runtime(argv)
 
     from let_plugin import host
 
     host.set_up(runtime.device)
-    loaded = toml_config.resolve(path, list(overrides))
+    loaded = toml_config.resolve(path, argv[1:])
 
     from let_plugin import data
     from let_plugin.teacher.export_plan import Plan

@@ -92,6 +92,7 @@ class Features:
     Attributes:
         settings, fidelity: See Manifest.
         info: The teacher's.
+        is_partial: Whether there are tokens without a state.
 
     Raises:
         ConfigError: If it is not there, not complete or damaged.
@@ -107,6 +108,8 @@ class Features:
         try:
             self.fidelity: dict[str, dict[str, float]] = manifest.result["fidelity"]
             num_shards: int = manifest.result["num_shards"]
+            num_tokens = manifest.result["num_rows"] * self.settings["seq_len"]
+            self.is_partial = any(layer["tokens"] < num_tokens for layer in self.fidelity.values())
             info = dict(self.settings["teacher"]["info"])
             self.info = TeacherInfo(**{**info, "block_params": tuple(info["block_params"])})
         except (KeyError, TypeError) as error:
@@ -149,9 +152,9 @@ class Features:
             differs(f"dataloader.{name}", options.get(name), stored_options.get(name), again)
         if num_data_parallel != stored["data_parallel_degree"]:
             message = (
-                f"{num_data_parallel} data-parallel ranks read other rows than the {stored['data_parallel_degree']} that "
-                f"{FEATURES_KEY} = {str(self.folder)!r} was made for; run with as many, or export again with "
-                f"--data-parallel-degree {num_data_parallel}"
+                f"{num_data_parallel} data-parallel ranks read other rows than the "
+                f"{stored['data_parallel_degree']} that {FEATURES_KEY} = {str(self.folder)!r} was made for; "
+                f"run with as many, or export again with --data-parallel-degree {num_data_parallel}"
             )
             problems.append(Problem("parallelism", message))
         dtype = str(plan.teacher_dtype(config)).removeprefix("torch.")
@@ -228,6 +231,7 @@ class StoredStates(StateProvider):
     ) -> None:
         self._folder = features.folder
         self._dtype = dtype
+        self._is_partial = features.is_partial
         self._encodings = features.encodings(layers)
         for encoding in self._encodings.values():
             if isinstance(encoding, Projection):
@@ -248,8 +252,8 @@ class StoredStates(StateProvider):
             columns = {name: batch[f"{layer}.{name}"] for name in encoding.columns}
             states.append(encoding.decode(columns, self._dtype))
         states_BLE = states[0] if len(states) == 1 else torch.cat(states, dim=-1)
-        # No teacher has run: the speed that is logged is 0.
-        return States(states_BLE, states_BLE.ne(0).any(dim=-1), 0)
+        known_BL = states_BLE.ne(0).any(dim=-1) if self._is_partial else None
+        return States(states_BLE, known_BL, 0)  # no teacher has run: the speed that is logged is 0
 
 
 class _ReadRows:

@@ -12,7 +12,12 @@ STOP, STEPS = 3, 5
 # States of a bf16 teacher are stored as they are.
 RUN = ["--let.teacher.dtype", "bfloat16", "--let.stop-step", STOP, "--training.steps", STEPS]
 FSDP2 = ["--parallelism.data_parallel_shard_degree", "2", "--training.local_batch_size", "2"]
-PIPELINE = ["--parallelism.pipeline_parallel_degree", "2", "--parallelism.pipeline_parallel_first_stage_less_layers", "0"]
+PIPELINE = [
+    "--parallelism.pipeline_parallel_degree",
+    "2",
+    "--parallelism.pipeline_parallel_first_stage_less_layers",
+    "0",
+]
 PIPELINE += ["--parallelism.pipeline_parallel_last_stage_less_layers", "0"]
 # Two layers, one on each stage of a pipeline: each stage reads its own.
 PAIRS = "\n[[let.pairs]]\nstudent = 0\nteacher = 0\n[[let.pairs]]\nstudent = 3\nteacher = 1\n"

@@ -1,6 +1,6 @@
 """An export that is killed (SIGKILL) when it has taken so many rows.
 
-    python -m tests.support.killed_export NUM_ROWS CONFIG.toml ...         let-teacher export
+python -m tests.support.killed_export NUM_ROWS CONFIG.toml ...         let-teacher export
 """
 
 import os

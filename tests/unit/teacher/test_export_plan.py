@@ -116,7 +116,8 @@ def test_the_report_has_the_storage_of_every_encoding(config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("encoding", "kept", "expected"), [("bfloat16", None, 40), ("float32", None, 80), ("int8", None, 24), ("pca", 6, 12)]
+    ("encoding", "kept", "expected"),
+    [("bfloat16", None, 40), ("float32", None, 80), ("int8", None, 24), ("pca", 6, 12)],
 )
 def test_bytes_per_token(encoding, kept, expected):
     assert bytes_per_token(encoding, 20, kept) == expected

@@ -85,7 +85,9 @@ def test_interrupted_and_continued_is_uninterrupted(config, parallel_dims, tmp_p
     assert len(num_run) == 2  # both batches have new rows; pca is not fitted again
 
 
-def test_the_run_goes_on_where_only_the_last_line_of_the_manifest_is_missing(config, parallel_dims, folder, monkeypatch):
+def test_the_run_goes_on_where_only_the_last_line_of_the_manifest_is_missing(
+    config, parallel_dims, folder, monkeypatch
+):
     manifest = exports.run(config, "--out", folder)
     before = contents(folder)
     type(manifest)(settings=manifest.settings).write(folder)

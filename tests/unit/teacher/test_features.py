@@ -1,6 +1,7 @@
 """Stored states are read as they were written, by the runs that they are for, and by no other."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -12,6 +13,7 @@ from let_plugin.config import PairConfig, TeacherConfig
 from let_plugin.errors import ConfigError
 from let_plugin.guidance import Guidance
 from let_plugin.teacher.features import Features, StoredStates
+from let_plugin.teacher.states import OnlineStates
 from tests.support import exports
 from tests.support.fields import set_all
 
@@ -79,12 +81,27 @@ def loader_arguments(config):
     return {"dp_world_size": 1, "dp_rank": 0, "tokenizer": tokenizer, "seq_len": 64, "local_batch_size": 4}
 
 
-def test_a_token_that_was_stored_without_a_state_has_none(folder):
-    provider = StoredStates(Features(str(folder)), [1], dtype=torch.float32, device=CPU)
+def test_tokens_that_were_stored_without_a_state_have_none(config, parallel_dims, tmp_path, monkeypatch):
     values = torch.ones(2, 3, 32)
     values[0, 1] = 0
-    states = provider.states({"1.values": values})
-    assert states.known_BL.tolist() == [[True, False, True], [True, True, True]]
+
+    def known(folder):
+        features = Features(str(folder))
+        return StoredStates(features, [1], dtype=torch.float32, device=CPU).states({"1.values": values}).known_BL
+
+    exports.run(config, "--out", tmp_path / "all")
+    assert known(tmp_path / "all") is None
+
+    states = OnlineStates.states
+
+    def some(self, batch):
+        made = states(self, batch)
+        return made._replace(known_BL=batch["input"] % 2 == 0)
+
+    monkeypatch.setattr(OnlineStates, "states", some)
+    manifest = exports.run(config, "--out", tmp_path / "some")
+    assert 0 < manifest.result["fidelity"]["1"]["tokens"] < 512
+    assert known(tmp_path / "some").tolist() == [[True, False, True], [True, True, True]]
 
 
 @pytest.mark.parametrize(
@@ -103,8 +120,6 @@ def test_a_token_that_was_stored_without_a_state_has_none(folder):
     ],
 )
 def test_a_run_that_it_is_not_for_is_refused(config, folder, changes, key, message):
-    import re
-
     set_all(config, **changes)
     assert re.search(message, problems(config)[key])
 
