@@ -68,18 +68,24 @@ def assert_equal(runs, name, expected):
     assert "let/cosine" in logged[0][STOP - 1] and "let/cosine" not in logged[0][STOP]
 
 
-def test_losses_and_gradients_are_those_of_the_run_with_the_teacher(tmp_path, config, features, features_of_two_ranks):
-    one, two = [reading(f) for f in (features, features_of_two_ranks)]
+@pytest.fixture(scope="module")
+def runs(folder, config, features):
     cases = {
-        "teacher": (config, [*RUN, "--dump_folder", tmp_path / "a"]),
-        "features": (config, [*RUN, *one, "--dump_folder", tmp_path / "b"]),
+        "teacher": (config, [*RUN, "--dump_folder", folder / "a"]),
+        "features": (config, [*RUN, *reading(features), "--dump_folder", folder / "b"]),
         # A worker reads ahead, beyond the stop step: what is not there then is no error.
-        "worker": (config, [*RUN, *one, "--dataloader.num_workers", "1", "--dump_folder", tmp_path / "c"]),
+        "worker": (config, [*RUN, *reading(features), "--dataloader.num_workers", "1", "--dump_folder", folder / "c"]),
     }
-    runs = jobs.train_many(tmp_path, cases, processes=1)
-    assert_equal(runs, "features", "teacher")
-    assert_equal(runs, "worker", "teacher")
+    return jobs.train_many(folder, cases, processes=1)
 
+
+@pytest.mark.parametrize("name", ["features", "worker"])
+def test_losses_and_gradients_are_those_of_the_run_with_the_teacher(runs, name):
+    assert_equal(runs, name, "teacher")
+
+
+def test_so_they_are_on_two_processes(tmp_path, config, features, features_of_two_ranks):
+    one, two = reading(features), reading(features_of_two_ranks)
     cases = {}
     for name, layout, source in (("FSDP2", FSDP2, two), ("pipeline", PIPELINE, one)):
         cases[f"{name}, teacher"] = (config, [*RUN, *layout, "--dump_folder", tmp_path / name])
@@ -97,35 +103,14 @@ def test_one_process_and_a_killed_one_write_what_two_write(folder, config, featu
     killed = jobs.run("tests.support.killed_export", 9, *args, check=False, **ONE_THREAD)
     assert killed.returncode == -signal.SIGKILL
     assert len(list(out.glob("rows-*"))) == 4
-    refused = jobs.run(
-        "let_plugin.train", config, *RUN, *FSDP2, *reading(out), "--check", processes=2, check=False, **ONE_THREAD
-    )
-    assert "the export is not complete; run the same let-teacher export again" in refused.stderr
-
     jobs.run("let_plugin.teacher.export", *args, **ONE_THREAD)
     contents = [{path.name: path.read_bytes() for path in f.iterdir()} for f in (out, features_of_two_ranks)]
     assert contents[0] == contents[1] and len(contents[0]) == 7
 
 
-def test_killed_and_resumed_equals_uninterrupted(tmp_path, config, features):
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, config, features, runs):
     args = [*RUN, *reading(features), "--checkpoint.enable", "--checkpoint.interval", "1"]
-    jobs.probe(tmp_path / "whole", config, *args)
-    jobs.kill(tmp_path / "killed", config, *args, step=3)
-    jobs.probe(tmp_path / "killed", config, *args)
-    losses = [
-        {line["step"]: (line["loss_metrics/global_avg_loss"], line.get("let/cosine")) for line in jobs.metrics(folder)}
-        for folder in (tmp_path / "whole", tmp_path / "killed")
-    ]
-    assert losses[0] == losses[1] and len(losses[0]) == STEPS
-
-
-def test_a_row_that_is_not_there_ends_the_run_with_one_message(tmp_path, config, features):
-    text = tmp_path / "text.txt"
-    text.write_text("\n".join(f"Line {i} of a text that is read in training." for i in range(400)))
-    data = ["--dataloader.dataset", "text_files", "--dataloader.dataset_path", text]
-    jobs.run("let_plugin.teacher.export", config, "--out", tmp_path / "features", *RUN, *data, **ONE_THREAD)
-    text.write_text(text.read_text().replace("Line 0", "Lime 0"))  # as long as before
-    args = [*RUN, *data, *reading(tmp_path / "features"), "--dump_folder", tmp_path / "out"]
-    result = jobs.run("let_plugin.train", config, *args, check=False)
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert "a row of the training data is not stored there: the data, or their order" in result.stderr
+    jobs.kill(tmp_path, config, *args, step=3)
+    jobs.probe(tmp_path, config, *args)
+    losses = {line["step"]: line["loss_metrics/global_avg_loss"] for line in jobs.metrics(tmp_path)}
+    assert [losses[step + 1] for step in range(STEPS)] == [step["loss"] for step in runs["teacher"]["logged"]]
