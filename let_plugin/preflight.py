@@ -6,7 +6,7 @@ are built on the meta device. What the run will do is said by `report`.
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -96,8 +96,8 @@ def run(config: Trainer.Config, world_size: int | None = None) -> str:
         checks(_check_sequence_length, config, source.info)
         if isinstance(source, Features):
             if pairs is not None and parallel_dims is not None and stop_step is not None:
-                num_data_parallel = parallel_dims.dp_replicate * parallel_dims.dp_shard
-                checks(source.check, config, plan.teacher_layers(pairs), num_data_parallel)
+                known = {problem.key for problem in checks.problems}
+                checks(_check_features, config, source, pairs, parallel_dims, known)
         elif student_vocabulary is not None:
             checks(_check_vocabulary, student_vocabulary, source, let)
     checks.finish()
@@ -340,6 +340,21 @@ def _check_sequence_length(config: Trainer.Config, teacher: TeacherInfo) -> None
                 config.training.seq_len,
             )
         )
+
+
+def _check_features(
+    config: Trainer.Config,
+    features: Features,
+    pairs: Sequence[LayerPair],
+    parallel_dims: ParallelDims,
+    known: Collection[str],
+) -> None:
+    """Whether the stored states are this run's; a field that is wrong in itself is not complained about twice."""
+    try:
+        features.check(config, plan.teacher_layers(pairs), parallel_dims.dp_replicate * parallel_dims.dp_shard)
+    except ConfigError as error:
+        if problems := [problem for problem in error.problems if problem.key not in known]:
+            raise ConfigError(problems) from error
 
 
 def _check_vocabulary(student: dict[str, int], source: TeacherSource, let: LetConfig) -> None:

@@ -149,6 +149,8 @@ class Features:
             problems.append(Problem("hf_assets_path", message, config.hf_assets_path))
         options, stored_options = fingerprints.loader(config), stored["loader"]
         for name in sorted({*options, *stored_options}):
+            if name == "dataset_path" and options.get("dataset") != stored_options.get("dataset"):
+                continue  # of another dataset
             differs(f"dataloader.{name}", options.get(name), stored_options.get(name), again)
         if num_data_parallel != stored["data_parallel_degree"]:
             message = (
@@ -171,12 +173,12 @@ class Features:
                 message += f"fingerprint is {fingerprint}, the stored one {stored['teacher']['fingerprint']}"
                 key = "let.teacher.path" if let.teacher.path else "let.teacher.spec"
                 problems.append(Problem(key, message, let.teacher.path or let.teacher.spec))
-        rows = plan.stop_step(config, num_data_parallel) * rows_per_step(config, num_data_parallel)
-        if rows > stored["rows_per_rank"]:
-            steps = stored["rows_per_rank"] // rows_per_step(config, num_data_parallel)
+        stop_step, rows = plan.stop_step(config, num_data_parallel), rows_per_step(config, num_data_parallel)
+        if stop_step * rows > stored["rows_per_rank"]:
+            steps = stored["rows_per_rank"] // rows
             message = (
                 f"has {stored['rows_per_rank']:,} rows of each data-parallel rank, {steps:,} steps; the alignment "
-                f"lasts {plan.stop_step(config, num_data_parallel):,}; set let.stop_step = {steps}, or export again"
+                f"lasts {stop_step:,}; set let.stop_step = {steps}, or export again"
             )
             problems.append(Problem(FEATURES_KEY, message, str(self.folder)))
         if problems:
@@ -203,8 +205,10 @@ _COSINES = ("mean", "percentile_1")
 
 def rows_per_step(config: Trainer.Config, num_data_parallel: int) -> int:
     """Rows that one data-parallel rank reads in an optimizer step."""
-    tokens = plan.tokens_per_step(config, num_data_parallel)
-    return tokens // config.training.seq_len // num_data_parallel
+    training = config.training
+    if training.global_batch_size > 0:
+        return training.global_batch_size // num_data_parallel
+    return training.local_batch_size
 
 
 def read_bases(folder: Path) -> dict[str, torch.Tensor]:

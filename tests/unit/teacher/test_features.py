@@ -135,6 +135,15 @@ def test_other_degrees_and_tokenizers_are_refused_with_all_else_at_once(config, 
     assert "export again with --data-parallel-degree 2" in found["parallelism"]
 
 
+def test_what_is_wrong_in_itself_is_said_once(config, folder, tmp_path):
+    set_all(config, training__seq_len=0, training__local_batch_size=0, dataloader__dataset="let_demo_trian")
+    config.hf_assets_path = str(tmp_path / "none")
+    with pytest.raises(ConfigError) as info:
+        preflight.run(config)
+    keys = [problem.key for problem in info.value.problems]
+    assert sorted(keys) == ["dataloader.dataset", "hf_assets_path", "training.local_batch_size", "training.seq_len"]
+
+
 def test_what_changes_nothing_is_not_refused(config, folder, tiny_teacher):
     set_all(config, let__stop_step=1, dataloader__num_workers=2, let__weight=2.0, debug__seed=5)
     set_all(config, training__local_batch_size=2, training__global_batch_size=4)
