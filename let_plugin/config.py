@@ -78,6 +78,12 @@ class TeacherConfig:
     center_momentum: float = 0.99
     """Weight of the past in that mean, from 0 up to but not including 1."""
 
+    features: str = ""
+    """
+    Folder with the teacher's states of the training data, made beforehand by `let-teacher export`. The run reads them
+    and loads no teacher; `path` and `spec` may then stay empty. Whatever it does not fit is refused at start-up.
+    """
+
     trust_remote_code: bool = False
     """Let `transformers` run Python code that comes with the checkpoint. Off: such a teacher is refused."""
 

@@ -29,9 +29,9 @@ from let_plugin.fitted import FittedProjector
 from let_plugin.learned import LearnedProjector
 from let_plugin.metrics import DeviceTimer
 from let_plugin.teacher.base import Teacher, TeacherInfo
+from let_plugin.teacher.providers import make_provider, open_source
 from let_plugin.teacher.sharding import TeacherShare, sequence_shards, teacher_parallel_dims
-from let_plugin.teacher.sources import open_teacher
-from let_plugin.teacher.states import OnlineStates, StateProvider
+from let_plugin.teacher.states import StateProvider
 
 # Names of ranges in a profile; the tap has its own.
 TARGET_RANGE, TEACHER_RANGE, DELIVERY_RANGE = "let: target", "let: teacher", "let: delivery"
@@ -73,7 +73,7 @@ class Guidance:
         self._num_replicas = dims.cp * dims.tp // sequence_shards(config, dims)
         self._target_dtype = plan.target_dtype(config)
 
-        source = open_teacher(config.let.teacher) if config.let.target == "teacher" else None
+        source = open_source(config.let.teacher) if config.let.target == "teacher" else None
         self.pairs = plan.layer_pairs(config, source.info.num_layers) if source else plan.auxiliary_pairs(config)
         # Meshes are made by all ranks together, also by those that return below.
         teacher_dims = teacher_parallel_dims(dims)
@@ -96,16 +96,7 @@ class Guidance:
         if not own_pairs:
             return
         layers = plan.teacher_layers(own_pairs)
-        self._provider = OnlineStates(
-            source.build(
-                dtype=plan.teacher_dtype(config),
-                device=device,
-                config=config,
-                parallel_dims=teacher_dims,
-                layers=layers,
-                final_norm=config.let.teacher.final_norm,
-            )
-        )
+        self._provider = make_provider(source, config=config, device=device, parallel_dims=teacher_dims, layers=layers)
         if self._provider.make_extras is not None:
             self._extras = BatchExtras(trainer.dataloader, self._provider.make_extras)
         channels = _channels(source.info, layers, config.let.teacher.final_norm)

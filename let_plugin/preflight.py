@@ -6,7 +6,7 @@ are built on the meta device. What the run will do is said by `report`.
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,8 @@ from let_plugin.config import LetConfig
 from let_plugin.errors import ConfigError, Problem, suggest
 from let_plugin.report import Student, report, report_auxiliary, report_ended
 from let_plugin.teacher.base import TeacherInfo, TeacherSource
-from let_plugin.teacher.sources import open_teacher
+from let_plugin.teacher.features import Features
+from let_plugin.teacher.providers import open_source
 from let_plugin.teacher.vocabulary import compare_vocabularies
 
 # Numbers for which torchtitan itself would fail late or loop for ever: key -> smallest value that makes sense.
@@ -40,10 +41,15 @@ _MINIMA = {
 }
 
 
-def run(config: Trainer.Config) -> str:
-    """Validates `config` and returns the report, lines for people. ConfigError lists everything that is wrong."""
+def run(config: Trainer.Config, world_size: int | None = None) -> str:
+    """Validates `config` and returns the report, lines for people. ConfigError lists everything that is wrong.
+
+    Args:
+        config: What is to run.
+        world_size: On how many processes; None: on those of this job.
+    """
     checks = _Checks()
-    world_size = int(os.environ["WORLD_SIZE"])
+    world_size = int(os.environ["WORLD_SIZE"]) if world_size is None else world_size
     for key, minimum in _MINIMA.items():
         checks.at_least(config, key, minimum)
     parallel_dims = checks(_parallel_dims, config, world_size)
@@ -87,18 +93,23 @@ def run(config: Trainer.Config) -> str:
         checks.finish()
         assert student
         return report_ended(student, ended_at)
-    source, pairs = checks(open_teacher, let.teacher), None
+    source, pairs = checks(open_source, let.teacher), None
     if source is not None:
         pairs = checks(plan.layer_pairs, config, source.info.num_layers)
         if pairs is not None:
             checks(_check_stages, config, pairs)
             checks(_check_dimension_match, config, pairs, source.info)
         checks(_check_sequence_length, config, source.info)
-        if student_vocabulary is not None:
+        if isinstance(source, Features):
+            if pairs is not None and parallel_dims is not None and stop_step is not None:
+                known = {problem.key for problem in checks.problems}
+                checks(_check_features, config, source, pairs, parallel_dims, known)
+        elif student_vocabulary is not None:
             checks(_check_vocabulary, student_vocabulary, source, let)
     checks.finish()
     assert student and parallel_dims and source and pairs and stop_step is not None
-    return report(config, student, source.info, pairs, stop_step, parallel_dims)
+    features = source if isinstance(source, Features) else None
+    return report(config, student, source.info, pairs, stop_step, parallel_dims, features)
 
 
 class _Checks:
@@ -336,6 +347,21 @@ def _check_sequence_length(config: Trainer.Config, teacher: TeacherInfo) -> None
                 config.training.seq_len,
             )
         )
+
+
+def _check_features(
+    config: Trainer.Config,
+    features: Features,
+    pairs: Sequence[LayerPair],
+    parallel_dims: ParallelDims,
+    known: Collection[str],
+) -> None:
+    """Whether the stored states are this run's; a field that is wrong in itself is not complained about twice."""
+    try:
+        features.check(config, plan.teacher_layers(pairs), parallel_dims.dp_replicate * parallel_dims.dp_shard)
+    except ConfigError as error:
+        if problems := [problem for problem in error.problems if problem.key not in known]:
+            raise ConfigError(problems) from error
 
 
 def _check_vocabulary(student: dict[str, int], source: TeacherSource, let: LetConfig) -> None:

@@ -14,6 +14,7 @@ from let_plugin import host, plan
 from let_plugin.alignment.layer_mapping import EMBEDDING, LayerPair
 from let_plugin.config import LetConfig, TeacherConfig
 from let_plugin.teacher.base import TeacherInfo, num_blocks_to
+from let_plugin.teacher.features import Features
 from let_plugin.teacher.sharding import sequence_shards, teacher_parallel_dims
 
 
@@ -64,19 +65,21 @@ def cost(
     teacher: TeacherInfo,
     pairs: Sequence[LayerPair],
     parallel_dims: ParallelDims,
+    features: Features | None = None,
 ) -> Cost:
-    """The cost of a checked configuration."""
+    """The cost of a checked configuration. With states that were made beforehand, `features`, no teacher runs."""
     let: LetConfig = config.let
     dtype = plan.teacher_dtype(config)
     layers = plan.teacher_layers(pairs)
     num_kept = teacher.num_params_to(layers)  # blocks above the highest layer that is asked for are not there
-    num_teacher = num_kept - teacher.num_embedding_params
+    num_teacher = 0 if features else num_kept - teacher.num_embedding_params
     tokens = config.training.local_batch_size * config.training.seq_len
     # The ranks of a pipeline stage share the teacher; each holds the states of its part of the sequence.
     num_shards = teacher_parallel_dims(parallel_dims).dp_shard
     tokens = tokens // sequence_shards(config, parallel_dims)
     widths = {layer: teacher.width(layer, let.teacher.final_norm) for layer in layers}
-    memory = _teacher_memory(let.teacher, teacher, layers, dtype, num_shards) | {
+    memory = {
+        **({} if features else _teacher_memory(let.teacher, teacher, layers, dtype, num_shards)),
         "target": tokens * sum(widths.values()) * plan.target_dtype(config).itemsize,
         "gradient": tokens
         * len({pair.student for pair in pairs})
@@ -87,6 +90,10 @@ def cost(
     if num_learned := sum(p.numel() for match in matches for p in match.parameters() if p.requires_grad):
         # In fp32: the gathered weights and their gradient; the sharded ones, their gradient and the optimizer's state.
         memory["projector"] = num_learned * 4 * 2 + num_learned * 4 * 4 // num_shards
+    if features:
+        memory["encoded states"] = (
+            config.training.local_batch_size * config.training.seq_len * features.bytes_per_token(layers)
+        )
     return Cost(num_teacher, num_teacher / (3 * student.num_matmul_params), memory)
 
 
@@ -117,26 +124,39 @@ def report(
     pairs: Sequence[LayerPair],
     stop_step: int,
     parallel_dims: ParallelDims,
+    features: Features | None = None,
 ) -> str:
     """The preflight report of a checked configuration, without a final line break."""
     let: LetConfig = config.let
     steps = config.training.steps
-    costs = cost(config, student, teacher, pairs, parallel_dims)
+    costs = cost(config, student, teacher, pairs, parallel_dims, features)
     layers = plan.teacher_layers(pairs)
     num_kept, dtype = teacher.num_params_to(layers), plan.teacher_dtype(config)
     widths = {layer: teacher.width(layer, let.teacher.final_norm) for layer in layers}
-    if let.teacher.check_vocabulary:
+    if features:
+        vocabulary = "the student's tokenizer is the one that the states were made with"
+    elif let.teacher.check_vocabulary:
         vocabulary = "the student's tokenizer and the teacher's agree token by token"
     else:
         vocabulary = "not compared (let.teacher.check_vocabulary = false)"
     speed_up = break_even(steps, stop_step, costs.overhead)
-    if speed_up is not None:
+    if features:
+        break_even_line = "at any saving of steps: the teacher ran when the states were made"
+    elif speed_up is not None:
         break_even_line = f"at {speed_up:.3f}x fewer steps"
     else:
         break_even_line = "never: the teacher costs more than the whole plain run"
     parts = ", ".join(f"{name} {_mib(size)}" for name, size in costs.memory.items())
+    overhead = (
+        f"+ {costs.overhead:.1%} FLOPs while active: N_T / (3 N_S) = {costs.num_teacher_params:,} / (3 x "
+        f"{student.num_matmul_params:,}), embeddings not counted"
+    )
+    states = []
+    if features:
+        overhead = "+ 0.0% FLOPs: the states are read, no teacher runs"
+        states = [f"  states     {line}" for line in features.describe(config, layers)]
     offloaded = []
-    if let.teacher.cpu_offload:
+    if let.teacher.cpu_offload and not features:
         num_bytes = num_kept * dtype.itemsize // teacher_parallel_dims(parallel_dims).dp_shard
         offloaded = [f"  offloaded  {_mib(num_bytes)} of the teacher per rank to CPU memory"]
     return "\n".join(
@@ -145,13 +165,13 @@ def report(
             f"  student    {student}",
             f"  teacher    {teacher.description}: {teacher.num_layers} blocks of width {teacher.hidden_size}, "
             f"{num_kept:,} parameters in its trunk, {str(dtype).removeprefix('torch.')}",
+            *states,
             *(f"  alignment  {_describe(pair, widths[pair.teacher], student, teacher, let)}" for pair in pairs),
             f"  lambda     {_describe_schedule(let)} to 0 at step {stop_step} of {steps}",
             f"  vocabulary {vocabulary}",
             f"  memory     + {_mib(sum(costs.memory.values()))} per rank while active: {parts}",
             *offloaded,
-            f"  overhead   + {costs.overhead:.1%} FLOPs while active: N_T / (3 N_S) = "
-            f"{costs.num_teacher_params:,} / (3 x {student.num_matmul_params:,}), embeddings not counted",
+            f"  overhead   {overhead}",
             f"  break-even {break_even_line}",
         ]
     )

@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None, *, on_built: "Callable[[Trainer], None] 
     try:
         _run(argv, on_built)
     except ConfigError as error:
-        _exit_with(error)
+        exit_with(error)
 
 
 def _run(argv: list[str], on_built: "Callable[[Trainer], None] | None") -> None:
@@ -102,12 +102,13 @@ def train(config: "Trainer.Config", on_built: "Callable[[Trainer], None] | None"
     torch.distributed.destroy_process_group()
 
 
-def _exit_with(error: ConfigError) -> NoReturn:
+def exit_with(error: ConfigError, program: str = "let-train") -> NoReturn:
+    """Prints the problems and exits with code 2."""
     if os.environ.get("RANK", "0") != "0":
         # torchrun ends all ranks as soon as one has failed: rank 0, which mostly fails alike, speaks first. A problem
         # that only this rank has (a file that its machine lacks) is said after all.
         time.sleep(_SECONDS_FOR_RANK_0)
-    print(listing(error, "let-train"), file=sys.stderr, flush=True)
+    print(listing(error, program), file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 

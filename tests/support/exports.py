@@ -1,0 +1,26 @@
+"""Exports of the teacher's states, in this process."""
+
+import argparse
+
+from let_plugin.teacher import export
+from let_plugin.teacher.export_plan import Plan
+
+
+def arguments(*argv):
+    """What the command line gives to `export.run`."""
+    parser = argparse.ArgumentParser()
+    export.add_parser(parser.add_subparsers())
+    return parser.parse_args(["export", "run.toml", *map(str, argv)])
+
+
+def plan_of(config, *argv, num_processes=1):
+    return Plan.make(config, arguments(*argv), num_processes)
+
+
+def run(config, *argv):
+    """Exports on the process group, of one process, that is there; returns the manifest."""
+    from let_plugin.teacher.export_rows import export as export_rows
+
+    plan = plan_of(config, *argv)
+    plan.check_folder()
+    return export_rows(plan)

@@ -1,0 +1,33 @@
+"""An export that is killed (SIGKILL) when it has taken so many rows.
+
+python -m tests.support.killed_export NUM_ROWS CONFIG.toml ...         let-teacher export
+"""
+
+import os
+import signal
+import sys
+
+from let_plugin import host
+from let_plugin.teacher import export
+
+
+def main():
+    num_rows, *argv = sys.argv[1:]
+    host.set_up("cpu")
+    from let_plugin.teacher.shards import ShardWriter
+
+    add, left = ShardWriter.add, int(num_rows)
+
+    def add_or_die(self, *args):
+        nonlocal left
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+        add(self, *args)
+
+    ShardWriter.add = add_or_die
+    export.main(argv)
+
+
+if __name__ == "__main__":
+    main()
