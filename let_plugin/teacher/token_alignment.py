@@ -1,0 +1,401 @@
+"""A teacher with another tokenizer: its tokens of the student's text, and which of its states each student token meets.
+
+What two tokenizers have in common are the bytes of the text. Here the student's tokens are turned into bytes, these are
+encoded anew, and a student token meets the last teacher token that ends at or before its own end: what that teacher
+token has seen is text that the student has seen as well.
+
+A row begins and ends anywhere in a document, in a word or in a character too, and a part of a word may be encoded in
+another way than the document was. So the word at such an edge is not encoded anew if its tokens are also the teacher's.
+With two equal tokenizers the result is therefore the student's own row.
+
+Shape legend: B batch, L the student's sequence, T the teacher's, N tokens of a document in the student's, M in the
+teacher's tokenizer.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, groupby, pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tiktoken import Encoding
+from tokenizers import Tokenizer
+
+from let_plugin.token_bytes import leading_space, token_bytes, unwrapped
+
+# How many of the student's tokens are looked at for the end of the word at an edge: scripts without spaces have none.
+_MAX_EDGE = 16
+
+
+class RowAlignment(NamedTuple):
+    """A row of the student's in the teacher's tokens.
+
+    Attributes:
+        tokens: The teacher's token ids, as many as it takes.
+        positions: Their positions, which start again with each document of the student's row.
+        index_L: For each student token the number of the teacher's token that it meets, int64; -1: none.
+        is_exact_L: Whether that token ends exactly where the student's does.
+    """
+
+    tokens: list[int]
+    positions: list[int]
+    index_L: np.ndarray
+    is_exact_L: np.ndarray
+
+
+class Retokeniser:
+    """Makes the teacher's batch out of the student's: a function of the batch alone, for the data loader's workers.
+
+    Only `encode` of the tokenizers is called, which starts no threads: it can run in forked processes.
+
+    Args:
+        student: The student's tokenizer: torchtitan's, `transformers`', a `tokenizers.Tokenizer` or tiktoken's Encoding.
+        teacher: The teacher's, likewise. Beginning and end of a document are those that they name
+            (`bos_id` or `bos_token_id`, likewise eos), if they do.
+        teacher_seq_len: T. What does not fit into a row is cut off at its end.
+        exact: Whether only teacher tokens that end exactly where the student's end have states for it.
+
+    Raises:
+        ValueError: If a tokenizer's tokens do not say which bytes they stand for; it names the tokenizer's kind.
+    """
+
+    def __init__(self, student: Any, teacher: Any, *, teacher_seq_len: int, exact: bool = False) -> None:
+        self.teacher_seq_len = teacher_seq_len
+        self._exact = exact
+        self._student = _Tokens(student)
+        self._teacher = _Tokens(teacher)
+        self._encoder = _Encoder(teacher, self._teacher)
+        self._controls = _match_controls(self._student, self._teacher)
+        self._same = _match_bytes(self._student.bytes, self._teacher.bytes)
+
+    def __call__(self, input_dict: dict[str, torch.Tensor], labels_BL: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the teacher needs beside a batch.
+
+        Args:
+            input_dict: "input", token ids [B, L]; for packed documents "positions" [B, L], of which 0 starts one.
+            labels_BL: Its labels: what follows each token. They tell whether a word goes on behind the row.
+
+        Returns:
+            int64. "teacher_tokens" [B, T]; "teacher_positions" [B, T], if the batch has positions, where the padding is
+            a document of its own; "teacher_index" [B, L]: the number, from 0 to T - 1, of the teacher's token whose
+            state each token of the student's meets, -1 if there is none.
+        """
+        tokens_BL = input_dict["input"]
+        positions_BL = input_dict.get("positions")
+        num_rows, length = tokens_BL.shape
+        teacher_tokens_BT = torch.zeros(num_rows, self.teacher_seq_len, dtype=torch.int64)
+        teacher_positions_BT = torch.zeros_like(teacher_tokens_BT)
+        index_BL = torch.empty(num_rows, length, dtype=torch.int64)
+        for b, row in enumerate(self.rows(input_dict, labels_BL)):
+            num_kept = min(len(row.tokens), self.teacher_seq_len)
+            teacher_tokens_BT[b, :num_kept] = torch.tensor(row.tokens[:num_kept], dtype=torch.int64)
+            teacher_positions_BT[b, :num_kept] = torch.tensor(row.positions[:num_kept], dtype=torch.int64)
+            teacher_positions_BT[b, num_kept:] = torch.arange(self.teacher_seq_len - num_kept)
+            has_state_L = (row.index_L < num_kept) & (row.is_exact_L | (not self._exact))
+            index_BL[b] = torch.from_numpy(np.where(has_state_L, row.index_L, -1))
+        extras = {"teacher_tokens": teacher_tokens_BT, "teacher_index": index_BL}
+        return extras if positions_BL is None else {**extras, "teacher_positions": teacher_positions_BT}
+
+    def rows(self, input_dict: dict[str, torch.Tensor], labels_BL: torch.Tensor) -> Iterator[RowAlignment]:
+        """The rows of a batch one by one, before they are cut and padded to T; arguments as in a call."""
+        tokens, labels = input_dict["input"].tolist(), labels_BL.tolist()
+        positions = input_dict["positions"].tolist() if "positions" in input_dict else [[0]] * len(tokens)
+        for row in zip(tokens, positions, labels, strict=True):
+            yield self._row(*row)
+
+    def _row(self, tokens: list[int], positions: list[int], labels: list[int]) -> RowAlignment:
+        starts = [0, *(i for i, position in enumerate(positions) if position == 0 and i > 0)]
+        teacher_tokens: list[int] = []
+        teacher_positions: list[int] = []
+        indices, exact = [], []
+        for start, stop in pairwise([*starts, len(tokens)]):
+            document = tokens[start:stop]
+            # What a row begins with may be the rest of a document.
+            ids, ends_M = self._document(document, labels[stop - 1], is_start=start > 0)
+            ends_N = self._student.lengths[document].cumsum()
+            index_N = last_ending_by(ends_N, ends_M)
+            exact.append((index_N >= 0) & (ends_M[index_N] == ends_N) if len(ends_M) else index_N >= 0)
+            indices.append(np.where(index_N >= 0, index_N + len(teacher_tokens), -1))
+            teacher_tokens += ids
+            first = positions[start]
+            teacher_positions += range(first, first + len(ids))
+        return RowAlignment(teacher_tokens, teacher_positions, np.concatenate(indices), np.concatenate(exact))
+
+    def _document(self, tokens: list[int], follower: int, *, is_start: bool) -> tuple[list[int], np.ndarray]:
+        """A document in the teacher's tokens: their ids, and the ends of their bytes in it, [M].
+
+        Args:
+            tokens: The student's tokens of it that are in the row.
+            follower: The token behind them, which may be no token's id.
+            is_start: Whether its first token is the document's, too.
+        """
+        ids: list[int] = []
+        ends: list[int] = []
+        end = i = 0
+        for is_control, group in groupby(tokens, self._student.is_control):
+            run = list(group)
+            if is_control:
+                for token in run:
+                    end += 1
+                    if token in self._controls:
+                        ids.append(self._controls[token])
+                        ends.append(end)
+            else:
+                is_last = i + len(run) == len(tokens)
+                text = _Text(
+                    [self._student.bytes[token] or b"" for token in run],
+                    starts=is_start if i == 0 else self._student.is_around_documents(tokens[i - 1]),
+                    is_cut_left=i == 0 and not is_start,
+                    is_cut_right=is_last and not self._student.is_control(follower),
+                    follower=self._student.bytes[follower] if is_last and follower >= 0 else None,
+                )
+                new_ids, new_ends = self._text(run, text)
+                ids += new_ids
+                ends += [end + e for e in new_ends]
+                end += sum(map(len, text.pieces))
+            i += len(run)
+        return ids, np.array(ends, dtype=np.int64)
+
+    def _text(self, tokens: list[int], text: "_Text") -> tuple[list[int], list[int]]:
+        """Ids and ends of a run of text."""
+        left, right = text.edges()
+        same = self._same[tokens]
+        if (same[:left] < 0).any():
+            left = 0
+        if (same[right:] < 0).any():
+            right = len(tokens)
+        ends_N = list(accumulate(map(len, text.pieces), initial=0))
+        ids, ends = same[:left].tolist(), ends_N[1 : left + 1]
+        if left < right:
+            new_ids, new_ends = self._encode(b"".join(text.pieces[left:right]), starts=text.starts and left == 0)
+            ids += new_ids
+            ends += [ends_N[left] + e for e in new_ends]
+        return ids + same[right:].tolist(), ends + ends_N[right + 1 :]
+
+    def _encode(self, data: bytes, *, starts: bool) -> tuple[list[int], list[int]]:
+        """Ids and ends of bytes that are encoded anew. Those that are no whole characters are left out."""
+        ids: list[int] = []
+        ends: list[int] = []
+        for begin, text in _characters(data):
+            # The space that the student's tokenizer has put in front of the document is not the document's.
+            at_start = starts and begin == 0 and text.startswith(self._student.leading_space)
+            if at_start:
+                begin += len(self._student.leading_space)
+                text = text.removeprefix(self._student.leading_space)
+            new_ids, new_ends = self._encoder(text, at_start=at_start)
+            ids += new_ids
+            ends += [begin + e for e in new_ends]
+        return ids, ends
+
+
+def last_ending_by(ends_N: np.ndarray, ends_M: np.ndarray) -> np.ndarray:
+    """For each of N tokens the last of M tokens that ends at or before its end, int64 [N]; -1 if there is none.
+
+    Args:
+        ends_N: Where the tokens end, in bytes, not decreasing.
+        ends_M: Likewise, of the other tokenizer's tokens of the same bytes.
+    """
+    return np.searchsorted(ends_M, ends_N, side="right") - 1
+
+
+class _Text(NamedTuple):
+    """A run of the student's text tokens.
+
+    Attributes:
+        pieces: Their bytes.
+        starts: Whether a document's text starts with it.
+        is_cut_left: Whether a word may go on before it.
+        is_cut_right: Whether one may go on behind it.
+        follower: The bytes of the token behind it, if known.
+    """
+
+    pieces: list[bytes]
+    starts: bool
+    is_cut_left: bool
+    is_cut_right: bool
+    follower: bytes | None
+
+    def edges(self) -> tuple[int, int]:
+        """The first token behind the word at the left edge, and the first one of the word at the right edge.
+
+        At an edge that cuts no word, 0 and the number of tokens. If all of it is at an edge, both are that number.
+        """
+        size = len(self.pieces)
+        left, right = 0, size
+        if self.is_cut_left:
+            left = self._edge(range(min(size, _MAX_EDGE) + 1), far=size)
+        if self.is_cut_right:
+            right = self._edge(range(size, max(0, size - _MAX_EDGE) - 1, -1), far=0)
+        return (left, right) if left <= right else (size, size)
+
+    def _edge(self, boundaries: range, *, far: int) -> int:
+        """The nearest of these boundaries at which a word begins; else the far end of the text, if it is among them;
+        else the farthest one between two characters."""
+        for k in boundaries:
+            if self._begins_word(k):
+                return k
+        if far in boundaries:
+            return far
+        whole = (k for k in reversed(boundaries) if k < len(self.pieces) and self.pieces[k][0] & 0xC0 != 0x80)
+        return next(whole, boundaries[0])
+
+    def _begins_word(self, k: int) -> bool:
+        """Whether tokens begin at the boundary before token k in any tokenizer, whatever is on its other side.
+
+        They do where white space begins, and where its last space does, if it is one of the word's own token.
+        """
+        piece = self.pieces[k] if k < len(self.pieces) else self.follower
+        if not piece:
+            return False
+        if piece[:1] == b" " and piece[1:2].strip():
+            return True
+        return k > 0 and piece[:1].isspace() and not self.pieces[k - 1][-1:].isspace()
+
+
+class _Tokens:
+    """What is known of a tokenizer's tokens.
+
+    Attributes:
+        bytes: By id, the bytes of text that it stands for; None: a control token.
+        lengths: By id, their number; 1 for a control token, which takes a place of its own.
+        leading_space: What the tokenizer puts in front of a document.
+        names: Control token -> its text.
+        bos, eos: Begin and end of a document; None: the tokenizer does not say.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.bytes = token_bytes(tokenizer)
+        self.lengths = np.array([1 if value is None else len(value) for value in self.bytes], dtype=np.int64)
+        self.leading_space = leading_space(tokenizer).decode()
+        inner = unwrapped(tokenizer)
+        if isinstance(inner, Encoding):
+            self.names = {inner.encode_single_token(name): name for name in inner.special_tokens_set}
+        else:
+            self.names = {i: inner.id_to_token(i) for i, value in enumerate(self.bytes) if value is None}
+        self.bos = _role(tokenizer, "bos")
+        self.eos = _role(tokenizer, "eos")
+
+    def is_control(self, token: int) -> bool:
+        return token >= 0 and self.bytes[token] is None
+
+    def is_around_documents(self, token: int) -> bool:
+        return token in (self.bos, self.eos)
+
+
+class _Encoder:
+    """Encodes text with the teacher's tokenizer.
+
+    Text that looks like a special token is text: the student has read it as such.
+    """
+
+    def __init__(self, tokenizer: Any, tokens: _Tokens) -> None:
+        self._tokens = tokens
+        inner = unwrapped(tokenizer)
+        if isinstance(inner, Encoding):
+            self._of_start = self._of_rest = inner
+        else:
+            self._of_start = _plain(inner, adds_space=True)
+            self._of_rest = _plain(inner, adds_space=False)
+
+    def __call__(self, text: str, *, at_start: bool) -> tuple[list[int], list[int]]:
+        """Token ids, and where each ends, in bytes of `text`: at or behind the last byte that it was made of.
+
+        Args:
+            text: What to encode.
+            at_start: Whether a document starts with it. If so, the tokenizer may put a space in front.
+        """
+        tokenizer = self._of_start if at_start else self._of_rest
+        if isinstance(tokenizer, Encoding):
+            ids, offsets = tokenizer.encode_ordinary(text), []
+        else:
+            tokenizer.encode_special_tokens = True  # set here, since a worker's copy of it has forgotten it
+            encoding = tokenizer.encode(text, add_special_tokens=False)
+            ids, offsets = encoding.ids, encoding.offsets
+        ends_M = self._tokens.lengths[ids].cumsum()
+        data = b"".join(self._tokens.bytes[i] or b"" for i in ids)
+        if data == text.encode():
+            return ids, ends_M.tolist()
+        prefix = self._tokens.leading_space if at_start else ""
+        if data == (prefix + text).encode():
+            return ids, np.maximum(ends_M - len(prefix), 0).tolist()
+        # The text has been normalised, or has unknown characters in it: the library keeps track of them.
+        if not offsets:
+            return [], []
+        byte_ends = np.array([0, *accumulate(len(character.encode()) for character in text)])
+        return ids, np.maximum.accumulate(byte_ends[[end for _, end in offsets]]).tolist()
+
+
+def _plain(tokenizer: Tokenizer, *, adds_space: bool) -> Tokenizer:
+    """A copy that encodes all of a text and nothing else; without `adds_space`, not even a space in front of it."""
+    state = json.loads(tokenizer.to_str())
+    # The processor of byte-level BPE takes white space out of the tokens' offsets.
+    state |= {"post_processor": None, "truncation": None, "padding": None}
+    if not adds_space:
+        for name in ("normalizer", "pre_tokenizer"):
+            state[name] = _without_space(state[name])
+    return Tokenizer.from_str(json.dumps(state))
+
+
+def _without_space(component: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A component of a tokenizer that puts nothing in front of a text."""
+    if component is None or component["type"] == "Prepend":
+        return None
+    changed = dict(component)
+    if changed["type"] == "Metaspace":
+        changed["prepend_scheme"] = "never"
+    elif changed["type"] == "ByteLevel":
+        changed["add_prefix_space"] = False
+    for name in ("normalizers", "pretokenizers"):
+        if name in changed:
+            parts = map(_without_space, changed[name])
+            changed[name] = [part for part in parts if part is not None]
+    return changed
+
+
+def _role(tokenizer: Any, role: str) -> int | None:
+    """The token of a role, "bos" or "eos", as torchtitan's or `transformers`' tokenizer names it."""
+    for name in (f"{role}_id", f"{role}_token_id"):
+        value = getattr(tokenizer, name, None)
+        if isinstance(value, int):
+            return value
+    return None
+
+
+def _match_controls(student: _Tokens, teacher: _Tokens) -> dict[int, int]:
+    """The student's control tokens -> the teacher's of the same text or else of the same role."""
+    by_name = {name: i for i, name in teacher.names.items()}
+    result = {}
+    for i, name in student.names.items():
+        roles = (teacher.bos if i == student.bos else None, teacher.eos if i == student.eos else None)
+        match = next((t for t in (by_name.get(name), *roles) if t is not None), None)
+        if match is not None:
+            result[i] = match
+    return result
+
+
+def _match_bytes(student: Sequence[bytes | None], teacher: Sequence[bytes | None]) -> np.ndarray:
+    """By the student's id, the teacher's of the same bytes, int64; -1: none.
+
+    Of several it is the one of the same id, or else the last: SentencePiece lists single bytes before its pieces.
+    """
+    by_bytes = {value: i for i, value in enumerate(teacher)}
+    result = np.full(len(student), -1, dtype=np.int64)
+    for i, value in enumerate(student):
+        if value is not None:
+            is_same = i < len(teacher) and teacher[i] == value
+            result[i] = i if is_same else by_bytes.get(value, -1)
+    return result
+
+
+def _characters(data: bytes) -> Iterator[tuple[int, str]]:
+    """The parts of `data` that are whole characters, and where they begin."""
+    begin = 0
+    while begin < len(data):
+        try:
+            yield begin, data[begin:].decode()
+            return
+        except UnicodeDecodeError as error:
+            if error.start > 0:
+                yield begin, data[begin : begin + error.start].decode()
+            begin += error.end
