@@ -27,6 +27,7 @@ from let_plugin.batch_extras import BatchExtras
 from let_plugin.fitted import FittedProjector
 from let_plugin.learned import LearnedProjector
 from let_plugin.metrics import DeviceTimer
+from let_plugin.teacher import retokenised
 from let_plugin.teacher.base import Teacher, TeacherInfo
 from let_plugin.teacher.sharding import TeacherShare, sequence_shards, teacher_parallel_dims
 from let_plugin.teacher.sources import open_teacher
@@ -63,6 +64,8 @@ class Guidance:
         self._lambda = 0.0
         self._measures = False
         self._valid_tokens = torch.ones((), device=device)
+        # Of the tokens that count in the loss: how many have a state, and how many there are, if not all have one.
+        self._coverage = torch.zeros(2, dtype=torch.int64, device=device)
         self._timer = DeviceTimer(device)
         self._tokens = 0
         # Ranks that align the same part of the same rows: tensor-parallel ones without sequence parallelism.
@@ -92,16 +95,17 @@ class Guidance:
         if not own_pairs:
             return
         layers = plan.teacher_layers(own_pairs)
-        self._provider = OnlineStates(
-            source.build(
-                dtype=plan.teacher_dtype(config),
-                device=device,
-                config=config,
-                parallel_dims=teacher_dims,
-                layers=layers,
-                final_norm=config.let.teacher.final_norm,
-            )
+        aligns_tokens = config.let.token_alignment.enable
+        retokenise = retokenised.retokeniser(config, trainer.tokenizer, source) if aligns_tokens else None
+        teacher = source.build(
+            dtype=plan.teacher_dtype(config),
+            device=device,
+            config=retokenised.teacher_config(config, retokenise.teacher_seq_len) if retokenise else config,
+            parallel_dims=teacher_dims,
+            layers=layers,
+            final_norm=config.let.teacher.final_norm,
         )
+        self._provider = retokenised.RetokenisedStates(teacher, retokenise) if retokenise else OnlineStates(teacher)
         if self._provider.make_extras is not None:
             self._extras = BatchExtras(trainer.dataloader, self._provider.make_extras)
         channels = _channels(source.info, layers, config.let.teacher.final_norm)
@@ -126,6 +130,7 @@ class Guidance:
         """
         self._measures = measures
         self._lambda = weight
+        self._coverage.zero_()
         self._num_accumulations_left = self._trainer.gradient_accumulation_steps
         for tap in self.taps:
             tap.reset()
@@ -187,6 +192,7 @@ class Guidance:
         self._tokens += num_tokens
         counts_BL = self._share.rows(labels_BL) != IGNORE_INDEX
         if known_BL is not None:
+            self._coverage += torch.stack([(counts_BL & known_BL).sum(), counts_BL.sum()])
             counts_BL &= known_BL
         if self._center is not None:
             self._center.add(states_BLE, counts_BL, self._center_channels_E)
@@ -214,7 +220,9 @@ class Guidance:
         """What the step has measured, over all ranks and valid tokens. Every rank must call it.
 
         Returns:
-            let/cosine: mean cosine; of several pairs, their mean, and each pair's own beside it.
+            let/cosine: mean cosine of the tokens that have a state of the teacher's; of several pairs, their mean, and
+                each pair's own beside it.
+            let/aligned_fraction: the share of the valid tokens that have one, unless all do by construction.
             let/grad_cosine, let/grad_ratio: cosine between the gradients of lambda * L_align and of the student's own
                 loss with respect to the deepest aligned hidden state, and the ratio of their norms, if compared.
             let/teacher_tokens_per_second: of the teacher's forward pass alone, per rank that has one.
@@ -225,10 +233,13 @@ class Guidance:
             cosines[indices] = tap.metric_sums.double() / self._valid_tokens / self._num_replicas
         speed = cosines.new_tensor([self._tokens, self._timer.pop()])
         gradients = sum((tap.gradient_sums for tap in self.taps), start=cosines.new_zeros(3))
-        totals = torch.cat([cosines, speed, gradients])
+        totals = torch.cat([cosines, speed, gradients, self._coverage.double()])
         torch.distributed.all_reduce(totals)
         self._tokens = 0
-        *means, tokens, seconds, dot, own, added = totals.tolist()
+        *means, tokens, seconds, dot, own, added, num_aligned, num_counted = totals.tolist()
+        if num_counted:
+            # The sums are over the tokens that have a state; they have been divided by the number of all that count.
+            means = [mean * num_counted / max(num_aligned, 1) for mean in means]
         if self._head is not None:
             metrics = {"let/auxiliary_loss": sum(means) / len(means)}
         else:
@@ -236,6 +247,8 @@ class Guidance:
             if len(means) > 1:
                 names = [f"let/cosine/{pair.student}-{pair.teacher}" for pair in self.pairs]
                 metrics |= dict(zip(names, means, strict=True))
+            if num_counted:
+                metrics["let/aligned_fraction"] = num_aligned / num_counted
         if self._measures and own > 0 and added > 0:
             metrics |= {"let/grad_cosine": dot / math.sqrt(own * added), "let/grad_ratio": math.sqrt(added / own)}
         return metrics

@@ -21,6 +21,7 @@ from let_plugin.alignment.projectors import FittedMatch
 from let_plugin.config import LetConfig
 from let_plugin.errors import ConfigError, Problem, suggest
 from let_plugin.report import Student, report, report_auxiliary
+from let_plugin.teacher import retokenised
 from let_plugin.teacher.base import TeacherInfo, TeacherSource
 from let_plugin.teacher.sources import open_teacher
 from let_plugin.teacher.vocabulary import compare_vocabularies
@@ -81,18 +82,21 @@ def run(config: Trainer.Config) -> str:
         checks.finish()
         assert student and pairs and stop_step is not None
         return report_auxiliary(config, student, pairs, stop_step)
-    source, pairs = checks(open_teacher, let.teacher), None
+    source, pairs, trial = checks(open_teacher, let.teacher), None, None
     if source is not None:
         pairs = checks(plan.layer_pairs, config, source.info.num_layers)
         if pairs is not None:
             checks(_check_stages, config, pairs)
             checks(_check_dimension_match, config, pairs, source.info)
-        checks(_check_sequence_length, config, source.info)
-        if student_vocabulary is not None:
-            checks(_check_vocabulary, student_vocabulary, source, let)
+        if let.token_alignment.enable:
+            trial = checks(_try_token_alignment, config, source, not checks.problems)
+        else:
+            checks(_check_sequence_length, config, source.info)
+            if student_vocabulary is not None:
+                checks(_check_vocabulary, student_vocabulary, source, let)
     checks.finish()
     assert student and parallel_dims and source and pairs and stop_step is not None
-    return report(config, student, source.info, pairs, stop_step, parallel_dims)
+    return report(config, student, source.info, pairs, stop_step, parallel_dims, trial)
 
 
 class _Checks:
@@ -331,6 +335,22 @@ def _check_sequence_length(config: Trainer.Config, teacher: TeacherInfo) -> None
         )
 
 
+def _try_token_alignment(
+    config: Trainer.Config, source: TeacherSource, can_read_data: bool
+) -> retokenised.Trial | None:
+    """Whether the two tokenizers can be matched and, on rank 0, how well the first rows of the data are."""
+    options = config.let.token_alignment
+    if not 0 <= options.min_fraction <= 1:
+        message = "must be between 0 and 1"
+        raise ConfigError(Problem("let.token_alignment.min_fraction", message, options.min_fraction))
+    retokenised.teacher_seq_len(config, source.info)
+    if not can_read_data:
+        return None
+    student = config.tokenizer.build(tokenizer_path=config.hf_assets_path)
+    retokenise = retokenised.retokeniser(config, student, source)
+    return retokenised.try_out(config, student, retokenise) if os.environ["RANK"] == "0" else None
+
+
 def _check_vocabulary(student: dict[str, int], source: TeacherSource, let: LetConfig) -> None:
     if not let.teacher.check_vocabulary:
         return
@@ -352,7 +372,8 @@ def _check_vocabulary(student: dict[str, int], source: TeacherSource, let: LetCo
                 "let.teacher.path",
                 f"the teacher's vocabulary is not the student's: {difference.num_differing:,} of "
                 f"{difference.num_student:,} ids differ ({'; '.join(difference.examples)}). Train the student on the "
-                "teacher's tokenizer (hf_assets_path), or take a teacher with the student's",
+                "teacher's tokenizer (hf_assets_path), take a teacher with the student's, or let the text be encoded anew "
+                "for the teacher (let.token_alignment.enable = true)",
                 let.teacher.path,
             )
         )

@@ -13,6 +13,7 @@ from let_plugin import host, plan
 from let_plugin.alignment.layer_mapping import EMBEDDING, LayerPair
 from let_plugin.config import LetConfig
 from let_plugin.teacher.base import TeacherInfo
+from let_plugin.teacher.retokenised import Trial, teacher_seq_len
 from let_plugin.teacher.sharding import sequence_shards, teacher_parallel_dims
 
 
@@ -47,8 +48,11 @@ def report(
     pairs: Sequence[LayerPair],
     stop_step: int,
     parallel_dims: ParallelDims,
+    trial: Trial | None = None,
 ) -> str:
     """The preflight report of a checked configuration, without a final line break.
+
+    `trial` is that of a teacher with another tokenizer, on the rank that has made it.
 
     The overhead is the paper's FLOP bound, N_T / (3 N_S): a forward pass of the teacher (2 N_T per token) beside a
     forward and a backward pass of the student (6 N_S), N being the parameters that are multiplied.
@@ -59,7 +63,11 @@ def report(
     layers = plan.teacher_layers(pairs)
     num_kept = teacher.num_params_to(layers)  # blocks above the highest layer that is asked for are not there
     num_teacher = num_kept - teacher.num_embedding_params
-    overhead = num_teacher / (3 * student.num_matmul_params)
+    ratio, times = 1.0, ""
+    if let.token_alignment.enable:
+        length = teacher_seq_len(config, teacher)
+        ratio, times = length / config.training.seq_len, f" x {length} / {config.training.seq_len} tokens"
+    overhead = num_teacher / (3 * student.num_matmul_params) * ratio
     # The run with LET costs as much as `steps` plain ones when it has this many steps left to spend.
     affordable_steps = steps - overhead * stop_step
     tokens = config.training.local_batch_size * config.training.seq_len
@@ -79,7 +87,9 @@ def report(
     if num_learned := sum(p.numel() for match in matches for p in match.parameters() if p.requires_grad):
         # In fp32: the gathered weights and their gradient; the sharded ones, their gradient and the optimizer's state.
         memory["projector"] = num_learned * 4 * 2 + num_learned * 4 * 4 // num_shards
-    if let.teacher.check_vocabulary:
+    if let.token_alignment.enable:
+        vocabulary = _describe_token_alignment(config, teacher, trial)
+    elif let.teacher.check_vocabulary:
         vocabulary = "the student's tokenizer and the teacher's agree token by token"
     else:
         vocabulary = "not compared (let.teacher.check_vocabulary = false)"
@@ -99,7 +109,7 @@ def report(
             f"  vocabulary {vocabulary}",
             f"  memory     + {_mib(sum(memory.values()))} per rank while active: {parts}",
             f"  overhead   + {overhead:.1%} FLOPs while active: N_T / (3 N_S) = {num_teacher:,} / (3 x "
-            f"{student.num_matmul_params:,}), embeddings not counted",
+            f"{student.num_matmul_params:,}){times}, embeddings not counted",
             f"  break-even {break_even}",
         ]
     )
@@ -143,6 +153,21 @@ def _describe(pair: LayerPair, width: int, student: Student, teacher: TeacherInf
     return (
         f"output of student block {pair.student} (layers.{pair.student}, of 0 to {student.num_blocks - 1}) with the "
         f"teacher's {layer}, {widths}, {let.loss}{weight}"
+    )
+
+
+def _describe_token_alignment(config: Trainer.Config, teacher: TeacherInfo, trial: Trial | None) -> str:
+    if trial is None:
+        return "two tokenizers, matched by bytes of text"
+    length = teacher_seq_len(config, teacher)
+    return "\n             ".join(
+        [
+            f"two tokenizers, matched by bytes of text; of {trial.num_rows} rows of the data:",
+            f"{trial.aligned:.1%} of the tokens have a state of the teacher's, {trial.exact:.1%} one of the same end",
+            f"{config.training.seq_len} tokens are {trial.mean_length:.0f} of the teacher's, {trial.max_length} at most; "
+            f"there is room for {length} (let.token_alignment.teacher_seq_len)",
+            f"{trial.tokens_per_second:,.0f} tokens/s are retokenised by each worker (dataloader.num_workers)",
+        ]
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.config import CompileConfig, ParallelismConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.models import _supported_models
@@ -24,7 +25,7 @@ from let_plugin.errors import ConfigError, Problem, suggest
 from let_plugin.registry import Registry
 from let_plugin.teacher.base import Teacher, TeacherInfo, TeacherSource, freeze, keep_rng_state, num_blocks_to
 from let_plugin.teacher.layers import LayerStates
-from let_plugin.teacher.vocabulary import read_vocabulary
+from let_plugin.teacher.vocabulary import read_tokenizer, read_vocabulary
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,6 +88,10 @@ class TitanTeacherSource(TeacherSource):
         except Exception as error:  # the tokenizers library raises plain Exception
             key = "let.teacher.tokenizer_path" if self._config.tokenizer_path else "let.teacher.path"
             raise ConfigError(Problem(key, f"tokenizer.json cannot be read: {error}", path)) from error
+
+    def tokenizer(self) -> HuggingFaceTokenizer | None:
+        key = "let.teacher.tokenizer_path" if self._config.tokenizer_path else "let.teacher.path"
+        return read_tokenizer(self._config.tokenizer_path or self._config.path, key=key)
 
     def build(
         self,

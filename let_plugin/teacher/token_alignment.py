@@ -237,7 +237,9 @@ class _Text(NamedTuple):
                 return k
         if far in boundaries:
             return far
-        whole = (k for k in reversed(boundaries) if k < len(self.pieces) and self.pieces[k][0] & 0xC0 != 0x80)
+        whole = (
+            k for k in reversed(boundaries) if k < len(self.pieces) and not b"\x80" <= self.pieces[k][:1] < b"\xc0"
+        )
         return next(whole, boundaries[0])
 
     def _begins_word(self, k: int) -> bool:

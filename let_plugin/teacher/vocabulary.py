@@ -4,6 +4,9 @@ import os
 from dataclasses import dataclass
 
 from tokenizers import Tokenizer
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
+
+from let_plugin.errors import ConfigError, Problem
 
 
 def read_vocabulary(folder: str) -> dict[str, int] | None:
@@ -12,6 +15,20 @@ def read_vocabulary(folder: str) -> dict[str, int] | None:
     if not os.path.isfile(path):
         return None
     return Tokenizer.from_file(path).get_vocab(with_added_tokens=True)
+
+
+def read_tokenizer(folder: str, *, key: str) -> HuggingFaceTokenizer | None:
+    """The tokenizer in `folder`/tokenizer.json; None if there is no such file. ConfigError, naming `key`, if it cannot
+    be read.
+
+    torchtitan's own reader: of the same files a student and its teacher have the same tokenizer.
+    """
+    if not os.path.isfile(os.path.join(folder, "tokenizer.json")):
+        return None
+    try:
+        return HuggingFaceTokenizer(tokenizer_path=folder)
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise ConfigError(Problem(key, f"the tokenizer cannot be read: {error}", folder)) from error
 
 
 @dataclass(frozen=True)
