@@ -21,8 +21,8 @@ from let_plugin.alignment.projectors import FittedMatch
 from let_plugin.config import LetConfig
 from let_plugin.errors import ConfigError, Problem, suggest
 from let_plugin.report import Student, report, report_auxiliary
-from let_plugin.teacher import retokenised
 from let_plugin.teacher.base import TeacherInfo, TeacherSource
+from let_plugin.teacher.retokenised import Trial, retokeniser, teacher_seq_len, try_out
 from let_plugin.teacher.sources import open_teacher
 from let_plugin.teacher.vocabulary import compare_vocabularies
 
@@ -335,20 +335,18 @@ def _check_sequence_length(config: Trainer.Config, teacher: TeacherInfo) -> None
         )
 
 
-def _try_token_alignment(
-    config: Trainer.Config, source: TeacherSource, can_read_data: bool
-) -> retokenised.Trial | None:
+def _try_token_alignment(config: Trainer.Config, source: TeacherSource, can_read_data: bool) -> Trial | None:
     """Whether the two tokenizers can be matched and, on rank 0, how well the first rows of the data are."""
     options = config.let.token_alignment
     if not 0 <= options.min_fraction <= 1:
         message = "must be between 0 and 1"
         raise ConfigError(Problem("let.token_alignment.min_fraction", message, options.min_fraction))
-    retokenised.teacher_seq_len(config, source.info)
+    teacher_seq_len(config, source.info)
     if not can_read_data:
         return None
     student = config.tokenizer.build(tokenizer_path=config.hf_assets_path)
-    retokenise = retokenised.retokeniser(config, student, source)
-    return retokenised.try_out(config, student, retokenise) if os.environ["RANK"] == "0" else None
+    retokenise = retokeniser(config, student, source)
+    return try_out(config, student, retokenise) if os.environ["RANK"] == "0" else None
 
 
 def _check_vocabulary(student: dict[str, int], source: TeacherSource, let: LetConfig) -> None:
@@ -372,8 +370,8 @@ def _check_vocabulary(student: dict[str, int], source: TeacherSource, let: LetCo
                 "let.teacher.path",
                 f"the teacher's vocabulary is not the student's: {difference.num_differing:,} of "
                 f"{difference.num_student:,} ids differ ({'; '.join(difference.examples)}). Train the student on the "
-                "teacher's tokenizer (hf_assets_path), take a teacher with the student's, or let the text be encoded anew "
-                "for the teacher (let.token_alignment.enable = true)",
+                "teacher's tokenizer (hf_assets_path), take a teacher with the student's, or have the text encoded "
+                "anew for the teacher (let.token_alignment.enable = true)",
                 let.teacher.path,
             )
         )

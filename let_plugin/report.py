@@ -159,13 +159,13 @@ def _describe(pair: LayerPair, width: int, student: Student, teacher: TeacherInf
 def _describe_token_alignment(config: Trainer.Config, teacher: TeacherInfo, trial: Trial | None) -> str:
     if trial is None:
         return "two tokenizers, matched by bytes of text"
-    length = teacher_seq_len(config, teacher)
+    seq_len, length = config.training.seq_len, teacher_seq_len(config, teacher)
     return "\n             ".join(
         [
             f"two tokenizers, matched by bytes of text; of {trial.num_rows} rows of the data:",
             f"{trial.aligned:.1%} of the tokens have a state of the teacher's, {trial.exact:.1%} one of the same end",
-            f"{config.training.seq_len} tokens are {trial.mean_length:.0f} of the teacher's, {trial.max_length} at most; "
-            f"there is room for {length} (let.token_alignment.teacher_seq_len)",
+            f"{seq_len} tokens are {trial.mean_length:.0f} of the teacher's, {trial.max_length} at most, "
+            f"with room for {length} (let.token_alignment.teacher_seq_len)",
             f"{trial.tokens_per_second:,.0f} tokens/s are retokenised by each worker (dataloader.num_workers)",
         ]
     )

@@ -378,7 +378,7 @@ def _read_vocabulary(folder: str, key: str) -> dict[str, int] | None:
 
 
 def _open_tokenizer(path: str, key: str) -> Any | None:
-    """The tokenizer of a folder, or of a teacher on the hub; None if there is none. ConfigError if it cannot be read."""
+    """The tokenizer of a folder or of a teacher on the hub; None if there is none. ConfigError if it cannot be read."""
     return read_tokenizer(path, key=key) or _load_with_transformers(path, key)
 
 
