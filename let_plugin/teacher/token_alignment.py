@@ -176,10 +176,11 @@ class Retokeniser:
         ends: list[int] = []
         for begin, text in _characters(data):
             # The space that the student's tokenizer has put in front of the document is not the document's.
-            at_start = starts and begin == 0 and text.startswith(self._student.leading_space)
+            space = self._student.leading_space
+            at_start = starts and begin == 0 and text.startswith(space) and text != space
             if at_start:
-                begin += len(self._student.leading_space)
-                text = text.removeprefix(self._student.leading_space)
+                begin += len(space)
+                text = text.removeprefix(space)
             new_ids, new_ends = self._encoder(text, at_start=at_start)
             ids += new_ids
             ends += [begin + e for e in new_ends]
