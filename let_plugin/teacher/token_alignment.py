@@ -21,8 +21,11 @@ import torch
 
 from let_plugin.teacher.text_encoding import TextEncoder, Tokens, match_bytes, match_controls
 
-# How many of the student's tokens are looked at for the end of the word at an edge: scripts without spaces have none.
-_MAX_EDGE = 16
+# In scripts without spaces the word at an edge has no end. After so many of the student's tokens any two letters are
+# one: what is merged on one side of them does not depend on the other ...
+_LONG_WORD = 16
+# ... and after so many anything is.
+_MAX_EDGE = 64
 
 
 class RowAlignment(NamedTuple):
@@ -163,28 +166,41 @@ class Retokeniser:
         if (same[right:] < 0).any():
             right = len(tokens)
         ends_N = list(accumulate(map(len, text.pieces), initial=0))
-        ids, ends = same[:left].tolist(), ends_N[1 : left + 1]
-        if left < right:
-            new_ids, new_ends = self._encode(b"".join(text.pieces[left:right]), starts=text.starts and left == 0)
-            ids += new_ids
-            ends += [ends_N[left] + e for e in new_ends]
-        return ids + same[right:].tolist(), ends + ends_N[right + 1 :]
-
-    def _encode(self, data: bytes, *, starts: bool) -> tuple[list[int], list[int]]:
-        """Ids and ends of bytes that are encoded anew. Those that are no whole characters are left out."""
         ids: list[int] = []
         ends: list[int] = []
-        for begin, text in _characters(data):
-            # The space that the student's tokenizer has put in front of the document is not the document's.
-            space = self._student.leading_space
-            at_start = starts and begin == 0 and text.startswith(space) and text != space
-            if at_start:
-                begin += len(space)
-                text = text.removeprefix(space)
-            new_ids, new_ends = self._encoder(text, at_start=at_start)
+
+        def take(tokens: range) -> None:
+            """Those of the student's tokens that are also the teacher's."""
+            for k in tokens:
+                if same[k] >= 0:
+                    ids.append(int(same[k]))
+                    ends.append(ends_N[k + 1])
+
+        take(range(left))
+        is_broken = _broken(text.pieces[left:right])
+        for broken, group in groupby(range(left, right), lambda k: is_broken[k - left]):
+            inner = list(group)
+            start, stop = inner[0], inner[-1] + 1
+            if broken:
+                take(range(start, stop))
+                continue
+            data = b"".join(text.pieces[start:stop])
+            new_ids, new_ends = self._encode(data.decode(), starts=text.starts and start == 0)
             ids += new_ids
-            ends += [begin + e for e in new_ends]
+            ends += [ends_N[start] + e for e in new_ends]
+        take(range(right, len(tokens)))
         return ids, ends
+
+    def _encode(self, text: str, *, starts: bool) -> tuple[list[int], list[int]]:
+        """Ids and ends of text that is encoded anew."""
+        # The space that the student's tokenizer has put in front of the document is not the document's. In front of a
+        # text that begins with a space, some tokenizers put none.
+        space = self._student.leading_space
+        rest = text.removeprefix(space)
+        if not (starts and text.startswith(space)) or (space and rest[:1] in ("", " ")):
+            return self._encoder(text, at_start=False)
+        ids, ends = self._encoder(rest, at_start=True)
+        return ids, [len(space) + e for e in ends]
 
 
 def last_ending_by(ends_N: np.ndarray, ends_M: np.ndarray) -> np.ndarray:
@@ -228,17 +244,22 @@ class _Text(NamedTuple):
         return (left, right) if left <= right else (size, size)
 
     def _edge(self, boundaries: range, *, far: int) -> int:
-        """The nearest of these boundaries at which a word begins; else the far end of the text, if it is among them;
-        else the farthest one between two characters."""
-        for k in boundaries:
-            if self._begins_word(k):
+        """The nearest of these boundaries at which a word begins, or between two letters if it is far away; else the
+        far end of the text, if it is among them; else the farthest one that cuts no character."""
+        for n, k in enumerate(boundaries):
+            if self._begins_word(k) or (n >= _LONG_WORD and self._is_between_letters(k)):
                 return k
         if far in boundaries:
             return far
-        whole = (
-            k for k in reversed(boundaries) if k < len(self.pieces) and not b"\x80" <= self.pieces[k][:1] < b"\xc0"
-        )
-        return next(whole, boundaries[0])
+        inner = (k for k in reversed(boundaries) if 0 < k < len(self.pieces))
+        return next((k for k in inner if not b"\x80" <= self.pieces[k][:1] < b"\xc0"), boundaries[0])
+
+    def _is_between_letters(self, k: int) -> bool:
+        """Whether there are letters, or other characters beyond ASCII, before token k and at its beginning."""
+        if not 0 < k < len(self.pieces):
+            return False
+        before, behind = self.pieces[k - 1][-1:], self.pieces[k][:1]
+        return (before.isalpha() or before >= b"\x80") and (behind.isalpha() or behind >= b"\xc0")
 
     def _begins_word(self, k: int) -> bool:
         """Whether tokens begin at the boundary before token k in any tokenizer, whatever is on its other side.
@@ -253,14 +274,18 @@ class _Text(NamedTuple):
         return k > 0 and piece[:1].isspace() and not self.pieces[k - 1][-1:].isspace()
 
 
-def _characters(data: bytes) -> Iterator[tuple[int, str]]:
-    """The parts of `data` that are whole characters, and where they begin."""
+def _broken(pieces: list[bytes]) -> list[bool]:
+    """Which tokens have a part of a character whose other parts are not there."""
+    data = b"".join(pieces)
+    is_broken = np.zeros(len(data), dtype=bool)
     begin = 0
-    while begin < len(data):
+    while True:
         try:
-            yield begin, data[begin:].decode()
-            return
+            data[begin:].decode()
+            break
         except UnicodeDecodeError as error:
-            if error.start > 0:
-                yield begin, data[begin : begin + error.start].decode()
+            is_broken[begin + error.start : begin + error.end] = True
             begin += error.end
+    if begin == 0:
+        return [False] * len(pieces)
+    return [bool(is_broken[i:j].any()) for i, j in pairwise(accumulate(map(len, pieces), initial=0))]

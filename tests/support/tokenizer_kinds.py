@@ -17,9 +17,12 @@ from let_plugin.token_bytes import token_bytes
 SPACE = "\u2581"
 SMOLLM2 = Path(__file__).parents[2] / "assets/smollm2"
 # Llama-3's and GPT-4's way to cut text: what follows a word's punctuation, and digits by three.
+# fmt: off
 _CL100K = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# fmt: on
 MULTILINGUAL = [
     "The year 1999, and 12345678 more: 3.14159.\n\n\n   Three spaces, \ttabs\t\t and a line.\r\nEnd of it...  ",
     "Le caf\u00e9 na\u00eff \u2014 \u00ab d\u00e9j\u00e0 vu \u00bb, l'\u00e9t\u00e9. Gr\u00f6\u00dfe, stra\u00dfe; "
@@ -160,9 +163,7 @@ def random_rows(tokenizer, texts, length, num_rows, *, seed=0, begin=None):
     """A batch of rows that are cut out of the packed texts at random tokens."""
     rng = random.Random(seed)
     total = sum(len(ids_of(tokenizer, text)) + (begin is not None) for text in texts)
-    return batch(
-        *(row(tokenizer, texts, length, rng.randrange(total - length), begin) for _ in range(num_rows))
-    )
+    return batch(*(row(tokenizer, texts, length, rng.randrange(total - length), begin) for _ in range(num_rows)))
 
 
 def write(tokenizer, folder, *, bos=None, eos=None):
