@@ -140,6 +140,31 @@ class AdaptiveStopConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class TokenAlignmentConfig:
+    """The `[let.token_alignment]` table: a teacher with another tokenizer than the student's."""
+
+    enable: bool = False
+    """
+    Encode the student's text anew with the teacher's tokenizer, in the data loader (`dataloader.num_workers`), and
+    align each of the student's tokens with the teacher's last one that ends at or before it. See docs/teachers.md.
+    """
+
+    ends: Literal["at_or_before", "equal"] = "at_or_before"
+    """
+    "equal": only with one that ends exactly where the student's token does; a token without one is not aligned.
+    """
+
+    teacher_seq_len: int | None = None
+    """
+    Tokens of the teacher per row of `training.seq_len` of the student's. What does not fit is cut off and not aligned.
+    Not given: a quarter more than the student's, rounded up to a multiple of 16, or the teacher's longest sequence.
+    """
+
+    min_fraction: float = 0.5
+    """Share of the tokens that must have a state of the teacher's, in a trial on the first rows at start-up."""
+
+
+@dataclass(kw_only=True, slots=True)
 class LetConfig:
     """The `[let]` table. Its presence in a TOML file turns LET on; without it the run is plain torchtitan."""
 
@@ -244,3 +269,5 @@ class LetConfig:
     """
 
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+
+    token_alignment: TokenAlignmentConfig = field(default_factory=TokenAlignmentConfig)

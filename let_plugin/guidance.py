@@ -67,6 +67,8 @@ class Guidance:
         self._lambda = 0.0
         self._measures = False
         self._valid_tokens = torch.ones((), device=device)
+        # Of the tokens that count in the loss: how many have a state, and how many there are, if not all have one.
+        self._coverage = torch.zeros(2, dtype=torch.int64, device=device)
         self._timer = DeviceTimer(device)
         self._tokens = 0
         # Ranks that align the same part of the same rows: tensor-parallel ones without sequence parallelism.
@@ -96,7 +98,14 @@ class Guidance:
         if not own_pairs:
             return
         layers = plan.teacher_layers(own_pairs)
-        self._provider = make_provider(source, config=config, device=device, parallel_dims=teacher_dims, layers=layers)
+        self._provider = make_provider(
+            source,
+            config=config,
+            student_tokenizer=trainer.tokenizer,
+            device=device,
+            parallel_dims=teacher_dims,
+            layers=layers,
+        )
         if self._provider.make_extras is not None:
             self._extras = BatchExtras(trainer.dataloader, self._provider.make_extras)
         channels = _channels(source.info, layers, config.let.teacher.final_norm)
@@ -121,6 +130,7 @@ class Guidance:
         """
         self._measures = measures
         self._lambda = weight
+        self._coverage.zero_()
         self._num_accumulations_left = self._trainer.gradient_accumulation_steps
         for tap in self.taps:
             tap.reset()
@@ -183,6 +193,7 @@ class Guidance:
         self._tokens += num_tokens
         counts_BL = self._share.rows(labels_BL) != IGNORE_INDEX
         if known_BL is not None:
+            self._coverage += torch.stack([(counts_BL & known_BL).sum(), counts_BL.sum()])
             counts_BL &= known_BL
         if self._center is not None:
             self._center.add(states_BLE, counts_BL, self._center_channels_E)
@@ -211,7 +222,9 @@ class Guidance:
         """What the step has measured, over all ranks and valid tokens. Every rank must call it.
 
         Returns:
-            let/cosine: mean cosine; of several pairs, their mean, and each pair's own beside it.
+            let/cosine: mean cosine of the tokens that have a state of the teacher's; of several pairs, their mean, and
+                each pair's own beside it.
+            let/aligned_fraction: the share of the valid tokens that have one, unless all do by construction.
             let/grad_cosine, let/grad_ratio: cosine between the gradients of lambda * L_align and of the student's own
                 loss with respect to the deepest aligned hidden state, and the ratio of their norms, if compared.
             let/teacher_tokens_per_second: of the teacher's forward pass alone, per rank that has one.
@@ -222,10 +235,13 @@ class Guidance:
             cosines[indices] = tap.metric_sums.double() / self._valid_tokens / self._num_replicas
         speed = cosines.new_tensor([self._tokens, self._timer.pop()])
         gradients = sum((tap.gradient_sums for tap in self.taps), start=cosines.new_zeros(3))
-        totals = torch.cat([cosines, speed, gradients])
+        totals = torch.cat([cosines, speed, gradients, self._coverage.double()])
         torch.distributed.all_reduce(totals)
         self._tokens = 0
-        *means, tokens, seconds, dot, own, added = totals.tolist()
+        *means, tokens, seconds, dot, own, added, num_aligned, num_counted = totals.tolist()
+        if num_counted:
+            # The sums are over the tokens that have a state; they have been divided by the number of all that count.
+            means = [mean * num_counted / max(num_aligned, 1) for mean in means]
         if self._head is not None:
             metrics = {"let/auxiliary_loss": sum(means) / len(means)}
         else:
@@ -233,6 +249,8 @@ class Guidance:
             if len(means) > 1:
                 names = [f"let/cosine/{pair.student}-{pair.teacher}" for pair in self.pairs]
                 metrics |= dict(zip(names, means, strict=True))
+            if num_counted:
+                metrics["let/aligned_fraction"] = num_aligned / num_counted
         if self._measures and own > 0 and added > 0:
             metrics |= {"let/grad_cosine": dot / math.sqrt(own * added), "let/grad_ratio": math.sqrt(added / own)}
         return metrics

@@ -24,6 +24,7 @@ from let_plugin.report import Student, report, report_auxiliary, report_ended
 from let_plugin.teacher.base import TeacherInfo, TeacherSource
 from let_plugin.teacher.features import Features
 from let_plugin.teacher.providers import open_source
+from let_plugin.teacher.retokenised import Trial, retokeniser, teacher_seq_len, try_out
 from let_plugin.teacher.vocabulary import compare_vocabularies
 
 # Numbers for which torchtitan itself would fail late or loop for ever: key -> smallest value that makes sense.
@@ -93,23 +94,27 @@ def run(config: Trainer.Config, world_size: int | None = None) -> str:
         checks.finish()
         assert student
         return report_ended(student, ended_at)
-    source, pairs = checks(open_source, let.teacher), None
+    source, pairs, trial = checks(open_source, let.teacher), None, None
     if source is not None:
         pairs = checks(plan.layer_pairs, config, source.info.num_layers)
         if pairs is not None:
             checks(_check_stages, config, pairs)
             checks(_check_dimension_match, config, pairs, source.info)
-        checks(_check_sequence_length, config, source.info)
         if isinstance(source, Features):
+            checks(_check_sequence_length, config, source.info)
             if pairs is not None and parallel_dims is not None and stop_step is not None:
                 known = {problem.key for problem in checks.problems}
                 checks(_check_features, config, source, pairs, parallel_dims, known)
-        elif student_vocabulary is not None:
-            checks(_check_vocabulary, student_vocabulary, source, let)
+        elif let.token_alignment.enable:
+            trial = checks(_try_token_alignment, config, source, not checks.problems)
+        else:
+            checks(_check_sequence_length, config, source.info)
+            if student_vocabulary is not None:
+                checks(_check_vocabulary, student_vocabulary, source, let)
     checks.finish()
     assert student and parallel_dims and source and pairs and stop_step is not None
     features = source if isinstance(source, Features) else None
-    return report(config, student, source.info, pairs, stop_step, parallel_dims, features)
+    return report(config, student, source.info, pairs, stop_step, parallel_dims, features=features, trial=trial)
 
 
 class _Checks:
@@ -364,6 +369,20 @@ def _check_features(
             raise ConfigError(problems) from error
 
 
+def _try_token_alignment(config: Trainer.Config, source: TeacherSource, can_read_data: bool) -> Trial | None:
+    """Whether the two tokenizers can be matched and, on rank 0, how well the first rows of the data are."""
+    options = config.let.token_alignment
+    if not 0 <= options.min_fraction <= 1:
+        message = "must be between 0 and 1"
+        raise ConfigError(Problem("let.token_alignment.min_fraction", message, options.min_fraction))
+    teacher_seq_len(config, source.info)
+    if not can_read_data:
+        return None
+    student = config.tokenizer.build(tokenizer_path=config.hf_assets_path)
+    retokenise = retokeniser(config, student, source)
+    return try_out(config, student, retokenise) if os.environ["RANK"] == "0" else None
+
+
 def _check_vocabulary(student: dict[str, int], source: TeacherSource, let: LetConfig) -> None:
     if not let.teacher.check_vocabulary:
         return
@@ -386,7 +405,8 @@ def _check_vocabulary(student: dict[str, int], source: TeacherSource, let: LetCo
                 "let.teacher.path",
                 f"the teacher's vocabulary is not the student's: {difference.num_differing:,} of "
                 f"{difference.num_student:,} ids differ ({'; '.join(difference.examples)}). Train the student on the "
-                "teacher's tokenizer (hf_assets_path), or take a teacher with the student's",
+                "teacher's tokenizer (hf_assets_path), take a teacher with the student's, or have the text encoded "
+                "anew for the teacher (let.token_alignment.enable = true)",
                 let.teacher.path,
             )
         )

@@ -15,6 +15,7 @@ from let_plugin.alignment.layer_mapping import EMBEDDING, LayerPair
 from let_plugin.config import LetConfig, TeacherConfig
 from let_plugin.teacher.base import TeacherInfo, num_blocks_to
 from let_plugin.teacher.features import Features
+from let_plugin.teacher.retokenised import Trial, teacher_seq_len
 from let_plugin.teacher.sharding import sequence_shards, teacher_parallel_dims
 
 
@@ -73,6 +74,10 @@ def cost(
     layers = plan.teacher_layers(pairs)
     num_kept = teacher.num_params_to(layers)  # blocks above the highest layer that is asked for are not there
     num_teacher = 0 if features else num_kept - teacher.num_embedding_params
+    # Of the teacher's tokens to the student's.
+    ratio = 1.0
+    if let.token_alignment.enable and not features:
+        ratio = teacher_seq_len(config, teacher) / config.training.seq_len
     tokens = config.training.local_batch_size * config.training.seq_len
     # The ranks of a pipeline stage share the teacher; each holds the states of its part of the sequence.
     num_shards = teacher_parallel_dims(parallel_dims).dp_shard
@@ -94,7 +99,7 @@ def cost(
         memory["encoded states"] = (
             config.training.local_batch_size * config.training.seq_len * features.bytes_per_token(layers)
         )
-    return Cost(num_teacher, num_teacher / (3 * student.num_matmul_params), memory)
+    return Cost(num_teacher, num_teacher / (3 * student.num_matmul_params) * ratio, memory)
 
 
 def auxiliary_cost(student: Student, pairs: Sequence[LayerPair]) -> Cost:
@@ -124,9 +129,16 @@ def report(
     pairs: Sequence[LayerPair],
     stop_step: int,
     parallel_dims: ParallelDims,
+    *,
     features: Features | None = None,
+    trial: Trial | None = None,
 ) -> str:
-    """The preflight report of a checked configuration, without a final line break."""
+    """The preflight report of a checked configuration, without a final line break.
+
+    Args:
+        features: The states that were made beforehand, if they are the source.
+        trial: That of a teacher with another tokenizer, on the rank that has made it.
+    """
     let: LetConfig = config.let
     steps = config.training.steps
     costs = cost(config, student, teacher, pairs, parallel_dims, features)
@@ -135,6 +147,8 @@ def report(
     widths = {layer: teacher.width(layer, let.teacher.final_norm) for layer in layers}
     if features:
         vocabulary = "the student's tokenizer is the one that the states were made with"
+    elif let.token_alignment.enable:
+        vocabulary = _describe_token_alignment(config, teacher, trial)
     elif let.teacher.check_vocabulary:
         vocabulary = "the student's tokenizer and the teacher's agree token by token"
     else:
@@ -147,9 +161,12 @@ def report(
     else:
         break_even_line = "never: the teacher costs more than the whole plain run"
     parts = ", ".join(f"{name} {_mib(size)}" for name, size in costs.memory.items())
+    times = ""
+    if let.token_alignment.enable:
+        times = f" x {teacher_seq_len(config, teacher)} / {config.training.seq_len} tokens"
     overhead = (
         f"+ {costs.overhead:.1%} FLOPs while active: N_T / (3 N_S) = {costs.num_teacher_params:,} / (3 x "
-        f"{student.num_matmul_params:,}), embeddings not counted"
+        f"{student.num_matmul_params:,}){times}, embeddings not counted"
     )
     states = []
     if features:
@@ -240,6 +257,21 @@ def _describe(pair: LayerPair, width: int, student: Student, teacher: TeacherInf
     return (
         f"output of student block {pair.student} (layers.{pair.student}, of 0 to {student.num_blocks - 1}) with the "
         f"teacher's {layer}, {widths}, {let.loss}{weight}"
+    )
+
+
+def _describe_token_alignment(config: Trainer.Config, teacher: TeacherInfo, trial: Trial | None) -> str:
+    if trial is None:
+        return "two tokenizers, matched by bytes of text"
+    seq_len, length = config.training.seq_len, teacher_seq_len(config, teacher)
+    return "\n             ".join(
+        [
+            f"two tokenizers, matched by bytes of text; of {trial.num_rows} rows of the data:",
+            f"{trial.aligned:.1%} of the tokens have a state of the teacher's, {trial.exact:.1%} one of the same end",
+            f"{seq_len} tokens are {trial.mean_length:.0f} of the teacher's, {trial.max_length} at most, "
+            f"with room for {length} (let.token_alignment.teacher_seq_len)",
+            f"{trial.tokens_per_second:,.0f} tokens/s are retokenised by each worker (dataloader.num_workers)",
+        ]
     )
 
 

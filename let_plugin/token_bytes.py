@@ -53,7 +53,7 @@ def token_bytes(tokenizer: Any) -> list[bytes | None]:
         ValueError: If its tokens do not say which bytes they stand for (WordPiece, WordLevel), or it is of no known
             kind.
     """
-    tokenizer = _unwrapped(tokenizer)
+    tokenizer = unwrapped(tokenizer)
     return _of_encoding(tokenizer) if isinstance(tokenizer, Encoding) else _of_tokenizer(tokenizer)
 
 
@@ -63,7 +63,7 @@ def leading_space(tokenizer: Any) -> bytes:
     In front of one that begins with a space, SentencePiece's Metaspace adds nothing, its Prepend (Llama-2) a second.
     ValueError as in `token_bytes`.
     """
-    tokenizer = _unwrapped(tokenizer)
+    tokenizer = unwrapped(tokenizer)
     if isinstance(tokenizer, Encoding):
         return b""
     values = _of_tokenizer(tokenizer)
@@ -71,7 +71,8 @@ def leading_space(tokenizer: Any) -> bytes:
     return encoded.removesuffix(b"a")
 
 
-def _unwrapped(tokenizer: Any) -> Encoding | Tokenizer:
+def unwrapped(tokenizer: Any) -> Encoding | Tokenizer:
+    """The library's own tokenizer in one of torchtitan's or `transformers`'. ValueError if it is of no known kind."""
     for name in ("tokenizer", "backend_tokenizer"):
         tokenizer = getattr(tokenizer, name, tokenizer)
     if not isinstance(tokenizer, Encoding | Tokenizer):

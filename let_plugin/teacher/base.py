@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -105,6 +105,10 @@ class TeacherSource(ABC):
     @abstractmethod
     def vocabulary(self) -> dict[str, int] | None:
         """Token -> id of the teacher's tokenizer, special tokens included; None if it comes without one."""
+
+    def tokenizer(self) -> Any | None:
+        """The tokenizer itself: torchtitan's or `transformers`', which name the ends of a document; None as above."""
+        return None
 
     @abstractmethod
     def build(

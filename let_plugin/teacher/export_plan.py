@@ -87,6 +87,7 @@ class Plan:
             "widths": widths,
             "encoding": encoding,
             "tokenizer": fingerprints.tokenizer(config.hf_assets_path),
+            "token_alignment": dataclasses.asdict(config.let.token_alignment),
             "loader": fingerprints.loader(config),
             "seq_len": seq_len,
             "batch_size": batch_size,

@@ -46,7 +46,15 @@ def export(plan: Plan) -> Manifest:
     dims = teacher_parallel_dims(own)
     dims.build_mesh()
     source = open_source(plan.config.let.teacher)
-    provider = make_provider(source, config=plan.config, device=device, parallel_dims=dims, layers=plan.layers)
+    tokenizer = plan.config.tokenizer.build(tokenizer_path=plan.config.hf_assets_path)
+    provider = make_provider(
+        source,
+        config=plan.config,
+        student_tokenizer=tokenizer,
+        device=device,
+        parallel_dims=dims,
+        layers=plan.layers,
+    )
     if settings["encoding"]["name"] in PROJECTIONS:
         _fit(plan, provider, device)
     bases = read_bases(plan.folder) if settings["encoding"]["name"] in PROJECTIONS else {}

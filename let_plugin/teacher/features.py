@@ -147,6 +147,9 @@ class Features:
         if fingerprints.tokenizer(config.hf_assets_path) != stored["tokenizer"]:
             message = f"not the tokenizer that {FEATURES_KEY} = {str(self.folder)!r} was made with; {again}"
             problems.append(Problem("hf_assets_path", message, config.hf_assets_path))
+        if let.token_alignment.enable:  # else it is as it was when the states were made
+            for name, value in dataclasses.asdict(let.token_alignment).items():
+                differs(f"let.token_alignment.{name}", value, stored["token_alignment"][name], again)
         options, stored_options = fingerprints.loader(config), stored["loader"]
         for name in sorted({*options, *stored_options}):
             if name == "dataset_path" and options.get("dataset") != stored_options.get("dataset"):

@@ -52,7 +52,8 @@ def teacher(config: TeacherConfig) -> str:
 
 def tokenizer(folder: str) -> str:
     """Of the tokenizer's files in a folder."""
-    return _digest([path for name in _TOKENIZER_FILES if (path := Path(folder, name)).is_file()])
+    paths = sorted(Path(folder).glob("*"))
+    return _digest([path for path in paths if path.name in _TOKENIZER_FILES or path.suffix == ".tiktoken"])
 
 
 def loader(config: Trainer.Config) -> dict[str, Any]:

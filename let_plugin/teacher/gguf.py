@@ -25,6 +25,7 @@ from let_plugin.teacher.hf import (
     import_transformers,
     make_teacher,
     make_whole_trunk,
+    open_tokenizer_path,
     quiet_transformers,
     read_tokenizer_path,
     teacher_info,
@@ -65,6 +66,12 @@ class GGUFTeacherSource(TeacherSource):
         if self._teacher_config.tokenizer_path:
             return read_tokenizer_path(self._teacher_config.tokenizer_path)
         return _read(self._teacher_config.path, "tokenizer", _load_tokenizer).get_vocab()
+
+    def tokenizer(self) -> Any:
+        """From `tokenizer_path` if given, or else the file's own."""
+        if path := self._teacher_config.tokenizer_path:
+            return open_tokenizer_path(path)
+        return _read(self._teacher_config.path, "tokenizer", _load_tokenizer)
 
     def build(
         self,

@@ -33,7 +33,7 @@ from let_plugin.teacher.hf_checks import (
 from let_plugin.teacher.layers import LayerStates
 from let_plugin.teacher.safetensors_files import INDEX
 from let_plugin.teacher.sharding import raise_together
-from let_plugin.teacher.vocabulary import read_vocabulary
+from let_plugin.teacher.vocabulary import read_tokenizer, read_vocabulary
 
 if TYPE_CHECKING:
     from torchtitan.distributed import ParallelDims
@@ -88,6 +88,12 @@ class HFTeacherSource(TeacherSource):
         if self._is_local:
             return _read_vocabulary(self._teacher_config.path, _PATH_KEY)
         return _read_vocabulary_with_transformers(self._teacher_config.path, _PATH_KEY)
+
+    def tokenizer(self) -> Any | None:
+        """From the same files as the vocabulary."""
+        if path := self._teacher_config.tokenizer_path:
+            return open_tokenizer_path(path)
+        return _open_tokenizer(self._teacher_config.path, _PATH_KEY)
 
     def build(
         self,
@@ -274,9 +280,21 @@ def read_tokenizer_path(path: str) -> dict[str, int]:
     """Token -> id of the tokenizer in the folder `let.teacher.tokenizer_path`; ConfigError if there is none."""
     vocabulary = _read_vocabulary(path, _TOKENIZER_KEY) if os.path.isdir(path) else None
     if vocabulary is None:
-        message = "no tokenizer there; give a folder with tokenizer.json or a tiktoken rank file, or leave it empty"
-        raise ConfigError(Problem(_TOKENIZER_KEY, message, path))
+        raise ConfigError(_no_tokenizer(path))
     return vocabulary
+
+
+def open_tokenizer_path(path: str) -> Any:
+    """The tokenizer in the folder `let.teacher.tokenizer_path`; ConfigError if there is none."""
+    tokenizer = _open_tokenizer(path, _TOKENIZER_KEY) if os.path.isdir(path) else None
+    if tokenizer is None:
+        raise ConfigError(_no_tokenizer(path))
+    return tokenizer
+
+
+def _no_tokenizer(path: str) -> Problem:
+    message = "no tokenizer there; give a folder with tokenizer.json or a tiktoken rank file, or leave it empty"
+    return Problem(_TOKENIZER_KEY, message, path)
 
 
 @contextmanager
@@ -363,7 +381,18 @@ def _read_vocabulary(folder: str, key: str) -> dict[str, int] | None:
     return _read_vocabulary_with_transformers(folder, key) if vocabulary is None else vocabulary
 
 
+def _open_tokenizer(path: str, key: str) -> Any | None:
+    """The tokenizer of a folder or of a teacher on the hub; None if there is none. ConfigError if it cannot be read."""
+    return read_tokenizer(path, key=key) or _load_with_transformers(path, key)
+
+
 def _read_vocabulary_with_transformers(path: str, key: str) -> dict[str, int] | None:
+    """Through AutoTokenizer; None if there are no tokenizer files."""
+    tokenizer = _load_with_transformers(path, key)
+    return None if tokenizer is None else tokenizer.get_vocab()
+
+
+def _load_with_transformers(path: str, key: str) -> Any | None:
     """Through AutoTokenizer; None if there are no tokenizer files."""
     from transformers import AutoTokenizer
 
@@ -371,6 +400,6 @@ def _read_vocabulary_with_transformers(path: str, key: str) -> dict[str, int] | 
     if is_local and not any(Path(path, name).is_file() for name in _TOKENIZER_FILES):
         return None
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=is_local).get_vocab()
+        return AutoTokenizer.from_pretrained(path, local_files_only=is_local)
     except Exception as error:  # missing sentencepiece, damaged files, the hub
         raise ConfigError(Problem(key, f"its tokenizer cannot be read: {error}", path)) from error

@@ -1,7 +1,7 @@
 """Which StateProvider a run has."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -9,6 +9,7 @@ from let_plugin import plan
 from let_plugin.config import TeacherConfig
 from let_plugin.teacher.base import TeacherSource
 from let_plugin.teacher.features import Features, StoredStates
+from let_plugin.teacher.retokenised import RetokenisedStates, retokeniser, teacher_config
 from let_plugin.teacher.sources import open_teacher
 from let_plugin.teacher.states import OnlineStates, StateProvider
 
@@ -29,6 +30,7 @@ def make_provider(
     source: TeacherSource | Features,
     *,
     config: "Trainer.Config",
+    student_tokenizer: Any,
     device: torch.device,
     parallel_dims: "ParallelDims",
     layers: Sequence[int | str],
@@ -38,19 +40,22 @@ def make_provider(
     Args:
         source: From `open_source`.
         config: The student's configuration.
+        student_tokenizer: The student's tokenizer, for a teacher that has another.
         device: This rank's.
         parallel_dims: The teacher's device meshes: `sharding.teacher_parallel_dims`.
         layers: As in TeacherSource.build.
     """
     if isinstance(source, Features):
         return StoredStates(source, layers, dtype=plan.teacher_dtype(config), device=device)
-    return OnlineStates(
-        source.build(
-            dtype=plan.teacher_dtype(config),
-            device=device,
-            config=config,
-            parallel_dims=parallel_dims,
-            layers=layers,
-            final_norm=config.let.teacher.final_norm,
-        )
+    make_batches = None
+    if config.let.token_alignment.enable:
+        make_batches = retokeniser(config, student_tokenizer, source)
+    teacher = source.build(
+        dtype=plan.teacher_dtype(config),
+        device=device,
+        config=config if make_batches is None else teacher_config(config, make_batches.teacher_seq_len),
+        parallel_dims=parallel_dims,
+        layers=layers,
+        final_norm=config.let.teacher.final_norm,
     )
+    return OnlineStates(teacher) if make_batches is None else RetokenisedStates(teacher, make_batches)

@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.config import CompileConfig, ParallelismConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.compile import apply_compile
@@ -30,7 +31,7 @@ from let_plugin.teacher.base import Teacher, TeacherInfo, TeacherSource, freeze,
 from let_plugin.teacher.layers import LayerStates
 from let_plugin.teacher.safetensors_files import some_names
 from let_plugin.teacher.sharding import raise_together
-from let_plugin.teacher.vocabulary import read_vocabulary
+from let_plugin.teacher.vocabulary import read_tokenizer, read_vocabulary
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,6 +93,10 @@ class TitanTeacherSource(TeacherSource):
     def vocabulary(self) -> dict[str, int] | None:
         key = "let.teacher.tokenizer_path" if self._config.tokenizer_path else "let.teacher.path"
         return read_vocabulary(self._config.tokenizer_path or self._config.path, key=key)
+
+    def tokenizer(self) -> HuggingFaceTokenizer | None:
+        key = "let.teacher.tokenizer_path" if self._config.tokenizer_path else "let.teacher.path"
+        return read_tokenizer(self._config.tokenizer_path or self._config.path, key=key)
 
     def build(
         self,

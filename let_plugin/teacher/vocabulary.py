@@ -1,12 +1,14 @@
 """Vocabularies: read from a tokenizer's files, and compared token by token."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tokenizers import Tokenizer
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 from let_plugin import rank_files
 from let_plugin.errors import ConfigError, Problem
+from let_plugin.tiktoken_tokenizer import TikTokenTokenizer
 
 
 class WithoutSpecialTokens(dict[str, int]):
@@ -35,6 +37,24 @@ def read_vocabulary(folder: str, *, key: str = "let.teacher.tokenizer_path") -> 
     if special is None:
         return WithoutSpecialTokens(rank_files.vocabulary(file.ranks, {}))
     return rank_files.vocabulary(file.ranks, special.ids)
+
+
+def read_tokenizer(folder: str, *, key: str) -> HuggingFaceTokenizer | TikTokenTokenizer | None:
+    """The tokenizer of `folder`/tokenizer.json, or else of the tiktoken rank file there; None if there is neither.
+
+    By the same readers as a student's, so that of the same files both have the same. ConfigError, naming `key`, if it
+    cannot be read.
+    """
+    try:
+        if os.path.isfile(os.path.join(folder, "tokenizer.json")):
+            return HuggingFaceTokenizer(tokenizer_path=folder)
+        if rank_files.find(folder, key=key) is not None:
+            return TikTokenTokenizer.Config().build(tokenizer_path=folder)
+    except ConfigError as error:
+        raise ConfigError([replace(problem, key=key) for problem in error.problems]) from error
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise ConfigError(Problem(key, f"the tokenizer cannot be read: {error}", folder)) from error
+    return None
 
 
 @dataclass(frozen=True)

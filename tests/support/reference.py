@@ -62,8 +62,13 @@ def rotate(x_BLNH, positions_BL, theta):
     return rotated.flatten(-2)
 
 
-def let_loss(student, teacher, batch, *, student_shape, teacher_shape, block, weight, projector_DE=None):
+def let_loss(
+    student, teacher, batch, *, student_shape, teacher_shape, block, weight, projector_DE=None, retokenise=None
+):
     """L_NLL, L_NLL + lambda * L_align and the mean cosine of a batch [B, L], each over its number of valid tokens.
+
+    `retokenise`: batch -> the teacher's tokens and positions [B, T], and which of them each token meets [B, L] (-1: none),
+    for a teacher with another tokenizer. The mean cosine is then that of the tokens that meet one.
 
     And how the gradients of the two losses with respect to the block's output agree: (cosine, ratio of norms).
     """
@@ -72,18 +77,25 @@ def let_loss(student, teacher, batch, *, student_shape, teacher_shape, block, we
     hidden, final_BLD = llama(student, tokens_BL, positions_BL, **student_shape)
     logits_BLV = final_BLD @ student["lm_head.weight"].T
     nll = F.cross_entropy(logits_BLV.flatten(0, 1), labels_BL.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    counts_BL = valid_BL
     with torch.no_grad():
-        _, target_BLE = llama(teacher, tokens_BL, positions_BL, **teacher_shape)
+        if retokenise is None:
+            _, target_BLE = llama(teacher, tokens_BL, positions_BL, **teacher_shape)
+        else:
+            *teacher_batch, index_BL = retokenise(batch)
+            _, states_BTE = llama(teacher, *teacher_batch, **teacher_shape)
+            target_BLE = torch.stack([states[index] for states, index in zip(states_BTE, index_BL, strict=True)])
+            counts_BL = valid_BL & (index_BL >= 0)
     a_BLD = hidden[block]
     if projector_DE is None:
         target_BLD = F.interpolate(target_BLE, size=a_BLD.shape[-1], mode="linear", align_corners=False)
     else:
         target_BLD = target_BLE @ projector_DE.T
     cosine_BL = F.cosine_similarity(a_BLD, target_BLD, dim=-1)
-    nll, cosine = nll / valid_BL.sum(), (cosine_BL * valid_BL).sum() / valid_BL.sum()
-    own, added = (torch.autograd.grad(loss, a_BLD, retain_graph=True)[0].flatten() for loss in (nll, -weight * cosine))
+    nll, align = nll / valid_BL.sum(), -(cosine_BL * counts_BL).sum() / valid_BL.sum()
+    own, added = (torch.autograd.grad(loss, a_BLD, retain_graph=True)[0].flatten() for loss in (nll, weight * align))
     agreement = (F.cosine_similarity(own, added, dim=0).item(), (added.norm() / own.norm()).item())
-    return nll, nll - weight * cosine, cosine, agreement
+    return nll, nll + weight * align, (cosine_BL * counts_BL).sum() / counts_BL.sum(), agreement
 
 
 PROJECTOR = "let_projector_0.weight"

@@ -1,0 +1,160 @@
+"""The states of a teacher with another tokenizer, from the `[let.token_alignment]` table to the student's tokens.
+
+Shape legend: B batch (this rank's rows), L the student's sequence, T the teacher's, E teacher width.
+"""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.trainer import Trainer
+
+from let_plugin.errors import ConfigError, Problem
+from let_plugin.teacher.base import Teacher, TeacherInfo, TeacherSource
+from let_plugin.teacher.states import StateProvider, States
+from let_plugin.teacher.token_alignment import Retokeniser
+from let_plugin.token_bytes import token_bytes
+
+# How many of the student's tokens, at least, a trial looks at.
+_TRIAL_TOKENS = 16_384
+
+
+class RetokenisedStates(StateProvider):
+    """The teacher runs on its own tokens of the student's text, which the data loader makes.
+
+    Args:
+        teacher: Built for sequences of the retokeniser's length.
+        retokeniser: Makes its batches.
+    """
+
+    def __init__(self, teacher: Teacher, retokeniser: Retokeniser) -> None:
+        self.teacher = teacher
+        self.make_extras = retokeniser
+
+    def states(self, batch: Mapping[str, torch.Tensor]) -> States:
+        tokens_BT, index_BL = batch["teacher_tokens"], batch["teacher_index"]
+        assert self.teacher is not None
+        states_BTE = self.teacher(tokens_BT, batch.get("teacher_positions"))
+        states_BLE = states_BTE.take_along_dim(index_BL.clamp(min=0)[..., None], dim=1)
+        return States(states_BLE, index_BL >= 0, tokens_BT.numel())
+
+
+def retokeniser(config: Trainer.Config, student: Any, source: TeacherSource) -> Retokeniser:
+    """What makes the teacher's batches of the student's.
+
+    Args:
+        config: The student's configuration.
+        student: Its tokenizer.
+        source: The teacher.
+
+    Raises:
+        ConfigError: If the teacher has no tokenizer, or the bytes of a tokenizer's tokens are not known.
+    """
+    options = config.let.token_alignment
+    teacher = source.tokenizer()
+    if teacher is None:
+        message = "the teacher comes without a tokenizer; name a folder with its tokenizer.json here"
+        raise ConfigError(Problem("let.teacher.tokenizer_path", message, config.let.teacher.tokenizer_path))
+    problems = []
+    for whose, tokenizer in (("student's", student), ("teacher's", teacher)):
+        try:
+            token_bytes(tokenizer)
+        except ValueError as error:
+            message = f"the {whose} tokenizer cannot be matched with another one: {error}"
+            problems.append(Problem("let.token_alignment.enable", message, True))
+    if problems:
+        raise ConfigError(problems)
+    length = teacher_seq_len(config, source.info)
+    return Retokeniser(student, teacher, teacher_seq_len=length, exact=options.ends == "equal")
+
+
+def teacher_seq_len(config: Trainer.Config, teacher: TeacherInfo) -> int:
+    """T. ConfigError if it is too long for the teacher."""
+    wanted, longest = config.let.token_alignment.teacher_seq_len, teacher.max_seq_len
+    if wanted is None:
+        length = -(-config.training.seq_len * 5 // 64) * 16
+        return length if longest is None else min(length, longest)
+    if wanted < 1 or (longest is not None and wanted > longest):
+        limit = "" if longest is None else f" and at most {longest}, for which the teacher was built"
+        raise ConfigError(Problem("let.token_alignment.teacher_seq_len", f"must be at least 1{limit}", wanted))
+    return wanted
+
+
+def teacher_config(config: Trainer.Config, length: int) -> Trainer.Config:
+    """The student's configuration with the teacher's sequence length, for building it."""
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, seq_len=length))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What became of some rows of the student's.
+
+    Attributes:
+        aligned: Share of the tokens that count in the loss and have a state of the teacher's.
+        exact: Share of them with a teacher token that ends exactly where they end.
+        mean_length, max_length: The teacher's tokens of a row.
+        num_rows: How many rows.
+        tokens_per_second: The student's tokens that one process has retokenised in a second.
+    """
+
+    aligned: float
+    exact: float
+    mean_length: float
+    max_length: int
+    num_rows: int
+    tokens_per_second: float
+
+
+def try_out(config: Trainer.Config, student: Any, retokenise: Retokeniser) -> Trial:
+    """Retokenises the first batches of the student's data, as the first data-parallel rank gets them.
+
+    ConfigError if they cannot be read, or too few of their tokens have a state.
+    """
+    try:
+        loader = config.dataloader.build(
+            dp_world_size=1,
+            dp_rank=0,
+            tokenizer=student,
+            seq_len=config.training.seq_len,
+            local_batch_size=config.training.local_batch_size,
+        )
+        batches = []
+        for batch in loader:
+            batches.append(batch)
+            if sum(labels_BL.numel() for _, labels_BL in batches) >= _TRIAL_TOKENS:
+                break
+    except ConfigError:
+        raise
+    except Exception as error:  # of the data set's own library
+        raise ConfigError(Problem("dataloader", f"the first batches cannot be read: {error}")) from error
+    if not batches:
+        raise ConfigError(Problem("dataloader", "has no batch to try the teacher's tokenizer on"))
+    started = time.perf_counter()
+    made = [retokenise(*batch)["teacher_index"] for batch in batches]
+    seconds = time.perf_counter() - started
+    rows = [row for batch in batches for row in retokenise.rows(*batch)]
+    counts = torch.cat([labels_BL.flatten() for _, labels_BL in batches]) != IGNORE_INDEX
+    is_exact = torch.from_numpy(np.concatenate([row.is_exact_L for row in rows]))
+    lengths = [len(row.tokens) for row in rows]
+    trial = Trial(
+        aligned=(torch.cat([index_BL.flatten() for index_BL in made]) >= 0)[counts].float().mean().item(),
+        exact=is_exact[counts].float().mean().item(),
+        mean_length=sum(lengths) / len(lengths),
+        max_length=max(lengths),
+        num_rows=len(lengths),
+        tokens_per_second=counts.numel() / seconds,
+    )
+    least = config.let.token_alignment.min_fraction
+    if not trial.aligned >= least:
+        message = (
+            f"only {trial.aligned:.1%} of the tokens of the first {trial.num_rows} rows have a state of the teacher's "
+            f"(one of its tokens ends where they end for {trial.exact:.1%}; the longest row has {trial.max_length} of "
+            f"its tokens, let.token_alignment.teacher_seq_len is {retokenise.teacher_seq_len}). Take a teacher whose "
+            "tokenizer is closer, or lower this"
+        )
+        raise ConfigError(Problem("let.token_alignment.min_fraction", message, least))
+    return trial

@@ -1,0 +1,155 @@
+"""The states of a teacher with another tokenizer, on a real trainer of one process."""
+
+import dataclasses
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models
+from torchtitan.components.loss import IGNORE_INDEX
+
+from let_plugin import preflight
+from let_plugin.batch_extras import take_extras
+from let_plugin.config import TokenAlignmentConfig
+from let_plugin.demo import TOKENIZER
+from let_plugin.errors import ConfigError
+from let_plugin.guidance import Guidance
+from tests.support import tokenizer_kinds as kinds
+from tests.unit.test_guidance import run_student, valid_tokens
+
+
+@pytest.fixture
+def other(tmp_path, config):
+    """The configuration with a teacher that has another tokenizer."""
+    kinds.write(kinds.byte_level(), tmp_path / "other", bos="<|begin|>", eos="<|end|>")
+    config.let.teacher.tokenizer_path = str(tmp_path / "other")
+    config.let.token_alignment = TokenAlignmentConfig(enable=True)
+    return config
+
+
+def first_batch(trainer):
+    """(input_dict, labels_BL, extras) from the data loader."""
+    input_dict, labels_BL = next(iter(trainer.dataloader))
+    extras = take_extras(input_dict)
+    return input_dict, labels_BL, extras
+
+
+def test_the_same_tokenizer_gives_exactly_the_targets_of_the_direct_path(config, trainer):
+    batch = first_batch(trainer)
+    assert not batch[2]
+    direct = Guidance(trainer, 0)
+    expected_BLE = direct.target(*batch)
+    direct.remove()
+
+    trainer.config.let.token_alignment = TokenAlignmentConfig(enable=True, teacher_seq_len=config.training.seq_len)
+    guidance = Guidance(trainer, 0)
+    trainer.dataloader.load_state_dict({})  # from the start again
+    input_dict, labels_BL, extras = first_batch(trainer)
+    assert input_dict["input"].equal(batch[0]["input"]) and extras["teacher_tokens"].equal(input_dict["input"])
+    assert torch.equal(guidance.target(input_dict, labels_BL, extras), expected_BLE)
+
+
+def test_each_token_gets_the_state_that_it_meets(other, trainer):
+    guidance = Guidance(trainer, 0)
+    input_dict, labels_BL, extras = first_batch(trainer)
+    length = other.training.seq_len * 5 // 4
+    assert extras["teacher_tokens"].shape == (4, length)
+    target_BLE = guidance.target(input_dict, labels_BL, extras)
+    states_BTE = guidance.teacher(extras["teacher_tokens"], extras["teacher_positions"])
+    has_state_BL = (extras["teacher_index"] >= 0) & (labels_BL != IGNORE_INDEX)
+    assert has_state_BL.any() and not has_state_BL.all()
+    for b, i in has_state_BL.nonzero().tolist():
+        assert torch.equal(target_BLE[b, i], states_BTE[b, extras["teacher_index"][b, i]])
+    assert not target_BLE[~has_state_BL].any()
+
+
+def test_metrics_are_of_the_tokens_that_have_a_state(other, trainer):
+    other.let.token_alignment = dataclasses.replace(other.let.token_alignment, ends="equal")
+    guidance = Guidance(trainer, 0)
+    input_dict, labels_BL, extras = first_batch(trainer)
+    batch = (input_dict, labels_BL)
+    for _ in range(2):  # of each step anew
+        guidance.start_step(0.5)
+        with guidance.microbatches(valid_tokens(batch)):
+            target_BLE = guidance.target(*batch, extras)
+            gradient = run_student(trainer, batch, target_BLE)
+    assert gradient.any()
+    metrics = guidance.metrics()
+    counts_BL = labels_BL != IGNORE_INDEX
+    has_state_BL = counts_BL & (extras["teacher_index"] >= 0)
+    assert metrics["let/aligned_fraction"] == pytest.approx((has_state_BL.sum() / counts_BL.sum()).item())
+    assert 0.3 < metrics["let/aligned_fraction"] < 0.9
+    (tap,) = guidance.taps
+    assert metrics["let/cosine"] == pytest.approx((tap.metric_sums.sum() / has_state_BL.sum()).item())
+
+
+def test_the_report(other):
+    lines = preflight.run(other)
+    assert "two tokenizers, matched by bytes of text; of 256 rows of the data" in lines
+    assert "64 tokens are" in lines and "with room for 80 (let.token_alignment.teacher_seq_len)" in lines
+    assert "x 80 / 64 tokens" in lines
+
+
+def problems_of(config):
+    with pytest.raises(ConfigError) as info:
+        preflight.run(config)
+    return {problem.key: problem.message for problem in info.value.problems}
+
+
+def test_without_it_a_mismatch_is_an_error_that_names_it(other):
+    other.let.token_alignment = TokenAlignmentConfig()
+    assert "let.token_alignment.enable = true" in problems_of(other)["let.teacher.path"]
+
+
+def test_too_little_is_aligned(other):
+    other.let.token_alignment = TokenAlignmentConfig(enable=True, teacher_seq_len=16, min_fraction=0.9)
+    message = problems_of(other)["let.token_alignment.min_fraction"]
+    assert "of the tokens of the first 256 rows have a state" in message and "teacher_seq_len is 16" in message
+    other.let.token_alignment.min_fraction = 0.1
+    preflight.run(other)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("min_fraction", 1.5, "between 0 and 1"),
+        ("teacher_seq_len", 0, "at least 1 and at most 131072"),
+        ("teacher_seq_len", 200_000, "at most 131072"),
+    ],
+)
+def test_numbers_that_make_no_sense(other, field, value, message):
+    setattr(other.let.token_alignment, field, value)
+    problems = problems_of(other)
+    assert list(problems) == [f"let.token_alignment.{field}"] and message in problems[f"let.token_alignment.{field}"]
+
+
+def test_a_tokenizer_whose_bytes_are_not_known(other, tmp_path):
+    tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"))
+    tokenizer.decoder = decoders.WordPiece()
+    kinds.write(tokenizer, tmp_path / "other")
+    message = problems_of(other)["let.token_alignment.enable"]
+    assert "the teacher's tokenizer cannot be matched" in message and "WordPiece" in message
+
+
+def test_a_teacher_without_a_tokenizer(other):
+    other.let.teacher.tokenizer_path = ""  # the folder with the weights has none
+    assert "comes without a tokenizer" in problems_of(other)["let.teacher.tokenizer_path"]
+
+
+def test_a_teacher_for_shorter_sequences_than_the_students(other, short_teacher):
+    other.let.teacher.spec = short_teacher
+    assert "with room for 32" in preflight.run(other)
+
+
+def test_data_that_cannot_be_read(other, tmp_path):
+    other.dataloader.dataset = "text_files"
+    other.dataloader.dataset_path = str(tmp_path / "empty.jsonl")
+    (tmp_path / "empty.jsonl").write_text('{"other": 1}\n')
+    assert 'no field "text"' in problems_of(other)["dataloader.dataset_path"]
+
+
+def test_the_demos_own_tokenizer_is_read_as_the_students(config):
+    from let_plugin.teacher.sources import open_teacher
+
+    tokenizer = open_teacher(config.let.teacher).tokenizer()
+    student = config.tokenizer.build(tokenizer_path=TOKENIZER)
+    assert type(tokenizer) is type(student) and tokenizer.bos_id == student.bos_id == 0
