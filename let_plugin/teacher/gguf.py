@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from let_plugin.config import TeacherConfig
 from let_plugin.errors import ConfigError, Problem
-from let_plugin.teacher.base import TeacherSource, keep_rng_state
+from let_plugin.teacher.base import LanguageModel, TeacherSource, keep_rng_state
 from let_plugin.teacher.hf import (
     HFTeacher,
     import_transformers,
@@ -27,6 +28,7 @@ from let_plugin.teacher.hf import (
     teacher_info,
 )
 from let_plugin.teacher.hf_checks import check_loading_info
+from let_plugin.teacher.language_model import TransformersLanguageModel
 
 if TYPE_CHECKING:
     from torchtitan.distributed import ParallelDims
@@ -58,7 +60,7 @@ class GGUFTeacherSource(TeacherSource):
         """Token -> id, from `tokenizer_path` if given, or else of the file's own tokenizer."""
         if self._teacher_config.tokenizer_path:
             return read_tokenizer_path(self._teacher_config.tokenizer_path)
-        return _read(self._teacher_config.path, "tokenizer", _load_tokenizer).get_vocab()
+        return load_tokenizer(self._teacher_config.path).get_vocab()
 
     def build(
         self,
@@ -73,16 +75,9 @@ class GGUFTeacherSource(TeacherSource):
         """See TeacherSource. Every rank reads the whole file into CPU memory, in fp32, before it keeps its shard."""
         from transformers import AutoModel
 
-        from let_plugin.teacher.hf_attention import ATTENTION
-
         path = self._teacher_config.path
         with keep_rng_state(device), quiet_transformers():
-            loaded, loading_info = _read(path, "weights", _load_trunk)
-            check_loading_info(loading_info, loaded, self.info.num_layers, path)
-            # A model that was loaded from GGUF counts as quantised, and refuses to change its dtype.
-            trunk = AutoModel.from_config(self._model_config, dtype=dtype, attn_implementation=ATTENTION)
-            trunk.load_state_dict(loaded.state_dict())
-            del loaded
+            trunk = self._load(AutoModel, dtype)
             return make_teacher(
                 trunk,
                 self.info,
@@ -93,18 +88,41 @@ class GGUFTeacherSource(TeacherSource):
                 path=path,
             )
 
+    def language_model(self, *, dtype: torch.dtype, device: torch.device, seq_len: int) -> LanguageModel:
+        from transformers import AutoModelForCausalLM
+
+        with keep_rng_state(device), quiet_transformers():
+            return TransformersLanguageModel(self._load(AutoModelForCausalLM, dtype), device)
+
+    def _load(self, auto_class: Any, dtype: torch.dtype) -> nn.Module:
+        """A model of one of the "Auto" classes, on the CPU, with all the weights of the file."""
+        from let_plugin.teacher.hf_attention import ATTENTION
+
+        path = self._teacher_config.path
+        loaded, loading_info = _read(path, "weights", lambda folder, name: _load_weights(auto_class, folder, name))
+        check_loading_info(loading_info, loaded, self.info.num_layers, path)
+        # A model that was loaded from GGUF counts as quantised, and refuses to change its dtype.
+        model = auto_class.from_config(self._model_config, dtype=dtype, attn_implementation=ATTENTION)
+        model.load_state_dict(loaded.state_dict())
+        return model
+
 
 def write_tokenizer(gguf_file: str, folder: str) -> None:
     """Writes the tokenizer of a .gguf file as tokenizer.json and tokenizer_config.json into `folder`.
 
     ConfigError if there is none, or it has no end-of-sequence token: torchtitan puts one between documents.
     """
-    _check_packages()
-    _check_file(gguf_file)
-    tokenizer = _read(gguf_file, "tokenizer", _load_tokenizer)
+    tokenizer = load_tokenizer(gguf_file)
     if tokenizer.eos_token is None:
         raise ConfigError(Problem(_PATH_KEY, "its tokenizer has no end-of-sequence token", gguf_file))
     tokenizer.save_pretrained(folder)
+
+
+def load_tokenizer(gguf_file: str) -> Any:
+    """The tokenizer of a .gguf file, as `transformers` makes it. ConfigError if there is none."""
+    _check_packages()
+    _check_file(gguf_file)
+    return _read(gguf_file, "tokenizer", _load_tokenizer)
 
 
 def _check_packages() -> None:
@@ -150,10 +168,8 @@ def _load_tokenizer(folder: str, name: str) -> Any:
     return AutoTokenizer.from_pretrained(folder, gguf_file=name, local_files_only=True)
 
 
-def _load_trunk(folder: str, name: str) -> Any:
-    from transformers import AutoModel
-
-    return AutoModel.from_pretrained(
+def _load_weights(auto_class: Any, folder: str, name: str) -> Any:
+    return auto_class.from_pretrained(
         folder,
         gguf_file=name,
         dtype=torch.float32,

@@ -20,7 +20,15 @@ from torch import nn
 
 from let_plugin.config import TeacherConfig
 from let_plugin.errors import ConfigError, Problem
-from let_plugin.teacher.base import Teacher, TeacherInfo, TeacherSource, freeze, keep_rng_state, num_blocks_to
+from let_plugin.teacher.base import (
+    LanguageModel,
+    Teacher,
+    TeacherInfo,
+    TeacherSource,
+    freeze,
+    keep_rng_state,
+    num_blocks_to,
+)
 from let_plugin.teacher.hf_checks import (
     check_folder,
     check_is_decoder,
@@ -30,6 +38,7 @@ from let_plugin.teacher.hf_checks import (
     find_layers,
     remote_code_problem,
 )
+from let_plugin.teacher.language_model import TransformersLanguageModel, load_pretrained
 from let_plugin.teacher.layers import LayerStates
 
 if TYPE_CHECKING:
@@ -125,6 +134,14 @@ class HFTeacherSource(TeacherSource):
                 path=path,
             )
 
+    def language_model(self, *, dtype: torch.dtype, device: torch.device, seq_len: int) -> LanguageModel:
+        if self._is_local:
+            check_safetensors(Path(self._teacher_config.path))
+        with keep_rng_state(device), quiet_transformers():
+            model, loading_info = load_pretrained(self._teacher_config, self._model_config, dtype)
+        check_loading_info(loading_info, model, self.info.num_layers, self._teacher_config.path)
+        return TransformersLanguageModel(model, device)
+
     def _load_config(self) -> "PreTrainedConfig":
         from transformers import AutoConfig
 
@@ -215,6 +232,8 @@ def teacher_info(config: "PreTrainedConfig", where: str, teacher_config: Teacher
         num_embedding_params=sum(module.weight.numel() for module in embeddings),
         block_params=tuple(sum(parameter.numel() for parameter in block.parameters()) for block in blocks),
         residual_size=config.hidden_size,
+        num_heads=getattr(config, "num_attention_heads", None),
+        num_kv_heads=getattr(config, "num_key_value_heads", None),
     )
 
 
