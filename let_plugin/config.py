@@ -115,7 +115,10 @@ class AdaptiveStopConfig:
     """How many measurements in a row must be below the threshold."""
 
     teacher_loss: float | None = None
-    """The teacher's own loss on the validation data, in nats per token; needed by "validation"."""
+    """
+    The teacher's own loss on the validation data, in nats per token, for "validation". Measured once, with the teacher's
+    language-model head, if it is not given.
+    """
 
 
 @dataclass(kw_only=True, slots=True)
