@@ -378,13 +378,21 @@ def _read_vocabulary(folder: str, key: str) -> dict[str, int] | None:
 
 
 def _read_vocabulary_with_transformers(path: str, key: str) -> dict[str, int] | None:
-    """Through AutoTokenizer; None if there are no tokenizer files."""
+    tokenizer = load_tokenizer(path, key)
+    return None if tokenizer is None else tokenizer.get_vocab()
+
+
+def load_tokenizer(path: str, key: str) -> Any:
+    """The tokenizer of a folder or hub name, through AutoTokenizer; None if there are no tokenizer files.
+
+    ConfigError, naming the field `key`, if it cannot be read.
+    """
     from transformers import AutoTokenizer
 
     is_local = os.path.isdir(path)
     if is_local and not any(Path(path, name).is_file() for name in _TOKENIZER_FILES):
         return None
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=is_local).get_vocab()
+        return AutoTokenizer.from_pretrained(path, local_files_only=is_local)
     except Exception as error:  # missing sentencepiece, damaged files, the hub
         raise ConfigError(Problem(key, f"its tokenizer cannot be read: {error}", path)) from error

@@ -66,23 +66,17 @@ def register_teacher_spec(
     TEACHER_SPECS.register(name, TeacherSpec(make_spec=make_spec, path=path, tokenizer_path=tokenizer_path))
 
 
-for _name, _make_spec in BUILT_IN_SPECS.items():
-    register_teacher_spec(_name, _make_spec)
+for _name, _make in BUILT_IN_SPECS.items():
+    register_teacher_spec(_name, _make)
 
 
 class TitanTeacherSource(TeacherSource):
     """A torchtitan ModelSpec and a folder with its weights: DCP, or safetensors through the spec's adapter."""
 
     def __init__(self, config: TeacherConfig) -> None:
-        teacher_spec = find_spec(config.spec)
-        config = dataclasses.replace(
-            config,
-            path=config.path or teacher_spec.path,
-            tokenizer_path=config.tokenizer_path or teacher_spec.tokenizer_path,
-        )
+        config = with_spec_paths(config)
         self._config = config
-        self._spec = teacher_spec.make_spec()
-        host.adapt_model_spec(self._spec)
+        self._spec = _make_spec(config.spec)
         self._format = _weights_format(config.path, self._spec)
         hf_config = read_hf_config(config.path)
         if hf_config is not None:
@@ -241,8 +235,25 @@ def describe(spec: ModelSpec, where: str) -> TeacherInfo:
     )
 
 
-def find_spec(name: str) -> TeacherSpec:
-    """What `let.teacher.spec = name` means. ConfigError for a name that means nothing."""
+def describe_spec(name: str) -> TeacherInfo:
+    """Describes what `let.teacher.spec = name` means, without any weights. ConfigError if it means nothing."""
+    return describe(_make_spec(name), "no weights")
+
+
+def with_spec_paths(config: TeacherConfig) -> TeacherConfig:
+    """The same table with the paths that its spec brings along, where it has none of its own."""
+    spec = _find_spec(config.spec)
+    path, tokenizer_path = config.path or spec.path, config.tokenizer_path or spec.tokenizer_path
+    return dataclasses.replace(config, path=path, tokenizer_path=tokenizer_path)
+
+
+def _make_spec(name: str) -> ModelSpec:
+    spec = _find_spec(name).make_spec()
+    host.adapt_model_spec(spec)
+    return spec
+
+
+def _find_spec(name: str) -> TeacherSpec:
     if name in TEACHER_SPECS:
         return TEACHER_SPECS.get(name, key="let.teacher.spec")
     model, colon, flavor = name.partition(":")

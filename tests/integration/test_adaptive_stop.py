@@ -67,7 +67,7 @@ def test_two_processes_stop_at_the_same_step(tmp_path, tiny_config):
 @pytest.fixture(scope="module")
 def headed(tmp_path_factory, tiny_teacher):
     """(folder of the tiny teacher with a head, its loss on the first global batch of the validation data)."""
-    head_VE = torch.randn(tiny.VOCAB_SIZE, tiny.TEACHER_DIM, generator=torch.Generator().manual_seed(2)) / 4
+    head_VE = torch.randn(tiny.VOCAB_SIZE, tiny.TEACHER_DIM, generator=torch.Generator().manual_seed(2)) / 2
     weights = {**tiny_teacher[1], "lm_head.weight": head_VE}
     folder = tmp_path_factory.mktemp("headed")
     dcp.save(weights, checkpoint_id=str(folder), no_dist=True)
