@@ -4,6 +4,7 @@ That its perplexity is what one expects of it shows that the right thing was loa
 """
 
 import argparse
+import importlib
 import math
 import os
 from collections.abc import Iterator
@@ -34,6 +35,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="as let.teacher.path: folder, .gguf file or hub name; without it, what follows from --spec alone",
     )
     parser.add_argument("--spec", default="", metavar="NAME", help="as let.teacher.spec: torchtitan runs the teacher")
+    parser.add_argument(
+        "--import", dest="modules", action="append", default=[], metavar="MODULE", help="Python module that registers it"
+    )
     parser.add_argument("--text", metavar="FILE", help="measure the loss on this .txt, .jsonl, .json or .parquet file")
     parser.add_argument("--max-tokens", type=int, default=4096, metavar="N", help="of the text (default: 4096)")
     parser.add_argument("--tokenizer", default="", metavar="FOLDER", help="folder with the teacher's tokenizer.json")
@@ -48,6 +52,8 @@ def run(options: argparse.Namespace) -> None:
     from let_plugin import host
 
     device = host.set_up(options.device)
+    for module in options.modules:
+        _import(module)
     if options.max_tokens < 1:
         raise ConfigError(Problem("--max-tokens", "must be at least 1", options.max_tokens))
 
@@ -82,6 +88,13 @@ def run(options: argparse.Namespace) -> None:
     _print(_measure(source, tokenizer, options, device))
 
 
+def _import(module: str) -> None:
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(Problem("--import", f"cannot be imported: {error}", module)) from error
+
+
 def _print(lines: dict[str, str]) -> None:
     for name, text in lines.items():
         print(f"{name:<11}{text}", flush=True)
@@ -104,20 +117,20 @@ def _describe(info: "TeacherInfo") -> dict[str, str]:
         f"{num_multiplied:,} that are multiplied",
         "memory": f"of the trunk: {info.num_trunk_params * 2 / _MIB:,.1f} MiB in bfloat16, "
         f"{info.num_trunk_params * 4 / _MIB:,.1f} MiB in float32",
-        "cost": f"{2 * num_multiplied / 1e9:,.3f} GFLOPs per token, 2 for each parameter that is multiplied",
+        "cost": f"{2 * num_multiplied / 1e9:.3g} GFLOPs per token, 2 for each parameter that is multiplied",
     }
 
 
 def _describe_files(path: str) -> dict[str, str]:
     if not os.path.exists(path):
         return {"stored": "on the hub: give a local folder to see size, data types and licence"}
-    from let_plugin.teacher.weight_files import read_licence, read_weight_files
+    from let_plugin.teacher.weight_files import read_weight_files
 
     files = read_weight_files(path)
     dtypes = ", ".join(f"{dtype} ({count} tensors)" for dtype, count in files.dtypes.items())
     return {
         "stored": f"{files.format}, {files.num_bytes / _MIB:,.1f} MiB: {dtypes}",
-        "licence": read_licence(path),
+        "licence": files.licence,
     }
 
 

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from let_plugin.errors import ConfigError, Problem
 
 _PATH_KEY = "let.teacher.path"
+_NOT_STATED = "not stated"
 
 
 @dataclass(frozen=True)
@@ -23,35 +24,45 @@ class WeightFiles:
         format: "safetensors", "DCP" or "GGUF".
         num_bytes: Size of them all.
         dtypes: Number of tensors of each data type, by the format's own names, the most frequent first.
+        licence: The one that is stated with them, and where; "not stated" if none is.
     """
 
     format: str
     num_bytes: int
     dtypes: dict[str, int]
+    licence: str
 
 
 def read_weight_files(path: str) -> WeightFiles:
-    """Reads the headers of a .gguf file, or of the weights in a local folder. ConfigError if they cannot be read."""
+    """Reads a .gguf file's header, or those of the weights in a local folder. ConfigError if they cannot be read."""
     try:
-        if os.path.isfile(path):
-            return WeightFiles("GGUF", os.path.getsize(path), _counted(_gguf_dtypes(path)))
-        folder = Path(path)
-        if (folder / ".metadata").is_file():
-            size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-            return WeightFiles("DCP", size, _counted(_dcp_dtypes(path)))
-        files = sorted(folder.glob("*.safetensors"))
-        dtypes = [dtype for file in files for dtype in _safetensors_dtypes(file)]
-        return WeightFiles("safetensors", sum(file.stat().st_size for file in files), _counted(dtypes))
+        return _read_gguf(path) if os.path.isfile(path) else _read_folder(Path(path))
     except Exception as error:  # a damaged file fails in the reader: any type of error
         message = f"its weights cannot be read: {type(error).__name__}: {error}"
         raise ConfigError(Problem(_PATH_KEY, message, path)) from error
 
 
-def read_licence(path: str) -> str:
-    """The licence that a .gguf file or a local folder states, and where; "not stated" if it does not."""
-    if os.path.isfile(path):
-        return _gguf_licence(path) or "not stated"
-    folder = Path(path)
+def _read_gguf(path: str) -> WeightFiles:
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    field = reader.get_field("general.license")
+    licence = _NOT_STATED if field is None else f"{field.contents()} (general.license)"
+    dtypes = _counted(tensor.tensor_type.name for tensor in reader.tensors)
+    return WeightFiles("GGUF", os.path.getsize(path), dtypes, licence)
+
+
+def _read_folder(folder: Path) -> WeightFiles:
+    if (folder / ".metadata").is_file():
+        kind, files, dtypes = "DCP", [*folder.rglob("*.distcp"), folder / ".metadata"], _dcp_dtypes(folder)
+    else:
+        kind, files = "safetensors", sorted(folder.glob("*.safetensors"))
+        dtypes = [dtype for file in files for dtype in _safetensors_dtypes(file)]
+    num_bytes = sum(file.stat().st_size for file in files)
+    return WeightFiles(kind, num_bytes, _counted(dtypes), _folder_licence(folder))
+
+
+def _folder_licence(folder: Path) -> str:
     readme = folder / "README.md"
     if readme.is_file() and (licence := _front_matter_licence(readme)):
         return f"{licence} (README.md)"
@@ -61,7 +72,7 @@ def read_licence(path: str) -> str:
         if isinstance(content, dict) and isinstance(content.get("license"), str):
             return f"{content['license']} (config.json)"
     files = sorted(file.name for file in folder.iterdir() if file.name.lower().startswith(("license", "licence")))
-    return f"see {files[0]} there" if files else "not stated"
+    return f"see {files[0]} there" if files else _NOT_STATED
 
 
 def _counted(dtypes: Iterable[str]) -> dict[str, int]:
@@ -74,23 +85,10 @@ def _safetensors_dtypes(file: Path) -> list[str]:
     return [entry["dtype"] for name, entry in header.items() if name != "__metadata__"]
 
 
-def _dcp_dtypes(path: str) -> list[str]:
+def _dcp_dtypes(path: Path) -> list[str]:
     metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata.values()
     tensors = [entry for entry in metadata if isinstance(entry, TensorStorageMetadata)]
     return [str(entry.properties.dtype).removeprefix("torch.") for entry in tensors]
-
-
-def _gguf_dtypes(path: str) -> list[str]:
-    from gguf import GGUFReader
-
-    return [tensor.tensor_type.name for tensor in GGUFReader(path).tensors]
-
-
-def _gguf_licence(path: str) -> str | None:
-    from gguf import GGUFReader
-
-    field = GGUFReader(path).get_field("general.license")
-    return None if field is None else f"{field.contents()} (general.license)"
 
 
 def _front_matter_licence(readme: Path) -> str | None:
