@@ -116,8 +116,8 @@ class AdaptiveStopConfig:
 
     teacher_loss: float | None = None
     """
-    The teacher's own loss on the validation data, in nats per token, for "validation". Measured once, with the teacher's
-    language-model head, if it is not given.
+    The teacher's own loss on the validation data, in nats per token, for "validation". If it is not given, it is
+    measured once, with the teacher's language-model head.
     """
 
 

@@ -277,7 +277,7 @@ def _check_validation(config: Trainer.Config) -> None:
             Problem("validator.enable", 'let.adaptive_stop.criterion = "validation" needs validation: true', False)
         )
     if settings.teacher_loss is None and not teacher_loss.is_measurable(config.validator):
-        message = "must be given: this validator has a way of its own to validate, which the teacher cannot take part in"
+        message = "must be given: this validator validates in a way of its own, which the teacher cannot take part in"
         raise ConfigError(Problem("let.adaptive_stop.teacher_loss", message, None))
 
 

@@ -29,9 +29,7 @@ def read_hf_config(folder: str) -> dict[str, Any] | None:
         if not isinstance(content, dict):
             raise ValueError("it is no JSON object")
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            Problem("let.teacher.path", f"its config.json cannot be read: {error}", folder)
-        ) from error
+        raise ConfigError(Problem("let.teacher.path", f"its config.json cannot be read: {error}", folder)) from error
     return content
 
 
@@ -49,7 +47,7 @@ def check_agrees(hf_config: dict[str, Any], spec: ModelSpec, *, name: str) -> No
     others = [other for other, make_spec in BUILT_IN_SPECS.items() if not _differences(hf_config, make_spec())]
     remedy = f"take {others[0]!r}" if others else "take the spec of this checkpoint, or the checkpoint of this spec"
     raise ConfigError(
-        Problem("let.teacher.spec", f"the teacher's config.json has {field} = {found!r}, the spec {wanted!r}; {remedy}", name)
+        Problem("let.teacher.spec", f"its config.json has {field} = {found!r}, the spec {wanted!r}; {remedy}", name)
         for field, found, wanted in different
     )
 

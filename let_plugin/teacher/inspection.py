@@ -36,7 +36,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("--spec", default="", metavar="NAME", help="as let.teacher.spec: torchtitan runs the teacher")
     parser.add_argument(
-        "--import", dest="modules", action="append", default=[], metavar="MODULE", help="Python module that registers it"
+        "--import",
+        dest="modules",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="Python module that registers it",
     )
     parser.add_argument("--text", metavar="FILE", help="measure the loss on this .txt, .jsonl, .json or .parquet file")
     parser.add_argument("--max-tokens", type=int, default=4096, metavar="N", help="of the text (default: 4096)")
@@ -102,12 +107,12 @@ def _print(lines: dict[str, str]) -> None:
 
 def _describe(info: "TeacherInfo") -> dict[str, str]:
     num_multiplied = info.num_trunk_params - info.num_embedding_params
-    heads = ""
-    if info.num_heads is not None:
-        kv_heads = info.num_kv_heads
-        heads = f", {info.num_heads} heads" + (f" ({kv_heads} key-value)" if kv_heads not in (None, info.num_heads) else "")
-    residual = info.residual_size
-    width = f"{info.hidden_size}" + (f" (inside: {residual})" if residual not in (None, info.hidden_size) else "")
+    heads = "" if info.num_heads is None else f", {info.num_heads} heads"
+    if info.num_kv_heads not in (None, info.num_heads):
+        heads += f" ({info.num_kv_heads} key-value)"
+    width = str(info.hidden_size)
+    if info.residual_size not in (None, info.hidden_size):
+        width += f" (inside: {info.residual_size})"
     return {
         "teacher": info.description,
         "blocks": f"{info.num_layers} of width {width}{heads}",

@@ -7,6 +7,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 
+from let_plugin import data
 from let_plugin.demo import TOKENIZER
 from tests.support import config_registry as tiny
 from tests.support import jobs, reference
@@ -74,6 +75,7 @@ def headed(tmp_path_factory, tiny_teacher):
 
     from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
+    data.register()
     loader = GlobalOrderDataLoader.Config(dataset="let_demo_validation", ignore_every=7).build(
         dp_world_size=1,
         dp_rank=0,

@@ -122,7 +122,7 @@ def test_a_tokenizer_of_another_model(inspect, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / "assets/smollm2").is_dir(), reason="make fetch-smollm2")
 def test_smollm2(inspect):
-    status, said = inspect(ROOT / "assets/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "--max-tokens", 1000)
+    status, said = inspect(ROOT / "assets/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "--max-tokens", 400)
     assert status == 0
     assert said["licence"] == "apache-2.0 (general.license)"
     assert said["stored"].endswith("Q4_1 (210 tensors), F32 (61 tensors), Q8_0 (1 tensors)")
