@@ -136,7 +136,10 @@ class AdaptiveStopConfig:
     """How many measurements in a row must be below the threshold."""
 
     teacher_loss: float | None = None
-    """The teacher's own loss on the validation data, in nats per token; needed by "validation"."""
+    """
+    The teacher's own loss on the validation data, in nats per token, for "validation". If it is not given, it is
+    measured once, with the teacher's language-model head.
+    """
 
 
 @dataclass(kw_only=True, slots=True)

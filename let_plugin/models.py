@@ -1,5 +1,6 @@
 """Llama-architecture models in sizes that torchtitan's own flavours do not offer, out of torchtitan's parts."""
 
+from dataclasses import dataclass
 from functools import partial
 
 import torch.nn as nn
@@ -15,6 +16,23 @@ from torchtitan.protocols.model_spec import ModelSpec
 _INIT_STD = 0.02
 
 
+@dataclass(frozen=True, kw_only=True)
+class Llama3RopeScaling:
+    """How Llama 3.1 and 3.2 stretch their rotary frequencies; the names are those of Hugging Face's config.json.
+
+    Attributes:
+        factor: What the low frequencies are divided by.
+        low_freq_factor: A wavelength above `original_max_position_embeddings` / this one is a low frequency.
+        high_freq_factor: A wavelength below `original_max_position_embeddings` / this one stays as it is.
+        original_max_position_embeddings: Sequence length before the stretching, in tokens.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
 def llama_spec(
     flavor: str,
     *,
@@ -25,7 +43,9 @@ def llama_spec(
     vocab_size: int,
     num_kv_heads: int | None = None,
     rope_theta: float = 10_000.0,
+    rope_scaling: Llama3RopeScaling | None = None,
     max_seq_len: int = 131_072,
+    norm_eps: float = 1e-5,
     tie_embeddings: bool = False,
     embedding_init_std: float = 1.0,
     attn_backend: str = "flex",
@@ -41,7 +61,9 @@ def llama_spec(
         vocab_size: Rows of the token embedding.
         num_kv_heads: Key/value heads (grouped-query attention); None: `num_heads`.
         rope_theta: Base of the rotary embedding.
+        rope_scaling: Llama 3.1's scaling of it; None: none.
         max_seq_len: Longest sequence in tokens.
+        norm_eps: What the RMS norms add to the mean square.
         tie_embeddings: Share the token embedding with the language-model head.
         embedding_init_std: Standard deviation of the token embedding at initialisation (1: torchtitan's).
         attn_backend: torchtitan's name of the attention implementation.
@@ -52,8 +74,14 @@ def llama_spec(
 
     embedding_init = skip_param_init if tie_embeddings else partial(nn.init.normal_, std=embedding_init_std)
 
+    rope = ComplexRoPE.Config(dim=dim // num_heads, max_seq_len=max_seq_len, theta=rope_theta)
+    if rope_scaling is not None:
+        rope.scaling, rope.scaling_factor = "llama", rope_scaling.factor
+        rope.low_freq_factor, rope.high_freq_factor = rope_scaling.low_freq_factor, rope_scaling.high_freq_factor
+        rope.original_max_position_embeddings = rope_scaling.original_max_position_embeddings
+
     def norm() -> RMSNorm.Config:
-        return RMSNorm.Config(normalized_shape=dim, param_init=norm_init)
+        return RMSNorm.Config(normalized_shape=dim, eps=norm_eps, param_init=norm_init)
 
     def block(layer_id: int) -> Llama3TransformerBlock.Config:
         depth_init = {
@@ -71,7 +99,7 @@ def llama_spec(
                 wo_param_init=depth_init,
                 inner_attention=get_attention_config(attn_backend),
                 fuse_qkv=True,
-                rope=ComplexRoPE.Config(dim=dim // num_heads, max_seq_len=max_seq_len, theta=rope_theta),
+                rope=rope,  # copied for each block
             ),
             feed_forward=make_ffn_config(
                 dim=dim, hidden_dim=hidden_dim, w1_param_init=linear_init, w2w3_param_init=depth_init

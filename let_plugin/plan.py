@@ -117,9 +117,14 @@ def adaptive_stop(let: LetConfig) -> AdaptiveStop | None:
     if settings.criterion == "gradient" and let.diagnosis_freq == 0:
         message = 'let.adaptive_stop.criterion = "gradient" needs what it measures: at least 1'
         problems.append(Problem("let.diagnosis_freq", message, let.diagnosis_freq))
-    if settings.criterion == "validation" and not (settings.teacher_loss and settings.teacher_loss > 0):
-        message = 'give the teacher\'s loss on the validation data, for criterion = "validation"'
-        problems.append(Problem("let.adaptive_stop.teacher_loss", message, settings.teacher_loss))
+    if settings.criterion == "validation":
+        loss = settings.teacher_loss
+        if loss is None and let.target == "labels":
+            message = 'with let.target = "labels" there is no teacher to measure: give the loss to pass'
+            problems.append(Problem("let.adaptive_stop.teacher_loss", message, loss))
+        elif loss is not None and not (math.isfinite(loss) and loss > 0):
+            message = "must be more than 0, in nats per token; leave it out and it is measured"
+            problems.append(Problem("let.adaptive_stop.teacher_loss", message, loss))
     if problems:
         raise ConfigError(problems)
     return AdaptiveStop(threshold=settings.threshold, smoothing=settings.smoothing, patience=settings.patience)

@@ -15,7 +15,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataLoader
 from torchtitan.trainer import Trainer
 
-from let_plugin import checkpoint, data, plan, stopping
+from let_plugin import checkpoint, data, plan, stopping, teacher_loss
 from let_plugin.alignment.layer_mapping import LayerPair
 from let_plugin.alignment.projectors import FittedMatch
 from let_plugin.config import LetConfig
@@ -292,10 +292,16 @@ def _check_let_parallelism(config: Trainer.Config) -> None:
 
 
 def _check_validation(config: Trainer.Config) -> None:
-    if config.let.adaptive_stop.criterion == "validation" and not config.validator.enable:
+    settings = config.let.adaptive_stop
+    if settings.criterion != "validation":
+        return
+    if not config.validator.enable:
         raise ConfigError(
             Problem("validator.enable", 'let.adaptive_stop.criterion = "validation" needs validation: true', False)
         )
+    if settings.teacher_loss is None and not teacher_loss.is_measurable(config.validator):
+        message = "must be given: this validator validates in a way of its own, which the teacher cannot take part in"
+        raise ConfigError(Problem("let.adaptive_stop.teacher_loss", message, None))
 
 
 def _check_projection(let: LetConfig) -> None:

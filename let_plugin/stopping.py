@@ -1,10 +1,14 @@
 """When the alignment ends: at the step that was chosen, or before it, by what is measured on the way."""
 
+import math
+from typing import Any
+
 import torch
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
 from let_plugin import checkpoint, plan
+from let_plugin.teacher_loss import measure_teacher_loss
 
 # Name of the adaptive stop's state in a checkpoint.
 ADAPTIVE_STOP = "let_adaptive_stop"
@@ -31,13 +35,14 @@ def ended_at(config: Trainer.Config, stop_step: int, resumption: checkpoint.Resu
 
 
 class Stopping:
-    """S_stop of a run, the same on every rank.
+    """S_stop of a run, the same on every rank. A part of the run's checkpoints if the stop is adaptive.
 
     Args:
         trainer: The student's trainer; its `let` table says what to go by.
 
     Attributes:
         step: The first step (0-based) without the alignment, as far as it is known by now.
+        teacher_loss: What the student's held-out loss is compared with, in nats per token; None until it is known.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -45,22 +50,33 @@ class Stopping:
         self.step = plan.stop_step(trainer.config, dims.dp_replicate * dims.dp_shard)
         self._adaptive = plan.adaptive_stop(trainer.config.let)
         self._settings = trainer.config.let.adaptive_stop
+        self.teacher_loss = self._settings.teacher_loss
         self._trainer = trainer
-        self._is_restored = self._adaptive is None or not trainer.config.checkpoint.enable
+        self._has_begun = False
 
-    def restore(self, steps_taken: int) -> None:
-        """Before each step; before the first one of this process, reads what the run's checkpoint knows."""
-        if self._is_restored:
+    def begin(self, steps_taken: int) -> None:
+        """Before each step; before the first one of this process, finds out what is needed to stop.
+
+        That is what the run's checkpoint knows, and the teacher's loss if neither it nor the configuration has it.
+        """
+        if self._has_begun or self._adaptive is None:
             return
-        self._is_restored = True
-        self._trainer.checkpointer.states[ADAPTIVE_STOP] = self._adaptive
-        if steps_taken > 0:
-            checkpoint.restore(ADAPTIVE_STOP, self._adaptive, self._trainer.config, steps_taken)
+        self._has_begun = True
+        has_resumed = steps_taken > 0 and self._trainer.config.checkpoint.enable
+        if self._trainer.config.checkpoint.enable:
+            self._trainer.checkpointer.states[ADAPTIVE_STOP] = self
+        if has_resumed:
+            checkpoint.restore(ADAPTIVE_STOP, self, self._trainer.config, steps_taken)
             self._come_forward()
-            validator = self._trainer.validator if self._settings.criterion == "validation" else None
-            if validator is not None and validator.should_validate(steps_taken):
-                # torchtitan validates after it has saved: what that measured is in no checkpoint.
-                validator.validate(self._trainer.model_parts, steps_taken)
+        if self._settings.criterion != "validation" or steps_taken >= self.step:
+            return
+        if self.teacher_loss is None:
+            # Now, when neither the teacher that guides nor the student's activations take any memory.
+            self.teacher_loss = measure_teacher_loss(self._trainer)
+            logger.info(f"LET: the teacher's own loss on the validation data is {self.teacher_loss:.4f} nats per token")
+        if has_resumed and self._trainer.validator.should_validate(steps_taken):
+            # torchtitan validates after it has saved: what that measured is in no checkpoint.
+            self._trainer.validator.validate(self._trainer.model_parts, steps_taken)
 
     def after_gradients(self, grad_cosine: float | None, steps_taken: int) -> None:
         """After a logged step's metrics, on every rank. None: this step has not measured it."""
@@ -72,8 +88,25 @@ class Stopping:
         if self._settings.criterion == "validation" and steps_taken < self.step:
             known = torch.tensor(loss, device=self._trainer.device, dtype=torch.float64)
             torch.distributed.all_reduce(known, torch.distributed.ReduceOp.MAX)  # the others have less than any loss
-            assert self._settings.teacher_loss is not None
-            self._measured(known.item() - self._settings.teacher_loss, steps_taken)
+            assert self.teacher_loss is not None
+            self._measured(known.item() - self.teacher_loss, steps_taken)
+
+    # Tensors only, as in AdaptiveStop. The loss that the configuration gives is the one that counts.
+
+    def state_dict(self) -> dict[str, Any]:
+        assert self._adaptive is not None
+        state = self._adaptive.state_dict()
+        if self._settings.criterion == "validation":
+            loss = math.nan if self.teacher_loss is None else self.teacher_loss
+            state["teacher_loss"] = torch.tensor(loss, dtype=torch.float64)
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        assert self._adaptive is not None
+        self._adaptive.load_state_dict(state_dict)
+        if self.teacher_loss is None and "teacher_loss" in state_dict:
+            loss = state_dict["teacher_loss"].item()
+            self.teacher_loss = None if math.isnan(loss) else loss
 
     def _measured(self, value: float, steps_taken: int) -> None:
         assert self._adaptive is not None

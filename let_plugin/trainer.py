@@ -71,7 +71,7 @@ class LetTrainerMixin(_Base):
     def train_step(self, data_iterator: Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]) -> None:
         steps_taken = self.step - 1  # torchtitan counts the step that is about to be taken
         if self.let.enable:
-            self.stopping.restore(steps_taken)
+            self.stopping.begin(steps_taken)
             self._lambda = 0.0
             if steps_taken < self.stopping.step:
                 self._lambda = self.let.weight * self.schedule(steps_taken, stop_step=self.stopping.step)

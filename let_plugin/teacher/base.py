@@ -1,10 +1,10 @@
 """What the rest of the plugin knows about a teacher, whichever library builds it.
 
-Shape legend: B batch, L sequence, E teacher width: the sum over the layers that are asked for.
+Shape legend: B batch, L sequence, V vocabulary, E teacher width: the sum over the layers that are asked for.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,9 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from let_plugin.errors import ConfigError, Problem
+
 if TYPE_CHECKING:
     from torchtitan.distributed import ParallelDims
     from torchtitan.trainer import Trainer
+
+# (token ids [B, L], position of each token within its own document [B, L] or None: one document per row) -> logits
+# [B, L, V], in the model's dtype.
+LanguageModel = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +39,8 @@ class TeacherInfo:
         residual_size: Width of its residual stream, if it is another: OPT-350m projects its last hidden state.
         num_linear_params: Weights of its linear layers: those that `let.teacher.quantization` changes.
         block_linear_params: Those of each block.
+        num_heads: Attention heads of a block, if it is known.
+        num_kv_heads: Key-value heads, if it is known.
     """
 
     description: str
@@ -46,6 +54,8 @@ class TeacherInfo:
     residual_size: int | None = None
     num_linear_params: int = 0
     block_linear_params: tuple[int, ...] = ()
+    num_heads: int | None = None
+    num_kv_heads: int | None = None
 
     def num_params_to(self, layers: Sequence[int | str]) -> int:
         """Parameters of the trunk without the blocks that are not needed for these layers.
@@ -136,6 +146,20 @@ class TeacherSource(ABC):
                 deepest do not exist in the teacher.
             final_norm: Whether the last block's state is taken after the final norm.
         """
+
+    def language_model(self, *, dtype: torch.dtype, device: torch.device, seq_len: int) -> LanguageModel:
+        """Loads the whole model, with its language-model head, onto `device`: to measure its loss, not to teach.
+
+        Every process that calls it has a whole, frozen copy, which goes when the result does. Leaves the random
+        number generators as they were. ConfigError as in `build`, and if there is no head.
+
+        Args:
+            dtype: Data type of its weights and maths.
+            device: This rank's device.
+            seq_len: Tokens of the longest row that it will be given, at most `info.max_seq_len`.
+        """
+        message = "this kind of teacher has no language-model head, so its loss cannot be measured"
+        raise ConfigError(Problem("let.teacher.path", message))
 
 
 def num_blocks_to(layers: Sequence[int | str]) -> int:

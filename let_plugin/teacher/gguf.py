@@ -18,11 +18,12 @@ import torch
 from let_plugin.config import TeacherConfig
 from let_plugin.errors import ConfigError, Problem
 from let_plugin.teacher import quantization
-from let_plugin.teacher.base import TeacherSource
+from let_plugin.teacher.base import LanguageModel, TeacherSource
 from let_plugin.teacher.gguf_weights import fit_gguf
 from let_plugin.teacher.hf import (
     HFTeacher,
     import_transformers,
+    make_language_model,
     make_teacher,
     make_whole_trunk,
     open_tokenizer_path,
@@ -30,6 +31,7 @@ from let_plugin.teacher.hf import (
     read_tokenizer_path,
     teacher_info,
 )
+from let_plugin.teacher.hf_weights import Fit
 
 if TYPE_CHECKING:
     from torchtitan.distributed import ParallelDims
@@ -65,7 +67,7 @@ class GGUFTeacherSource(TeacherSource):
         """Token -> id, from `tokenizer_path` if given, or else of the file's own tokenizer."""
         if self._teacher_config.tokenizer_path:
             return read_tokenizer_path(self._teacher_config.tokenizer_path)
-        return _read(self._teacher_config.path, "tokenizer", _load_tokenizer).get_vocab()
+        return load_tokenizer(self._teacher_config.path).get_vocab()
 
     def tokenizer(self) -> Any:
         """From `tokenizer_path` if given, or else the file's own."""
@@ -96,18 +98,33 @@ class GGUFTeacherSource(TeacherSource):
             final_norm=final_norm,
         )
 
+    def language_model(self, *, dtype: torch.dtype, device: torch.device, seq_len: int) -> LanguageModel:
+        path = self._teacher_config.path
+
+        def fit(model: Any) -> Fit:
+            return _read(path, "weights", lambda folder, name: fit_gguf(os.path.realpath(path), model))
+
+        return make_language_model(
+            self._model_config, self._teacher_config, fit, num_layers=self.info.num_layers, dtype=dtype, device=device
+        )
+
 
 def write_tokenizer(gguf_file: str, folder: str) -> None:
     """Writes the tokenizer of a .gguf file as tokenizer.json and tokenizer_config.json into `folder`.
 
     ConfigError if there is none, or it has no end-of-sequence token: torchtitan puts one between documents.
     """
-    _check_packages()
-    _check_file(gguf_file)
-    tokenizer = _read(gguf_file, "tokenizer", _load_tokenizer)
+    tokenizer = load_tokenizer(gguf_file)
     if tokenizer.eos_token is None:
         raise ConfigError(Problem(_PATH_KEY, "its tokenizer has no end-of-sequence token", gguf_file))
     tokenizer.save_pretrained(folder)
+
+
+def load_tokenizer(gguf_file: str) -> Any:
+    """The tokenizer of a .gguf file, as `transformers` makes it. ConfigError if there is none."""
+    _check_packages()
+    _check_file(gguf_file)
+    return _read(gguf_file, "tokenizer", _load_tokenizer)
 
 
 def _check_packages() -> None:

@@ -11,7 +11,7 @@ Shape legend: B batch, L sequence, E teacher width.
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from torch import nn
 from let_plugin.config import TeacherConfig
 from let_plugin.errors import ConfigError, Problem
 from let_plugin.teacher import hf_trials, hf_weights, quantization
-from let_plugin.teacher.base import Teacher, TeacherInfo, TeacherSource, freeze, keep_rng_state
+from let_plugin.teacher.base import LanguageModel, Teacher, TeacherInfo, TeacherSource, freeze, keep_rng_state
 from let_plugin.teacher.hf_checks import (
     check_folder,
     check_is_decoder,
@@ -30,6 +30,7 @@ from let_plugin.teacher.hf_checks import (
     find_layers,
     remote_code_problem,
 )
+from let_plugin.teacher.language_model import TransformersLanguageModel
 from let_plugin.teacher.layers import LayerStates
 from let_plugin.teacher.safetensors_files import INDEX
 from let_plugin.teacher.sharding import raise_together
@@ -135,6 +136,17 @@ class HFTeacherSource(TeacherSource):
         except Exception as error:  # OSError, ValueError and the hub client's own
             raise ConfigError(Problem(_PATH_KEY, f"it cannot be fetched from the hub: {error}", path)) from error
 
+    def language_model(self, *, dtype: torch.dtype, device: torch.device, seq_len: int) -> LanguageModel:
+        folder = Path(self._teacher_config.path if self._is_local else self._download())
+        return make_language_model(
+            self._model_config,
+            self._teacher_config,
+            lambda model: hf_weights.fit_safetensors(folder, model),
+            num_layers=self.info.num_layers,
+            dtype=dtype,
+            device=device,
+        )
+
     def _load_config(self) -> "PreTrainedConfig":
         from transformers import AutoConfig
 
@@ -229,6 +241,8 @@ def teacher_info(whole_trunk: Any, where: str) -> TeacherInfo:
         residual_size=config.hidden_size,
         num_linear_params=quantization.num_linear_params(whole_trunk),
         block_linear_params=tuple(quantization.num_linear_params(block) for block in blocks),
+        num_heads=getattr(config, "num_attention_heads", None),
+        num_kv_heads=getattr(config, "num_key_value_heads", None),
     )
 
 
@@ -276,6 +290,37 @@ def make_teacher(
     return teacher
 
 
+def make_language_model(
+    model_config: "PreTrainedConfig",
+    config: TeacherConfig,
+    fit: Callable[[Any], hf_weights.Fit],
+    *,
+    num_layers: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> LanguageModel:
+    """The whole model with its language-model head on `device`, read and checked as a trunk is.
+
+    `fit` matches it, on the meta device, with what is stored.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from let_plugin.teacher.hf_attention import ATTENTION
+
+    with keep_rng_state(device), quiet_transformers():
+        model = _on_meta(model_config, config, AutoModelForCausalLM, attn_implementation=ATTENTION, dtype=dtype)
+        fitted = fit(model)
+        fitted.check(model, num_layers, config.path)
+        _keep_in_fp32(model, dtype)
+        freeze(model)
+        _init_buffers(model)
+        model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
+        model.tie_weights()
+        if problems := hf_weights.load(model, fitted.steps, device, config.path):
+            raise ConfigError(problems)
+    return TransformersLanguageModel(model)
+
+
 def read_tokenizer_path(path: str) -> dict[str, int]:
     """Token -> id of the tokenizer in the folder `let.teacher.tokenizer_path`; ConfigError if there is none."""
     vocabulary = _read_vocabulary(path, _TOKENIZER_KEY) if os.path.isdir(path) else None
@@ -314,11 +359,14 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _on_meta(config: "PreTrainedConfig", teacher_config: TeacherConfig, **options: Any) -> Any:
+def _on_meta(config: "PreTrainedConfig", teacher_config: TeacherConfig, auto_class: Any = None, **options: Any) -> Any:
+    """The model of one of the "Auto" classes, AutoModel's if none is given: the trunk."""
     from transformers import AutoModel
 
     with torch.device("meta"), keep_rng_state(torch.device("cpu")):
-        return AutoModel.from_config(config, trust_remote_code=teacher_config.trust_remote_code, **options)
+        return (auto_class or AutoModel).from_config(
+            config, trust_remote_code=teacher_config.trust_remote_code, **options
+        )
 
 
 def _keep_in_fp32(trunk: Any, dtype: torch.dtype) -> None:
@@ -394,6 +442,15 @@ def _read_vocabulary_with_transformers(path: str, key: str) -> dict[str, int] | 
 
 def _load_with_transformers(path: str, key: str) -> Any | None:
     """Through AutoTokenizer; None if there are no tokenizer files."""
+    tokenizer = load_tokenizer(path, key)
+    return None if tokenizer is None else tokenizer.get_vocab()
+
+
+def load_tokenizer(path: str, key: str) -> Any:
+    """The tokenizer of a folder or hub name, through AutoTokenizer; None if there are no tokenizer files.
+
+    ConfigError, naming the field `key`, if it cannot be read.
+    """
     from transformers import AutoTokenizer
 
     is_local = os.path.isdir(path)

@@ -1,10 +1,11 @@
 """Teachers that are torchtitan models: built, parallelised and compiled by torchtitan's own code."""
 
+import copy
 import dataclasses
 import importlib
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torchtitan.components.tokenizer import HuggingFaceTokenizer
-from torchtitan.config import CompileConfig, ParallelismConfig
+from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.compile import apply_compile
 from torchtitan.models import _supported_models
@@ -27,11 +27,23 @@ from let_plugin.config import TeacherConfig
 from let_plugin.errors import ConfigError, Problem, suggest
 from let_plugin.registry import Registry
 from let_plugin.teacher import quantization
-from let_plugin.teacher.base import Teacher, TeacherInfo, TeacherSource, freeze, keep_rng_state, num_blocks_to
+from let_plugin.teacher.base import (
+    LanguageModel,
+    Teacher,
+    TeacherInfo,
+    TeacherSource,
+    freeze,
+    keep_rng_state,
+    num_blocks_to,
+)
+from let_plugin.teacher.hf_config import check_agrees, read_hf_config
 from let_plugin.teacher.layers import LayerStates
 from let_plugin.teacher.safetensors_files import some_names
-from let_plugin.teacher.sharding import raise_together
+from let_plugin.teacher.sharding import SPMD_BACKEND, raise_together
+from let_plugin.teacher.specs import BUILT_IN_SPECS
 from let_plugin.teacher.vocabulary import read_tokenizer, read_vocabulary
+
+_BLOCK = re.compile(r"(?:model\.)?layers\.(\d+)\.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,42 +71,34 @@ def register_teacher_spec(
     TEACHER_SPECS.register(name, TeacherSpec(make_spec=make_spec, path=path, tokenizer_path=tokenizer_path))
 
 
+for _name, _make in BUILT_IN_SPECS.items():
+    register_teacher_spec(_name, _make)
+
+
 class TitanTeacherSource(TeacherSource):
     """A torchtitan ModelSpec and a folder with its weights: DCP, or safetensors through the spec's adapter."""
 
     def __init__(self, config: TeacherConfig) -> None:
-        teacher_spec = _find_spec(config.spec)
-        config = dataclasses.replace(
-            config,
-            path=config.path or teacher_spec.path,
-            tokenizer_path=config.tokenizer_path or teacher_spec.tokenizer_path,
-        )
+        config = with_spec_paths(config)
         quantization.check(config)
         self._config = config
-        self._spec = teacher_spec.make_spec()
-        host.adapt_model_spec(self._spec)
+        self._spec = _make_spec(config.spec)
         self._format = _weights_format(config.path, self._spec)
-        model_config: Any = self._spec.model
-        with torch.device("meta"):
-            trunk = _trunk(model_config.build())
-        self.info = TeacherInfo(
-            description=f"torchtitan {self._spec.name} {self._spec.flavor}, {self._format} from {config.path}",
-            hidden_size=model_config.dim,
-            num_layers=len(model_config.layers),
-            vocab_size=model_config.vocab_size,
-            max_seq_len=model_config.max_seq_len,
-            num_trunk_params=sum(p.numel() for p in trunk.parameters()),
-            num_embedding_params=sum(p.numel() for p in trunk.tok_embeddings.parameters()),
-            block_params=tuple(sum(p.numel() for p in block.parameters()) for block in trunk.layers.values()),
-            num_linear_params=quantization.num_linear_params(trunk),
-            block_linear_params=tuple(quantization.num_linear_params(block) for block in trunk.layers.values()),
-        )
+        hf_config = read_hf_config(config.path)
+        if hf_config is not None:
+            check_agrees(hf_config, self._spec, name=config.spec)
+        self.info = describe(self._spec, f"{self._format} from {config.path}")
+        max_positions = (hf_config or {}).get("max_position_embeddings")
+        if max_positions is not None and self.info.max_seq_len is not None:
+            # A spec may allow more than what the weights were trained for.
+            max_seq_len = min(max_positions, self.info.max_seq_len)
+            self.info = dataclasses.replace(self.info, max_seq_len=max_seq_len)
 
     def vocabulary(self) -> dict[str, int] | None:
         key = "let.teacher.tokenizer_path" if self._config.tokenizer_path else "let.teacher.path"
         return read_vocabulary(self._config.tokenizer_path or self._config.path, key=key)
 
-    def tokenizer(self) -> HuggingFaceTokenizer | None:
+    def tokenizer(self) -> Any | None:
         key = "let.teacher.tokenizer_path" if self._config.tokenizer_path else "let.teacher.path"
         return read_tokenizer(self._config.tokenizer_path or self._config.path, key=key)
 
@@ -173,22 +177,43 @@ class TitanTeacherSource(TeacherSource):
         message = f"these tensors hold NaN or infinite values: {some_names(bad)}; fetch the files again"
         return [Problem("let.teacher.path", message, self._config.path)]
 
+    def language_model(self, *, dtype: torch.dtype, device: torch.device, seq_len: int) -> LanguageModel:
+        spec = dataclasses.replace(self._spec, model=copy.deepcopy(self._spec.model))  # torchtitan writes into it
+        model_config: Any = spec.model
+        training = TrainingConfig(seq_len=seq_len)
+        parallelism = ParallelismConfig(spmd_backend=SPMD_BACKEND)
+        model_config.update_from_config(
+            config=Trainer.Config(model_spec=spec, training=training, parallelism=parallelism)
+        )
+        with keep_rng_state(device):
+            with torch.device("meta"), set_default_dtype(dtype):
+                model = model_config.build()
+            model.to_empty(device=device)
+            with torch.no_grad():
+                model.init_weights(buffer_device=None)  # the buffers (RoPE), and ties the weights
+        if problems := self._problems_of_loading(model):
+            raise ConfigError(problems)
+        freeze(model)
+        return lambda tokens_BL, positions_BL: model(tokens_BL, *_positions_and_masks(model, tokens_BL, positions_BL))
+
     def _load(self, model: Any) -> None:
         """Reads each rank's own shards into `model`. Every parameter must be found, in its shape."""
         state_dict = model.state_dict()
+        if model.enable_weight_tying:
+            del state_dict["lm_head.weight"]  # one tensor with the embedding
         path = self._config.path
         try:
             # no_dist: every rank plans and reads for itself, so that ranks without a teacher need not take part.
             if self._format == "DCP":
                 reader = dcp.FileSystemReader(path)
-                _refuse_surplus_blocks(reader.read_metadata().state_dict_metadata, self.info.num_layers)
+                _refuse_surplus(reader.read_metadata().state_dict_metadata, state_dict, self.info.num_layers)
                 dcp.load(state_dict, storage_reader=reader, no_dist=True)
             else:
                 assert self._spec.state_dict_adapter is not None
                 adapter = self._spec.state_dict_adapter(self._spec.model, path)
                 hf_state_dict = adapter.to_hf(state_dict)
                 reader = adapter.get_hf_storage_reader(path)
-                _refuse_surplus_blocks(reader.read_metadata().state_dict_metadata, self.info.num_layers)
+                _refuse_surplus(reader.read_metadata().state_dict_metadata, hf_state_dict, self.info.num_layers)
                 dcp.load(hf_state_dict, storage_reader=reader, no_dist=True)
                 state_dict = {k: v for k, v in adapter.from_hf(hf_state_dict).items() if k in state_dict}
         except (Exception, CheckpointException) as error:  # the latter is no Exception, only a BaseException
@@ -201,7 +226,7 @@ class TitanTeacherSource(TeacherSource):
                     path,
                 )
             ) from error
-        model.load_state_dict(state_dict)
+        model.load_state_dict(state_dict, strict=not model.enable_weight_tying)
 
 
 class TitanTeacher(Teacher):
@@ -212,16 +237,55 @@ class TitanTeacher(Teacher):
         self.model = model
         blocks = list(model.layers.values())
         self._states = LayerStates(blocks, layers, output_layer=len(blocks) - 1)
-        attention = model.config.first_attention
-        self._takes_masks = isinstance(
-            getattr(attention, "inner_attention", None), (FlexAttention.Config, VarlenAttention.Config)
-        )
 
     def forward(self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor | None) -> torch.Tensor:
-        masks = None
-        if self._takes_masks and positions_BL is not None:
-            masks = self.model.get_attention_masks(positions=positions_BL)
-        return self._states.collect(lambda: self.model(tokens_BL, positions_BL, masks))
+        arguments = _positions_and_masks(self.model, tokens_BL, positions_BL)
+        return self._states.collect(lambda: self.model(tokens_BL, *arguments))
+
+
+def describe(spec: ModelSpec, where: str) -> TeacherInfo:
+    """Describes the trunk of a torchtitan specification, counted on the meta device.
+
+    Args:
+        spec: The specification, adapted to the host.
+        where: Of the weights: format and folder.
+    """
+    model_config: Any = spec.model
+    with torch.device("meta"):
+        trunk = _trunk(model_config.build())
+    attention = model_config.first_attention
+    return TeacherInfo(
+        description=f"torchtitan {spec.name} {spec.flavor}, {where}",
+        hidden_size=model_config.dim,
+        num_layers=len(model_config.layers),
+        vocab_size=model_config.vocab_size,
+        max_seq_len=model_config.max_seq_len,
+        num_trunk_params=sum(p.numel() for p in trunk.parameters()),
+        num_embedding_params=sum(p.numel() for p in trunk.tok_embeddings.parameters()),
+        block_params=tuple(sum(p.numel() for p in block.parameters()) for block in trunk.layers.values()),
+        num_linear_params=quantization.num_linear_params(trunk),
+        block_linear_params=tuple(quantization.num_linear_params(block) for block in trunk.layers.values()),
+        num_heads=getattr(attention, "n_heads", None),
+        num_kv_heads=getattr(attention, "n_kv_heads", None),
+    )
+
+
+def describe_spec(name: str) -> TeacherInfo:
+    """Describes what `let.teacher.spec = name` means, without any weights. ConfigError if it means nothing."""
+    return describe(_make_spec(name), "no weights")
+
+
+def with_spec_paths(config: TeacherConfig) -> TeacherConfig:
+    """The same table with the paths that its spec brings along, where it has none of its own."""
+    spec = _find_spec(config.spec)
+    path, tokenizer_path = config.path or spec.path, config.tokenizer_path or spec.tokenizer_path
+    return dataclasses.replace(config, path=path, tokenizer_path=tokenizer_path)
+
+
+def _make_spec(name: str) -> ModelSpec:
+    spec = _find_spec(name).make_spec()
+    host.adapt_model_spec(spec)
+    return spec
 
 
 def _find_spec(name: str) -> TeacherSpec:
@@ -280,11 +344,40 @@ def _cut(model: Any, layers: Sequence[int | str], final_norm: bool) -> None:
         model.norm = None
 
 
-def _refuse_surplus_blocks(names: Iterable[str], num_blocks: int) -> None:
-    """A deeper model's weights would load into its lower blocks, and make another model of it."""
-    blocks = [int(match[1]) for name in names if (match := re.match(r"(?:model\.)?layers\.(\d+)\.", name))]
-    if max(blocks, default=-1) >= num_blocks:
-        raise ValueError(f"the checkpoint has {max(blocks) + 1} blocks, the spec {num_blocks}")
+def _positions_and_masks(
+    model: Any, tokens_BL: torch.Tensor, positions_BL: torch.Tensor | None
+) -> tuple[torch.Tensor | None, Any]:
+    """What a torchtitan decoder takes beside the tokens, so that no document sees another."""
+    inner_attention = getattr(model.config.first_attention, "inner_attention", None)
+    if not isinstance(inner_attention, (FlexAttention.Config, VarlenAttention.Config)):
+        return positions_BL, None
+    if positions_BL is None:  # one document per row; FlexAttention is not causal by itself
+        positions_BL = torch.arange(tokens_BL.shape[1], device=tokens_BL.device).expand_as(tokens_BL)
+    return positions_BL, model.get_attention_masks(positions=positions_BL)
+
+
+def _refuse_surplus(names: Iterable[str], wanted: Collection[str], num_blocks: int) -> None:
+    """ValueError for tensors of blocks that would silently be left out, and make another model of it.
+
+    A deeper model's weights would load into its lower blocks; those of one with biases would lose them.
+
+    Args:
+        names: The checkpoint's tensors.
+        wanted: Those that are read. Blocks of which none is read have been cut on purpose.
+        num_blocks: Blocks of the specification.
+    """
+    tensors = {name: int(match[1]) for name in names if (match := _BLOCK.match(name))}
+    if max(tensors.values(), default=-1) >= num_blocks:
+        raise ValueError(f"the checkpoint has {max(tensors.values()) + 1} blocks, the spec {num_blocks}")
+    read = {int(match[1]) for name in wanted if (match := _BLOCK.match(name))}
+    # Old checkpoints hold the rotary frequencies, which follow from the configuration.
+    surplus = sorted(
+        name
+        for name, block in tensors.items()
+        if block in read and name not in wanted and not name.endswith("rotary_emb.inv_freq")
+    )
+    if surplus:
+        raise ValueError(f"the checkpoint has tensors that the spec knows nothing of: {', '.join(surplus[:4])}")
 
 
 def _first_cause(error: BaseException) -> str:

@@ -272,11 +272,17 @@ def test_all_mistakes_in_strategies_at_once(config):
 
 
 def test_what_an_adaptive_stop_needs(config):
-    config.let.adaptive_stop = AdaptiveStopConfig(criterion="validation", smoothing=1.0, patience=0)
+    config.let.adaptive_stop = AdaptiveStopConfig(criterion="validation", smoothing=1.0, patience=0, teacher_loss=0.0)
     assert set(problems_of(config)) == {
         *("let.adaptive_stop.smoothing", "let.adaptive_stop.patience", "let.adaptive_stop.teacher_loss"),
         "validator.enable",
     }
+    config.let.adaptive_stop = AdaptiveStopConfig(criterion="validation")
+    config.validator.enable = True
+    preflight.run(config)  # the teacher's loss is measured ...
+    config.let.target = "labels"  # ... if there is a teacher
+    assert "no teacher" in problem_of(config, "let.adaptive_stop.teacher_loss").message
+    config.let.target = "teacher"
     config.let.adaptive_stop = AdaptiveStopConfig(criterion="gradient")
     preflight.run(config)
     config.let.diagnosis_freq = 0

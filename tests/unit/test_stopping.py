@@ -15,7 +15,7 @@ def config(config):
 
 def test_without_a_criterion_the_step_is_the_one_that_was_chosen(trainer):
     stopping = Stopping(trainer)
-    stopping.restore(0)
+    stopping.begin(0)
     stopping.after_gradients(-1.0, 1)
     stopping.after_validation(0.0, 1)
     assert stopping.step == 4
@@ -52,5 +52,52 @@ def test_its_state_is_part_of_the_runs_checkpoint(trainer):
     trainer.config.checkpoint.enable = True
     trainer.checkpointer.states = {}
     trainer.config.let.adaptive_stop = AdaptiveStopConfig(criterion="gradient")
-    Stopping(trainer).restore(0)
+    Stopping(trainer).begin(0)
     assert set(trainer.checkpointer.states) == {ADAPTIVE_STOP}
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Counts the measurements of the teacher's loss, each of which says 3.0."""
+    calls = []
+    monkeypatch.setattr("let_plugin.stopping.measure_teacher_loss", lambda trainer: calls.append(trainer) or 3.0)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("criterion", "teacher_loss", "steps_taken", "num_measured"),
+    [
+        ("validation", None, 0, 1),
+        ("validation", 2.5, 0, 0),
+        ("validation", None, 4, 0),  # beyond the stop step
+        ("gradient", None, 0, 0),
+        ("none", None, 0, 0),
+    ],
+)
+def test_the_teachers_loss_is_measured_once_where_it_is_needed(
+    trainer, measured, criterion, teacher_loss, steps_taken, num_measured
+):
+    settings = AdaptiveStopConfig(criterion=criterion, patience=1, teacher_loss=teacher_loss)
+    trainer.config.let.adaptive_stop = settings
+    stopping = Stopping(trainer)
+    for _ in range(2):
+        stopping.begin(steps_taken)
+    assert len(measured) == num_measured
+    if num_measured:
+        stopping.after_validation(3.1, 1)
+        assert stopping.step == 4
+        stopping.after_validation(2.0, 2)
+        assert stopping.step == 2
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, 3.0), (2.5, 2.5)])
+def test_the_measured_loss_is_in_the_state_and_the_given_one_counts(trainer, measured, given, expected):
+    trainer.config.let.adaptive_stop = AdaptiveStopConfig(criterion="validation")
+    stopping = Stopping(trainer)
+    assert stopping.state_dict()["teacher_loss"].isnan()
+    stopping.begin(0)
+    trainer.config.let.adaptive_stop = AdaptiveStopConfig(criterion="validation", teacher_loss=given)
+    resumed = Stopping(trainer)
+    resumed.load_state_dict(stopping.state_dict())
+    resumed.begin(1)
+    assert resumed.teacher_loss == expected and len(measured) == 1

@@ -1,0 +1,139 @@
+"""Teachers with their head: the logits of transformers, and the loss of plain PyTorch.
+
+Shape legend: B batch, L sequence, V vocabulary.
+"""
+
+import shutil
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+
+from let_plugin.config import TeacherConfig
+from let_plugin.demo import TEACHER
+from let_plugin.errors import ConfigError
+from let_plugin.teacher import language_model
+from let_plugin.teacher.language_model import loss_sums
+from let_plugin.teacher.sources import open_teacher
+from tests.support import config_registry as tiny
+from tests.support import reference
+
+CPU = torch.device("cpu")
+LENGTHS = (7, 12, 5)  # of the packed documents
+
+
+def load(source, dtype=torch.float32):
+    return source.language_model(dtype=dtype, device=CPU, seq_len=24)
+
+
+def packed_batch(vocab_size=tiny.VOCAB_SIZE):
+    tokens_BL = torch.randint(vocab_size, (2, 24), generator=torch.Generator().manual_seed(1))
+    return tokens_BL, torch.cat([torch.arange(n) for n in LENGTHS]).repeat(2, 1)
+
+
+def document_by_document(model, tokens_BL):
+    """transformers' own logits of each packed document alone, [B, L, V]."""
+    documents = tokens_BL.split(LENGTHS, dim=1)
+    return torch.cat([model(input_ids=document_BL).logits for document_BL in documents], dim=1)
+
+
+def assert_logits_are_those_of(model, logits_of):
+    tokens_BL, positions_BL = packed_batch(min(model.config.vocab_size, tiny.VOCAB_SIZE))
+    expected_BLV = document_by_document(model, tokens_BL)
+    torch.testing.assert_close(logits_of(tokens_BL, positions_BL), expected_BLV, rtol=0, atol=2e-4)
+    expected_BLV = model(input_ids=tokens_BL).logits
+    torch.testing.assert_close(logits_of(tokens_BL, None), expected_BLV, rtol=0, atol=2e-4)
+
+
+@pytest.fixture
+def transformers():
+    return pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
+
+
+@pytest.mark.parametrize("spec", ["", "demo_teacher"], ids=["transformers", "torchtitan"])
+@torch.no_grad()
+def test_logits_of_a_tied_model_in_hugging_face_format(transformers, spec):
+    rng_state = torch.get_rng_state()
+    logits_of = load(open_teacher(TeacherConfig(path=TEACHER, spec=spec)))
+    assert torch.equal(torch.get_rng_state(), rng_state)
+    model = transformers.AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32).eval()
+    assert_logits_are_those_of(model, logits_of)
+    assert not logits_of(*packed_batch()).requires_grad
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox", "gemma2", "qwen2"])
+@torch.no_grad()
+def test_logits_of_other_families(transformers, tmp_path, family):
+    """With what they do to them: Gemma 2 caps its logits."""
+    sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if family == "gpt2":
+        sizes = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    elif family == "opt":
+        sizes |= {"ffn_dim": 48, "word_embed_proj_dim": 32}
+    else:
+        sizes |= {"intermediate_size": 48, "num_key_value_heads": 4}
+    if family == "gemma2":
+        sizes |= {"head_dim": 8, "final_logit_softcapping": 1.0}
+    config = transformers.AutoConfig.for_model(family, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path)
+    assert_logits_are_those_of(model, load(open_teacher(TeacherConfig(path=str(tmp_path)))))
+
+
+@torch.no_grad()
+def test_logits_of_a_torchtitan_checkpoint(tiny_teacher, tmp_path):
+    head_VE = torch.randn(tiny.VOCAB_SIZE, tiny.TEACHER_DIM, generator=torch.Generator().manual_seed(2))
+    dcp.save({**tiny_teacher[1], "lm_head.weight": head_VE}, checkpoint_id=str(tmp_path), no_dist=True)
+    logits_of = load(open_teacher(TeacherConfig(spec="tiny_teacher", path=str(tmp_path))))
+    batch = packed_batch()
+    _, states_BLE = reference.llama(tiny_teacher[1], *batch, **tiny.TEACHER)
+    torch.testing.assert_close(logits_of(*batch), states_BLE @ head_VE.T, rtol=1e-4, atol=1e-4)
+
+
+def test_a_checkpoint_without_a_head_is_said(tiny_teacher, transformers, tmp_path):
+    with pytest.raises(ConfigError, match=r"let\.teacher\.path.*lm_head\.weight"):
+        load(open_teacher(TeacherConfig(spec="tiny_teacher", path=str(tiny_teacher[0]))))
+    config = transformers.LlamaConfig(
+        vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+    )
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"let\.teacher\.path.*lacks tensors.*lm_head\.weight"):
+        load(open_teacher(TeacherConfig(path=str(tmp_path))))
+
+
+def test_a_truncated_checkpoint_is_said(tmp_path, transformers):
+    folder = shutil.copytree(TEACHER, tmp_path / "teacher")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    for spec in ("", "demo_teacher"):
+        with pytest.raises(ConfigError, match=r"let\.teacher\.path"):
+            load(open_teacher(TeacherConfig(path=str(folder), spec=spec)))
+
+
+@pytest.mark.parametrize("max_logits", [1, 2 * 24 * 17, 2**27])
+def test_loss_sums_are_those_of_plain_pytorch(monkeypatch, max_logits):
+    monkeypatch.setattr(language_model, "_MAX_LOGITS", max_logits)
+    generator = torch.Generator().manual_seed(0)
+    table_VV = torch.randn(17, 17, generator=generator)
+    seen = []
+
+    def model(tokens_BL, positions_BL):
+        seen.append(len(tokens_BL))
+        return table_VV[tokens_BL].bfloat16()
+
+    batches = []
+    for _ in range(2):
+        tokens_BL, labels_BL = (torch.randint(17, (5, 24), generator=generator) for _ in range(2))
+        labels_BL[:, ::3] = -100
+        batches.append((tokens_BL, None, labels_BL))
+    loss, num_tokens = loss_sums(model, batches, vocab_size=17, device=CPU).tolist()
+    expected = sum(
+        F.cross_entropy(table_VV[t].bfloat16().float().flatten(0, 1), y.flatten(), reduction="sum").item()
+        for t, _, y in batches
+    )
+    assert loss == pytest.approx(expected, rel=1e-6)
+    assert num_tokens == 2 * 5 * 16
+    assert sum(seen) == 10 and max(seen) == {1: 1, 2 * 24 * 17: 2, 2**27: 5}[max_logits]
