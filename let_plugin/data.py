@@ -1,10 +1,12 @@
-"""Local text for torchtitan's data loader: entries of its own table of datasets."""
+"""Text for torchtitan's data loader: entries of its own table of datasets."""
 
 import glob
+import importlib.util
 import os
+from functools import partial
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, IterableDataset, load_dataset
 from torchtitan.hf_datasets import DatasetConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS
 
@@ -15,12 +17,43 @@ from let_plugin.errors import ConfigError, Problem
 _LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 _COMPRESSIONS = (".gz", ".xz", ".zst")
 
+# The Pile's own host has taken it down. This copy goes without the five parts that are not free to use (Books3,
+# BookCorpus2, OpenSubtitles, YouTube subtitles, OpenWebText2); its documents are shuffled, in .jsonl.zst.
+PILE = "monology/pile-uncopyrighted"
+_PILE_FILES = {"train": "train/*.jsonl.zst", "validation": "val.jsonl.zst"}
+
 
 def register() -> None:
-    """Adds "text_files" and the demo's splits to torchtitan's datasets. Safe to call again."""
+    """Adds "text_files", the demo's splits and The Pile's to torchtitan's datasets. Safe to call again."""
     DATASETS["text_files"] = DatasetConfig(path="", loader=load_text_files, sample_processor=_text)
     for split, path in TEXT.items():
         DATASETS[f"let_demo_{split}"] = DatasetConfig(path=path, loader=load_text_files, sample_processor=_text)
+    for split in _PILE_FILES:
+        DATASETS[f"pile_{split}"] = DatasetConfig(
+            path=PILE, loader=partial(stream_pile, split=split), sample_processor=_text
+        )
+
+
+def stream_pile(path: str, *, split: str) -> IterableDataset:
+    """Streams a split ("train" or "validation") of The Pile: nothing is downloaded as a whole, nor written.
+
+    Args:
+        path: Name of a dataset on the hub, or a folder with a copy of one (files train/*.jsonl.zst and val.jsonl.zst).
+
+    Raises:
+        ConfigError: If it cannot be had, or is compressed with what Python cannot read.
+    """
+    if importlib.util.find_spec("zstandard") is None:
+        message = "The Pile's files need the zstandard package: pip install let-plugin[pile]"
+        raise ConfigError(Problem("dataloader.dataset", message, f"pile_{split}"))
+    try:
+        return load_dataset(path, data_files={split: _PILE_FILES[split]}, split=split, streaming=True)
+    except Exception as error:  # the hub client, fsspec and datasets each have types of their own
+        message = (
+            f"no {_PILE_FILES[split]} can be read there: {error}. Without a network, give a local copy: the folder "
+            "that has train/*.jsonl.zst and val.jsonl.zst"
+        )
+        raise ConfigError(Problem("dataloader.dataset_path", message, path)) from error
 
 
 def load_text_files(path: str) -> Dataset:
