@@ -28,10 +28,8 @@ def register() -> None:
     DATASETS["text_files"] = DatasetConfig(path="", loader=load_text_files, sample_processor=_text)
     for split, path in TEXT.items():
         DATASETS[f"let_demo_{split}"] = DatasetConfig(path=path, loader=load_text_files, sample_processor=_text)
-    for split in _PILE_FILES:
-        DATASETS[f"pile_{split}"] = DatasetConfig(
-            path=PILE, loader=partial(stream_pile, split=split), sample_processor=_text
-        )
+    for split, loader in _PILE_LOADERS.items():
+        DATASETS[f"pile_{split}"] = DatasetConfig(path=PILE, loader=loader, sample_processor=_text)
 
 
 def stream_pile(path: str, *, split: str) -> IterableDataset:
@@ -54,6 +52,9 @@ def stream_pile(path: str, *, split: str) -> IterableDataset:
             "that has train/*.jsonl.zst and val.jsonl.zst"
         )
         raise ConfigError(Problem("dataloader.dataset_path", message, path)) from error
+
+
+_PILE_LOADERS = {split: partial(stream_pile, split=split) for split in _PILE_FILES}
 
 
 def load_text_files(path: str) -> Dataset:

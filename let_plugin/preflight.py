@@ -15,7 +15,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataLoader
 from torchtitan.trainer import Trainer
 
-from let_plugin import data, plan
+from let_plugin import data, dry_run, plan
 from let_plugin.alignment.layer_mapping import LayerPair
 from let_plugin.alignment.projectors import FittedMatch
 from let_plugin.config import LetConfig
@@ -43,10 +43,10 @@ _MINIMA = {
 def run(config: Trainer.Config) -> str:
     """Validates `config` and returns the report, lines for people. ConfigError lists everything that is wrong."""
     checks = _Checks()
-    world_size = int(os.environ["WORLD_SIZE"])
+    world_size = checks(dry_run.world_size, config.comm, config.parallelism)
     for key, minimum in _MINIMA.items():
         checks.at_least(config, key, minimum)
-    parallel_dims = checks(_parallel_dims, config, world_size)
+    parallel_dims = None if world_size is None else checks(_parallel_dims, config, world_size)
     if parallel_dims is not None:
         checks(_check_batch_size, config, parallel_dims)
     checks(_check_loss_chunks, config)
