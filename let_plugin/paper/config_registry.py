@@ -6,7 +6,7 @@ train_configs/paper/ that overlay it, `docs/paper_scale.md` gives reasons for. T
 size and a vocabulary, since the student is trained on its teacher's tokenizer.
 """
 
-from collections.abc import Mapping
+from typing import Any
 
 from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
@@ -71,7 +71,7 @@ def llama_7b_llama3() -> Trainer.Config:
     return _config("7B_llama3", _7B, _LLAMA3)
 
 
-def _config(flavor: str, dimensions: Mapping[str, int], vocab_size: int) -> Trainer.Config:
+def _config(flavor: str, dimensions: dict[str, Any], vocab_size: int) -> Trainer.Config:
     """What all runs have in common. Batch, steps and learning rate are in the TOML files."""
     model_spec = llama_spec(
         flavor,

@@ -133,26 +133,37 @@ def pile(folder):
 
 def test_the_pile_is_streamed_from_a_local_copy(tmp_path):
     path = pile(tmp_path / "pile")
-    training = data.stream_pile(path, split="train")
+    training = data.PileStream("train")(path)
     assert isinstance(training, datasets.IterableDataset)
     assert [sample["text"] for sample in training] == [f"train/0{file} {i}" for file in range(2) for i in range(3)]
-    assert [sample["text"] for sample in data.stream_pile(path, split="validation")] == [f"val {i}" for i in range(3)]
+    assert [sample["text"] for sample in data.PileStream("validation")(path)] == [f"val {i}" for i in range(3)]
     assert not list((tmp_path / "cache").rglob("*.arrow"))
     tokenizer, tokens, _ = batch_of("pile_validation", path)
-    assert tokens[:5] == tokenizer.encode("val 0", add_bos=True, add_eos=True)[:5]
+    first = tokenizer.encode("val 0", add_bos=True, add_eos=True)[:-1]
+    assert tokens[: len(first)] == first
 
 
-@pytest.mark.parametrize("path", ["monology/pile-uncopyrighted", "folder"])
-def test_a_pile_that_cannot_be_had(tmp_path, monkeypatch, path):
+def test_a_pile_that_the_hub_does_not_give(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    (tmp_path / "folder").mkdir()
-    path = path if "/" in path else str(tmp_path / path)
-    with pytest.raises(ConfigError, match=rf"dataloader\.dataset_path = '{path}': no val\.jsonl\.zst .*local copy"):
-        data.stream_pile(path, split="validation")
+    message = rf"^dataloader\.dataset_path = '{data.PILE}': no val\.jsonl\.zst .*give a copy"
+    with pytest.raises(ConfigError, match=message):
+        data.PileStream("validation")(data.PILE)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("half", "the folder has no val"), ("none", "neither a folder"), ("../none", "neither a folder")],
+)
+def test_a_local_pile_that_is_not_there(tmp_path, monkeypatch, path, message):
+    pile(tmp_path / "half")
+    (tmp_path / "half/val.jsonl.zst").unlink()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=rf"^validator\.dataloader\.dataset_path = '{path}': {message}.*give a copy"):
+        data.PileStream("validation").check(path, key="validator.dataloader")
 
 
 def test_the_pile_needs_zstandard(tmp_path, monkeypatch):
     monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"dataloader\.dataset = .*pip install let-plugin\[pile\]"):
-        data.stream_pile(str(tmp_path), split="train")
+    with pytest.raises(ConfigError, match=r"^a\.key\.dataset = .*pip install let-plugin\[pile\]"):
+        data.PileStream("train").check(str(tmp_path), key="a.key")

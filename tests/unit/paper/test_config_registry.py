@@ -161,3 +161,11 @@ def test_without_a_network_the_report_says_what_is_missing(monkeypatch, load):
     problems = {problem.key: problem for problem in info.value.problems}
     assert sorted(problems) == ["hf_assets_path", "let.teacher.path"]
     assert "no local folder of that name either" in problems["let.teacher.path"].message
+
+
+def test_a_local_copy_of_the_pile_is_looked_for(load, tmp_path):
+    options = ["--dataloader.dataset_path", str(tmp_path), "--validator.dataloader.dataset_path", str(tmp_path)]
+    with pytest.raises(ConfigError) as info:
+        preflight.run(load("1_4b_opt_125m", *options))
+    keys = sorted(problem.key for problem in info.value.problems)
+    assert keys == ["dataloader.dataset_path", "validator.dataloader.dataset_path"]
