@@ -15,7 +15,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataLoader
 from torchtitan.trainer import Trainer
 
-from let_plugin import checkpoint, data, plan, stopping, teacher_loss
+from let_plugin import checkpoint, data, dry_run, plan, stopping, teacher_loss
 from let_plugin.alignment.layer_mapping import LayerPair
 from let_plugin.alignment.projectors import FittedMatch
 from let_plugin.config import LetConfig
@@ -50,10 +50,11 @@ def run(config: Trainer.Config, world_size: int | None = None) -> str:
         world_size: On how many processes; None: on those of this job.
     """
     checks = _Checks()
-    world_size = int(os.environ["WORLD_SIZE"]) if world_size is None else world_size
+    if world_size is None:
+        world_size = checks(dry_run.world_size, config.comm, config.parallelism)
     for key, minimum in _MINIMA.items():
         checks.at_least(config, key, minimum)
-    parallel_dims = checks(_parallel_dims, config, world_size)
+    parallel_dims = None if world_size is None else checks(_parallel_dims, config, world_size)
     if parallel_dims is not None:
         checks(_check_batch_size, config, parallel_dims)
     checks(_check_loss_chunks, config)
@@ -252,6 +253,8 @@ def _check_dataset(key: str, loader: Any) -> None:
     path = loader.dataset_path or entry.path
     if entry.loader is data.load_text_files:
         data.find_text_files(path, key=f"{key}.dataset_path")
+    elif isinstance(entry.loader, data.PileStream):
+        entry.loader.check(path, key=key)
     elif loader.dataset_path and path.startswith((".", "/")) and not os.path.exists(path):
         raise ConfigError(Problem(f"{key}.dataset_path", "no such file or folder", path))
 

@@ -2,6 +2,7 @@
 
 from let_plugin.demo import config_registry as demo
 from let_plugin.models import llama_spec
+from let_plugin.paper import config_registry as paper
 from let_plugin.teacher.titan import register_teacher_spec
 from tests.support.data_loaders import GlobalOrderDataLoader
 
@@ -30,6 +31,21 @@ def tiny():
     config.activation_checkpoint = None
     config.debug.enable_structured_logging = False
     config.dataloader = GlobalOrderDataLoader.Config(dataset="let_demo_train", ignore_every=7)
+    return config
+
+
+def tiny_paper():
+    """The paper's 3B configuration around a student of 4 blocks x 64, on the demo's text and tokenizer."""
+    config, demo_config = paper.llama_3b_smollm(), demo.student()
+    shape = {"dim": 64, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "hidden_dim": 128}
+    config.model_spec = llama_spec("tiny_paper", **shape, vocab_size=VOCAB_SIZE, embedding_init_std=0.02)
+    config.loss = demo_config.loss
+    config.hf_assets_path = demo_config.hf_assets_path
+    config.dataloader = demo_config.dataloader
+    config.compile.enable = False
+    config.validator.enable = False
+    config.checkpoint.enable = False
+    config.debug.enable_structured_logging = False
     return config
 
 

@@ -93,7 +93,7 @@ def test_registering_twice_is_safe():
     before = dict(DATASETS)
     data.register()
     assert before == DATASETS
-    assert {"text_files", "let_demo_train", "let_demo_validation", "let_demo_test"} <= set(DATASETS)
+    assert {"text_files", "let_demo_train", "let_demo_test", "pile_train", "pile_validation"} <= set(DATASETS)
 
 
 def batch_of(dataset, path=None):
@@ -119,3 +119,51 @@ def test_torchtitans_loader_reads_the_demos_text():
     tokenizer, tokens, _ = batch_of("let_demo_validation")
     assert tokens == tokenizer.encode(text, add_bos=True, add_eos=True)[:16]
     assert len(text) > 100
+
+
+def pile(folder):
+    """A copy of The Pile, so to speak: two files to train on and one for validation."""
+    zstandard = pytest.importorskip("zstandard")
+    (folder / "train").mkdir(parents=True)
+    for name in ("train/00", "train/01", "val", "test"):
+        lines = "".join(json.dumps({"text": f"{name} {i}", "meta": {"pile_set_name": "-"}}) + "\n" for i in range(3))
+        (folder / f"{name}.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
+    return str(folder)
+
+
+def test_the_pile_is_streamed_from_a_local_copy(tmp_path):
+    path = pile(tmp_path / "pile")
+    training = data.PileStream("train")(path)
+    assert isinstance(training, datasets.IterableDataset)
+    assert [sample["text"] for sample in training] == [f"train/0{file} {i}" for file in range(2) for i in range(3)]
+    assert [sample["text"] for sample in data.PileStream("validation")(path)] == [f"val {i}" for i in range(3)]
+    assert not list((tmp_path / "cache").rglob("*.arrow"))
+    tokenizer, tokens, _ = batch_of("pile_validation", path)
+    first = tokenizer.encode("val 0", add_bos=True, add_eos=True)[:-1]
+    assert tokens[: len(first)] == first
+
+
+def test_a_pile_that_the_hub_does_not_give(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    message = rf"^dataloader\.dataset_path = '{data.PILE}': no val\.jsonl\.zst .*give a copy"
+    with pytest.raises(ConfigError, match=message):
+        data.PileStream("validation")(data.PILE)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("half", "the folder has no val"), ("none", "neither a folder"), ("../none", "neither a folder")],
+)
+def test_a_local_pile_that_is_not_there(tmp_path, monkeypatch, path, message):
+    pile(tmp_path / "half")
+    (tmp_path / "half/val.jsonl.zst").unlink()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=rf"^validator\.dataloader\.dataset_path = '{path}': {message}.*give a copy"):
+        data.PileStream("validation").check(path, key="validator.dataloader")
+
+
+def test_the_pile_needs_zstandard(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"^a\.key\.dataset = .*pip install let-plugin\[pile\]"):
+        data.PileStream("train").check(str(tmp_path), key="a.key")

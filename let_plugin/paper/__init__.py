@@ -1,0 +1,1 @@
+"""Students of the paper's sizes, for runs on 32 accelerators: `docs/paper_scale.md`."""
