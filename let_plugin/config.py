@@ -131,6 +131,12 @@ class LetConfig:
     through the student's own norm and head, takes the place of the alignment loss, with the same weight and schedule.
     """
 
+    control: Literal["none", "random_teacher", "shuffled_targets"] = "none"
+    """
+    Takes the teacher's knowledge away and leaves all else, to see whether a gain comes from it. "random_teacher": its
+    matrices are drawn anew; "shuffled_targets": each token gets the state of another token of the microbatch.
+    """
+
     weight: float = 0.1
     """lambda0, the weight of the alignment loss at step 0 (0.1: best of the paper's grid 0.01 ... 3)."""
 

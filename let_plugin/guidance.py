@@ -15,6 +15,7 @@ import spmd_types as spmd
 import torch
 from torch import nn
 from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.distributed import ParallelDims
 from torchtitan.trainer import Trainer
 
 from let_plugin import checkpoint, plan
@@ -23,11 +24,12 @@ from let_plugin.alignment.projectors import FittedMatch
 from let_plugin.alignment.running_mean import RunningMean
 from let_plugin.alignment.tap import Align, AlignmentTap
 from let_plugin.auxiliary_head import AuxiliaryHead
+from let_plugin.baselines.controls import ShuffledStates, randomise_weights
 from let_plugin.batch_extras import BatchExtras
 from let_plugin.fitted import FittedProjector
 from let_plugin.learned import LearnedProjector
 from let_plugin.metrics import DeviceTimer
-from let_plugin.teacher.base import Teacher, TeacherInfo
+from let_plugin.teacher.base import Teacher, TeacherInfo, TeacherSource
 from let_plugin.teacher.sharding import TeacherShare, sequence_shards, teacher_parallel_dims
 from let_plugin.teacher.sources import open_teacher
 from let_plugin.teacher.states import OnlineStates, StateProvider
@@ -92,16 +94,7 @@ class Guidance:
         if not own_pairs:
             return
         layers = plan.teacher_layers(own_pairs)
-        self._provider = OnlineStates(
-            source.build(
-                dtype=plan.teacher_dtype(config),
-                device=device,
-                config=config,
-                parallel_dims=teacher_dims,
-                layers=layers,
-                final_norm=config.let.teacher.final_norm,
-            )
-        )
+        self._provider = self._make_provider(source, teacher_dims, layers)
         if self._provider.make_extras is not None:
             self._extras = BatchExtras(trainer.dataloader, self._provider.make_extras)
         channels = _channels(source.info, layers, config.let.teacher.final_norm)
@@ -130,6 +123,8 @@ class Guidance:
         for tap in self.taps:
             tap.reset()
             tap.measured_block = self._deepest_block if measures else None
+        if self._provider is not None:
+            self._provider.start_step(self._trainer.step - 1)
         for learner in self._learners:
             learner.start_step(self._trainer.step - 1)
 
@@ -255,6 +250,24 @@ class Guidance:
         if self._extras is not None:
             self._extras.stop()
         self._provider, self.taps, self.projectors, self._head = None, [], [], None
+
+    def _make_provider(
+        self, source: TeacherSource, teacher_dims: ParallelDims, layers: Sequence[int | str]
+    ) -> StateProvider:
+        config = self._trainer.config
+        teacher = source.build(
+            dtype=plan.teacher_dtype(config),
+            device=self._trainer.device,
+            config=config,
+            parallel_dims=teacher_dims,
+            layers=layers,
+            final_norm=config.let.teacher.final_norm,
+        )
+        if config.let.control == "random_teacher":
+            randomise_weights(teacher)
+        if config.let.control == "shuffled_targets":
+            return ShuffledStates(OnlineStates(teacher), seed=torch.distributed.get_rank())
+        return OnlineStates(teacher)
 
     def _attach_auxiliary_head(self) -> None:
         config, dims, device = self._trainer.config, self._trainer.parallel_dims, self._trainer.device
