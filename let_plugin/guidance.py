@@ -23,7 +23,7 @@ from let_plugin.alignment.losses import Alignment
 from let_plugin.alignment.projectors import FittedMatch
 from let_plugin.alignment.running_mean import RunningMean
 from let_plugin.alignment.tap import Align, AlignmentTap
-from let_plugin.auxiliary_head import AuxiliaryHead
+from let_plugin.auxiliary_head import AuxiliaryHead, cross_entropy
 from let_plugin.baselines.controls import ShuffledStates, randomise_weights
 from let_plugin.batch_extras import BatchExtras
 from let_plugin.fitted import FittedProjector
@@ -276,7 +276,7 @@ class Guidance:
         cuts = config.parallelism.enable_sequence_parallel
         self._head = AuxiliaryHead(parts, config, pipeline=pipeline, sequence_parallel=cuts, device=device)
         for part, indices in zip(parts, self._pairs_of_taps, strict=True):
-            aligns = {str(self.pairs[i].student): [self._head.align(self.pairs[i].weight)] for i in indices}
+            aligns = {str(self.pairs[i].student): [self._head.align(cross_entropy, self.pairs[i].weight)] for i in indices}
             self.taps.append(AlignmentTap(part, aligns, device, context=spmd.no_typecheck))
 
     def _make_center(self, width: int, steps_taken: int) -> RunningMean | None:

@@ -30,8 +30,7 @@ def randomise_weights(teacher: nn.Module, *, seed: int = 0) -> None:
         values = parameter.float()
         mean = values.mean()
         deviation = (values.square().mean() - mean.square()).sqrt()
-        if isinstance(mean, DTensor):
-            mean, deviation = mean.full_tensor(), deviation.full_tensor()  # type: ignore[union-attr]
+        mean, deviation = (x.full_tensor() if isinstance(x, DTensor) else x for x in (mean, deviation))
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         drawn = torch.randn(parameter.shape, generator=generator, device="cpu").to(parameter.device)
         drawn = (drawn * deviation + mean).to(parameter.dtype)

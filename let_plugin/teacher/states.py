@@ -38,7 +38,7 @@ class StateProvider(ABC):
     make_extras: MakeExtras | None = None
     teacher: Teacher | None = None
 
-    def start_step(self, step: int) -> None:  # noqa: B027: few have anything to do
+    def start_step(self, step: int) -> None:  # noqa: B027
         """Before the first microbatch of step `step` (0-based)."""
 
     @abstractmethod

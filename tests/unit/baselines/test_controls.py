@@ -68,6 +68,7 @@ def test_matrices_are_drawn_anew_with_their_own_scale(trainer):
 
 
 def test_the_controls_are_switched_on_by_their_names(trainer, batch):
+    trainer.step = 1
     states = {}
     for control in ("none", "random_teacher", "shuffled_targets"):
         trainer.config.let.control = control
