@@ -4,9 +4,9 @@
   it shows what an auxiliary gradient at that block does by itself, without a teacher's knowledge.
 * Logit distillation, at the last block: see `baselines/distillation.py`.
 
-Norm and language-model head are the student's, and learn from both losses. Their whole weights are gathered once a step;
-their gradients are summed over the microbatches where they arise, and added to the student's once, before these are
-clipped.
+Norm and language-model head are the student's, and learn from both losses. Their whole weights are gathered once a
+step; their gradients are summed over the microbatches where they arise, and added to the student's once, before these
+are clipped.
 
 Shape legend: B batch, L sequence (this rank's part of it), D student width, T tokens, V vocabulary.
 """

@@ -276,7 +276,9 @@ class Guidance:
         cuts = config.parallelism.enable_sequence_parallel
         self._head = AuxiliaryHead(parts, config, pipeline=pipeline, sequence_parallel=cuts, device=device)
         for part, indices in zip(parts, self._pairs_of_taps, strict=True):
-            aligns = {str(self.pairs[i].student): [self._head.align(cross_entropy, self.pairs[i].weight)] for i in indices}
+            aligns = {
+                str(self.pairs[i].student): [self._head.align(cross_entropy, self.pairs[i].weight)] for i in indices
+            }
             self.taps.append(AlignmentTap(part, aligns, device, context=spmd.no_typecheck))
 
     def _make_center(self, width: int, steps_taken: int) -> RunningMean | None:
