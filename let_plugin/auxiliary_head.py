@@ -1,14 +1,17 @@
-"""The control without a teacher: an early block is trained, through the student's own head, to predict the next token.
+"""A loss of the predictions that the student's own head makes of a block's output, in place of an alignment.
 
-With the same weight and schedule as an alignment, it shows what an auxiliary gradient at that block does by itself,
-without a teacher's knowledge. Norm and language-model head are the student's, and learn from both losses. Their whole
-weights are gathered once a step; their gradients are summed over the microbatches where they arise, and added to the
-student's once, before these are clipped.
+* `cross_entropy`, at an early block: the control without a teacher. With the same weight and schedule as an alignment,
+  it shows what an auxiliary gradient at that block does by itself, without a teacher's knowledge.
+* Logit distillation, at the last block: see `baselines/distillation.py`.
 
-Shape legend: B batch, L sequence (this rank's part of it), D student width, T tokens.
+Norm and language-model head are the student's, and learn from both losses. Their whole weights are gathered once a
+step; their gradients are summed over the microbatches where they arise, and added to the student's once, before these
+are clipped.
+
+Shape legend: B batch, L sequence (this rank's part of it), D student width, T tokens, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,12 +27,15 @@ from let_plugin.alignment.losses import Alignment
 from let_plugin.alignment.tap import Align
 from let_plugin.learned import sum_placements
 
+# (logits [T, V] in fp32, what the tap got for these tokens [T, ...]) -> sum of the tokens' losses.
+LogitLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
 # Tokens whose logits are there at the same time.
 _CHUNK = 2048
 
 
 class AuxiliaryHead:
-    """The student's final norm and language-model head, applied to the outputs of other blocks.
+    """The student's final norm and language-model head, applied to the outputs of blocks.
 
     Every rank of the job makes one. Under pipeline parallelism norm and head live on the last stage: their weights are
     broadcast to the other stages once a step, and the gradients come back once a step.
@@ -91,19 +97,25 @@ class AuxiliaryHead:
             for name in self._gradients:
                 delattr(part, _buffer_name(name))
 
-    def align(self, weight: float) -> Align:
-        """The gradient of a block, for the tap: of its hidden state [B, L, D] and its labels [B, L], times `weight`."""
+    def align(self, loss: LogitLoss, weight: float) -> Align:
+        """The gradient of a block, for the tap: of its hidden state [B, L, D] and its target [B, L, ...].
 
-        def align(student_BLD: torch.Tensor, labels_BL: torch.Tensor, coefficient: torch.Tensor) -> Alignment:
+        Args:
+            loss: Of the predictions and the target; its gradient is taken times `weight`.
+            weight: The pair's.
+        """
+
+        def align(student_BLD: torch.Tensor, target_BL: torch.Tensor, coefficient: torch.Tensor) -> Alignment:
             gradients, total = [], coefficient.new_zeros(())
-            chunks = zip(student_BLD.flatten(0, 1).split(_CHUNK), labels_BL.flatten().split(_CHUNK), strict=True)
-            for hidden_TD, labels_T in chunks:
-                loss, backward = torch.func.vjp(self._loss_of(labels_T), self._weights, hidden_TD.to(self._dtype))  # type: ignore[misc]
+            chunks = zip(student_BLD.flatten(0, 1).split(_CHUNK), target_BL.flatten(0, 1).split(_CHUNK), strict=True)
+            for hidden_TD, target_T in chunks:
+                of_weights = self._loss_of(loss, target_T)
+                value, backward = torch.func.vjp(of_weights, self._weights, hidden_TD.to(self._dtype))  # type: ignore[misc]
                 weight_gradients, gradient_TD = backward(coefficient * weight)
                 for name, gradient in weight_gradients.items():
                     self._gradients[name].add_(gradient)
                 gradients.append(gradient_TD)
-                total = total + loss
+                total = total + value
             gradient_BLD = torch.cat(gradients).view_as(student_BLD)
             return Alignment(gradient_BLD, gradient_BLD.new_empty(0), total)
 
@@ -135,16 +147,20 @@ class AuxiliaryHead:
             dist.all_reduce(owner, dist.ReduceOp.MAX, group=self._pipeline)
         return int(owner.item())
 
-    def _loss_of(self, labels_T: torch.Tensor) -> Any:
-        def loss(weights: dict[str, torch.Tensor], hidden_TD: torch.Tensor) -> torch.Tensor:
-            """Sum of the cross-entropies, fp32."""
+    def _loss_of(self, loss: LogitLoss, target_T: torch.Tensor) -> Any:
+        def loss_of(weights: dict[str, torch.Tensor], hidden_TD: torch.Tensor) -> torch.Tensor:
             cast = {name: weight.to(self._dtype) for name, weight in weights.items()}
             norm = {name.removeprefix("norm."): w for name, w in cast.items() if name.startswith("norm.")}
             normed_TD = torch.func.functional_call(self._norm, norm, (hidden_TD,))
             logits_TV = F.linear(normed_TD, cast["lm_head.weight"], cast.get("lm_head.bias"))
-            return F.cross_entropy(logits_TV.float(), labels_T, ignore_index=IGNORE_INDEX, reduction="sum")
+            return loss(logits_TV.float(), target_T)
 
-        return loss
+        return loss_of
+
+
+def cross_entropy(logits_TV: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
+    """Sum of the tokens' cross-entropies with their labels, fp32."""
+    return F.cross_entropy(logits_TV, labels_T, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def _buffer_name(parameter: str) -> str:

@@ -174,10 +174,20 @@ class LetConfig:
     enable: bool = False
     """Turns LET on or off. A `[let]` table in a TOML file sets it, unless the table says `enable = false`."""
 
-    target: Literal["teacher", "labels"] = "teacher"
+    target: Literal["teacher", "labels", "logits"] = "teacher"
     """
     What the blocks are drawn to. "labels" is a control without a teacher: the cross-entropy of the block's output,
     through the student's own norm and head, takes the place of the alignment loss, with the same weight and schedule.
+    "logits" is a baseline, logit distillation: the student's predictions are drawn to the teacher's.
+    """
+
+    temperature: float = 1.0
+    """Temperature of both models' predictions, for `target = "logits"`."""
+
+    control: Literal["none", "random_teacher", "shuffled_targets"] = "none"
+    """
+    Takes the teacher's knowledge away and leaves all else, to see whether a gain comes from it. "random_teacher": its
+    matrices are drawn anew; "shuffled_targets": each token gets the state of another token of the microbatch.
     """
 
     weight: float = 0.1

@@ -23,7 +23,8 @@ from let_plugin.alignment.losses import Alignment
 from let_plugin.alignment.projectors import FittedMatch
 from let_plugin.alignment.running_mean import RunningMean
 from let_plugin.alignment.tap import Align, AlignmentTap
-from let_plugin.auxiliary_head import AuxiliaryHead
+from let_plugin.auxiliary_head import AuxiliaryHead, cross_entropy
+from let_plugin.baselines.controls import ShuffledStates, randomise_weights
 from let_plugin.batch_extras import BatchExtras
 from let_plugin.fitted import FittedProjector
 from let_plugin.learned import LearnedProjector
@@ -106,6 +107,11 @@ class Guidance:
             parallel_dims=teacher_dims,
             layers=layers,
         )
+        if config.let.control == "random_teacher":
+            assert self._provider.teacher is not None
+            randomise_weights(self._provider.teacher)
+        elif config.let.control == "shuffled_targets":
+            self._provider = ShuffledStates(self._provider, seed=torch.distributed.get_rank())
         if self._provider.make_extras is not None:
             self._extras = BatchExtras(trainer.dataloader, self._provider.make_extras)
         channels = _channels(source.info, layers, config.let.teacher.final_norm)
@@ -135,6 +141,8 @@ class Guidance:
         for tap in self.taps:
             tap.reset()
             tap.measured_block = self._deepest_block if measures else None
+        if self._provider is not None:
+            self._provider.start_step(self._trainer.step - 1)
         for learner in self._learners:
             learner.start_step(self._trainer.step - 1)
 
@@ -278,7 +286,9 @@ class Guidance:
         cuts = config.parallelism.enable_sequence_parallel
         self._head = AuxiliaryHead(parts, config, pipeline=pipeline, sequence_parallel=cuts, device=device)
         for part, indices in zip(parts, self._pairs_of_taps, strict=True):
-            aligns = {str(self.pairs[i].student): [self._head.align(self.pairs[i].weight)] for i in indices}
+            aligns = {
+                str(self.pairs[i].student): [self._head.align(cross_entropy, self.pairs[i].weight)] for i in indices
+            }
             self.taps.append(AlignmentTap(part, aligns, device, context=spmd.no_typecheck))
 
     def _make_center(self, width: int, steps_taken: int) -> RunningMean | None:

@@ -176,6 +176,27 @@ def auxiliary_pairs(config: "Trainer.Config") -> list[LayerPair]:
     return list(blocks.values())
 
 
+def distillation_pairs(config: "Trainer.Config", teacher_depth: int) -> list[LayerPair]:
+    """With `let.target = "logits"`: the last block of both. ConfigError for settings that have no meaning there."""
+    let: LetConfig = config.let
+    problems = [
+        Problem(f"let.{key}", 'let.target = "logits" compares what the two models predict; leave it out', value)
+        for key, value, default in (
+            ("pairs", let.pairs, []),
+            ("student_block", let.student_block, None),
+            ("teacher.final_norm", let.teacher.final_norm, True),
+            ("teacher.center", let.teacher.center, False),
+        )
+        if value != default
+    ]
+    if not (math.isfinite(let.temperature) and let.temperature > 0):
+        problems.append(Problem("let.temperature", "must be greater than 0", let.temperature))
+    if problems:
+        raise ConfigError(problems)
+    assert config.model_spec is not None
+    return [LayerPair(len(config.model_spec.model.layers) - 1, teacher_depth - 1)]
+
+
 def teacher_layers(pairs: Sequence[LayerPair]) -> list[int | str]:
     """The distinct teacher layers of the pairs, in the order in which the teacher is to return them."""
     return list(dict.fromkeys(pair.teacher for pair in pairs))

@@ -103,6 +103,7 @@ def run(config: Trainer.Config, world_size: int | None = None) -> str:
             checks(_check_dimension_match, config, pairs, source.info)
         if isinstance(source, Features):
             checks(_check_sequence_length, config, source.info)
+            checks(_check_control, let)
             if pairs is not None and parallel_dims is not None and stop_step is not None:
                 known = {problem.key for problem in checks.problems}
                 checks(_check_features, config, source, pairs, parallel_dims, known)
@@ -361,6 +362,12 @@ def _check_sequence_length(config: Trainer.Config, teacher: TeacherInfo) -> None
                 config.training.seq_len,
             )
         )
+
+
+def _check_control(let: LetConfig) -> None:
+    if let.control == "random_teacher":
+        message = "there is no teacher whose weights could be drawn anew: its states are read from let.teacher.features"
+        raise ConfigError(Problem("let.control", message, let.control))
 
 
 def _check_features(

@@ -53,6 +53,9 @@ class Plan:
         if not config.let.enable or config.let.target != "teacher":
             key, value = ("let.enable", False) if not config.let.enable else ("let.target", config.let.target)
             problems.append(Problem(key, "there is no teacher in this run whose states could be exported", value))
+        if config.let.control != "none":
+            message = "a control is made of the teacher's own states when they are read; export without it"
+            problems.append(Problem("let.control", message, config.let.control))
         if problems:
             raise ConfigError(problems)
 

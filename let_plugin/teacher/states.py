@@ -38,6 +38,9 @@ class StateProvider(ABC):
     make_extras: MakeExtras | None = None
     teacher: Teacher | None = None
 
+    def start_step(self, step: int) -> None:  # noqa: B027
+        """Before the first microbatch of step `step` (0-based)."""
+
     @abstractmethod
     def states(self, batch: Mapping[str, torch.Tensor]) -> States:
         """The states of all tokens of "input".

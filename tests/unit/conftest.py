@@ -3,6 +3,7 @@ import functools
 import pytest
 import torch
 from torch.distributed.elastic.utils.distributed import get_free_port
+from torchtitan.components.loss import IGNORE_INDEX
 
 from let_plugin import data, host
 from let_plugin.config import LetConfig, TeacherConfig
@@ -48,6 +49,16 @@ def trainer(config, parallel_dims):
     trainer = config.build()
     yield trainer
     trainer.close()
+
+
+@pytest.fixture
+def batch():
+    """(input_dict, labels) of two rows of 64 tokens; every fifth label does not count."""
+    generator = torch.Generator().manual_seed(0)
+    tokens_BL = torch.randint(4096, (2, 64), generator=generator)
+    labels_BL = tokens_BL.roll(-1, dims=1)
+    labels_BL[:, ::5] = IGNORE_INDEX
+    return {"input": tokens_BL, "positions": torch.arange(64).repeat(2, 1)}, labels_BL
 
 
 @pytest.fixture

@@ -12,15 +12,6 @@ from tests.support.probe import full
 
 
 @pytest.fixture
-def batch():
-    generator = torch.Generator().manual_seed(0)
-    tokens_BL = torch.randint(4096, (2, 64), generator=generator)
-    labels_BL = tokens_BL.roll(-1, dims=1)
-    labels_BL[:, ::5] = reference.IGNORE_INDEX
-    return {"input": tokens_BL, "positions": torch.arange(64).repeat(2, 1)}, labels_BL
-
-
-@pytest.fixture
 def config(config):
     config.let.target = "labels"
     config.let.student_block = 1

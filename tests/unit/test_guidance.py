@@ -12,15 +12,6 @@ from tests.support.config_registry import STUDENT_DIM, TEACHER_DIM
 ROWS, LENGTH = 2, 64
 
 
-@pytest.fixture
-def batch():
-    generator = torch.Generator().manual_seed(0)
-    tokens_BL = torch.randint(4096, (ROWS, LENGTH), generator=generator)
-    labels_BL = tokens_BL.roll(-1, dims=1)
-    labels_BL[:, ::5] = IGNORE_INDEX
-    return {"input": tokens_BL, "positions": torch.arange(LENGTH).repeat(ROWS, 1)}, labels_BL
-
-
 def run_student(trainer, batch, target_BLE):
     """Forward and backward of a loss that is 0: what gradient there is comes from the alignment."""
     inputs, labels_BL = batch

@@ -1,0 +1,80 @@
+"""Controls that keep everything of a teacher but its knowledge: is a gain what the teacher knows?
+
+* Random weights: the same model, whose matrices are drawn anew, with the mean and the standard deviation that each had.
+* Shuffled targets: the teacher's own states, each given to another token of the batch.
+
+Shape legend: B batch (this rank's rows), L sequence, E teacher width.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from let_plugin.teacher.base import Teacher
+from let_plugin.teacher.states import StateProvider, States
+
+
+@torch.no_grad()
+def randomise_weights(teacher: nn.Module, *, seed: int = 0) -> None:
+    """Draws every parameter with two or more dimensions anew: normal, with its own mean and standard deviation.
+
+    Scales, and with them the size of the states, stay about as they were; norms' weights and biases stay altogether.
+    Each tensor is drawn as a whole from a generator of its own, on the CPU, so it is the same in every layout.
+    """
+    for number, parameter in enumerate(teacher.parameters()):
+        if parameter.ndim < 2:
+            continue
+        values = parameter.float()
+        mean = values.mean()
+        deviation = (values.square().mean() - mean.square()).sqrt()
+        mean, deviation = (x.full_tensor() if isinstance(x, DTensor) else x for x in (mean, deviation))
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        drawn = torch.randn(parameter.shape, generator=generator, device="cpu").to(parameter.device)
+        drawn = (drawn * deviation + mean).to(parameter.dtype)
+        if isinstance(parameter, DTensor):
+            # src_data_rank=None: every rank has the whole tensor, and keeps its shard of it.
+            drawn = distribute_tensor(drawn, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.copy_(drawn)
+
+
+class ShuffledStates(StateProvider):
+    """Gives each token the state of a random other token of the same microbatch of this rank.
+
+    Another permutation for every microbatch: with one for all, a state would still say something of a token at a fixed
+    distance. It is a function of the step, the microbatch and the rank, so a resumed run draws the same.
+
+    Args:
+        inner: Where the states come from.
+        seed: What tells this rank's permutations from other ranks'.
+    """
+
+    def __init__(self, inner: StateProvider, *, seed: int) -> None:
+        self._inner = inner
+        self._seed = seed
+        self._step = 0
+        self._microbatch = 0
+        self.make_extras = inner.make_extras
+
+    @property
+    def teacher(self) -> Teacher | None:  # type: ignore[override]
+        return self._inner.teacher
+
+    def start_step(self, step: int) -> None:
+        self._step, self._microbatch = step, 0
+        self._inner.start_step(step)
+
+    def states(self, batch: Mapping[str, torch.Tensor]) -> States:
+        states_BLE, known_BL, num_tokens = self._inner.states(batch)
+        device = states_BLE.device
+        generator = torch.Generator(device)
+        # 32 bits: the CPU's generator ignores more.
+        mixed = np.random.SeedSequence((self._seed, self._step, self._microbatch)).generate_state(1)
+        generator.manual_seed(int(mixed[0]))
+        self._microbatch += 1
+        order_T = torch.randperm(states_BLE.shape[:2].numel(), generator=generator, device=device)
+        if known_BL is not None:
+            known_BL = known_BL.flatten()[order_T].view_as(known_BL)
+        return States(states_BLE.flatten(0, 1)[order_T].view_as(states_BLE), known_BL, num_tokens)
