@@ -7,7 +7,7 @@ Shape legend: B batch, L sequence, E teacher width, S the part of the sequence t
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,19 +23,27 @@ from let_plugin.alignment.losses import Alignment
 from let_plugin.alignment.projectors import FittedMatch
 from let_plugin.alignment.running_mean import RunningMean
 from let_plugin.alignment.tap import Align, AlignmentTap
-from let_plugin.auxiliary_head import AuxiliaryHead, cross_entropy
+from let_plugin.auxiliary_head import AuxiliaryHead, LogitLoss, cross_entropy
 from let_plugin.baselines.controls import ShuffledStates, randomise_weights
+from let_plugin.baselines.distillation import TeacherHead, distillation_from
 from let_plugin.batch_extras import BatchExtras
 from let_plugin.fitted import FittedProjector
 from let_plugin.learned import LearnedProjector
 from let_plugin.metrics import DeviceTimer
-from let_plugin.teacher.base import Teacher, TeacherInfo
+from let_plugin.teacher.base import Teacher, TeacherInfo, TeacherSource
 from let_plugin.teacher.providers import make_provider, open_source
 from let_plugin.teacher.sharding import TeacherShare, sequence_shards, teacher_parallel_dims
 from let_plugin.teacher.states import StateProvider
 
 # Names of ranges in a profile; the tap has its own.
 TARGET_RANGE, TEACHER_RANGE, DELIVERY_RANGE = "let: target", "let: teacher", "let: delivery"
+
+# What is logged of the loss, by `let.target`.
+METRIC_OF_TARGET = {
+    "teacher": "let/cosine",
+    "labels": "let/auxiliary_loss",
+    "logits": "let/distillation_loss",
+}
 
 # Name of the running mean's state in a checkpoint.
 CENTER = "let_center"
@@ -76,8 +84,8 @@ class Guidance:
         self._num_replicas = dims.cp * dims.tp // sequence_shards(config, dims)
         self._target_dtype = plan.target_dtype(config)
 
-        source = open_source(config.let.teacher) if config.let.target == "teacher" else None
-        self.pairs = plan.layer_pairs(config, source.info.num_layers) if source else plan.auxiliary_pairs(config)
+        source = None if config.let.target == "labels" else open_source(config.let.teacher)
+        self.pairs = plan.pairs(config, source.info.num_layers if source else None)
         # Meshes are made by all ranks together, also by those that return below.
         teacher_dims = teacher_parallel_dims(dims)
         teacher_dims.build_mesh()
@@ -90,8 +98,10 @@ class Guidance:
         ]
         self._refuse_blocks_on_no_stage()
         self._deepest_block = str(self.pairs[by_block[-1]].student)
+        if config.let.target != "teacher":
+            self._head = self._make_auxiliary_head()
         if source is None:
-            self._attach_auxiliary_head()
+            self._attach(lambda i, part: self._head_align(i, cross_entropy))
             return
         all_channels = _channels(source.info, plan.teacher_layers(self.pairs), config.let.teacher.final_norm)
         self._center = self._make_center(sum(c.stop - c.start for c in all_channels.values()), steps_taken)
@@ -118,14 +128,13 @@ class Guidance:
         if self._center is not None:
             own = [all_channels[layer] for layer in layers]
             self._center_channels_E = torch.cat([torch.arange(c.start, c.stop, device=device) for c in own])
-        for part, indices in zip(trainer.model_parts, self._pairs_of_taps, strict=True):
-            aligns: dict[str, list[Align]] = {}
-            for i in indices:
-                block = str(self.pairs[i].student)
-                align = self._align(i, part, block, channels[self.pairs[i].teacher], steps_taken)
-                aligns.setdefault(block, []).append(align)
-            # The alignment stays on this rank: nothing in it is for torchtitan's check of what is sharded where.
-            self.taps.append(AlignmentTap(part, aligns, device, context=spmd.no_typecheck))
+        if config.let.target == "logits":
+            assert isinstance(source, TeacherSource) and self._provider.teacher is not None
+            head = TeacherHead(source, self._provider.teacher, dtype=plan.teacher_dtype(config), device=device)
+            loss = distillation_from(head, temperature=config.let.temperature)
+            self._attach(lambda i, part: self._head_align(i, loss))
+        else:
+            self._attach(lambda i, part: self._align(i, part, channels[self.pairs[i].teacher], steps_taken))
 
     def start_step(self, weight: float, *, measures: bool = False) -> None:
         """Before the first microbatch of a step.
@@ -189,7 +198,7 @@ class Guidance:
                 has no state, gets a state of zeros, whose cosine and gradient are 0: no mask has to travel.
             extras: What the data loader has made for LET beside them.
         """
-        if self._head is not None:
+        if self._trainer.config.let.target == "labels":
             return self._share.part(labels_BL)
         if self._provider is None:
             return None
@@ -237,6 +246,7 @@ class Guidance:
                 loss with respect to the deepest aligned hidden state, and the ratio of their norms, if compared.
             let/teacher_tokens_per_second: of the teacher's forward pass alone, per rank that has one.
             let/auxiliary_loss: in place of cosine and speed, if the labels are the target: mean of the blocks' losses.
+            let/distillation_loss: in place of the cosine, if the logits are.
         """
         cosines = self._valid_tokens.new_zeros(len(self.pairs), dtype=torch.float64)
         for tap, indices in zip(self.taps, self._pairs_of_taps, strict=bool(self.taps)):
@@ -250,10 +260,10 @@ class Guidance:
         if num_counted:
             # The sums are over the tokens that have a state; they have been divided by the number of all that count.
             means = [mean * num_counted / max(num_aligned, 1) for mean in means]
-        if self._head is not None:
-            metrics = {"let/auxiliary_loss": sum(means) / len(means)}
-        else:
-            metrics = {"let/cosine": sum(means) / len(means), "let/teacher_tokens_per_second": tokens / seconds}
+        target = self._trainer.config.let.target
+        metrics = {METRIC_OF_TARGET[target]: sum(means) / len(means)}
+        if target != "labels":
+            metrics["let/teacher_tokens_per_second"] = tokens / seconds
             if len(means) > 1:
                 names = [f"let/cosine/{pair.student}-{pair.teacher}" for pair in self.pairs]
                 metrics |= dict(zip(names, means, strict=True))
@@ -279,17 +289,28 @@ class Guidance:
             self._extras.stop()
         self._provider, self.taps, self.projectors, self._head, self._center = None, [], [], None, None
 
-    def _attach_auxiliary_head(self) -> None:
-        config, dims, device = self._trainer.config, self._trainer.parallel_dims, self._trainer.device
-        parts = self._trainer.model_parts
-        pipeline = dims.get_mesh("pp").get_group() if dims.pp_enabled else None
-        cuts = config.parallelism.enable_sequence_parallel
-        self._head = AuxiliaryHead(parts, config, pipeline=pipeline, sequence_parallel=cuts, device=device)
-        for part, indices in zip(parts, self._pairs_of_taps, strict=True):
-            aligns = {
-                str(self.pairs[i].student): [self._head.align(cross_entropy, self.pairs[i].weight)] for i in indices
-            }
-            self.taps.append(AlignmentTap(part, aligns, device, context=spmd.no_typecheck))
+    def _attach(self, make_align: Callable[[int, nn.Module], Align]) -> None:
+        """Puts a tap on each part of the student; `make_align` makes the gradient of a pair, by its number, there."""
+        for part, indices in zip(self._trainer.model_parts, self._pairs_of_taps, strict=True):
+            aligns: dict[str, list[Align]] = {}
+            for i in indices:
+                aligns.setdefault(str(self.pairs[i].student), []).append(make_align(i, part))
+            # The alignment stays on this rank: nothing in it is for torchtitan's check of what is sharded where.
+            self.taps.append(AlignmentTap(part, aligns, self._trainer.device, context=spmd.no_typecheck))
+
+    def _make_auxiliary_head(self) -> AuxiliaryHead:
+        config, dims = self._trainer.config, self._trainer.parallel_dims
+        return AuxiliaryHead(
+            self._trainer.model_parts,
+            config,
+            pipeline=dims.get_mesh("pp").get_group() if dims.pp_enabled else None,
+            sequence_parallel=config.parallelism.enable_sequence_parallel,
+            device=self._trainer.device,
+        )
+
+    def _head_align(self, index: int, loss: LogitLoss) -> Align:
+        assert self._head is not None
+        return self._head.align(loss, self.pairs[index].weight)
 
     def _make_center(self, width: int, steps_taken: int) -> RunningMean | None:
         """The mean of the teacher's states, of all layers that any rank asks for; every rank has all of it."""
@@ -316,8 +337,9 @@ class Guidance:
             if not num_owners:
                 raise RuntimeError(f"LET: no pipeline stage holds layers.{pair.student}, a block that is to be aligned")
 
-    def _align(self, index: int, part: nn.Module, block: str, channels: slice, steps_taken: int) -> Align:
+    def _align(self, index: int, part: nn.Module, channels: slice, steps_taken: int) -> Align:
         """The maths of pair `index`; makes its projector if it learns."""
+        block = str(self.pairs[index].student)
         config, device = self._trainer.config, self._trainer.device
         make_match = plan.dimension_match(config.let)
         match = make_match(channels.stop - channels.start, config.model_spec.model.dim)

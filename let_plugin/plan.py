@@ -165,6 +165,22 @@ def layer_pairs(config: "Trainer.Config", teacher_depth: int | None) -> list[Lay
     return _resolved(pairs, ["let.layer_mapping"] * len(pairs), depth, teacher_depth)
 
 
+def pairs(config: "Trainer.Config", teacher_depth: int | None) -> list[LayerPair]:
+    """What the run draws to what, by `let.target`.
+
+    ConfigError as `layer_pairs`.
+
+    Args:
+        config: The student's configuration.
+        teacher_depth: Number of the teacher's blocks; None if the labels are the target.
+    """
+    target = config.let.target
+    if target == "labels":
+        return auxiliary_pairs(config)
+    assert teacher_depth is not None
+    return distillation_pairs(config, teacher_depth) if target == "logits" else layer_pairs(config, teacher_depth)
+
+
 def auxiliary_pairs(config: "Trainer.Config") -> list[LayerPair]:
     """With `let.target = "labels"`: the blocks that are trained by themselves, each once.
 

@@ -97,16 +97,20 @@ def run(config: Trainer.Config, world_size: int | None = None) -> str:
         return report_ended(student, ended_at)
     source, pairs, trial = checks(open_source, let.teacher), None, None
     if source is not None:
-        pairs = checks(plan.layer_pairs, config, source.info.num_layers)
+        pairs = checks(plan.pairs, config, source.info.num_layers)
         if pairs is not None:
             checks(_check_stages, config, pairs)
-            checks(_check_dimension_match, config, pairs, source.info)
+            if let.target == "teacher":
+                checks(_check_dimension_match, config, pairs, source.info)
         if isinstance(source, Features):
             checks(_check_sequence_length, config, source.info)
-            checks(_check_control, let)
+            checks(_check_needs_teacher, let)
             if pairs is not None and parallel_dims is not None and stop_step is not None:
                 known = {problem.key for problem in checks.problems}
                 checks(_check_features, config, source, pairs, parallel_dims, known)
+        elif let.token_alignment.enable and let.target == "logits":
+            message = "the predictions of two tokenizers cannot be compared; take a teacher with the student's"
+            checks.problems.append(Problem("let.token_alignment.enable", message, True))
         elif let.token_alignment.enable:
             trial = checks(_try_token_alignment, config, source, not checks.problems)
         else:
@@ -364,7 +368,11 @@ def _check_sequence_length(config: Trainer.Config, teacher: TeacherInfo) -> None
         )
 
 
-def _check_control(let: LetConfig) -> None:
+def _check_needs_teacher(let: LetConfig) -> None:
+    """What cannot be had from stored states alone."""
+    if let.target == "logits":
+        message = "the teacher's language-model head is needed, and let.teacher.features has its states only"
+        raise ConfigError(Problem("let.target", message, let.target))
     if let.control == "random_teacher":
         message = "there is no teacher whose weights could be drawn anew: its states are read from let.teacher.features"
         raise ConfigError(Problem("let.control", message, let.control))

@@ -51,7 +51,7 @@ class Cost:
         num_teacher_params: N_T: the parameters that the teacher multiplies; 0 without one.
         overhead: Share of a plain step's FLOPs. With a teacher the paper's bound, N_T / (3 N_S): its forward pass
             (2 N_T per token) beside a forward and a backward pass of the student (6 N_S), N being the parameters that
-            are multiplied.
+            are multiplied. In logit distillation N_T has the teacher's head in it, and the student's is used twice.
         memory: Bytes per rank, by what they hold.
     """
 
@@ -91,7 +91,16 @@ def cost(
         * student.width
         * TORCH_DTYPE_MAP[config.training.mixed_precision_param].itemsize,
     }
-    matches = [plan.dimension_match(let)(widths[pair.teacher], student.width) for pair in pairs]
+    overhead = 0.0
+    matches = []
+    if let.target == "logits":
+        num_head = teacher.vocab_size * teacher.hidden_size
+        num_teacher += num_head
+        own_head = auxiliary_cost(student, pairs)
+        overhead = own_head.overhead
+        memory |= {"teacher's head": num_head * dtype.itemsize, **own_head.memory}
+    else:
+        matches = [plan.dimension_match(let)(widths[pair.teacher], student.width) for pair in pairs]
     if num_learned := sum(p.numel() for match in matches for p in match.parameters() if p.requires_grad):
         # In fp32: the gathered weights and their gradient; the sharded ones, their gradient and the optimizer's state.
         memory["projector"] = num_learned * 4 * 2 + num_learned * 4 * 4 // num_shards
@@ -99,7 +108,8 @@ def cost(
         memory["encoded states"] = (
             config.training.local_batch_size * config.training.seq_len * features.bytes_per_token(layers)
         )
-    return Cost(num_teacher, num_teacher / (3 * student.num_matmul_params) * ratio, memory)
+    overhead += num_teacher / (3 * student.num_matmul_params) * ratio
+    return Cost(num_teacher, overhead, memory)
 
 
 def auxiliary_cost(student: Student, pairs: Sequence[LayerPair]) -> Cost:
@@ -161,12 +171,13 @@ def report(
     else:
         break_even_line = "never: the teacher costs more than the whole plain run"
     parts = ", ".join(f"{name} {_mib(size)}" for name, size in costs.memory.items())
+    heads = ", and the student's head once more" if let.target == "logits" else ""
     times = ""
     if let.token_alignment.enable:
         times = f" x {teacher_seq_len(config, teacher)} / {config.training.seq_len} tokens"
     overhead = (
         f"+ {costs.overhead:.1%} FLOPs while active: N_T / (3 N_S) = {costs.num_teacher_params:,} / (3 x "
-        f"{student.num_matmul_params:,}){times}, embeddings not counted"
+        f"{student.num_matmul_params:,}){times}{heads}, embeddings not counted"
     )
     states = []
     if features:
@@ -241,6 +252,8 @@ def report_ended(student: Student, stop_step: int) -> str:
 
 
 def _describe(pair: LayerPair, width: int, student: Student, teacher: TeacherInfo, let: LetConfig) -> str:
+    if let.target == "logits":
+        return f"the student's predictions with the teacher's, at temperature {let.temperature:g}"
     if pair.teacher == EMBEDDING:
         layer = "embedding"
     elif pair.teacher == teacher.num_layers - 1:

@@ -22,7 +22,7 @@ from let_plugin import plan
 from let_plugin.alignment.tap import TARGET_KWARG
 from let_plugin.batch_extras import take_extras
 from let_plugin.config import LetConfig, RuntimeConfig
-from let_plugin.guidance import Guidance
+from let_plugin.guidance import METRIC_OF_TARGET, Guidance
 from let_plugin.metrics import Disagreement, JsonlLogger, Progress
 from let_plugin.stopping import Stopping
 from let_plugin.teacher.base import Teacher
@@ -147,10 +147,9 @@ class LetTrainerMixin(_Base):
         metrics = self._logged_metrics
         if metrics.get("let/active"):
             parts.append(f"lambda {metrics['let/lambda']:.4g}")
-            if "let/auxiliary_loss" in metrics:
-                parts.append(f"auxiliary loss {metrics['let/auxiliary_loss']:.4f}")
-            else:
-                parts.append(f"cosine {metrics['let/cosine']:.4f}")
+            name = METRIC_OF_TARGET[self.let.target]
+            parts.append(f"{name.removeprefix('let/').replace('_', ' ')} {metrics[name]:.4f}")
+            if "let/teacher_tokens_per_second" in metrics:
                 parts.append(f"teacher {metrics['let/teacher_tokens_per_second']:,.0f} tokens/s")
         elif self.let.enable:
             parts.append("alignment ended")

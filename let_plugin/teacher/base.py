@@ -4,10 +4,10 @@ Shape legend: B batch, L sequence, V vocabulary, E teacher width: the sum over t
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -18,9 +18,18 @@ if TYPE_CHECKING:
     from torchtitan.distributed import ParallelDims
     from torchtitan.trainer import Trainer
 
-# (token ids [B, L], position of each token within its own document [B, L] or None: one document per row) -> logits
-# [B, L, V], in the model's dtype.
-LanguageModel = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+class LanguageModel(Protocol):
+    """A whole, frozen model.
+
+    Attributes:
+        head: Its language-model head: the linear map at its end.
+    """
+
+    head: nn.Module
+
+    def __call__(self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor | None) -> torch.Tensor:
+        """Logits [B, L, V] in the model's dtype; the arguments are those of Teacher.forward."""
 
 
 @dataclass(frozen=True, kw_only=True)

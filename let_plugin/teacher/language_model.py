@@ -64,8 +64,9 @@ class TransformersLanguageModel:
     Everything that its family does to the logits (soft caps, scales) is done.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         self._model = model
+        self.head: nn.Module = model.get_output_embeddings()
 
     def __call__(self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor | None) -> torch.Tensor:
         from let_plugin.teacher.hf_attention import DocumentMask

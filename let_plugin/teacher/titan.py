@@ -194,7 +194,7 @@ class TitanTeacherSource(TeacherSource):
         if problems := self._problems_of_loading(model):
             raise ConfigError(problems)
         freeze(model)
-        return lambda tokens_BL, positions_BL: model(tokens_BL, *_positions_and_masks(model, tokens_BL, positions_BL))
+        return TitanLanguageModel(model)
 
     def _load(self, model: Any) -> None:
         """Reads each rank's own shards into `model`. Every parameter must be found, in its shape."""
@@ -241,6 +241,17 @@ class TitanTeacher(Teacher):
     def forward(self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor | None) -> torch.Tensor:
         arguments = _positions_and_masks(self.model, tokens_BL, positions_BL)
         return self._states.collect(lambda: self.model(tokens_BL, *arguments))
+
+
+class TitanLanguageModel:
+    """A whole torchtitan decoder: [B, L] to [B, L, V]."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.head: torch.nn.Module = model.lm_head
+
+    def __call__(self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor | None) -> torch.Tensor:
+        return self._model(tokens_BL, *_positions_and_masks(self._model, tokens_BL, positions_BL))
 
 
 def describe(spec: ModelSpec, where: str) -> TeacherInfo:
