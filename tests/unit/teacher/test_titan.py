@@ -437,3 +437,26 @@ def test_a_training_checkpoint_with_optimizer_and_head_is_a_teacher(tiny_teacher
     extra = {"lm_head.weight": torch.ones(4096, 32), "optimizer.state.norm.weight.exp_avg": torch.ones(32), "step": 3}
     dcp.save({**tiny_teacher[1], **extra}, checkpoint_id=str(tmp_path), no_dist=True)
     build(tmp_path)
+
+
+def test_tensors_that_the_spec_has_no_place_for_are_refused(safetensors, build):
+    """Biases, say: without them it would be another model. Rotary frequencies follow from the configuration."""
+    from safetensors.torch import load_file, save_file
+
+    file = safetensors / "model.safetensors"
+    weights = load_file(file) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(32)}
+    save_file(weights, file, metadata={"format": "pt"})
+    build(safetensors, spec="demo_teacher")
+    save_file(weights | {"model.layers.1.self_attn.q_proj.bias": torch.ones(128)}, file, metadata={"format": "pt"})
+    problem = problem_of(build, safetensors, spec="demo_teacher")
+    assert (problem.key, problem.value) == ("let.teacher.path", str(safetensors))
+    assert "model.layers.1.self_attn.q_proj.bias" in problem.message
+    build(safetensors, spec="demo_teacher", layers=[0])  # that block is not there
+
+
+def test_a_config_json_of_another_model_is_refused_when_opened(safetensors):
+    file = safetensors / "config.json"
+    file.write_text(file.read_text().replace("10000.0", "500000.0"))
+    problem = problem_of(TitanTeacherSource, TeacherConfig(spec="demo_teacher", path=str(safetensors)))
+    assert (problem.key, problem.value) == ("let.teacher.spec", "demo_teacher")
+    assert "rope_theta = 500000.0, the spec 10000.0" in problem.message
