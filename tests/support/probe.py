@@ -97,7 +97,7 @@ def num_hooks(trainer):
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
 
 
-class Without:
+class Without(PathFinder):
     """Finds modules as Python does, but for those of one package."""
 
     def __init__(self, package):
