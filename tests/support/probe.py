@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import weakref
+from importlib.machinery import PathFinder
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -96,10 +97,20 @@ def num_hooks(trainer):
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
 
 
+class Without(PathFinder):
+    """Finds modules as Python does, but for those of one package."""
+
+    def __init__(self, package):
+        self._package = package
+
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] == self._package else PathFinder.find_spec(name, path, target)
+
+
 def main():
     out, *argv = sys.argv[1:]
     if without := os.environ.get("PROBE_WITHOUT"):
-        sys.modules[without] = None  # type: ignore[assignment]
+        sys.meta_path[sys.meta_path.index(PathFinder)] = Without(without)
     host.set_up(os.environ.get("PROBE_DEVICE", "cpu"))
     from torchtitan.trainer import Trainer
 
