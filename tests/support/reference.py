@@ -67,8 +67,8 @@ def let_loss(
 ):
     """L_NLL, L_NLL + lambda * L_align and the mean cosine of a batch [B, L], each over its number of valid tokens.
 
-    `retokenise`: batch -> the teacher's tokens and positions [B, T], and which of them each token meets [B, L]
-    (-1: none), for a teacher with another tokenizer. The mean cosine is then that of the tokens that meet one.
+    `retokenise`, for a teacher with another tokenizer: batch -> the teacher's tokens and positions [B, T], and which of
+    them each token meets [B, L], -1: none. The mean cosine is then that of the tokens that meet one.
 
     And how the gradients of the two losses with respect to the block's output agree: (cosine, ratio of norms).
     """
