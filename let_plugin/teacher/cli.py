@@ -1,7 +1,8 @@
 """The console command `let-teacher`: what there is to do with a teacher before a run.
 
 Each subcommand is a module with `add_parser(subparsers)`, which sets `run`, a function of the parsed options; it
-imports nothing large until it runs. Bad input ends with one clear message and exit code 2.
+imports nothing large until it runs. One with `takes_overrides` gets what is no option of its own as `overrides`. Bad
+input ends with one clear message and exit code 2.
 """
 
 import argparse
@@ -9,7 +10,7 @@ import sys
 from dataclasses import replace
 
 from let_plugin.errors import ConfigError
-from let_plugin.teacher import inspection
+from let_plugin.teacher import export, inspection
 
 # Keys of the `[let]` table under the names that they have on this command line.
 _OPTIONS = {
@@ -25,7 +26,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="let-teacher", description="Teachers for Late-to-Early Training.")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     inspection.add_parser(subparsers)
-    options = parser.parse_args(arguments)
+    export.add_parser(subparsers)
+    options, overrides = parser.parse_known_args(arguments)
+    if overrides and not getattr(options, "takes_overrides", False):
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    options.overrides = overrides
     try:
         options.run(options)
     except ConfigError as error:

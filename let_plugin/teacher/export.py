@@ -20,10 +20,7 @@ let-train takes them."""
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Adds `export` to the subcommands of a command line; `run(args)` is what it does.
-
-    What it does not know are options of the configuration: `args.overrides`.
-    """
+    """Adds `export` to the subcommands of a command line, which gives it what it does not know as `overrides`."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "export",
         help="write the teacher's states of a run's data, so that the run needs no teacher",
@@ -31,16 +28,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     _add_arguments(parser)
-    parser.set_defaults(run=run)
-    parse = parser.parse_known_args
-
-    def parse_with_overrides(args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
-        result, overrides = parse(args, namespace)
-        result.overrides = overrides
-        return result, []
-
-    # argparse has no other way to let one subcommand take unknown options.
-    parser.parse_known_args = parse_with_overrides  # type: ignore[method-assign, assignment]
+    parser.set_defaults(run=run, takes_overrides=True)
     return parser
 
 

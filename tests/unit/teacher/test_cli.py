@@ -31,6 +31,15 @@ def test_bad_input_is_one_error(monkeypatch, capsys, arguments, messages):
         assert message in errors
 
 
+def test_export_takes_options_of_the_configuration(monkeypatch, capsys, tiny_config, tmp_path):
+    pytest.importorskip("torchtitan")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    arguments = ["export", str(tiny_config), "--out", str(tmp_path / "states"), "--check"]
+    assert cli.main([*arguments, "--let.stop_step", "2"]) == 0
+    assert "8 rows" in capsys.readouterr().out
+    assert cli.main([*arguments, "--let.stop_stp", "2"]) == 2
+
+
 @pytest.mark.parametrize("arguments", [[], ["inspct"], ["inspect", "--nonsense"]])
 def test_an_unknown_command_or_option(arguments):
     with pytest.raises(SystemExit) as info:

@@ -3,13 +3,6 @@
 import pytest
 
 from let_plugin.teacher import export
-from tests.support.exports import arguments
-
-
-def test_it_is_a_subcommand():
-    args = arguments("--training.steps", 7, "--out", "x", "--encoding", "int8", "--let.no-enable")
-    assert (args.config, args.out, args.encoding, args.run) == ("run.toml", "x", "int8", export.run)
-    assert args.overrides == ["--training.steps", "7", "--let.no-enable"]
 
 
 def test_check_prints_what_it_takes_and_writes_nothing(tiny_config, tmp_path, capsys):
