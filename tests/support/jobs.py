@@ -148,6 +148,7 @@ def make_teacher(folder):
             weights[f"layers.{i}.feed_forward.{name}.weight"] = normal(*shape)
         for name in ("attention_norm", "ffn_norm"):
             weights[f"layers.{i}.{name}.weight"] = torch.ones(E) + normal(E)
+    weights["lm_head.weight"] = normal(tiny.VOCAB_SIZE, E)
     dcp.save(weights, checkpoint_id=str(folder), no_dist=True)
     return weights
 
