@@ -4,7 +4,8 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from let_plugin.demo import TOKENIZER
-from let_plugin.teacher.vocabulary import compare_vocabularies, read_vocabulary
+from let_plugin.errors import ConfigError
+from let_plugin.teacher.vocabulary import compare_vocabularies, read_tokenizer, read_vocabulary
 
 STUDENT = {"a": 0, "b": 1, "c": 2, "d": 3, "e": 4}
 
@@ -53,3 +54,11 @@ def test_an_id_that_the_teacher_lacks():
 def test_the_same_tokens_under_other_ids_are_another_vocabulary():
     shifted = {token: i + 1 for token, i in STUDENT.items()}
     assert compare_vocabularies(STUDENT, shifted).num_differing == 5
+
+
+def test_read_tokenizer(tmp_path):
+    assert read_tokenizer(TOKENIZER, key="let.teacher.path").eos_id == 0
+    assert read_tokenizer(str(tmp_path), key="let.teacher.path") is None
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"let.teacher.path = .*the tokenizer cannot be read"):
+        read_tokenizer(str(tmp_path), key="let.teacher.path")
