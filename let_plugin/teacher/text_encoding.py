@@ -48,7 +48,8 @@ class Tokens:
 class TextEncoder:
     """Encodes text with the teacher's tokenizer.
 
-    Text that looks like a special token is text: the student has read it as such.
+    Text that looks like a special token is text, since the student has read it as such; but not to Unigram models,
+    which have those tokens among their pieces.
     """
 
     def __init__(self, tokenizer: Any, tokens: Tokens) -> None:
@@ -86,7 +87,22 @@ class TextEncoder:
         if not offsets:
             return [], []
         byte_ends = np.array([0, *accumulate(len(character.encode()) for character in text)])
-        return ids, np.maximum.accumulate(byte_ends[[end for _, end in offsets]]).tolist()
+        return ids, np.maximum.accumulate(byte_ends[_character_ends(offsets, len(text))]).tolist()
+
+
+def _character_ends(offsets: list[tuple[int, int]], length: int) -> list[int]:
+    """Where each token ends in a text of so many characters, from the library's offsets.
+
+    These name only the first of several characters that have been composed into one. The rest lies between a token and
+    the next one: it has been read with the former.
+    """
+    ends = [0] * len(offsets)
+    next_start, next_end = length, length
+    for k in reversed(range(len(offsets))):
+        start, end = offsets[k]
+        ends[k] = next_start if next_start >= end else next_end
+        next_start, next_end = start, ends[k]
+    return ends
 
 
 def _plain(tokenizer: Tokenizer, *, adds_space: bool) -> Tokenizer:

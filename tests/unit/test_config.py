@@ -29,9 +29,10 @@ def documented_fields(class_name):
 @pytest.mark.parametrize(
     ("cls", "tables"),
     [
-        (config.LetConfig, {"teacher", "projector", "adaptive_stop"}),
+        (config.LetConfig, {"teacher", "projector", "adaptive_stop", "token_alignment"}),
         (config.AdaptiveStopConfig, set()),
         (config.PairConfig, set()),
+        (config.TokenAlignmentConfig, set()),
         (config.ProjectorConfig, set()),
         (config.TeacherConfig, set()),
         (config.RuntimeConfig, set()),

@@ -152,6 +152,15 @@ def test_a_token_without_a_state_and_tokens_of_another_end():
     assert exact["teacher_index"].tolist() == [[0, -1, -1, 1, 2, -1, -1, 3, 4]]
 
 
+def test_a_character_that_the_teacher_composes_ends_with_its_last_part():
+    student, teacher = small(), KINDS["NFC"]()
+    tokens, positions, labels = kinds.row(student, ["x", " e\u0301 a"], 9, 0)
+    (row,) = Retokeniser(student, teacher, teacher_seq_len=1).rows(*kinds.batch((tokens, positions, labels)))
+    read = [seen(token_bytes(teacher), row.tokens[1 : i + 1]) if i > 0 else None for i in row.index_L]
+    # x, space, e, and the two bytes of the accent: only with the second of them may it have been read
+    assert read[:4] == [None, *["" if row.index_L[1] > 0 else None] * 3] and read[4] == "\u00e9"
+
+
 def test_what_does_not_fit_is_not_aligned():
     student, teacher = small("the"), small()
     extras = retokenise(student, teacher, documents(student, "x", "the the"), teacher_seq_len=4)

@@ -5,7 +5,12 @@ from tokenizers import Tokenizer, models
 
 from let_plugin.demo import TOKENIZER
 from let_plugin.errors import ConfigError
-from let_plugin.teacher.vocabulary import WithoutSpecialTokens, compare_vocabularies, read_vocabulary
+from let_plugin.teacher.vocabulary import (
+    WithoutSpecialTokens,
+    compare_vocabularies,
+    read_tokenizer,
+    read_vocabulary,
+)
 from tests.support.rank_files import EOS, write_demo
 
 STUDENT = {"a": 0, "b": 1, "c": 2, "d": 3, "e": 4}
@@ -83,3 +88,11 @@ def test_a_tokenizer_json_comes_before_a_rank_file(tmp_path):
     tokenizer = Tokenizer(models.WordLevel({"a": 0}))
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     assert read_vocabulary(str(tmp_path)) == {"a": 0}
+
+
+def test_read_tokenizer(tmp_path):
+    assert read_tokenizer(TOKENIZER, key="let.teacher.path").eos_id == 0
+    assert read_tokenizer(str(tmp_path), key="let.teacher.path") is None
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"let.teacher.path = .*the tokenizer cannot be read"):
+        read_tokenizer(str(tmp_path), key="let.teacher.path")
