@@ -7,6 +7,7 @@ import torch
 import torchtitan.trainer
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torchtitan.config import CommConfig, ParallelismConfig
+from torchtitan.tools.logging import logger
 
 from let_plugin import dry_run, preflight, train
 from let_plugin.errors import ConfigError
@@ -34,7 +35,10 @@ def fake_ranks(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(torchtitan.trainer.time, "sleep", lambda seconds: None)  # "for other ranks to complete"
     _clear_sharding_prop_cache()  # it keeps device meshes of earlier groups
+    handlers, level = logger.handlers[:], logger.level
     yield
+    logger.handlers[:] = handlers  # torchtitan's writes to the output that pytest has captured, and closes
+    logger.setLevel(level)
     _clear_sharding_prop_cache()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
