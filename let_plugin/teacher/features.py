@@ -110,8 +110,8 @@ class Features:
             num_shards: int = manifest.result["num_shards"]
             num_tokens = manifest.result["num_rows"] * self.settings["seq_len"]
             self.is_partial = any(layer["tokens"] < num_tokens for layer in self.fidelity.values())
-            info = dict(self.settings["teacher"]["info"])
-            self.info = TeacherInfo(**{**info, "block_params": tuple(info["block_params"])})
+            info = self.settings["teacher"]["info"].items()
+            self.info = TeacherInfo(**{k: tuple(v) if isinstance(v, list) else v for k, v in info})  # JSON has lists
         except (KeyError, TypeError) as error:
             message = f"its {MANIFEST} lacks {error}: export again"
             raise ConfigError(Problem(FEATURES_KEY, message, path)) from error

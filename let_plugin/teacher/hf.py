@@ -431,16 +431,10 @@ def _read_vocabulary(folder: str, key: str) -> dict[str, int] | None:
 
 def _open_tokenizer(path: str, key: str) -> Any | None:
     """The tokenizer of a folder or of a teacher on the hub; None if there is none. ConfigError if it cannot be read."""
-    return read_tokenizer(path, key=key) or _load_with_transformers(path, key)
+    return read_tokenizer(path, key=key) or load_tokenizer(path, key)
 
 
 def _read_vocabulary_with_transformers(path: str, key: str) -> dict[str, int] | None:
-    """Through AutoTokenizer; None if there are no tokenizer files."""
-    tokenizer = _load_with_transformers(path, key)
-    return None if tokenizer is None else tokenizer.get_vocab()
-
-
-def _load_with_transformers(path: str, key: str) -> Any | None:
     """Through AutoTokenizer; None if there are no tokenizer files."""
     tokenizer = load_tokenizer(path, key)
     return None if tokenizer is None else tokenizer.get_vocab()

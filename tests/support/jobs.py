@@ -130,7 +130,7 @@ def metrics(folder):
 
 
 def make_teacher(folder):
-    """Writes random weights of the tiny teacher as a torchtitan checkpoint (DCP), in fp32; returns them."""
+    """Writes random weights of the tiny teacher as a torchtitan checkpoint (DCP), in fp32; returns the trunk's."""
     from let_plugin.demo import config_registry  # noqa: F401
     from tests.support import config_registry as tiny
 
@@ -148,8 +148,8 @@ def make_teacher(folder):
             weights[f"layers.{i}.feed_forward.{name}.weight"] = normal(*shape)
         for name in ("attention_norm", "ffn_norm"):
             weights[f"layers.{i}.{name}.weight"] = torch.ones(E) + normal(E)
-    weights["lm_head.weight"] = normal(tiny.VOCAB_SIZE, E)
-    dcp.save(weights, checkpoint_id=str(folder), no_dist=True)
+    head = {"lm_head.weight": normal(tiny.VOCAB_SIZE, E)}
+    dcp.save(weights | head, checkpoint_id=str(folder), no_dist=True)
     return weights
 
 

@@ -111,7 +111,7 @@ def test_break_even(config):
     overhead = TEACHER_BLOCKS / (3 * (STUDENT_BLOCKS + STUDENT_EMBEDDING))
     assert line(preflight.run(config), "break-even") == f"at {4 / (4 - 2 * overhead):.3f}x fewer steps"
     config.let.stop_step = 0
-    assert line(preflight.run(config), "break-even") == "at 1.000x fewer steps"
+    assert line(preflight.run(config), "teacher") == "the alignment has ended at step 0; the teacher is not needed"
 
 
 def test_a_teacher_that_never_pays(config, large_teacher):

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from safetensors.torch import save_file
+import torch
 from tokenizers import Tokenizer, models
 
 from let_plugin import data, preflight, toml_config
@@ -89,9 +89,26 @@ def folders(tmp_path_factory):
         vocabulary = {f"{name} {i}": i for i in range(num_ids)}
         Tokenizer(models.WordLevel(vocabulary, unk_token=f"{name} 0")).save(str(folder / "tokenizer.json"))
         (folder / "config.json").write_text(json.dumps(config))
-        save_file({}, folder / "model.safetensors")
+        write_headers(folder)
         made[name] = str(folder)
     return made
+
+
+def write_headers(folder):
+    """A safetensors file with all the tensors that config.json asks for, in bf16; their bytes are a hole in it."""
+    from transformers import AutoConfig, AutoModel
+
+    with torch.device("meta"):
+        trunk = AutoModel.from_config(AutoConfig.from_pretrained(folder))
+    header, size = {}, 0
+    for name, tensor in trunk.state_dict().items():
+        end = size + 2 * tensor.numel()
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [size, end]}
+        size = end
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + size)
 
 
 @pytest.fixture

@@ -13,7 +13,14 @@ from tests.support import exports
 def test_stored_states_take_the_teachers_place_where_they_are_named(config, parallel_dims, tmp_path):
     def provider():
         source = open_source(config.let.teacher)
-        made = make_provider(source, config=config, device=torch.device("cpu"), parallel_dims=parallel_dims, layers=[1])
+        made = make_provider(
+            source,
+            config=config,
+            student_tokenizer=None,
+            device=torch.device("cpu"),
+            parallel_dims=parallel_dims,
+            layers=[1],
+        )
         return source, made
 
     source, made = provider()
