@@ -110,8 +110,10 @@ class Features:
             num_shards: int = manifest.result["num_shards"]
             num_tokens = manifest.result["num_rows"] * self.settings["seq_len"]
             self.is_partial = any(layer["tokens"] < num_tokens for layer in self.fidelity.values())
-            info = self.settings["teacher"]["info"].items()
-            self.info = TeacherInfo(**{k: tuple(v) if isinstance(v, list) else v for k, v in info})  # JSON has lists
+            stored: dict[str, Any] = self.settings["teacher"]["info"]
+            # JSON has lists for tuples.
+            info: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+            self.info = TeacherInfo(**info)
         except (KeyError, TypeError) as error:
             message = f"its {MANIFEST} lacks {error}: export again"
             raise ConfigError(Problem(FEATURES_KEY, message, path)) from error
