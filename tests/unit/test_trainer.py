@@ -5,6 +5,7 @@ import gc
 import pytest
 import torch
 import torchtitan.trainer
+from torch.distributed.fsdp import FSDPModule
 
 from let_plugin.config import PairConfig, TeacherConfig
 from let_plugin.demo import TOKENIZER
@@ -108,6 +109,11 @@ def test_an_offloaded_teacher_stays_at_hand_and_the_rest_goes(settings, config, 
     assert all(p.device.type == "cpu" and not p.requires_grad for p in teacher.parameters())
     with torch.no_grad():
         assert torch.equal(teacher(tokens_BL, None), states[-1])
+    for module in teacher.modules():
+        if isinstance(module, FSDPModule):  # has taken note of the parameters that are there now
+            for group in module._get_fsdp_state()._fsdp_param_groups:
+                own = {id(parameter) for parameter in module.parameters()}
+                assert all(id(parameter.sharded_param) in own for parameter in group.fsdp_params)
     assert not any(name.startswith("teacher") for name in trainer.model_parts[0].state_dict())
     gone = [name for name in leftovers.watched if not name.startswith("teacher")]
     assert gone and not set(gone) & set(leftovers.alive)
