@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from let_plugin.errors import ConfigError, Problem
 
@@ -104,13 +105,19 @@ class Teacher(nn.Module, ABC):
     def move_to(self, device: torch.device) -> None:
         """Moves weights and buffers; of a sharded teacher each rank its shard, and `forward` needs the ranks' device.
 
-        Not by `Module.to`: for sharded parameters it swaps what they are in place, and refuses where anything, like
-        the guards of compiled code, holds a weak reference to one.
+        Not by `Module.to`: for sharded parameters it swaps what they are in place, and refuses where anything holds a
+        weak reference to one.
         """
-        self.load_state_dict({name: tensor.to(device) for name, tensor in self.state_dict().items()}, assign=True)
         for module in self.modules():
-            for name, buffer in module.named_buffers(recurse=False):  # some are in no state dict
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        for module in self.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(parameter.to(device), requires_grad=False))
+            for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
+        # FSDP2 looks for parameters that have become others whenever a state dict has been loaded: here, an empty one.
+        self.load_state_dict({}, strict=False)
 
 
 class TeacherSource(ABC):

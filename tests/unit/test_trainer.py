@@ -5,6 +5,8 @@ import gc
 import pytest
 import torch
 import torchtitan.trainer
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from let_plugin.config import PairConfig, TeacherConfig
 from let_plugin.demo import TOKENIZER
@@ -87,6 +89,12 @@ def test_a_reference_that_is_kept_is_seen(settings, trainer):
     assert leftovers.alive == ["teacher parameter model.layers.0.attention.wo.weight", "let_projector_0 weights weight"]
 
 
+def fsdp_parameters(model):
+    """The sharded parameters that FSDP2 gathers from."""
+    groups = [g for m in model.modules() if isinstance(m, FSDPModule) for g in m._get_fsdp_state()._fsdp_param_groups]
+    return [parameter.sharded_param for group in groups for parameter in group.fsdp_params]
+
+
 @pytest.mark.parametrize("settings", ["transformers", "projector"], indirect=True)
 def test_an_offloaded_teacher_stays_at_hand_and_the_rest_goes(settings, config, trainer):
     config.let.stop_action = "offload"
@@ -106,6 +114,9 @@ def test_an_offloaded_teacher_stays_at_hand_and_the_rest_goes(settings, config, 
     assert trainer.guidance is None
     teacher = trainer.offloaded_teacher
     assert all(p.device.type == "cpu" and not p.requires_grad for p in teacher.parameters())
+    sharded = [parameter for parameter in teacher.parameters() if isinstance(parameter, DTensor)]
+    assert set(map(id, fsdp_parameters(teacher))) == set(map(id, sharded))  # FSDP2 has noted that they are others
+    del sharded
     with torch.no_grad():
         assert torch.equal(teacher(tokens_BL, None), states[-1])
     assert not any(name.startswith("teacher") for name in trainer.model_parts[0].state_dict())
