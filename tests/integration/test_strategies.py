@@ -160,11 +160,13 @@ LAMBDAS = {
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, tiny_teacher):
+def runs(tmp_path_factory):
     """ "LAYOUT: STRATEGY" -> what the run did."""
     folder = tmp_path_factory.mktemp("strategies")
+    teacher = folder / "teacher"
+    jobs.make_teacher(teacher, with_head=True)
     plain = folder / "plain.toml"
-    plain.write_text(jobs.TINY.format(folder=folder, teacher=tiny_teacher[0]))
+    plain.write_text(jobs.TINY.format(folder=folder, teacher=teacher))
     start = [*jobs.seed_checkpoint(folder / "seed", plain), "--training.steps", STEPS, "--training.max_norm", 1e9]
     results = {}
     for processes in (1, 2):
@@ -190,7 +192,7 @@ def runs(tmp_path_factory, tiny_teacher):
         cases = {}
         for i, (layout, name, lines, args) in enumerate(wanted):
             config = folder / f"{processes}-{i}.toml"
-            text = jobs.TINY.format(folder=folder / f"{processes}-{i}", teacher=tiny_teacher[0])
+            text = jobs.TINY.format(folder=folder / f"{processes}-{i}", teacher=teacher)
             config.write_text(text.replace("stop_step = 4", lines))
             cases[f"{layout}: {name}"] = (config, [*start, *args])
         results |= jobs.train_many(folder, cases, processes)

@@ -129,7 +129,7 @@ def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def make_teacher(folder):
+def make_teacher(folder, *, with_head=False):
     """Writes random weights of the tiny teacher as a torchtitan checkpoint (DCP), in fp32; returns the trunk's."""
     from let_plugin.demo import config_registry  # noqa: F401
     from tests.support import config_registry as tiny
@@ -148,7 +148,7 @@ def make_teacher(folder):
             weights[f"layers.{i}.feed_forward.{name}.weight"] = normal(*shape)
         for name in ("attention_norm", "ffn_norm"):
             weights[f"layers.{i}.{name}.weight"] = torch.ones(E) + normal(E)
-    head = {"lm_head.weight": normal(tiny.VOCAB_SIZE, E)}
+    head = {"lm_head.weight": normal(tiny.VOCAB_SIZE, E)} if with_head else {}
     dcp.save(weights | head, checkpoint_id=str(folder), no_dist=True)
     return weights
 

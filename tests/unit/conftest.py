@@ -14,6 +14,13 @@ from let_plugin.trainer import with_let
 from tests.support.config_registry import tiny
 
 
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """No test counts the compilations of another: torch compiles the same code a limited number of times."""
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture(scope="module")
 def parallel_dims():
     """torchtitan's meshes of one process, with the process group (gloo) that they stand on."""
