@@ -38,11 +38,15 @@ class BatchExtras:
             raise ConfigError(Problem("dataloader", message, type(loader).__name__))
         # Shared with the workers, which are started later.
         self._is_on = torch.ones((), dtype=torch.bool).share_memory_()
-        loader.collate_fn = _Collate(loader.collate_fn, make, self._is_on)
+        self._collate = loader.collate_fn = _Collate(loader.collate_fn, make, self._is_on)
 
     def stop(self) -> None:
-        """Batches that are made from now on are as they would be without; those that workers hold ready are not."""
+        """Batches that are made from now on are as they would be without; those that workers hold ready are not.
+
+        What makes them is let go of in this process; the loader keeps a function that passes batches on.
+        """
         self._is_on.fill_(False)
+        self._collate.make = None
 
 
 def take_extras(input_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -56,12 +60,12 @@ class _Collate:
 
     def __init__(self, inner: Callable[[Any], Any], make: MakeExtras, is_on: torch.Tensor) -> None:
         self._inner = inner
-        self._make = make
+        self.make: MakeExtras | None = make
         self._is_on = is_on
 
     def __call__(self, rows: Any) -> Any:
         input_dict, labels_BL = self._inner(rows)
-        if not self._is_on:
+        if not self._is_on or self.make is None:
             return input_dict, labels_BL
-        extras = self._make(input_dict, labels_BL)
+        extras = self.make(input_dict, labels_BL)
         return {**input_dict, **{f"{_PREFIX}{name}": tensor for name, tensor in extras.items()}}, labels_BL

@@ -17,6 +17,7 @@ from let_plugin.teacher.base import Teacher
 # What the alignment makes, wherever it is kept.
 OURS = "let_plugin.alignment.projectors", "let_plugin.alignment.running_mean", "let_plugin.alignment.tap"
 OURS += "let_plugin.guidance", "let_plugin.learned", "let_plugin.fitted", "let_plugin.auxiliary_head"
+OURS += "let_plugin.teacher.states", "let_plugin.teacher.retokenised", "let_plugin.baselines.distillation"
 
 
 class Leftovers:

@@ -1,5 +1,7 @@
 """Extras arrive with the batch that they were made of, whoever makes the batches, and are gone without a trace."""
 
+import weakref
+
 import pytest
 import torch
 from torch.utils.data import IterableDataset
@@ -33,6 +35,23 @@ def test_extras_are_those_of_their_batch_and_end(num_workers):
         if n == 0:
             extras.stop()
     assert seen[0] and not seen[-1] and len(seen) == 4
+
+
+def test_what_makes_them_is_let_go_of():
+    class Make:
+        def __call__(self, input_dict, labels_BL):
+            return {}
+
+    loader = StatefulDataLoader(Rows(), batch_size=2)
+    make = Make()
+    extras = BatchExtras(loader, make)
+    batches = iter(loader)
+    next(batches)
+    left = weakref.ref(make)
+    extras.stop()
+    del make
+    assert left() is None
+    assert len(list(batches)) == 3
 
 
 def test_the_state_of_the_loader_is_that_of_a_plain_one():
