@@ -6,7 +6,7 @@ are built on the meta device. What the run will do is said by `report`.
 
 import math
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,17 +15,13 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataLoader
 from torchtitan.trainer import Trainer
 
-from let_plugin import checkpoint, data, dry_run, plan, stopping, teacher_loss
+from let_plugin import checkpoint, data, dry_run, plan, stopping, teacher_checks, teacher_loss
 from let_plugin.alignment.layer_mapping import LayerPair
-from let_plugin.alignment.projectors import FittedMatch
 from let_plugin.config import LetConfig
 from let_plugin.errors import ConfigError, Problem, suggest
 from let_plugin.report import Student, report, report_auxiliary, report_ended
-from let_plugin.teacher.base import TeacherInfo, TeacherSource
 from let_plugin.teacher.features import Features
 from let_plugin.teacher.providers import open_source
-from let_plugin.teacher.retokenised import Trial, retokeniser, teacher_seq_len, try_out
-from let_plugin.teacher.vocabulary import compare_vocabularies
 
 # Numbers for which torchtitan itself would fail late or loop for ever: key -> smallest value that makes sense.
 _MINIMA = {
@@ -95,32 +91,41 @@ def run(config: Trainer.Config, world_size: int | None = None) -> str:
         checks.finish()
         assert student
         return report_ended(student, ended_at)
-    source, pairs, trial = checks(open_source, let.teacher), None, None
+    source, pairs, trial, vocabulary = checks(open_source, let.teacher), None, None, None
     if source is not None:
         pairs = checks(plan.pairs, config, source.info.num_layers)
         if pairs is not None:
             checks(_check_stages, config, pairs)
             if let.target == "teacher":
-                checks(_check_dimension_match, config, pairs, source.info)
+                checks(teacher_checks.check_dimension_match, config, pairs, source.info)
         if isinstance(source, Features):
-            checks(_check_sequence_length, config, source.info)
-            checks(_check_needs_teacher, let)
+            checks(teacher_checks.check_sequence_length, config, source.info)
+            checks(teacher_checks.check_needs_teacher, let)
             if pairs is not None and parallel_dims is not None and stop_step is not None:
                 known = {problem.key for problem in checks.problems}
-                checks(_check_features, config, source, pairs, parallel_dims, known)
+                checks(teacher_checks.check_features, config, source, pairs, parallel_dims, known)
         elif let.token_alignment.enable and let.target == "logits":
             message = "the predictions of two tokenizers cannot be compared; take a teacher with the student's"
             checks.problems.append(Problem("let.token_alignment.enable", message, True))
         elif let.token_alignment.enable:
-            trial = checks(_try_token_alignment, config, source, not checks.problems)
+            trial = checks(teacher_checks.try_token_alignment, config, source, not checks.problems)
         else:
-            checks(_check_sequence_length, config, source.info)
+            checks(teacher_checks.check_sequence_length, config, source.info)
             if student_vocabulary is not None:
-                checks(_check_vocabulary, student_vocabulary, source, let)
+                vocabulary = checks(teacher_checks.check_vocabulary, student_vocabulary, source, let)
     checks.finish()
     assert student and parallel_dims and source and pairs and stop_step is not None
-    features = source if isinstance(source, Features) else None
-    return report(config, student, source.info, pairs, stop_step, parallel_dims, features=features, trial=trial)
+    return report(
+        config,
+        student,
+        source.info,
+        pairs,
+        stop_step,
+        parallel_dims,
+        vocabulary=vocabulary,
+        features=source if isinstance(source, Features) else None,
+        trial=trial,
+    )
 
 
 class _Checks:
@@ -337,100 +342,5 @@ def _check_stages(config: Trainer.Config, pairs: Sequence[LayerPair]) -> None:
         raise ConfigError(
             Problem(
                 "parallelism.module_fqns_per_model_part", f"no stage has {', '.join(missing)}, which is to be aligned"
-            )
-        )
-
-
-def _check_dimension_match(config: Trainer.Config, pairs: Sequence[LayerPair], teacher: TeacherInfo) -> None:
-    """A match may refuse the two widths."""
-    let: LetConfig = config.let
-    assert config.model_spec is not None
-    for width in {teacher.width(pair.teacher, let.teacher.final_norm) for pair in pairs}:
-        match = plan.dimension_match(let)(width, config.model_spec.model.dim)
-        if isinstance(match, FittedMatch) and let.cuda_graphs:
-            raise ConfigError(
-                Problem(
-                    "let.cuda_graphs",
-                    f"a captured step cannot refit: not with {let.dimension_match!r}",
-                    True,
-                )
-            )
-
-
-def _check_sequence_length(config: Trainer.Config, teacher: TeacherInfo) -> None:
-    if teacher.max_seq_len is not None and config.training.seq_len > teacher.max_seq_len:
-        raise ConfigError(
-            Problem(
-                "training.seq_len",
-                f"the teacher was built for at most {teacher.max_seq_len} tokens",
-                config.training.seq_len,
-            )
-        )
-
-
-def _check_needs_teacher(let: LetConfig) -> None:
-    """What cannot be had from stored states alone."""
-    if let.target == "logits":
-        message = "the teacher's language-model head is needed, and let.teacher.features has its states only"
-        raise ConfigError(Problem("let.target", message, let.target))
-    if let.control == "random_teacher":
-        message = "there is no teacher whose weights could be drawn anew: its states are read from let.teacher.features"
-        raise ConfigError(Problem("let.control", message, let.control))
-
-
-def _check_features(
-    config: Trainer.Config,
-    features: Features,
-    pairs: Sequence[LayerPair],
-    parallel_dims: ParallelDims,
-    known: Collection[str],
-) -> None:
-    """Whether the stored states are this run's; a field that is wrong in itself is not complained about twice."""
-    try:
-        features.check(config, plan.teacher_layers(pairs), parallel_dims.dp_replicate * parallel_dims.dp_shard)
-    except ConfigError as error:
-        if problems := [problem for problem in error.problems if problem.key not in known]:
-            raise ConfigError(problems) from error
-
-
-def _try_token_alignment(config: Trainer.Config, source: TeacherSource, can_read_data: bool) -> Trial | None:
-    """Whether the two tokenizers can be matched and, on rank 0, how well the first rows of the data are."""
-    options = config.let.token_alignment
-    if not 0 <= options.min_fraction <= 1:
-        message = "must be between 0 and 1"
-        raise ConfigError(Problem("let.token_alignment.min_fraction", message, options.min_fraction))
-    teacher_seq_len(config, source.info)
-    if not can_read_data:
-        return None
-    student = config.tokenizer.build(tokenizer_path=config.hf_assets_path)
-    retokenise = retokeniser(config, student, source)
-    return try_out(config, student, retokenise) if os.environ["RANK"] == "0" else None
-
-
-def _check_vocabulary(student: dict[str, int], source: TeacherSource, let: LetConfig) -> None:
-    if not let.teacher.check_vocabulary:
-        return
-    teacher = source.vocabulary()
-    if not teacher or not student:
-        whose = "teacher" if not teacher else "student"
-        raise ConfigError(
-            Problem(
-                "let.teacher.tokenizer_path",
-                f"the {whose}'s tokenizer has no vocabulary to compare (no tokenizer.json or tiktoken rank file); "
-                "name the teacher's folder here, or set let.teacher.check_vocabulary = false if the two are known to "
-                "be the same",
-                let.teacher.tokenizer_path,
-            )
-        )
-    difference = compare_vocabularies(student, teacher)
-    if difference.num_differing:
-        raise ConfigError(
-            Problem(
-                "let.teacher.path",
-                f"the teacher's vocabulary is not the student's: {difference.num_differing:,} of "
-                f"{difference.num_student:,} ids differ ({'; '.join(difference.examples)}). Train the student on the "
-                "teacher's tokenizer (hf_assets_path), take a teacher with the student's, or have the text encoded "
-                "anew for the teacher (let.token_alignment.enable = true)",
-                let.teacher.path,
             )
         )

@@ -140,12 +140,14 @@ def report(
     stop_step: int,
     parallel_dims: ParallelDims,
     *,
+    vocabulary: str | None = None,
     features: Features | None = None,
     trial: Trial | None = None,
 ) -> str:
     """The preflight report of a checked configuration, without a final line break.
 
     Args:
+        vocabulary: What the comparison of the two vocabularies has found, where they were compared.
         features: The states that were made beforehand, if they are the source.
         trial: That of a teacher with another tokenizer, on the rank that has made it.
     """
@@ -159,10 +161,6 @@ def report(
         vocabulary = "the student's tokenizer is the one that the states were made with"
     elif let.token_alignment.enable:
         vocabulary = _describe_token_alignment(config, teacher, trial)
-    elif let.teacher.check_vocabulary:
-        vocabulary = "the student's tokenizer and the teacher's agree token by token"
-    else:
-        vocabulary = "not compared (let.teacher.check_vocabulary = false)"
     speed_up = break_even(steps, stop_step, costs.overhead)
     if features:
         break_even_line = "at any saving of steps: the teacher ran when the states were made"
