@@ -69,7 +69,7 @@ def _throughput(args: argparse.Namespace, overrides: list[str], command: str) ->
 
     from let_plugin.bench import throughput
     from let_plugin.bench.cases import Steps
-    from let_plugin.bench.suite import RunFailedError
+    from let_plugin.bench.processes import RunFailedError
 
     options = throughput.Options(
         cases=args.cases,
