@@ -20,7 +20,11 @@ from let_plugin.teacher.sources import open_teacher
 def is_measurable(validator: BaseValidator.Config) -> bool:
     """Whether the teacher can be given what this validator gives the student: torchtitan's own, or one built on it."""
     owner = validator._owner
-    return owner is not None and issubclass(owner, Validator) and owner.validate in (Validator.validate, TwoSplitValidator.validate)
+    return (
+        owner is not None
+        and issubclass(owner, Validator)
+        and owner.validate in (Validator.validate, TwoSplitValidator.validate)
+    )
 
 
 def measure_teacher_loss(trainer: Trainer) -> float:

@@ -8,7 +8,6 @@ from torchtitan.trainer import Trainer
 
 from let_plugin import plan
 from let_plugin.report import Cost, Student, auxiliary_cost, cost
-from let_plugin.teacher.base import TeacherInfo
 from let_plugin.teacher.features import Features
 from let_plugin.teacher.providers import open_source
 
@@ -25,8 +24,3 @@ def active_cost(config: Trainer.Config, student: Student, dims: ParallelDims) ->
 def step_flops(student: Student, tokens_per_step: int) -> float:
     """FLOPs of a plain step of the whole job."""
     return 6.0 * student.num_matmul_params * tokens_per_step
-
-
-def language_model_params(info: TeacherInfo) -> int:
-    """Parameters that a whole language model multiplies: its trunk without the embedding, and its head."""
-    return info.num_trunk_params - info.num_embedding_params + info.vocab_size * info.hidden_size

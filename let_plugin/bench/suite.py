@@ -14,6 +14,7 @@ from let_plugin.bench.measure import Request
 from let_plugin.bench.processes import Progress, RunFailedError, run_module, slug
 from let_plugin.bench.statistics import median
 
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """What a suite measures once per round.
