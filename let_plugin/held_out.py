@@ -19,6 +19,9 @@ class TwoSplitValidator(Validator):
             pipeline parallelism only the last stage's ranks know them.
     """
 
+    dl_config: Any
+    metrics_processor: Any
+
     @dataclass(kw_only=True, slots=True)
     class Config(Validator.Config):
         test: BaseDataLoader.Config = field(
@@ -28,27 +31,26 @@ class TwoSplitValidator(Validator):
 
     def __init__(self, config: Config, **kwargs: Any) -> None:
         super().__init__(config, **kwargs)
-        self._validation = self.dl_config
         self._test: Any = replace(config.test, infinite=config.steps != -1)  # as torchtitan does for its own
         self.losses: tuple[float, float] | None = None
 
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
-        # The test split first: what is logged last is what an adaptive stop goes by.
+        validation = self._loss(self.dl_config, model_parts, step)
         test = self._loss(self._test, model_parts, step)
-        validation = self._loss(self._validation, model_parts, step)
         self.losses = validation, test
         self.metrics_processor.log_validation(loss=validation, step=step, extra_metrics={TEST_LOSS: test})
 
     def _loss(self, split: Any, model_parts: list[nn.Module], step: int) -> float:
-        processor, self.metrics_processor = self.metrics_processor, _Catcher()  # type: ignore[assignment]
-        self.dl_config = split
+        """torchtitan's own validation on a split, which logs nothing."""
+        processor: Any = self.metrics_processor
+        own_split, catcher = self.dl_config, _Catcher()
+        self.dl_config, self.metrics_processor = split, catcher
         try:
             super().validate(model_parts, step)
-            caught: Any = self.metrics_processor
         finally:
-            self.metrics_processor, self.dl_config = processor, self._validation
-        processor.ntokens_since_last_log += caught.ntokens_since_last_log
-        return caught.loss
+            self.dl_config, self.metrics_processor = own_split, processor
+        processor.ntokens_since_last_log += catcher.ntokens_since_last_log
+        return catcher.loss
 
 
 class _Catcher:

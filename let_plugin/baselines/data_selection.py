@@ -27,7 +27,7 @@ from let_plugin.errors import ConfigError, Problem
 
 # torchtitan is imported in the functions: the command line sets the host up first.
 
-_OPENERS: dict[str, Callable[..., IO[str]]] = {".xz": lzma.open, ".gz": gzip.open, ".jsonl": open}  # type: ignore[dict-item]
+_OPENERS: dict[str, Callable[..., IO[str]]] = {".xz": lzma.open, ".gz": gzip.open, ".jsonl": open}
 
 
 def costs_path(out: Path) -> Path:

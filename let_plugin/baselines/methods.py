@@ -11,7 +11,7 @@
 | random_teacher | control: LET with a teacher whose matrices are drawn anew | |
 | shuffled_targets | control: LET with each token's target that of another token | |
 | gstack | without LET, from a shallow model's blocks, stacked | arXiv 2405.15319 |
-| miniplm | without LET, on the half of the documents that a teacher finds easier than a reference does | arXiv 2410.17215 |
+| miniplm | without LET, on the documents that a teacher finds easier than a reference does | arXiv 2410.17215 |
 
 Neither weight nor temperature of rkd and salt is known from public sources: tune the weight. The controls keep all of
 LET but the teacher's knowledge, its weight as well.

@@ -67,8 +67,8 @@ def _add_converge(subparsers: "argparse._SubParsersAction[argparse.ArgumentParse
         "converge",
         help="held-out loss of LET and what it is compared with, over seeds",
         description="Trains a configuration with one method after the other, on the same data in the same order, and "
-        "with each seed: held-out loss, speed-up, and what is significant. Called again with the same settings, it goes "
-        "on where it was stopped.",
+        "with each seed: held-out loss, speed-up, and what is significant. Called again with the same settings, it "
+        "goes on where it was stopped.",
         epilog="Options of the configuration, --section.key VALUE, are let-train's.",
         allow_abbrev=False,
     )

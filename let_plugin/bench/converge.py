@@ -13,7 +13,6 @@ from typing import Any
 from torchtitan.components.validate import Validator
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
-from torchtitan.trainer import Trainer
 
 from let_plugin import data, plan, preflight, toml_config
 from let_plugin.baselines import data_selection, methods, stacking
@@ -75,7 +74,7 @@ class Options:
             ("--tuning-seeds", self.tuning_seeds),
             ("--weights", self.weights),
         ):
-            problems += [Problem(option, "given twice", v) for v in dict.fromkeys(values) if values.count(v) > 1]  # type: ignore[attr-defined]
+            problems += [Problem(option, "given twice", v) for v in dict.fromkeys(values) if values.count(v) > 1]
         for option, seeds in (("--seeds", self.seeds), ("--tuning-seeds", self.tuning_seeds)):
             problems += [Problem(option, "must be at least 0", seed) for seed in seeds if seed < 0]
         problems += [Problem("--weights", "must be more than 0", w) for w in self.weights if not 0 < w < math.inf]
@@ -266,7 +265,7 @@ class Suite:
         self._tuning = planner.tuning_runs()
         self._chosen: dict[str, float] = {}
         # Which weights will be chosen is not known yet; the runs are as long with any.
-        some_weights = {method: options.weights[0] for method in planner.tuned()}
+        some_weights = {method: weight for weight in options.weights[:1] for method in planner.tuned()}
         results = [(method, seed) for seed in options.seeds for method, _ in planner.cells(some_weights)]
         tuning = self._missing(self._tuning)
         self._results = [method for method, _ in results]
@@ -313,8 +312,9 @@ class Suite:
             if rows.fingerprint(origin, self._planner.text, self._options.num_processes) != self.id:
                 raise RunFailedError("let_plugin has changed since the suite began: what is run now is other code")
             result = execute(run, self._options.work / self.id, self._options.num_processes)
-            details = {"suite": self.id, "run": self._id(run), "role": role}
-            new = row(run, result, origin, self._command, num_processes=self._options.num_processes, **details)
+            details: dict[str, Any] = {"suite": self.id, "run": self._id(run), "role": role}
+            details["num_processes"] = self._options.num_processes
+            new = row(run, result, origin, self._command, details)
             rows.append(self._options.out, new)
             losses = f"validation {new['final_validation_loss']:.4f}, test {new['final_test_loss']:.4f}"
             self._progress.after(f"{role}, {run.label}, seed {run.seed}: {losses}")

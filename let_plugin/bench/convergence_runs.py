@@ -117,7 +117,9 @@ def execute(run: Run, folder: Path, num_processes: int) -> dict[str, Any]:
     return result | {"preparation": dataclasses.asdict(preparation)}
 
 
-def row(run: Run, result: Mapping[str, Any], origin: Mapping[str, Any], command: str, **details: Any) -> dict[str, Any]:
+def row(
+    run: Run, result: Mapping[str, Any], origin: Mapping[str, Any], command: str, details: Mapping[str, Any]
+) -> dict[str, Any]:
     """The row of a run. FLOPs and seconds of its curve have the preparation in them, tokens have not."""
     curve, preparation = dict(result["curve"]), result["preparation"]
     active = curve.pop("active_steps")
