@@ -18,6 +18,7 @@ import dataclasses
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,8 +85,10 @@ def grow(config: "Trainer.Config", checkpoint: str, out: Path) -> int:
     Raises:
         ConfigError: As `stack`.
     """
-    weights = stack(_shapes(config), checkpoint)
-    dcp.save(weights, checkpoint_id=os.fspath(out), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that this process is no job: it is not meant to be one
+        weights = stack(_shapes(config), checkpoint)
+        dcp.save(weights, checkpoint_id=os.fspath(out), no_dist=True)
     return sum(weight.numel() for weight in weights.values())
 
 
