@@ -19,6 +19,7 @@ from let_plugin import checkpoint, data, dry_run, plan, stopping, teacher_checks
 from let_plugin.alignment.layer_mapping import LayerPair
 from let_plugin.config import LetConfig
 from let_plugin.errors import ConfigError, Problem, suggest
+from let_plugin.held_out import TwoSplitValidator
 from let_plugin.report import Student, report, report_auxiliary, report_ended
 from let_plugin.teacher.features import Features
 from let_plugin.teacher.providers import open_source
@@ -56,7 +57,10 @@ def run(config: Trainer.Config, world_size: int | None = None) -> str:
     checks(_check_loss_chunks, config)
     student = checks(_student, config) if config.training.seq_len > 0 else None
     student_vocabulary = checks(_tokenizer_vocabulary, config)
-    for key, loader in (("dataloader", config.dataloader), ("validator.dataloader", config.validator.dataloader)):
+    loaders = {"dataloader": config.dataloader, "validator.dataloader": config.validator.dataloader}
+    if isinstance(config.validator, TwoSplitValidator.Config):
+        loaders["validator.test"] = config.validator.test
+    for key, loader in loaders.items():
         if key == "dataloader" or config.validator.enable:
             checks(_check_dataset, key, loader)
     checks(_check_dump_folder, config.dump_folder)

@@ -11,6 +11,7 @@ from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
 from let_plugin import plan
+from let_plugin.held_out import TwoSplitValidator
 from let_plugin.teacher.base import keep_rng_state
 from let_plugin.teacher.language_model import loss_sums
 from let_plugin.teacher.sources import open_teacher
@@ -19,7 +20,11 @@ from let_plugin.teacher.sources import open_teacher
 def is_measurable(validator: BaseValidator.Config) -> bool:
     """Whether the teacher can be given what this validator gives the student: torchtitan's own, or one built on it."""
     owner = validator._owner
-    return owner is not None and issubclass(owner, Validator) and owner.validate is Validator.validate
+    return (
+        owner is not None
+        and issubclass(owner, Validator)
+        and owner.validate in (Validator.validate, TwoSplitValidator.validate)
+    )
 
 
 def measure_teacher_loss(trainer: Trainer) -> float:

@@ -33,6 +33,7 @@ _BASE_FORMAT = 'expected "module.function", as in base = "llama3.llama3_debugmod
 
 # Imported so that a `type` key finds their classes by a short name.
 _COMMON_MODULES = (
+    "let_plugin.held_out",
     "let_plugin.tiktoken_tokenizer",
     "torchtitan.components.checkpointer",
     "torchtitan.components.dataloader",

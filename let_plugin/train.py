@@ -33,24 +33,34 @@ On N processes: torchrun --nproc-per-node N -m let_plugin.train CONFIG.toml ...
 """
 
 
-def main(argv: list[str] | None = None, *, on_built: "Callable[[Trainer], None] | None" = None) -> None:
+def main(
+    argv: list[str] | None = None,
+    *,
+    on_built: "Callable[[Trainer], None] | None" = None,
+    on_loaded: "Callable[[Trainer.Config], None] | None" = None,
+) -> None:
     """Runs the command line; SystemExit with code 2 for bad input.
 
     Args:
         argv: Its arguments; those of this process if not given.
         on_built: Called with the trainer before its first step, for who wants to watch the run.
+        on_loaded: Called with the configuration before it is checked, for what TOML cannot say.
     """
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="", file=sys.stdout if argv else sys.stderr)
         raise SystemExit(0 if argv else 2)
     try:
-        _run(argv, on_built)
+        _run(argv, on_built, on_loaded)
     except ConfigError as error:
         exit_with(error)
 
 
-def _run(argv: list[str], on_built: "Callable[[Trainer], None] | None") -> None:
+def _run(
+    argv: list[str],
+    on_built: "Callable[[Trainer], None] | None",
+    on_loaded: "Callable[[Trainer.Config], None] | None",
+) -> None:
     from let_plugin import toml_config
 
     modes = {"--check", "--print-config"}
@@ -65,6 +75,8 @@ def _run(argv: list[str], on_built: "Callable[[Trainer], None] | None") -> None:
         print(toml_config.dump(toml_config.load(path, argv[1:])), end="")
         return
     loaded = toml_config.resolve(path, argv[1:])
+    if on_loaded is not None:
+        on_loaded(loaded.config)
 
     from let_plugin import data, preflight
 

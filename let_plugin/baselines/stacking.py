@@ -13,16 +13,22 @@ The steps that the shallow model was trained for are part of the cost.
 """
 
 import argparse
+import copy
+import dataclasses
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 
 from let_plugin.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from torchtitan.trainer import Trainer
 
 _BLOCK = re.compile(r"^layers\.(\d+)\.")
 
@@ -70,6 +76,40 @@ def stack(shapes: dict[str, torch.Size], checkpoint: str) -> dict[str, torch.Ten
     return {name: weights[source] for name, source in sources.items()}
 
 
+def grow(config: "Trainer.Config", checkpoint: str, out: Path) -> int:
+    """Writes the initial weights of the student that `config` trains into the new folder `out`.
+
+    Returns:
+        How many parameters they are.
+
+    Raises:
+        ConfigError: As `stack`.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that this process is no job: it is not meant to be one
+        weights = stack(_shapes(config), checkpoint)
+        dcp.save(weights, checkpoint_id=os.fspath(out), no_dist=True)
+    return sum(weight.numel() for weight in weights.values())
+
+
+def shorten(config: "Trainer.Config", num_blocks: int) -> None:
+    """Makes the student the shallow one that grows: its first `num_blocks` blocks, in place.
+
+    ConfigError if that is not a part of its depth that can be stacked to all of it.
+    """
+    spec = config.model_spec
+    assert spec is not None
+    blocks = getattr(spec.model, "layers", None)
+    if not isinstance(blocks, list):
+        raise ConfigError(Problem("model_spec", f"{spec.name} does not list its blocks: it cannot be made shallower"))
+    if not 0 < num_blocks < len(blocks) or len(blocks) % num_blocks:
+        message = f"the student's depth, {len(blocks)}, must be a multiple of it"
+        raise ConfigError(Problem("--gstack-blocks", message, num_blocks))
+    model = copy.deepcopy(spec.model)
+    model.layers = model.layers[:num_blocks]
+    config.model_spec = dataclasses.replace(spec, model=model)
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -88,14 +128,12 @@ def main(argv: list[str] | None = None) -> int:
         if args.out.exists():
             raise ConfigError(Problem("OUT", "is there already; give a new folder", str(args.out)))
         host.set_up("cpu")
-        config = toml_config.load(args.config, overrides)
-        weights = stack(_shapes(config.config), args.checkpoint)
+        num_params = grow(toml_config.load(args.config, overrides).config, args.checkpoint, args.out)
     except ConfigError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         return 2
-    dcp.save(weights, checkpoint_id=os.fspath(args.out), no_dist=True)
-    print(f"wrote {args.out}: {sum(weight.numel() for weight in weights.values()):,} parameters")
+    print(f"wrote {args.out}: {num_params:,} parameters")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from let_plugin import toml_config
@@ -17,6 +18,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog=_PROGRAM, description="Measures what LET costs and what it brings.")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_throughput(subparsers)
+    _add_converge(subparsers)
     # What is not the benchmark's own is the configuration's: --section.key VALUE.
     args, overrides = parser.parse_known_args(argv)
     try:
@@ -60,16 +62,98 @@ def _add_throughput(subparsers: "argparse._SubParsersAction[argparse.ArgumentPar
     parser.set_defaults(function=_throughput)
 
 
-def _throughput(args: argparse.Namespace, overrides: list[str], command: str) -> None:
+def _add_converge(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = subparsers.add_parser(
+        "converge",
+        help="held-out loss of LET and what it is compared with, over seeds",
+        description="Trains a configuration with one method after the other, on the same data in the same order, and "
+        "with each seed: held-out loss, speed-up, and what is significant. Called again with the same settings, it "
+        "goes on where it was stopped.",
+        epilog="Options of the configuration, --section.key VALUE, are let-train's.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", type=Path, metavar="CONFIG.toml")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=["let", "rkd", "salt", "labels", "random_teacher", "shuffled_targets"],
+        metavar="M",
+        help="beside standard: let, rkd, salt, kd_large, labels, random_teacher, shuffled_targets, gstack, miniplm; "
+        "let@0.1 is LET at that weight, and so for each that has one (let rkd salt and the three controls)",
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], metavar="S", help="(0 1 2 3 4)")
+    parser.add_argument(
+        "--weights", type=float, nargs="+", default=[], metavar="W", help="a grid to choose each method's weight from"
+    )
+    parser.add_argument(
+        "--tuning-seeds", type=int, nargs="+", metavar="S", help="of the runs that choose (the one after --seeds)"
+    )
+    parser.add_argument("--test-dataset", default="", metavar="NAME", help="dataset that the result is read on")
+    parser.add_argument("--test-path", default="", metavar="PATH", help="its files, if the name does not say so")
+    parser.add_argument("--large-teacher", metavar="MODEL", help="of kd_large: a path, or a table as [let.teacher] has")
+    parser.add_argument("--selected-text", type=Path, metavar="FILE", help="of miniplm: see its data_selection")
+    parser.add_argument("--gstack-blocks", type=int, metavar="N", help="of gstack: blocks of the shallow model")
+    parser.add_argument("--gstack-steps", type=int, metavar="N", help="of gstack: steps of the shallow model")
+    parser.add_argument("--processes", type=int, default=1, help="processes of a run, by torchrun (1)")
+    parser.add_argument("--out", type=Path, default=Path("outputs/bench/converge.jsonl"), help="file of rows")
+    parser.add_argument("--work-dir", type=Path, default=Path("outputs/bench/converge"), help="logs, dump folders")
+    parser.set_defaults(function=_converge)
+
+
+def _set_up(args: argparse.Namespace, overrides: list[str]) -> None:
+    """Before torchtitan is imported."""
     _, runtime = toml_config.read_runtime([str(args.config), *overrides])
 
     from let_plugin import host
 
-    host.set_up(runtime.device)  # before torchtitan is imported
+    host.set_up(runtime.device)
+
+
+def _print(measure: Callable[[], str]) -> None:
+    """Prints the table that `measure` returns; SystemExit with code 1 if a run fails."""
+    from let_plugin.bench.processes import RunFailedError
+
+    try:
+        print(f"\n{measure()}")
+    except RunFailedError as error:
+        print(f"{_PROGRAM}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _converge(args: argparse.Namespace, overrides: list[str], command: str) -> None:
+    _set_up(args, overrides)
+
+    from let_plugin.baselines.data_selection import parse_model
+    from let_plugin.baselines.methods import Resources
+    from let_plugin.bench import converge
+
+    large_teacher = None if args.large_teacher is None else parse_model(args.large_teacher, "--large-teacher")
+    options = converge.Options(
+        methods=args.methods,
+        seeds=args.seeds,
+        tuning_seeds=[max(args.seeds) + 1] if args.tuning_seeds is None else args.tuning_seeds,
+        weights=args.weights,
+        test_dataset=args.test_dataset,
+        test_path=args.test_path,
+        resources=Resources(
+            large_teacher=large_teacher,
+            selected_text=args.selected_text,
+            shallow_blocks=args.gstack_blocks,
+            shallow_steps=args.gstack_steps,
+        ),
+        num_processes=args.processes,
+        out=args.out,
+        work=args.work_dir,
+    )
+    options.check()
+    _print(lambda: converge.run(args.config, overrides, options, command))
+
+
+def _throughput(args: argparse.Namespace, overrides: list[str], command: str) -> None:
+    _set_up(args, overrides)
 
     from let_plugin.bench import throughput
     from let_plugin.bench.cases import Steps
-    from let_plugin.bench.suite import RunFailedError
 
     options = throughput.Options(
         cases=args.cases,
@@ -84,8 +168,4 @@ def _throughput(args: argparse.Namespace, overrides: list[str], command: str) ->
         profile=args.profile,
     )
     options.check()
-    try:
-        print(f"\n{throughput.run(args.config, overrides, options, command)}")
-    except RunFailedError as error:
-        print(f"{_PROGRAM}: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+    _print(lambda: throughput.run(args.config, overrides, options, command))

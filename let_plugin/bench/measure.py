@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +107,9 @@ class Watch:
 
         self._device_module.synchronize()
         wall_seconds = time.perf_counter() - self._started
-        memory = self._peak_memory()  # before anything else is allocated
+        device = self._trainer.device
+        # Before anything else is allocated.
+        memory = largest_of_ranks(local_peak_memory(device, self._device_module), device)
         step_seconds = self._clock.seconds()
         dims = self._trainer.parallel_dims
         result = {
@@ -125,21 +127,24 @@ class Watch:
         if os.environ["RANK"] == "0":
             Path(self._request.out).write_text(json.dumps(result))
 
-    def _peak_memory(self) -> dict[str, int]:
-        """Of the rank that needs most. CPU: resident; accelerator: what the allocator gave out, and what it held."""
-        import torch
 
-        from let_plugin import host
+def local_peak_memory(device: "torch.device", device_module: Any) -> dict[str, int]:
+    """Of this rank, since the last reset. CPU: resident; accelerator: what the allocator gave out, and what it held."""
+    from let_plugin import host
 
-        device = self._trainer.device
-        if device.type == "cpu":
-            peaks = {"resident": host.peak_resident_memory()}
-        else:
-            statistics = self._device_module.memory_stats()
-            peaks = {name: statistics[f"{name}_bytes.all.peak"] for name in ("allocated", "reserved")}
-        largest = torch.tensor(list(peaks.values()), dtype=torch.int64, device=device)
-        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
-        return dict(zip(peaks, largest.tolist(), strict=True))
+    if device.type == "cpu":
+        return {"resident": host.peak_resident_memory()}
+    statistics = device_module.memory_stats()
+    return {name: statistics[f"{name}_bytes.all.peak"] for name in ("allocated", "reserved")}
+
+
+def largest_of_ranks(values: Mapping[str, int], device: "torch.device") -> dict[str, int]:
+    """Each value of the rank that has most; all ranks call it."""
+    import torch
+
+    largest = torch.tensor(list(values.values()), dtype=torch.int64, device=device)
+    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+    return dict(zip(values, largest.tolist(), strict=True))
 
 
 class StepClock:

@@ -3,6 +3,7 @@
 A row is one measured quantity of one run. Reports are made of rows alone.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -60,6 +61,17 @@ def provenance() -> dict[str, Any]:
         "device": f"{platform.machine()} {platform.system()}, {os.cpu_count()} cores",
         "versions": {name: v for name in _DISTRIBUTIONS if (v := _version(name)) is not None},
     }
+
+
+def fingerprint(origin: Mapping[str, Any], *content: Any) -> str:
+    """Names what may be compared: the same content (JSON), and the same code, versions and device.
+
+    Args:
+        origin: `provenance()`.
+        content: What else must be the same.
+    """
+    fixed = {key: origin[key] for key in ("commit", "dirty", "versions", "device")}
+    return hashlib.sha256(json.dumps([*content, fixed], sort_keys=True).encode()).hexdigest()[:12]
 
 
 def command_line(program: str, argv: Sequence[str]) -> str:

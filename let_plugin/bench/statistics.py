@@ -68,9 +68,9 @@ def paired_difference(values: Sequence[float], baselines: Sequence[float]) -> Es
     return _estimate(pairs[0] - pairs[1], _mean)
 
 
-def step_at_loss(curve: Sequence[tuple[int, float]], loss: float) -> float | None:
+def step_at_loss(curve: Sequence[tuple[float, float]], loss: float) -> float | None:
     """The step at which a curve of (step, loss) first reached `loss`, linearly between points; None if it never did."""
-    previous: tuple[int, float] | None = None
+    previous: tuple[float, float] | None = None
     for step, value in curve:
         if value <= loss:
             if previous is None or value == previous[1]:

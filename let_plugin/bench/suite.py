@@ -4,13 +4,6 @@ A round measures every variant once (A B C, A B C, ...), so that what is compare
 has left in the file counts, by whole rounds: a round that was broken off is measured anew, under a new number.
 """
 
-import hashlib
-import json
-import os
-import re
-import subprocess
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,14 +11,8 @@ from typing import Any
 
 from let_plugin.bench import rows
 from let_plugin.bench.measure import Request
+from let_plugin.bench.processes import Progress, RunFailedError, run_module, slug
 from let_plugin.bench.statistics import median
-
-# What torchrun and host.set_up put into the environment: a run gets its own.
-_JOB_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-class RunFailedError(RuntimeError):
-    """A run did not end as it should; the message has its last lines and where the rest is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +42,8 @@ class Run:
 
 def suite_id(runs: Sequence[Run], num_processes: int, origin: Mapping[str, Any]) -> str:
     """Names what may be compared: the same runs, the same code, versions and device."""
-    fixed = {key: origin[key] for key in ("commit", "dirty", "versions", "device")}
-    content = [[asdict(run) | {"details": dict(run.details)} for run in runs], num_processes, fixed]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+    content = [asdict(run) | {"details": dict(run.details)} for run in runs]
+    return rows.fingerprint(origin, content, num_processes)
 
 
 def complete_rounds(found: Sequence[Mapping[str, Any]], suite: str, labels: Sequence[str]) -> list[int]:
@@ -98,13 +84,13 @@ def measure(
     if profile:
         profiled = {row["label"] for row in found if row["kind"] == "profile" and row.get("suite") == suite}
         todo += [(None, run) for run in runs if run.is_active and run.label not in profiled]
-    progress = _Progress([run.label for _, run in todo])
+    progress = Progress([run.label for _, run in todo])
     for number, run in todo:
         what = f"pair {number + 1}" if number is not None else "profile"
         origin = rows.provenance()
         if suite_id(runs, num_processes, origin) != suite:
             raise RunFailedError("let_plugin has changed since the suite began: what is measured now is other code")
-        name = f"{_slug(run.label)}-{what.replace(' ', '-')}"
+        name = f"{slug(run.label)}-{what.replace(' ', '-')}"
         result = _run(run, work / suite, name, num_processes, profile=number is None)
         row = _row(run, result, origin, command) | {"suite": suite, "num_processes": num_processes}
         rows.append(out, row | ({"pair": number} if number is not None else {}))
@@ -135,51 +121,15 @@ def _row(run: Run, result: dict[str, Any], origin: dict[str, Any], command: str)
 def _run(run: Run, folder: Path, name: str, num_processes: int, *, profile: bool) -> dict[str, Any]:
     """One run in a process of its own, or in `num_processes`."""
     folder.mkdir(parents=True, exist_ok=True)
-    config, request, out, log = (folder / f"{name}.{ending}" for ending in ("toml", "request.json", "json", "log"))
+    config = folder / f"{name}.toml"
     config.write_text(run.config)
-    out.unlink(missing_ok=True)
-    content = Request(
+    request = Request(
         config=str(config),
         warmup=run.warmup,
         total=run.total,
-        out=str(out),
+        out=str(folder / f"{name}.json"),
         is_active=run.is_active,
         teacher=run.teacher,
         profile=profile,
     )
-    request.write_text(json.dumps(asdict(content)))
-    launcher = [sys.executable, "-m"]
-    if num_processes > 1:
-        launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes), "-m"]
-    environment = {key: value for key, value in os.environ.items() if key not in _JOB_VARIABLES}
-    with log.open("w") as file:
-        command = [*launcher, "let_plugin.bench.measure", str(request)]
-        code = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
-    if code != 0 or not out.exists():
-        how = f"failed with exit code {code}" if code else "ended before its last step; is there enough data?"
-        last_lines = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-        raise RunFailedError(f"{run.label!r} {how}\n{last_lines}\nall of it: {log}")
-    return json.loads(out.read_text())
-
-
-def _slug(label: str) -> str:
-    return re.sub(r"[^\w.]+", "-", label).strip("-")
-
-
-class _Progress:
-    """Says what is done and how long the rest will take: each run as long as the last one of its label."""
-
-    def __init__(self, labels: Sequence[str]) -> None:
-        self._left = list(labels)
-        self._num = len(labels)
-        self._seconds: dict[str, float] = {}
-        self._started = time.monotonic()
-
-    def after(self, message: str) -> None:
-        now = time.monotonic()
-        took, self._started = now - self._started, now
-        self._seconds[self._left.pop(0)] = took
-        average = sum(self._seconds.values()) / len(self._seconds)
-        left = round(sum(self._seconds.get(label, average) for label in self._left))
-        eta = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
-        print(f"[{self._num - len(self._left)}/{self._num}] {message} ({took:.0f} s; {eta} left)", flush=True)
+    return run_module("let_plugin.bench.measure", request, what=run.label, num_processes=num_processes)

@@ -14,9 +14,9 @@ from torchtitan.trainer import Trainer
 from let_plugin import data, plan, preflight, toml_config
 from let_plugin.bench import cases, random_teacher, suite, summary
 from let_plugin.bench.cases import CASES, PLAIN, Steps, Variant
+from let_plugin.bench.costs import active_cost
 from let_plugin.errors import ConfigError, Problem
-from let_plugin.report import Cost, Student, auxiliary_cost, cost
-from let_plugin.teacher.sources import open_teacher
+from let_plugin.report import Cost, Student
 from let_plugin.toml_config import Loaded
 
 
@@ -151,7 +151,7 @@ def plan_runs(loaded: Loaded, options: Options) -> list[suite.Run]:
         config = configured(variant)
         case = CASES.get(variant.case, key="--cases")
         student = Student(config)
-        costs = _cost(config, student, dims) if case.has_teacher else Cost(0, 0.0, {})
+        costs = active_cost(config, student, dims) if case.has_teacher else Cost(0, 0.0, {})
         held = costs.memory.get("teacher", 0) + costs.memory.get("gradient", 0)
         runs.append(
             suite.Run(
@@ -178,10 +178,3 @@ def plan_runs(loaded: Loaded, options: Options) -> list[suite.Run]:
             )
         )
     return runs
-
-
-def _cost(config: Trainer.Config, student: Student, dims: ParallelDims) -> Cost:
-    if config.let.target == "labels":
-        return auxiliary_cost(student, plan.auxiliary_pairs(config))
-    info = open_teacher(config.let.teacher).info
-    return cost(config, student, info, plan.layer_pairs(config, info.num_layers), dims)

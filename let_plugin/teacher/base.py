@@ -67,6 +67,11 @@ class TeacherInfo:
     num_heads: int | None = None
     num_kv_heads: int | None = None
 
+    @property
+    def num_language_model_params(self) -> int:
+        """Parameters that the whole model multiplies: the trunk without what is looked up, and the head."""
+        return self.num_trunk_params - self.num_embedding_params + self.vocab_size * self.hidden_size
+
     def num_params_to(self, layers: Sequence[int | str]) -> int:
         """Parameters of the trunk without the blocks that are not needed for these layers.
 

@@ -30,6 +30,34 @@ def test_throughput(tmp_path, tiny_config):
 
 
 @pytest.mark.slow
+def test_converge(tmp_path, tiny_config):
+    """Two seeds of the plain student and of one that grows out of a shallow one, and the same again."""
+    out = tmp_path / "rows.jsonl"
+    args = ["converge", tiny_config, "--methods", "gstack", "--seeds", "0", "1", "--gstack-blocks", "2"]
+    args += ["--gstack-steps", "2", "--test-dataset", "let_demo_test", "--out", out, "--work-dir", tmp_path / "work"]
+    args += ["--training.steps", "2", "--validator.freq", "2", "--validator.steps", "1"]
+    first = jobs.run("let_plugin.bench", *args)
+
+    found = rows.read(out)
+    assert [(row["label"], row["seed"]) for row in found] == [(m, s) for s in (0, 1) for m in ("standard", "gstack")]
+    for row in found:
+        assert row["curve"]["step"] == [1, 2] and row["curve"]["tokens"] == [256, 512]
+        assert row["peak_memory_bytes"]["resident"] > 0 and row["wall_seconds"] > 0
+    plain, grown = found[0], found[1]
+    # Another start, and what it took is in the curve.
+    assert plain["curve"]["test_loss"][0] != grown["curve"]["test_loss"][0] != found[3]["curve"]["test_loss"][0]
+    before = grown["preparation"]
+    assert before["tokens"] == 512 and 0 < before["seconds"] < grown["curve"]["seconds"][0]
+    assert grown["curve"]["flops"][0] == before["flops"] + plain["curve"]["flops"][0]
+    log = next((tmp_path / "work").glob("*/gstack-seed-0.log")).read_text()
+    assert "Loading the checkpoint from" in log and not list((tmp_path / "work").glob("*/*-shallow"))
+
+    again = jobs.run("let_plugin.bench", *args)
+    assert rows.read(out) == found and "has 4 of 4 result runs already" in again.stdout
+    assert again.stdout.partition("\nmethod ")[2] == first.stdout.partition("\nmethod ")[2] != ""
+
+
+@pytest.mark.slow
 def test_a_run_of_two_processes_is_profiled(tmp_path, tiny_config):
     out, request = tmp_path / "result.json", tmp_path / "request.json"
     content = {"config": str(tiny_config), "warmup": 1, "total": 4, "is_active": True, "profile": True}

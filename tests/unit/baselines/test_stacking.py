@@ -6,7 +6,7 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from let_plugin.baselines.stacking import main, shallow_name, stack
+from let_plugin.baselines.stacking import main, shallow_name, shorten, stack
 from let_plugin.errors import ConfigError
 
 
@@ -77,3 +77,12 @@ def test_a_student_is_made_from_its_toml_file(tmp_path, tiny_config, capsys):
         assert torch.equal(tensor, shallow[shallow_name(name, 2)])
     assert main(arguments) == 2 and "OUT" in capsys.readouterr().err
     assert main([str(tiny_config), str(tmp_path / "nowhere"), str(tmp_path / "new")]) == 2
+
+
+def test_the_shallow_student_has_the_first_blocks(config):
+    spec = config.model_spec
+    shorten(config, 2)
+    assert len(config.model_spec.model.layers) == 2 and len(spec.model.layers) == 4  # others may hold that one
+    for num_blocks in (0, 2, 3):
+        with pytest.raises(ConfigError, match="--gstack-blocks"):
+            shorten(config, num_blocks)

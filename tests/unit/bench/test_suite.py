@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from let_plugin.bench import rows, suite
+from let_plugin.bench import processes, rows, suite
 from let_plugin.bench.suite import Run, complete_rounds, missing_rounds, suite_id
 
 LABELS = ["plain", "active", "stopped"]
@@ -80,14 +80,14 @@ def measure(tmp_path, monkeypatch):
     """`suite.measure` with runs that take no time; returns the order in which they ran."""
     order, fail, script = tmp_path / "order", tmp_path / "fail", tmp_path / "fake_run.py"
     script.write_text(FAKE_RUN.format(order=str(order), fail=str(fail)))
-    real_run = suite.subprocess.run
+    real_run = processes.subprocess.run
 
     def run(command, **kwargs):
         if "let_plugin.bench.measure" in command:
             command = [sys.executable, str(script), command[-1]]
         return real_run(command, **kwargs)
 
-    monkeypatch.setattr(suite.subprocess, "run", run)
+    monkeypatch.setattr(processes.subprocess, "run", run)
     runs = [dataclasses.replace(RUN, label=label) for label in ("plain", "active")]
     out = tmp_path / "rows.jsonl"
 
@@ -120,6 +120,6 @@ def test_cases_run_in_turn_and_only_what_is_missing(measure, capsys):
 def test_a_run_that_fails_says_why_and_leaves_what_was_measured(measure):
     measure(1)
     measure.fail.touch()
-    with pytest.raises(suite.RunFailedError, match="'plain' failed with exit code 1\nout of luck\nall of it: "):
+    with pytest.raises(processes.RunFailedError, match="'plain' failed with exit code 1\nout of luck\nall of it: "):
         measure(2)
     assert len(rows.read(measure.out)) == 2

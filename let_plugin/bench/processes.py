@@ -1,0 +1,92 @@
+"""One run after the other, each in a process of its own, and how long the rest will take."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    class Request(DataclassInstance, Protocol):
+        """What a run is told: a dataclass of JSON values."""
+
+        @property
+        def out(self) -> str:
+            """Where it writes its result, as JSON; .log and .request.json lie beside it."""
+
+
+# What torchrun and host.set_up put into the environment: a run gets its own.
+_JOB_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class RunFailedError(RuntimeError):
+    """A run did not end as it should; the message has its last lines and where the rest is."""
+
+
+def run_module(module: str, request: "Request", *, what: str, num_processes: int) -> dict[str, Any]:
+    """`python -m MODULE REQUEST.json`, in `num_processes` processes by torchrun if it is more than one.
+
+    Returns:
+        What it wrote.
+
+    Raises:
+        RunFailedError: If it fails, or writes nothing; `what` names it.
+    """
+    out = Path(request.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.unlink(missing_ok=True)
+    file, log = out.with_suffix(".request.json"), out.with_suffix(".log")
+    file.write_text(json.dumps(asdict(request)))
+    launcher = [sys.executable, "-m"]
+    if num_processes > 1:
+        launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes), "-m"]
+    environment = {key: value for key, value in os.environ.items() if key not in _JOB_VARIABLES}
+    with log.open("w") as stream:
+        command = [*launcher, module, str(file)]
+        code = subprocess.run(command, env=environment, stdout=stream, stderr=subprocess.STDOUT).returncode
+    if code != 0 or not out.exists():
+        how = f"failed with exit code {code}" if code else "ended before its last step; is there enough data?"
+        last_lines = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        raise RunFailedError(f"{what!r} {how}\n{last_lines}\nall of it: {log}")
+    return json.loads(out.read_text())
+
+
+def slug(label: str) -> str:
+    """`label` as a file name."""
+    return re.sub(r"[^\w.]+", "-", label).strip("-")
+
+
+class Progress:
+    """Says what is done and how long the rest will take: each run as long as the last one of its label.
+
+    Args:
+        labels: Of the runs to come, in order.
+    """
+
+    def __init__(self, labels: Sequence[str]) -> None:
+        self._left = list(labels)
+        self._num = len(labels)
+        self._seconds: dict[str, float] = {}
+        self._started = time.monotonic()
+
+    def expect(self, labels: Sequence[str]) -> None:
+        """Other runs than it was thought are still to come."""
+        self._num += len(labels) - len(self._left)
+        self._left = list(labels)
+
+    def after(self, message: str) -> None:
+        """The next of the runs has ended."""
+        now = time.monotonic()
+        took, self._started = now - self._started, now
+        self._seconds[self._left.pop(0)] = took
+        average = sum(self._seconds.values()) / len(self._seconds)
+        left = round(sum(self._seconds.get(label, average) for label in self._left))
+        eta = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+        print(f"[{self._num - len(self._left)}/{self._num}] {message} ({took:.0f} s; {eta} left)", flush=True)

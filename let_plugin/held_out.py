@@ -1,0 +1,64 @@
+"""Validation on two splits at once: one that choices are made on, and one that results are read on."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+from torchtitan.components.dataloader import BaseDataLoader
+from torchtitan.components.validate import Validator
+from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
+
+TEST_LOSS = "test_metrics/loss"
+
+
+class TwoSplitValidator(Validator):
+    """torchtitan's validator, and after it the same on the test split.
+
+    Attributes:
+        losses: (validation, test) of the last call, in nats per valid token, as torchtitan's validator has them: with
+            pipeline parallelism only the last stage's ranks know them.
+    """
+
+    dl_config: Any
+    metrics_processor: Any
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Validator.Config):
+        test: BaseDataLoader.Config = field(
+            default_factory=lambda: HuggingFaceTextDataLoader.Config(dataset="c4_validation", infinite=False)
+        )
+        """Data loader of the test split; as many steps of it are taken as of the validation split."""
+
+    def __init__(self, config: Config, **kwargs: Any) -> None:
+        super().__init__(config, **kwargs)
+        self._test: Any = replace(config.test, infinite=config.steps != -1)  # as torchtitan does for its own
+        self.losses: tuple[float, float] | None = None
+
+    def validate(self, model_parts: list[nn.Module], step: int) -> None:
+        validation = self._loss(self.dl_config, model_parts, step)
+        test = self._loss(self._test, model_parts, step)
+        self.losses = validation, test
+        self.metrics_processor.log_validation(loss=validation, step=step, extra_metrics={TEST_LOSS: test})
+
+    def _loss(self, split: Any, model_parts: list[nn.Module], step: int) -> float:
+        """torchtitan's own validation on a split, which logs nothing."""
+        processor: Any = self.metrics_processor
+        own_split, catcher = self.dl_config, _Catcher()
+        self.dl_config, self.metrics_processor = split, catcher
+        try:
+            super().validate(model_parts, step)
+        finally:
+            self.dl_config, self.metrics_processor = own_split, processor
+        processor.ntokens_since_last_log += catcher.ntokens_since_last_log
+        return catcher.loss
+
+
+class _Catcher:
+    """Takes what the validator hands to the metrics processor."""
+
+    def __init__(self) -> None:
+        self.ntokens_since_last_log = 0
+        self.loss = 0.0
+
+    def log_validation(self, loss: float, step: int) -> None:
+        self.loss = loss
