@@ -6,7 +6,7 @@ from pathlib import Path
 
 from let_plugin import toml_config
 from let_plugin.bench.rows import command_line
-from let_plugin.errors import ConfigError, listing
+from let_plugin.errors import ConfigError, Problem, listing
 
 _PROGRAM = "let-bench"
 
@@ -17,6 +17,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog=_PROGRAM, description="Measures what LET costs and what it brings.")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_throughput(subparsers)
+    _add_report(subparsers)
     # What is not the benchmark's own is the configuration's: --section.key VALUE.
     args, overrides = parser.parse_known_args(argv)
     try:
@@ -58,6 +59,29 @@ def _add_throughput(subparsers: "argparse._SubParsersAction[argparse.ArgumentPar
     parser.add_argument("--out", type=Path, default=Path("outputs/bench/throughput.jsonl"), help="file of rows")
     parser.add_argument("--work-dir", type=Path, default=Path("outputs/bench"), help="logs, random teachers")
     parser.set_defaults(function=_throughput)
+
+
+def _add_report(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = subparsers.add_parser(
+        "report",
+        help="a page of what the rows say",
+        description="Writes a page (index.html, which needs nothing beside it) and its figures as PNG: everything that "
+        "the rows say, and nothing else.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("rows", type=Path, nargs="+", metavar="ROWS.jsonl")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="an older page in it is replaced")
+    parser.set_defaults(function=_report)
+
+
+def _report(args: argparse.Namespace, others: list[str], command: str) -> None:
+    if others:
+        raise ConfigError(Problem(other, "no such option of let-bench report") for other in others)
+
+    from let_plugin.bench import page
+
+    files = page.write(args.rows, args.out)
+    print(f"{files[0]} and {len(files) - 1} PNG files")
 
 
 def _throughput(args: argparse.Namespace, overrides: list[str], command: str) -> None:

@@ -7,6 +7,7 @@ that runs of one seed make pairs.
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 from let_plugin.errors import ConfigError, Problem
@@ -100,7 +101,7 @@ def read(row: Mapping[str, Any]) -> Run:
             continue
         costs = {name: entry[name] for name in ("step", "tokens", "flops", "seconds")}
         points.append(Point(**costs, **losses))
-    if any(later.step <= earlier.step for earlier, later in zip(points, points[1:], strict=False)):
+    if any(later.step <= earlier.step for earlier, later in pairwise(points)):
         wrong("curve", "expected rising steps")
     final = row.get("final", {})
     if not isinstance(final, Mapping) or not all(map(_is_number, final.values())):
