@@ -6,7 +6,7 @@ that runs of one seed make pairs.
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -17,6 +17,8 @@ BASELINE = "standard"
 
 Loss = Literal["test_loss", "validation_loss"]
 Axis = Literal["tokens", "flops", "seconds"]
+
+_LOSSES: tuple[Loss, ...] = ("validation_loss", "test_loss")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +47,14 @@ class Run:
     """One method with one seed, run to its end.
 
     Attributes:
-        method: Its name in the report; other settings are another method ("LET 0.1"). "standard" is the baseline.
+        method: Its name in the report (a row's `label`, or else its `method`); other settings are another one
+            ("let@0.1"). "standard" is the baseline.
         seed: Of the run; None if it was not fixed, and then it makes no pair.
         suite: What may be compared: the same data, student, code and device.
         curve: Evaluations in order of their steps.
         peak_memory_bytes: Kind of memory -> largest peak of a rank, as in throughput rows.
         final: "validation_loss" and "test_loss" after the last step.
+        role: "result", or "tuning" for a run that a setting was chosen by.
     """
 
     method: str
@@ -59,12 +63,19 @@ class Run:
     curve: tuple[Point, ...]
     peak_memory_bytes: Mapping[str, int]
     final: Mapping[str, float]
+    role: str = "result"
 
     def details(self) -> dict[str, Any]:
         """What the run's row has besides `rows.row`'s own fields (of which the seed is one)."""
-        fields = asdict(self)
-        del fields["seed"]
-        return fields | {"curve": [asdict(point) for point in self.curve], "final": dict(self.final)}
+        return {
+            "suite": self.suite,
+            "role": self.role,
+            "label": self.method,
+            "method": self.method,
+            "curve": {field.name: [getattr(point, field.name) for point in self.curve] for field in fields(Point)},
+            "peak_memory_bytes": dict(self.peak_memory_bytes),
+            **{f"final_{name}": value for name, value in self.final.items()},
+        }
 
     def losses(self, loss: Loss, axis: Axis) -> list[tuple[float, float]]:
         """(cost, loss) of the evaluations that have this loss."""
@@ -85,16 +96,16 @@ def read(row: Mapping[str, Any]) -> Run:
     def wrong(field: str, message: str) -> None:
         problems.append(Problem(f"{where}: {field}", message))
 
-    if not isinstance(row.get("method"), str) or not row["method"]:
+    method = row.get("label") or row.get("method")
+    if not isinstance(method, str):
         wrong("method", "expected a name")
     points = []
-    curve = row.get("curve")
-    if not isinstance(curve, list) or not curve:
-        wrong("curve", "expected a list of evaluations, at least one")
-        curve = []
-    for number, entry in enumerate(curve):
+    entries = _entries(row.get("curve"))
+    if not entries:
+        wrong("curve", "expected evaluations, at least one: columns of one length, or a list")
+    for number, entry in enumerate(entries):
         missing = [name for name in ("step", "tokens", "flops", "seconds") if not _is_number(_get(entry, name))]
-        losses = {name: _get(entry, name) for name in ("validation_loss", "test_loss")}
+        losses = {name: _get(entry, name) for name in _LOSSES}
         missing += [name for name, value in losses.items() if value is not None and not _is_number(value)]
         if missing:
             wrong(f"curve[{number}]", f"expected a finite number for {', '.join(missing)}")
@@ -103,9 +114,10 @@ def read(row: Mapping[str, Any]) -> Run:
         points.append(Point(**costs, **losses))
     if any(later.step <= earlier.step for earlier, later in pairwise(points)):
         wrong("curve", "expected rising steps")
-    final = row.get("final", {})
-    if not isinstance(final, Mapping) or not all(map(_is_number, final.values())):
-        wrong("final", "expected finite losses by name")
+    final: dict[str, float] = {name: row[f"final_{name}"] for name in _LOSSES if row.get(f"final_{name}") is not None}
+    for name, value in final.items():
+        if not _is_number(value):
+            wrong(f"final_{name}", "expected a finite number")
     peak = row.get("peak_memory_bytes", {})
     if _is_number(peak):
         peak = {"peak": peak}
@@ -113,15 +125,25 @@ def read(row: Mapping[str, Any]) -> Run:
         wrong("peak_memory_bytes", "expected bytes by kind of memory")
     if problems:
         raise ConfigError(problems)
-    suite = str(row.get("suite", ""))
     return Run(
-        method=row["method"],
+        method=str(method),
         seed=row["seed"],
-        suite=suite,
+        suite=str(row.get("suite", "")),
+        role=str(row.get("role", "result")),
         curve=tuple(points),
         peak_memory_bytes=dict(peak),
-        final=dict(final),
+        final=final,
     )
+
+
+def _entries(curve: Any) -> list[Any]:
+    """One entry per evaluation, of columns (field -> values) or of a list of evaluations; none for anything else."""
+    if isinstance(curve, Mapping):
+        columns = list(curve.values())
+        if not columns or not all(isinstance(c, list) and len(c) == len(columns[0]) for c in columns):
+            return []
+        return [dict(zip(curve, values, strict=True)) for values in zip(*columns, strict=True)]
+    return list(curve) if isinstance(curve, list) else []
 
 
 def _get(entry: Any, name: str) -> Any:

@@ -18,6 +18,7 @@ from let_plugin.bench.page.parts import (
     interval,
     is_resolved,
     memory,
+    number_of_comparisons,
     origin,
     plural,
 )
@@ -28,6 +29,9 @@ _LOSSES: dict[Loss, str] = {"test_loss": "test split", "validation_loss": "valid
 _COSTS: dict[Axis, str] = {"tokens": "training tokens", "flops": "FLOPs", "seconds": "wall-clock seconds"}
 _GRID_POINTS = 60
 
+CHOICE = "converge_choice"
+KINDS = (curves.KIND, CHOICE)
+
 # Method -> its runs.
 Methods = dict[str, list[Run]]
 
@@ -35,25 +39,32 @@ Methods = dict[str, list[Run]]
 def sections(found: Sequence[Row]) -> list[Section]:
     """A section per suite. ConfigError lists what is wrong with the rows."""
     problems: list[Problem] = []
+    choices: dict[str, dict[str, Row]] = {}
+    for row in found:
+        if row["kind"] == CHOICE:
+            choices.setdefault(row["suite"], {})[row["method"]] = row  # the latest
     suites: dict[str, list[tuple[Run, Row]]] = {}
     for row in found:
+        if row["kind"] != curves.KIND:
+            continue
         try:
             run = curves.read(row)
         except ConfigError as error:
             problems += error.problems
             continue
-        suites.setdefault(run.suite, []).append((run, row))
+        if run.role == "result":
+            suites.setdefault(run.suite, []).append((run, row))
     if problems:
         raise ConfigError(problems)
     made = []
-    for number, pairs in enumerate(suites.values(), start=1):
+    for number, (suite, pairs) in enumerate(suites.items(), start=1):
         # A run that was made twice counts once: the later row.
         latest = {(run.method, run.seed) if run.seed is not None else id(run): (run, row) for run, row in pairs}
-        made.append(_section(f"convergence-{number}", list(latest.values())))
+        made.append(_section(f"convergence-{number}", list(latest.values()), list(choices.get(suite, {}).values())))
     return made
 
 
-def _section(anchor: str, pairs: Sequence[tuple[Run, Row]]) -> Section:
+def _section(anchor: str, pairs: Sequence[tuple[Run, Row]], choices: Sequence[Row]) -> Section:
     rows = [row for _, row in pairs]
     methods: Methods = {}
     for run, _ in pairs:
@@ -77,8 +88,9 @@ def _section(anchor: str, pairs: Sequence[tuple[Run, Row]]) -> Section:
         tables=[
             _final_table(methods, differences, loss, where),
             _speed_up_table(methods, speed_ups, where),
+            *([_choice_table(choices)] if choices else []),
         ],
-        rows=rows,
+        rows=[*rows, *choices],
     )
 
 
@@ -154,13 +166,7 @@ def _findings(
             text += f"; {BASELINE}'s final loss reached in {num_reached} of {difference.num_pairs} pairs"
         found.append(Finding(text=f"{text}.", verdict=verdict))  # type: ignore[arg-type]
     if len(found) > 1:
-        found.append(
-            Finding(
-                text=f"{len(found)} comparisons at 95 % each, not corrected for their number: with no effect at all, "
-                f"{0.05 * len(found):.1f} of them would be expected to look significant.",
-                verdict="note",
-            )
-        )
+        found.append(number_of_comparisons(len(found)))
     if loss == "validation_loss":
         text = (
             "Losses are of the validation split, which settings may have been chosen on: not all rows have a test loss."
@@ -290,6 +296,27 @@ def _final_table(methods: Methods, differences: dict[str, Estimate | None], loss
         header=["method", "runs", "nats/token", f"- {BASELINE}, paired", *costs],
         lines=lines,
         notes=["Means over seeds with their 95 % intervals; costs include preparation.", where],
+    )
+
+
+def _choice_table(choices: Sequence[Row]) -> Table:
+    return Table(
+        caption="Weights, and how they were chosen",
+        header=["method", "weight", "tried", "validation loss of each", "tuning seeds"],
+        lines=[
+            [
+                row["method"],
+                f"{row['chosen']:g}",
+                ", ".join(f"{weight:g}" for weight in row["weights"]),
+                ", ".join(f"{loss:.4f}" for loss in row["values"]),
+                ", ".join(map(str, row["tuning_seeds"])),
+            ]
+            for row in choices
+        ],
+        notes=[
+            "The lowest mean loss on the validation split; results are read on another one.",
+            origin(choices, "choice"),
+        ],
     )
 
 

@@ -83,7 +83,7 @@ class Section:
     rows: Sequence[Row] = field(default=(), repr=False)
 
 
-def origin(found: Sequence[Row]) -> str:
+def origin(found: Sequence[Row], noun: str = "run") -> str:
     """How many runs, on which device, of which commit."""
     devices = _unique(
         f"{row['device_name']} ({row['device']})" if row.get("device_name") else row["device"] for row in found
@@ -94,7 +94,16 @@ def origin(found: Sequence[Row]) -> str:
         else f"commit {row['commit']}{' with uncommitted changes' if row['dirty'] else ''}"
         for row in found
     )
-    return f"{plural(len(found), 'run')} on {'; '.join(devices)}; {', '.join(commits)}."
+    return f"{plural(len(found), noun)} on {'; '.join(devices)}; {', '.join(commits)}."
+
+
+def number_of_comparisons(number: int) -> Finding:
+    """What is to be kept in mind where many things are compared."""
+    return Finding(
+        text=f"{number} comparisons at {CONFIDENCE:.0%} each, not corrected for their number: with no effect at all, "
+        f"{(1 - CONFIDENCE) * number:.1f} of them would be expected to look significant.",
+        verdict="note",
+    )
 
 
 def plural(count: int, noun: str, many: str = "") -> str:

@@ -15,6 +15,7 @@ from let_plugin.bench.page.parts import (
     interval,
     is_resolved,
     memory,
+    number_of_comparisons,
     origin,
     percent,
     plural,
@@ -63,6 +64,7 @@ def _section(anchor: str, measured: Measured, profiles: Sequence[Row]) -> Sectio
             *[_time_finding(own[0], times[label]) for label, own in others.items()],
             *[_memory_finding(own[0], memories[label], kinds[0]) for label, own in others.items()],
             *[finding for _, finding in fits],
+            *([number_of_comparisons(2 * len(others) + len(fits))] if others else []),
         ],
         figures=[*drawn, *[figure for figure, _ in fits]],
         tables=[
@@ -309,7 +311,7 @@ def _regression(
 
 
 def _verdict(line: Line) -> Verdict:
-    return "note" if line.slope.low is None else "worse" if is_resolved(line.slope, 0) else "open"
+    return "open" if line.slope.low is not None and not is_resolved(line.slope, 0) else "note"
 
 
 def _slope(line: Line, is_log2: bool) -> str:
