@@ -62,6 +62,37 @@ def _add_throughput(subparsers: "argparse._SubParsersAction[argparse.ArgumentPar
     parser.set_defaults(function=_throughput)
 
 
+def _throughput(args: argparse.Namespace, overrides: list[str], command: str) -> None:
+    _, runtime = toml_config.read_runtime([str(args.config), *overrides])
+
+    from let_plugin import host
+
+    host.set_up(runtime.device)  # before torchtitan is imported
+
+    from let_plugin.bench import throughput
+    from let_plugin.bench.cases import Steps
+    from let_plugin.bench.suite import RunFailedError
+
+    options = throughput.Options(
+        cases=args.cases,
+        pairs=args.pairs,
+        steps=Steps(measured=args.steps),
+        num_processes=args.processes,
+        teacher_shares=[share / 100 for share in args.teacher_share],
+        local_batch_sizes=args.batch_sizes,
+        seq_lens=args.seq_lens,
+        out=args.out,
+        work=args.work_dir,
+        profile=args.profile,
+    )
+    options.check()
+    try:
+        print(f"\n{throughput.run(args.config, overrides, options, command)}")
+    except RunFailedError as error:
+        print(f"{_PROGRAM}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
 def _add_report(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = subparsers.add_parser(
         "report",
@@ -128,34 +159,3 @@ def _eval(args: argparse.Namespace, overrides: list[str], command: str) -> None:
     )
     options.check()
     print(f"\n{evaluation.run(args.checkpoint, args.config, overrides, options, command)}")
-
-
-def _throughput(args: argparse.Namespace, overrides: list[str], command: str) -> None:
-    _, runtime = toml_config.read_runtime([str(args.config), *overrides])
-
-    from let_plugin import host
-
-    host.set_up(runtime.device)  # before torchtitan is imported
-
-    from let_plugin.bench import throughput
-    from let_plugin.bench.cases import Steps
-    from let_plugin.bench.suite import RunFailedError
-
-    options = throughput.Options(
-        cases=args.cases,
-        pairs=args.pairs,
-        steps=Steps(measured=args.steps),
-        num_processes=args.processes,
-        teacher_shares=[share / 100 for share in args.teacher_share],
-        local_batch_sizes=args.batch_sizes,
-        seq_lens=args.seq_lens,
-        out=args.out,
-        work=args.work_dir,
-        profile=args.profile,
-    )
-    options.check()
-    try:
-        print(f"\n{throughput.run(args.config, overrides, options, command)}")
-    except RunFailedError as error:
-        print(f"{_PROGRAM}: {error}", file=sys.stderr)
-        raise SystemExit(1) from None

@@ -15,7 +15,7 @@ from torchtitan.tools.logging import logger
 
 from let_plugin import data, toml_config
 from let_plugin.bench import hf_export, rows
-from let_plugin.bench.page.downstream import KIND
+from let_plugin.bench.page.downstream_section import KIND
 from let_plugin.errors import ConfigError, Problem
 
 # The paper's nine (arXiv 2602.05393), one-shot, by lm-eval's names.

@@ -41,33 +41,6 @@ def median(values: Sequence[float]) -> float:
     return quantiles(values, [0.5])["0.5"]
 
 
-def paired_ratio(
-    values: Sequence[float], baselines: Sequence[float], statistic: Statistic = "geometric_mean"
-) -> Estimate:
-    """The ratio of paired, positive values to their baselines.
-
-    The ratios of the pairs are averaged on the logarithmic scale, so that the estimate of the inverse ratio is the
-    inverse estimate, or their median is taken. The interval of the mean covers as it says; that of the median of few
-    pairs covers more, for it can only end at one of the ratios (of seven: 87.5 or 98.4 %, and it takes the latter).
-
-    ValueError if the two are of different lengths or none, or a value is not positive.
-    """
-    pairs = _pairs(values, baselines)
-    if not np.all(pairs > 0):
-        raise ValueError("a value is not positive")
-    ratios = np.log(pairs[0]) - np.log(pairs[1])
-    of_logs = _mean if statistic == "geometric_mean" else _median
-    value, low, high, num_pairs = _estimate(ratios, of_logs)
-    low, high = (None if end is None else math.exp(end) for end in (low, high))
-    return Estimate(math.exp(value), low, high, num_pairs)
-
-
-def paired_difference(values: Sequence[float], baselines: Sequence[float]) -> Estimate:
-    """The mean difference of paired values (values - baselines), of paired seeds say. ValueError as `paired_ratio`."""
-    pairs = _pairs(values, baselines)
-    return _estimate(pairs[0] - pairs[1], _mean)
-
-
 def mean(values: Sequence[float]) -> Estimate:
     """The mean, of one value per seed say. ValueError if there are none."""
     if not len(values):
@@ -94,6 +67,33 @@ def regression(xs: Sequence[float], rounds: Sequence[Sequence[float]]) -> Line:
         raise ValueError(f"expected {len(xs)} values in each round")
     slopes, intercepts = np.polyfit(np.asarray(xs, dtype=float), np.asarray(rounds, dtype=float).T, 1)
     return Line(_estimate(intercepts, _mean), _estimate(slopes, _mean))
+
+
+def paired_ratio(
+    values: Sequence[float], baselines: Sequence[float], statistic: Statistic = "geometric_mean"
+) -> Estimate:
+    """The ratio of paired, positive values to their baselines.
+
+    The ratios of the pairs are averaged on the logarithmic scale, so that the estimate of the inverse ratio is the
+    inverse estimate, or their median is taken. The interval of the mean covers as it says; that of the median of few
+    pairs covers more, for it can only end at one of the ratios (of seven: 87.5 or 98.4 %, and it takes the latter).
+
+    ValueError if the two are of different lengths or none, or a value is not positive.
+    """
+    pairs = _pairs(values, baselines)
+    if not np.all(pairs > 0):
+        raise ValueError("a value is not positive")
+    ratios = np.log(pairs[0]) - np.log(pairs[1])
+    of_logs = _mean if statistic == "geometric_mean" else _median
+    value, low, high, num_pairs = _estimate(ratios, of_logs)
+    low, high = (None if end is None else math.exp(end) for end in (low, high))
+    return Estimate(math.exp(value), low, high, num_pairs)
+
+
+def paired_difference(values: Sequence[float], baselines: Sequence[float]) -> Estimate:
+    """The mean difference of paired values (values - baselines), of paired seeds say. ValueError as `paired_ratio`."""
+    pairs = _pairs(values, baselines)
+    return _estimate(pairs[0] - pairs[1], _mean)
 
 
 def step_at_loss(curve: Sequence[tuple[float, float]], loss: float) -> float | None:

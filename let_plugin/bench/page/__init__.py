@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from let_plugin.bench import rows
-from let_plugin.bench.page import convergence, downstream, parts, throughput
+from let_plugin.bench.page import convergence_section, downstream_section, parts, throughput_section
 from let_plugin.bench.page.parts import Row, Section
 from let_plugin.errors import ConfigError, Problem
 
@@ -61,9 +61,9 @@ def write(files: Sequence[Path], out: Path) -> list[Path]:
 def make(found: Sequence[Row]) -> list[Section]:
     """What the page shows of the rows. ConfigError lists rows that are not of their kind."""
     return [
-        *convergence.sections([row for row in found if row["kind"] in convergence.KINDS]),
-        *throughput.sections([row for row in found if row["kind"] in throughput.KINDS]),
-        *downstream.sections([row for row in found if row["kind"] == downstream.KIND]),
+        *convergence_section.sections([row for row in found if row["kind"] in convergence_section.KINDS]),
+        *throughput_section.sections([row for row in found if row["kind"] in throughput_section.KINDS]),
+        *downstream_section.sections([row for row in found if row["kind"] == downstream_section.KIND]),
     ]
 
 

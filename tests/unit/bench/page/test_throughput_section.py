@@ -3,7 +3,7 @@
 import pytest
 
 from let_plugin.bench import rows
-from let_plugin.bench.page import throughput
+from let_plugin.bench.page import throughput_section
 from tests.support import synthetic_rows
 
 
@@ -13,7 +13,7 @@ def path(tmp_path):
 
 
 def section(path):
-    (made,) = throughput.sections(rows.read(path))
+    (made,) = throughput_section.sections(rows.read(path))
     return made
 
 
@@ -95,4 +95,4 @@ def test_a_profile_adds_up(path):
 
 def test_no_complete_round_is_no_section(path):
     synthetic_rows.profile(path)
-    assert throughput.sections(rows.read(path)) == []
+    assert throughput_section.sections(rows.read(path)) == []

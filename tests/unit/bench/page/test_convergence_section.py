@@ -3,7 +3,7 @@
 import pytest
 
 from let_plugin.bench import rows
-from let_plugin.bench.page import convergence
+from let_plugin.bench.page import convergence_section
 from let_plugin.errors import ConfigError
 from tests.support import synthetic_rows
 
@@ -14,7 +14,7 @@ def path(tmp_path):
 
 
 def section(path):
-    (made,) = convergence.sections(rows.read(path))
+    (made,) = convergence_section.sections(rows.read(path))
     return made
 
 
@@ -87,7 +87,7 @@ def test_tuning_runs_are_not_results_and_the_choice_is_shown(path):
     for number in range(2):
         rows.append(path, content[number] | {"role": "tuning", "seed": 7})
     choice = {"suite": "c", "method": "let", "weights": [0.1, 1.0], "chosen": 1.0, "tuning_seeds": [7, 8]}
-    synthetic_rows.append(path, convergence.CHOICE, [0.9, 0.8], "nats/token", seed=None, **choice)
+    synthetic_rows.append(path, convergence_section.CHOICE, [0.9, 0.8], "nats/token", seed=None, **choice)
     made = section(path)
     assert made.origin.startswith("6 runs")
     assert list(made.tables[-1].lines[0]) == ["let", "1", "0.1, 1", "0.9000, 0.8000", "7, 8"]
@@ -102,4 +102,4 @@ def test_of_a_run_made_twice_the_later_counts(path):
 def test_rows_that_are_no_runs_are_named(path):
     synthetic_rows.append(path, "converge", [1.0], "nats/token", method="standard")
     with pytest.raises(ConfigError, match="curve"):
-        convergence.sections(rows.read(path))
+        convergence_section.sections(rows.read(path))
