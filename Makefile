@@ -43,7 +43,7 @@ wheel: $(VENV)/.installed  ## Build the wheel into dist/
 
 $(VENV)/.installed: pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -e ".[hf,bench,dev]"
+	$(BIN)/pip install --quiet -e ".[hf,bench,eval,dev]"
 	touch $@
 
 clean:

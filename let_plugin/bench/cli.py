@@ -7,7 +7,7 @@ from pathlib import Path
 
 from let_plugin import toml_config
 from let_plugin.bench.rows import command_line
-from let_plugin.errors import ConfigError, listing
+from let_plugin.errors import ConfigError, Problem, listing
 
 _PROGRAM = "let-bench"
 
@@ -19,6 +19,8 @@ def main(argv: list[str] | None = None) -> None:
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_throughput(subparsers)
     _add_converge(subparsers)
+    _add_report(subparsers)
+    _add_eval(subparsers)
     # What is not the benchmark's own is the configuration's: --section.key VALUE.
     args, overrides = parser.parse_known_args(argv)
     try:
@@ -169,3 +171,71 @@ def _throughput(args: argparse.Namespace, overrides: list[str], command: str) ->
     )
     options.check()
     _print(lambda: throughput.run(args.config, overrides, options, command))
+
+
+def _add_report(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = subparsers.add_parser(
+        "report",
+        help="a page of what the rows say",
+        description="Writes a page (index.html, which needs nothing beside it) and its figures as PNG: everything that "
+        "the rows say, and nothing else.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("rows", type=Path, nargs="+", metavar="ROWS.jsonl")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="an older page in it is replaced")
+    parser.set_defaults(function=_report)
+
+
+def _report(args: argparse.Namespace, others: list[str], command: str) -> None:
+    if others:
+        raise ConfigError(Problem(other, "no such option of let-bench report") for other in others)
+
+    from let_plugin.bench import page
+
+    files = page.write(args.rows, args.out)
+    print(f"{files[0]} and {len(files) - 1} PNG files")
+
+
+def _add_eval(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = subparsers.add_parser(
+        "eval",
+        help="downstream tasks, by lm-eval",
+        description="Exports a checkpoint to Hugging Face's format and evaluates it by lm-eval; the scores are "
+        "appended to a file of rows. The default tasks are the paper's nine, whose data come from the network.",
+        epilog="Options of the configuration, --section.key VALUE, are let-train's.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a torchtitan checkpoint (.../step-N)")
+    parser.add_argument("--config", type=Path, required=True, metavar="CONFIG.toml", help="what it was trained with")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="lm-eval's names (the paper's nine)")
+    parser.add_argument("--include-path", type=Path, metavar="FOLDER", help="tasks of your own, as YAML")
+    parser.add_argument("--num-fewshot", type=int, default=1, help="examples in the prompt (1)")
+    parser.add_argument("--limit", type=int, help="documents per task (all)")
+    parser.add_argument("--batch-size", type=int, default=8, help="requests at a time (8)")
+    parser.add_argument("--max-length", type=int, help="longest input in tokens (training.seq_len)")
+    parser.add_argument("--export", type=Path, metavar="FOLDER", help="keep the exported model there")
+    parser.add_argument("--out", type=Path, default=Path("outputs/bench/eval.jsonl"), help="file of rows")
+    parser.set_defaults(function=_eval)
+
+
+def _eval(args: argparse.Namespace, overrides: list[str], command: str) -> None:
+    _, runtime = toml_config.read_runtime([str(args.config), *overrides])
+
+    from let_plugin import host
+
+    host.set_up(runtime.device)  # before torchtitan is imported
+
+    from let_plugin.bench import evaluation
+
+    options = evaluation.Options(
+        tasks=args.tasks or evaluation.TASKS,
+        num_fewshot=args.num_fewshot,
+        include_path=args.include_path,
+        limit=args.limit,
+        batch_size=args.batch_size,
+        max_length=args.max_length,
+        export=args.export,
+        out=args.out,
+    )
+    options.check()
+    print(f"\n{evaluation.run(args.checkpoint, args.config, overrides, options, command)}")

@@ -41,6 +41,34 @@ def median(values: Sequence[float]) -> float:
     return quantiles(values, [0.5])["0.5"]
 
 
+def mean(values: Sequence[float]) -> Estimate:
+    """The mean, of one value per seed say. ValueError if there are none."""
+    if not len(values):
+        raise ValueError("no values")
+    return _estimate(np.asarray(values, dtype=float), _mean)
+
+
+class Line(NamedTuple):
+    """y = intercept + slope * x, each with its interval."""
+
+    intercept: Estimate
+    slope: Estimate
+
+
+def regression(xs: Sequence[float], rounds: Sequence[Sequence[float]]) -> Line:
+    """Least squares in each round, a y for each x, and the mean of the rounds' lines.
+
+    What is measured in one round has the noise of that round in common, so that the rounds are what is independent: the
+    intervals are those of a mean over rounds. ValueError for fewer than two different xs, or rounds of another length.
+    """
+    if len(set(xs)) < 2:
+        raise ValueError("a line needs two different xs")
+    if not len(rounds) or any(len(ys) != len(xs) for ys in rounds):
+        raise ValueError(f"expected {len(xs)} values in each round")
+    slopes, intercepts = np.polyfit(np.asarray(xs, dtype=float), np.asarray(rounds, dtype=float).T, 1)
+    return Line(_estimate(intercepts, _mean), _estimate(slopes, _mean))
+
+
 def paired_ratio(
     values: Sequence[float], baselines: Sequence[float], statistic: Statistic = "geometric_mean"
 ) -> Estimate:

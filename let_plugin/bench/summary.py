@@ -17,16 +17,8 @@ Row = Mapping[str, Any]
 def table(path: Path, suite: str) -> str:
     """The suite's results in `path`, as text: a table, the profiles, and what the columns mean."""
     found = [row for row in rows.read(path) if row.get("suite") == suite]
-    by_label: dict[str, list[Row]] = {}
-    for row in found:
-        if row["kind"] == "throughput":
-            by_label.setdefault(row["label"], []).append(row)
-    complete = complete_rounds(found, suite, list(by_label))
-    # In the order of the pairs, so that the n-th of each label make a pair.
-    measured = {
-        label: sorted((row for row in own if row["pair"] in complete), key=lambda row: row["pair"])
-        for label, own in by_label.items()
-    }
+    measured = by_label(found, suite)
+    num_pairs = len(next(iter(measured.values())))
     first = found[0]
     kinds = list(first["peak_memory_bytes"])
     header = ["case", "tokens/s", "ms/step", "step time / plain", "FLOP bound"]
@@ -35,7 +27,7 @@ def table(path: Path, suite: str) -> str:
     header += ["+ MiB", "bound + MiB", "break-even"]
     body = [_line(own, measured[own[0]["baseline"]], kinds) for own in measured.values()]
     notes = [
-        f"{len(complete)} pairs on {first['device_name']} ({first['device']}), {first['num_processes']} process"
+        f"{num_pairs} pairs on {first['device_name']} ({first['device']}), {first['num_processes']} process"
         f"{'es' if first['num_processes'] > 1 else ''}; medians, and the mean ratio to plain with its 95 % interval.",
         "FLOP bound: 1 + N_T / (3 N_S). Memory bound: the teacher's parameters per rank + one activation.",
         f"Break-even: so many times fewer steps pay for a teacher that stays {first['stop_step']} of "
@@ -45,6 +37,19 @@ def table(path: Path, suite: str) -> str:
         notes.append("This kernel does not let a peak start anew: memory is that of whole runs, also after the stop.")
     profiles = [_profile(row) for row in found if row["kind"] == "profile"]
     return "\n\n".join(["\n".join(aligned([header, *body])), "\n".join(notes), *profiles])
+
+
+def by_label(found: Sequence[Row], suite: str) -> dict[str, list[Row]]:
+    """Label -> the suite's rows out of complete rounds, in their order: the n-th of each label make a pair."""
+    by_label: dict[str, list[Row]] = {}
+    for row in found:
+        if row["kind"] == "throughput" and row.get("suite") == suite:
+            by_label.setdefault(row["label"], []).append(row)
+    complete = complete_rounds(found, suite, list(by_label))
+    return {
+        label: sorted((row for row in own if row["pair"] in complete), key=lambda row: row["pair"])
+        for label, own in by_label.items()
+    }
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from let_plugin.bench import rows
+from let_plugin.bench import page, rows
 from tests.support import jobs
 
 
@@ -22,6 +22,9 @@ def test_throughput(tmp_path, tiny_config):
         assert len(row["values"]) == 2 and row["peak_memory_bytes"]["resident"] > 0
         assert "seq_len = 32" in row["config"] and row["seq_len"] == 32
     assert "2 pairs on CPU" in first.stdout and "[6/6] pair 2, stopped 10%: " in first.stdout
+
+    html = page.write([out], tmp_path / "report")[0].read_text()
+    assert "2 pairs per case" in html and found[-1]["device_name"] in html
 
     again = jobs.run("let_plugin.bench", *args)
     assert rows.read(out) == found

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from let_plugin.bench import statistics
 from let_plugin.bench.statistics import median, paired_difference, paired_ratio, quantiles, step_at_loss
 
 pytest.importorskip("scipy", reason="pip install let-plugin[bench]")
@@ -110,3 +111,25 @@ def test_step_at_loss(loss, step):
 def test_step_at_loss_is_the_first_one_of_a_curve_that_rises_again():
     assert step_at_loss([(1, 3.0), (2, 1.0), (3, 4.0), (4, 0.5)], 2.0) == 1.5
     assert step_at_loss([], 2.0) is None
+
+
+def test_mean_of_seeds():
+    estimate = statistics.mean([1.0, 2.0, 3.0])
+    assert estimate.value == 2.0 and estimate.low == pytest.approx(2 - 4.302653 / 3**0.5)  # t of 2 degrees of freedom
+    assert statistics.mean([1.0]).low is None
+    with pytest.raises(ValueError):
+        statistics.mean([])
+
+
+def test_regression_is_the_mean_of_the_rounds_lines():
+    xs = [0.0, 1.0, 3.0]
+    line = statistics.regression(xs, [[1 + slope * x for x in xs] for slope in (1.0, 2.0, 3.0)])
+    assert line.slope == pytest.approx(statistics.mean([1.0, 2.0, 3.0]))
+    assert line.intercept.value == pytest.approx(1.0) and line.slope.num_pairs == 3
+
+
+def test_no_line_through_one_size():
+    with pytest.raises(ValueError, match="two different"):
+        statistics.regression([1.0, 1.0], [[1.0, 2.0]])
+    with pytest.raises(ValueError, match="2 values"):
+        statistics.regression([1.0, 2.0], [[1.0]])
