@@ -316,9 +316,18 @@ def _check_validation(config: Trainer.Config) -> None:
         raise ConfigError(
             Problem("validator.enable", 'let.adaptive_stop.criterion = "validation" needs validation: true', False)
         )
-    if settings.teacher_loss is None and not teacher_loss.is_measurable(config.validator):
-        message = "must be given: this validator validates in a way of its own, which the teacher cannot take part in"
-        raise ConfigError(Problem("let.adaptive_stop.teacher_loss", message, None))
+    if settings.teacher_loss is not None:
+        return
+    let: LetConfig = config.let
+    reason = ""
+    if let.teacher.features:
+        reason = "let.teacher.features has the teacher's states, not its predictions"
+    elif let.token_alignment.enable:
+        reason = "losses under two tokenizers cannot be compared token by token, so it cannot be measured"
+    elif not teacher_loss.is_measurable(config.validator):
+        reason = "this validator validates in a way of its own, which the teacher cannot take part in"
+    if reason:
+        raise ConfigError(Problem("let.adaptive_stop.teacher_loss", f"must be given: {reason}", None))
 
 
 def _check_projection(let: LetConfig) -> None:

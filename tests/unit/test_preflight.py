@@ -283,6 +283,13 @@ def test_what_an_adaptive_stop_needs(config):
     config.let.target = "labels"  # ... if there is a teacher
     assert "no teacher" in problem_of(config, "let.adaptive_stop.teacher_loss").message
     config.let.target = "teacher"
+    config.let.token_alignment.enable = True
+    assert "two tokenizers" in problem_of(config, "let.adaptive_stop.teacher_loss").message
+    config.let.token_alignment.enable = False
+    config.let.teacher.features = "/nowhere"
+    problem = problems_of(config)["let.adaptive_stop.teacher_loss"]
+    assert "not its predictions" in problem.message
+    config.let.teacher.features = ""
     config.let.adaptive_stop = AdaptiveStopConfig(criterion="gradient")
     preflight.run(config)
     config.let.diagnosis_freq = 0
