@@ -26,11 +26,10 @@ from let_plugin.teacher.hf import (
     make_language_model,
     make_teacher,
     make_whole_trunk,
-    open_tokenizer_path,
     quiet_transformers,
-    read_tokenizer_path,
     teacher_info,
 )
+from let_plugin.teacher.hf_tokenizers import open_tokenizer_path, read_tokenizer_path
 from let_plugin.teacher.hf_weights import Fit
 
 if TYPE_CHECKING:

@@ -30,11 +30,17 @@ from let_plugin.teacher.hf_checks import (
     find_layers,
     remote_code_problem,
 )
+from let_plugin.teacher.hf_tokenizers import (
+    open_tokenizer,
+    open_tokenizer_path,
+    read_tokenizer_path,
+    read_vocabulary_of,
+    vocabulary_with_transformers,
+)
 from let_plugin.teacher.language_model import TransformersLanguageModel
 from let_plugin.teacher.layers import LayerStates
 from let_plugin.teacher.safetensors_files import INDEX
 from let_plugin.teacher.sharding import raise_together
-from let_plugin.teacher.vocabulary import read_tokenizer, read_vocabulary
 
 if TYPE_CHECKING:
     from torchtitan.distributed import ParallelDims
@@ -42,10 +48,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 _PATH_KEY = "let.teacher.path"
-_TOKENIZER_KEY = "let.teacher.tokenizer_path"
 _HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
 _HUB_FILES = ["config.json", "model*.safetensors", INDEX]
-_TOKENIZER_FILES = ("tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 
 
 class HFTeacherSource(TeacherSource):
@@ -87,14 +91,14 @@ class HFTeacherSource(TeacherSource):
         if self._teacher_config.tokenizer_path:
             return read_tokenizer_path(self._teacher_config.tokenizer_path)
         if self._is_local:
-            return _read_vocabulary(self._teacher_config.path, _PATH_KEY)
-        return _read_vocabulary_with_transformers(self._teacher_config.path, _PATH_KEY)
+            return read_vocabulary_of(self._teacher_config.path, _PATH_KEY)
+        return vocabulary_with_transformers(self._teacher_config.path, _PATH_KEY)
 
     def tokenizer(self) -> Any | None:
         """From the same files as the vocabulary."""
         if path := self._teacher_config.tokenizer_path:
             return open_tokenizer_path(path)
-        return _open_tokenizer(self._teacher_config.path, _PATH_KEY)
+        return open_tokenizer(self._teacher_config.path, _PATH_KEY)
 
     def build(
         self,
@@ -321,27 +325,6 @@ def make_language_model(
     return TransformersLanguageModel(model)
 
 
-def read_tokenizer_path(path: str) -> dict[str, int]:
-    """Token -> id of the tokenizer in the folder `let.teacher.tokenizer_path`; ConfigError if there is none."""
-    vocabulary = _read_vocabulary(path, _TOKENIZER_KEY) if os.path.isdir(path) else None
-    if vocabulary is None:
-        raise ConfigError(_no_tokenizer(path))
-    return vocabulary
-
-
-def open_tokenizer_path(path: str) -> Any:
-    """The tokenizer in the folder `let.teacher.tokenizer_path`; ConfigError if there is none."""
-    tokenizer = _open_tokenizer(path, _TOKENIZER_KEY) if os.path.isdir(path) else None
-    if tokenizer is None:
-        raise ConfigError(_no_tokenizer(path))
-    return tokenizer
-
-
-def _no_tokenizer(path: str) -> Problem:
-    message = "no tokenizer there; give a folder with tokenizer.json or a tiktoken rank file, or leave it empty"
-    return Problem(_TOKENIZER_KEY, message, path)
-
-
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """No progress bars, and no report that the language-model head was left out: `hf_weights.Fit` reports."""
@@ -422,35 +405,3 @@ def _place(
         return torch.empty_like(tensor, device=own_device) if tensor.is_meta else tensor.to(own_device)
 
     trunk._apply(place)
-
-
-def _read_vocabulary(folder: str, key: str) -> dict[str, int] | None:
-    vocabulary = read_vocabulary(folder, key=key)
-    return _read_vocabulary_with_transformers(folder, key) if vocabulary is None else vocabulary
-
-
-def _open_tokenizer(path: str, key: str) -> Any | None:
-    """The tokenizer of a folder or of a teacher on the hub; None if there is none. ConfigError if it cannot be read."""
-    return read_tokenizer(path, key=key) or load_tokenizer(path, key)
-
-
-def _read_vocabulary_with_transformers(path: str, key: str) -> dict[str, int] | None:
-    """Through AutoTokenizer; None if there are no tokenizer files."""
-    tokenizer = load_tokenizer(path, key)
-    return None if tokenizer is None else tokenizer.get_vocab()
-
-
-def load_tokenizer(path: str, key: str) -> Any:
-    """The tokenizer of a folder or hub name, through AutoTokenizer; None if there are no tokenizer files.
-
-    ConfigError, naming the field `key`, if it cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    is_local = os.path.isdir(path)
-    if is_local and not any(Path(path, name).is_file() for name in _TOKENIZER_FILES):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=is_local)
-    except Exception as error:  # missing sentencepiece, damaged files, the hub
-        raise ConfigError(Problem(key, f"its tokenizer cannot be read: {error}", path)) from error

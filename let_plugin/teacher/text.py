@@ -77,7 +77,7 @@ def read_tokenizer(config: TeacherConfig) -> TextTokenizer | None:
 
         tokenizer = load_tokenizer(config.path)
         return TextTokenizer(tokenizer, tokenizer.bos_token_id)
-    from let_plugin.teacher.hf import load_tokenizer as load_with_transformers
+    from let_plugin.teacher.hf_tokenizers import load_tokenizer as load_with_transformers
 
     loaded = load_with_transformers(config.path, key)
     return None if loaded is None else TextTokenizer(loaded, loaded.bos_token_id)
