@@ -109,3 +109,14 @@ _origin = functools.cache(rows.provenance)
 def append(path, kind, values, unit, seed=0, command="let-bench", config="[training]\nsteps = 12\n", **details):
     own = {"command": command, "config": config, "seed": seed, "unit": unit, "values": values, "origin": _origin()}
     rows.append(path, rows.row(kind, **own, **details))
+
+
+def line(table, name):
+    """A line of a page's table, by its first cell: column -> cell."""
+    (cells,) = [cells for cells in table.lines if cells[0] == name]
+    return dict(zip(table.header, cells, strict=True))
+
+
+def finding(made, start):
+    """What a section says in words, by how it begins."""
+    return next(f for f in made.findings if f.text.startswith(start))

@@ -6,6 +6,7 @@ from let_plugin.bench import rows
 from let_plugin.bench.page import convergence_section
 from let_plugin.errors import ConfigError
 from tests.support import synthetic_rows
+from tests.support.synthetic_rows import finding, line
 
 
 @pytest.fixture
@@ -16,15 +17,6 @@ def path(tmp_path):
 def section(path):
     (made,) = convergence_section.sections(rows.read(path))
     return made
-
-
-def line(table, name):
-    (cells,) = [cells for cells in table.lines if cells[0] == name]
-    return dict(zip(table.header, cells, strict=True))
-
-
-def finding(made, start):
-    return next(f for f in made.findings if f.text.startswith(start))
 
 
 def test_known_speed_ups(path):

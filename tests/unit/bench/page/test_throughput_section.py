@@ -5,6 +5,7 @@ import pytest
 from let_plugin.bench import rows
 from let_plugin.bench.page import throughput_section
 from tests.support import synthetic_rows
+from tests.support.synthetic_rows import finding, line
 
 
 @pytest.fixture
@@ -15,15 +16,6 @@ def path(tmp_path):
 def section(path):
     (made,) = throughput_section.sections(rows.read(path))
     return made
-
-
-def line(table, name):
-    (cells,) = [cells for cells in table.lines if cells[0] == name]
-    return dict(zip(table.header, cells, strict=True))
-
-
-def finding(made, start):
-    return next(f for f in made.findings if f.text.startswith(start))
 
 
 def test_tables_have_the_known_ratios(path):
