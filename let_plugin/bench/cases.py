@@ -2,11 +2,13 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from torchtitan.trainer import Trainer
 
+from let_plugin.baselines import methods
+from let_plugin.baselines.methods import Resources
 from let_plugin.bench.random_teacher import RandomTeacher
 from let_plugin.registry import Registry
 
@@ -45,11 +47,13 @@ class Case:
         configure: Changes a configuration, whose stop is at the run's end, in place.
         is_active: Whether LET is to be active in the measured steps: a run where it is not so is an error.
         has_teacher: Whether there is one per size of teacher.
+        reads_states: Whether the teacher's states are to be made beforehand; the run reads them and has no teacher.
     """
 
     configure: Callable[[Trainer.Config, Steps], None]
     is_active: bool
     has_teacher: bool
+    reads_states: bool = False
 
 
 def _plain(config: Trainer.Config, steps: Steps) -> None:
@@ -64,10 +68,17 @@ def _stopped(config: Trainer.Config, steps: Steps) -> None:
     config.let.stop_step = steps.active
 
 
+def _rkd(config: Trainer.Config, steps: Steps) -> None:
+    methods.configure(config, "rkd", None, Resources())
+    config.let.stop_step = steps.total
+
+
 CASES: Registry[Case] = Registry("benchmark case", "let_plugin.bench_cases")
 CASES.register(PLAIN, Case(_plain, is_active=False, has_teacher=False))
 CASES.register("active", Case(_active, is_active=True, has_teacher=True))
 CASES.register("stopped", Case(_stopped, is_active=False, has_teacher=True))
+CASES.register("features", Case(_active, is_active=True, has_teacher=True, reads_states=True))
+CASES.register("rkd", Case(_rkd, is_active=True, has_teacher=True))
 
 
 @dataclass(frozen=True)
@@ -126,7 +137,7 @@ def baseline(variant: Variant, variants: Sequence[Variant]) -> Variant:
 
 
 def configure(
-    base: Trainer.Config, variant: Variant, steps: Steps, *, dump_folder: str, weights: str
+    base: Trainer.Config, variant: Variant, steps: Steps, *, dump_folder: str, weights: str, states: str = ""
 ) -> Trainer.Config:
     """A copy of the user's configuration for one variant, with nothing in it that disturbs a measurement.
 
@@ -136,6 +147,7 @@ def configure(
         steps: Of the run.
         dump_folder: Where the run writes.
         weights: Folder of the random teacher's weights, if the variant has one.
+        states: Folder of the teacher's states, for a case that reads them once they are there; empty: the teacher.
     """
     config = copy.deepcopy(base)
     config.dump_folder = dump_folder
@@ -162,4 +174,6 @@ def configure(
             spec=variant.teacher.name, path=weights, check_vocabulary=False, dtype=let.teacher.dtype
         )
     CASES.get(variant.case, key="--cases").configure(config, steps)
+    if states:
+        let.teacher = replace(let.teacher, features=states, spec="", path="")
     return config

@@ -44,7 +44,13 @@ def _add_throughput(subparsers: "argparse._SubParsersAction[argparse.ArgumentPar
         allow_abbrev=False,
     )
     parser.add_argument("config", type=Path, metavar="CONFIG.toml")
-    parser.add_argument("--cases", nargs="+", default=["active", "stopped"], help="beside plain (active stopped)")
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        default=["active", "stopped"],
+        metavar="CASE",
+        help="beside plain: active, stopped, features, rkd (active stopped)",
+    )
     parser.add_argument("--pairs", type=int, default=7, help="how often each case is measured (7)")
     parser.add_argument("--steps", type=int, default=8, help="measured steps of a run, after 4 that are not (8)")
     parser.add_argument(

@@ -10,8 +10,8 @@ from let_plugin import plan
 from let_plugin.alignment.tap import ALIGNMENT_RANGE, INJECTION_RANGE
 from let_plugin.guidance import DELIVERY_RANGE, TARGET_RANGE, TEACHER_RANGE
 from let_plugin.metrics import DeviceTimer
+from let_plugin.teacher.providers import open_source
 from let_plugin.teacher.sharding import sequence_shards
-from let_plugin.teacher.sources import open_teacher
 
 _RANGES = (TARGET_RANGE, TEACHER_RANGE, DELIVERY_RANGE, ALIGNMENT_RANGE, INJECTION_RANGE)
 _COLLECTIVES = ("c10d::", "gloo:", "nccl:")
@@ -40,8 +40,9 @@ class StepProfiler:
         seconds = {name: ranges[name] / num_steps for name in _RANGES}
         inside = {name: collectives[name] / num_steps for name in _RANGES}
         match = min(self._match_seconds(), seconds[ALIGNMENT_RANGE])
+        source = "reading the states" if self._trainer.config.let.teacher.features else "teacher forward"
         return {
-            "teacher forward": seconds[TEACHER_RANGE] - inside[TEACHER_RANGE],
+            source: seconds[TEACHER_RANGE] - inside[TEACHER_RANGE],
             "communication": seconds[DELIVERY_RANGE] + inside[TEACHER_RANGE],
             "masking the target": seconds[TARGET_RANGE] - seconds[TEACHER_RANGE] - seconds[DELIVERY_RANGE],
             "dimension match": match,
@@ -59,7 +60,7 @@ class StepProfiler:
         guidance = self._trainer.guidance
         if config.let.target != "teacher" or not guidance.taps:
             return 0.0
-        teacher = open_teacher(config.let.teacher).info
+        teacher = open_source(config.let.teacher).info
         shape = (
             config.training.local_batch_size,
             config.training.seq_len // sequence_shards(config, self._trainer.parallel_dims),

@@ -48,7 +48,7 @@ class RandomTeacher:
         return _num_params(self.dim, self.num_layers, self.hidden_dim)
 
     def write(self, folder: Path) -> Path:
-        """Writes the trunk's weights below `folder` as a DCP checkpoint in bf16, unless they are there.
+        """Writes the weights below `folder` as a DCP checkpoint in bf16, unless they are there.
 
         Returns:
             The checkpoint's folder.
@@ -62,7 +62,7 @@ class RandomTeacher:
             model: Any = spec.model.build()
             with torch.no_grad():
                 model.init_weights(buffer_device=None)
-        weights = {k: v.bfloat16() for k, v in model.state_dict().items() if not k.startswith("lm_head.")}
+        weights = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that this process is no job: it is not meant to be one
             dcp.save(weights, checkpoint_id=str(path), no_dist=True)

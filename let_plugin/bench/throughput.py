@@ -12,7 +12,7 @@ from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
 from let_plugin import data, plan, preflight, toml_config
-from let_plugin.bench import cases, random_teacher, suite, summary
+from let_plugin.bench import cases, random_teacher, stored_states, suite, summary
 from let_plugin.bench.cases import CASES, PLAIN, Steps, Variant
 from let_plugin.bench.costs import active_cost
 from let_plugin.errors import ConfigError, Problem
@@ -107,18 +107,22 @@ def run(config_file: Path, overrides: Sequence[str], options: Options, command: 
 def plan_runs(loaded: Loaded, options: Options) -> list[suite.Run]:
     """The checked runs of a round. ConfigError lists all that is wrong with any of them.
 
-    Writes the weights of random teachers, once the plain run is known to be right.
+    Writes the weights of random teachers, once the plain run is known to be right, and the states that a case reads,
+    once all is known to be.
     """
     base = loaded.config
     teachers: list[Any] = [(None, None)]
     batches = list(options.local_batch_sizes) or [base.training.local_batch_size]
     lengths = list(options.seq_lens) or [base.training.seq_len]
 
-    def configured(variant: Variant) -> Trainer.Config:
+    def configured(variant: Variant, states: str = "") -> Trainer.Config:
         folder = options.work / "teachers"
         weights = "" if variant.teacher is None else str(folder / variant.teacher.name)
         dump_folder = str(options.work / "dump")
-        return cases.configure(base, variant, options.steps, dump_folder=dump_folder, weights=weights)
+        return cases.configure(base, variant, options.steps, dump_folder=dump_folder, weights=weights, states=states)
+
+    def text(config: Trainer.Config) -> str:
+        return toml_config.dump(replace(loaded, config=config))
 
     def checked(variants: Sequence[Variant]) -> None:
         problems: list[Problem] = []
@@ -150,13 +154,22 @@ def plan_runs(loaded: Loaded, options: Options) -> list[suite.Run]:
     for variant in variants:
         config = configured(variant)
         case = CASES.get(variant.case, key="--cases")
+        if case.reads_states:
+            folder = stored_states.make(
+                text(config),
+                variant.teacher,
+                label=variant.label,
+                data_parallel_degree=dims.dp_replicate * dims.dp_shard,
+                work=options.work / "states",
+            )
+            config = configured(variant, str(folder))
         student = Student(config)
         costs = active_cost(config, student, dims) if case.has_teacher else Cost(0, 0.0, {})
         held = costs.memory.get("teacher", 0) + costs.memory.get("gradient", 0)
         runs.append(
             suite.Run(
                 label=variant.label,
-                config=toml_config.dump(replace(loaded, config=config)),
+                config=text(config),
                 seed=config.debug.seed,
                 warmup=options.steps.warmup,
                 total=options.steps.total,

@@ -12,23 +12,26 @@ from tests.support import jobs
 def test_throughput(tmp_path, tiny_config):
     out = tmp_path / "rows.jsonl"
     args = ["throughput", tiny_config, "--pairs", "2", "--steps", "2", "--teacher-share", "10", "--out", out]
-    args += ["--work-dir", tmp_path / "work", "--training.seq_len", "32"]
+    args += ["--cases", "stopped", "features", "rkd", "--work-dir", tmp_path / "work", "--training.seq_len", "32"]
     first = jobs.run("let_plugin.bench", *args, OMP_NUM_THREADS="1")
 
     found = rows.read(out)
-    assert [row["label"] for row in found] == 2 * ["plain", "active 10%", "stopped 10%"]
+    assert [row["label"] for row in found] == 2 * ["plain", "stopped 10%", "features 10%", "rkd 10%"]
     for row in found:
         assert row["command"].startswith("let-bench throughput") and row["tokens_per_second"] > 0
         assert len(row["values"]) == 2 and row["peak_memory_bytes"]["resident"] > 0
         assert "seq_len = 32" in row["config"] and row["seq_len"] == 32
-    assert "2 pairs on CPU" in first.stdout and "[6/6] pair 2, stopped 10%: " in first.stdout
+    bounds = {row["case"]: row["flop_bound"] for row in found}
+    assert bounds["stopped"] == bounds["features"] == 0 < 0.1 / 3 < bounds["rkd"]
+    assert "stored the teacher's states for features 10%" in first.stdout
+    assert "2 pairs on CPU" in first.stdout and "[8/8] pair 2, rkd 10%: " in first.stdout
 
     html = page.write([out], tmp_path / "report")[0].read_text()
     assert "2 pairs per case" in html and found[-1]["device_name"] in html
 
     again = jobs.run("let_plugin.bench", *args)
     assert rows.read(out) == found
-    assert "has 2 of 2 pairs already" in again.stdout
+    assert "has 2 of 2 pairs already" in again.stdout and "stored" not in again.stdout
     assert again.stdout.partition("\ncase ")[2] == first.stdout.partition("\ncase ")[2] != ""  # the same table
 
 

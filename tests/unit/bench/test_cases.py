@@ -55,13 +55,13 @@ def test_unknown_case():
         labels(["stoped"])
 
 
-def configured(config, case, teacher=None, weights=""):
+def configured(config, case, teacher=None, **folders):
     (variant,) = [
         v
         for v in matrix([case], teachers=[(0.1 if teacher else None, teacher)], local_batch_sizes=[2], seq_lens=[32])
         if v.case == case
     ]
-    return cases.configure(config, variant, STEPS, dump_folder="bench", weights=weights)
+    return cases.configure(config, variant, STEPS, dump_folder="bench", **{"weights": ""} | folders)
 
 
 def test_configurations(config, monkeypatch, tmp_path):
@@ -69,15 +69,16 @@ def test_configurations(config, monkeypatch, tmp_path):
     config.let.warmup_steps, config.let.stop_step, config.let.stop_fraction = 1, None, 0.25
     config.let.adaptive_stop.criterion, config.metrics.enable_tensorboard = "gradient", True
     config.checkpoint.enable = config.validator.enable = True
-    plain, active, stopped = (configured(config, name) for name in ("plain", "active", "stopped"))
-    for each in (plain, active, stopped):
+    plain, active, stopped, rkd = (configured(config, name) for name in ("plain", "active", "stopped", "rkd"))
+    for each in (plain, active, stopped, rkd):
         preflight.run(each)
         assert each.training.steps == STEPS.total == 8
         assert (each.training.local_batch_size, each.training.seq_len, each.dump_folder) == (2, 32, "bench")
         assert not (each.checkpoint.enable or each.validator.enable or each.metrics.enable_tensorboard)
         assert each.metrics.log_freq > STEPS.total  # no measured step is logged
-    assert [each.let.enable for each in (plain, active, stopped)] == [False, True, True]
-    assert active.let.stop_step == STEPS.total
+    assert [each.let.enable for each in (plain, active, stopped, rkd)] == [False, True, True, True]
+    assert active.let.stop_step == rkd.let.stop_step == STEPS.total
+    assert (active.let.target, rkd.let.target, rkd.let.schedule) == ("teacher", "logits", "constant")
     assert stopped.let.stop_step < STEPS.warmup
     # The user's own is left as it was.
     assert config.training.steps == 4 and config.let.stop_fraction == 0.25 and config.metrics.enable_tensorboard
@@ -87,5 +88,11 @@ def test_a_random_teacher_takes_the_place_of_the_configured_one(config, tmp_path
     SMALL.register()
     config.let.teacher.center = True
     path = SMALL.write(tmp_path)
-    active = configured(config, "active", SMALL, str(path))
+    active = configured(config, "active", SMALL, weights=str(path))
     assert f"teacher    torchtitan llama3 {SMALL.name}, DCP from {path}: 1 blocks of width 16" in preflight.run(active)
+
+
+def test_states_take_the_place_of_the_teacher(config):
+    features = configured(config, "features", states="states").let
+    assert (features.teacher.features, features.teacher.path, features.teacher.spec) == ("states", "", "")
+    assert features.target == "teacher" and features.stop_step == STEPS.total
