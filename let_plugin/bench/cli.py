@@ -65,6 +65,11 @@ def _add_throughput(subparsers: "argparse._SubParsersAction[argparse.ArgumentPar
     parser.add_argument("--seq-lens", type=int, nargs="+", default=[], metavar="L", help="sequence lengths")
     parser.add_argument("--processes", type=int, default=1, help="processes of a run, by torchrun (1)")
     parser.add_argument("--profile", action="store_true", help="one more run per case: where the overhead goes")
+    parser.add_argument(
+        "--interleave",
+        action="store_true",
+        help="the cases make their steps in turn: for noisy machines, with memory for all of them at once",
+    )
     parser.add_argument("--out", type=Path, default=Path("outputs/bench/throughput.jsonl"), help="file of rows")
     parser.add_argument("--work-dir", type=Path, default=Path("outputs/bench"), help="logs, random teachers")
     parser.set_defaults(function=_throughput)
@@ -174,6 +179,7 @@ def _throughput(args: argparse.Namespace, overrides: list[str], command: str) ->
         out=args.out,
         work=args.work_dir,
         profile=args.profile,
+        interleave=args.interleave,
     )
     options.check()
     _print(lambda: throughput.run(args.config, overrides, options, command))

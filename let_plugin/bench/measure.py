@@ -2,7 +2,7 @@
 
 REQUEST.json says what to run (see `Request`); rank 0 writes what was measured. The run is let-train's, and watched from
 outside, around whole steps: the host waits for the device before the first measured step and after the last, and never
-between them.
+between them, unless it takes turns with other runs.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from let_plugin import toml_config, train
+from let_plugin.bench.turns import Turn
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +34,7 @@ class Request:
         is_active: Whether LET is to be active in the measured steps; None: whatever it is.
         teacher: Fields of the random teacher that the configuration names, if it does.
         profile: Say where the time of the steps goes (which takes time itself).
+        turns: Where to get the turn for each step (see `turns`); None: it runs alone.
     """
 
     config: str
@@ -42,6 +44,7 @@ class Request:
     is_active: bool | None = None
     teacher: dict[str, int] | None = None
     profile: bool = False
+    turns: str | None = None
 
 
 def main(argv: list[str]) -> None:
@@ -72,23 +75,44 @@ class Watch:
         self._device_module: Any = utils.device_module
         self._clock = StepClock(trainer.device)
         self._profiler: Any = None
+        self._turn: Turn | None = None
 
     def start(self) -> None:
         self._trainer.train_step = self._step
+        if self._request.turns is not None and os.environ["RANK"] == "0":
+            self._turn = Turn(self._request.turns)
 
     def _step(self, data_iterator: Iterator[Any]) -> None:
         number = self._trainer.step  # counts from 1
+        # What the loop did between two steps belongs to the one before.
+        if number > self._request.warmup + 1:
+            self._clock.stop()
+        if self._request.turns is not None:
+            self._next_turn(is_first=number == 1)
         if number == self._request.warmup + 1:
             self._begin()
+        if number > self._request.warmup:
+            self._clock.start()
         self._train_step(data_iterator)
         if number <= self._request.warmup:
             return
-        self._clock.mark()
         is_active = getattr(self._trainer, "guidance", None) is not None
         if self._request.is_active not in (None, is_active):
             raise RuntimeError(f"step {number} was to be measured with LET {'off' if is_active else 'active'}")
         if number == self._request.total:
+            self._clock.stop()
             self._end()
+
+    def _next_turn(self, *, is_first: bool) -> None:
+        """Lets the others make their steps. Rank 0 waits, and the other ranks for rank 0."""
+        import torch
+
+        self._device_module.synchronize()
+        if self._turn is not None:
+            if not is_first:
+                self._turn.give_back()
+            self._turn.take()
+        torch.distributed.barrier()
 
     def _begin(self) -> None:
         if self._request.profile:
@@ -98,7 +122,6 @@ class Watch:
         self._device_module.synchronize()
         self._device_module.reset_peak_memory_stats()
         self._started = time.perf_counter()
-        self._clock.mark()
 
     def _end(self) -> None:
         import torch
@@ -111,6 +134,8 @@ class Watch:
         # Before anything else is allocated.
         memory = largest_of_ranks(local_peak_memory(device, self._device_module), device)
         step_seconds = self._clock.seconds()
+        if self._request.turns is not None:
+            wall_seconds = sum(step_seconds)  # the others' steps left out
         dims = self._trainer.parallel_dims
         result = {
             "device_name": self._device_module.get_device_name(),
@@ -126,6 +151,8 @@ class Watch:
             result["parts"] = self._profiler.finish(num_steps=self._request.total - self._request.warmup)
         if os.environ["RANK"] == "0":
             Path(self._request.out).write_text(json.dumps(result))
+        if self._turn is not None:
+            self._turn.end()
 
 
 def local_peak_memory(device: "torch.device", device_module: Any) -> dict[str, int]:
@@ -148,28 +175,34 @@ def largest_of_ranks(values: Mapping[str, int], device: "torch.device") -> dict[
 
 
 class StepClock:
-    """Times between marks. On an accelerator they are events on its stream, read at the end: the host does not wait."""
+    """Times of steps. On an accelerator they are events on its stream, read at the end: the host does not wait."""
 
     def __init__(self, device: "torch.device") -> None:
         self._device = device
-        self._marks: list[Any] = []
+        self._starts: list[Any] = []
+        self._ends: list[Any] = []
 
-    def mark(self) -> None:
+    def start(self) -> None:
+        self._starts.append(self._now())
+
+    def stop(self) -> None:
+        self._ends.append(self._now())
+
+    def seconds(self) -> list[float]:
+        """Of each step, from its start to its end; the device must have passed the last one."""
+        pairs = zip(self._starts, self._ends, strict=True)
         if self._device.type == "cpu":
-            self._marks.append(time.perf_counter())
-            return
+            return [end - start for start, end in pairs]
+        return [start.elapsed_time(end) / 1000 for start, end in pairs]
+
+    def _now(self) -> Any:
+        if self._device.type == "cpu":
+            return time.perf_counter()
         import torch
 
         event = torch.Event(self._device, enable_timing=True)
         event.record()
-        self._marks.append(event)
-
-    def seconds(self) -> list[float]:
-        """Seconds from each mark to the next; the device must have passed the last one."""
-        pairs = zip(self._marks, self._marks[1:], strict=False)
-        if self._device.type == "cpu":
-            return [end - start for start, end in pairs]
-        return [start.elapsed_time(end) / 1000 for start, end in pairs]
+        return event
 
 
 if __name__ == "__main__":

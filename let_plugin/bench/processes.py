@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -30,32 +30,64 @@ class RunFailedError(RuntimeError):
     """A run did not end as it should; the message has its last lines and where the rest is."""
 
 
-def run_module(module: str, request: "Request", *, what: str, num_processes: int) -> dict[str, Any]:
-    """`python -m MODULE REQUEST.json`, in `num_processes` processes by torchrun if it is more than one.
+class Running:
+    """A run that has been started: `python -m MODULE REQUEST.json`, by torchrun if it is more than one process.
 
-    Returns:
-        What it wrote.
-
-    Raises:
-        RunFailedError: If it fails, or writes nothing; `what` names it.
+    Args:
+        module: What to run.
+        request: What it is told.
+        what: Names it, for messages.
+        num_processes: Of the run.
     """
-    out = Path(request.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.unlink(missing_ok=True)
-    file, log = out.with_suffix(".request.json"), out.with_suffix(".log")
-    file.write_text(json.dumps(asdict(request)))
-    launcher = [sys.executable, "-m"]
-    if num_processes > 1:
-        launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes), "-m"]
-    environment = {key: value for key, value in os.environ.items() if key not in _JOB_VARIABLES}
-    with log.open("w") as stream:
-        command = [*launcher, module, str(file)]
-        code = subprocess.run(command, env=environment, stdout=stream, stderr=subprocess.STDOUT).returncode
-    if code != 0 or not out.exists():
+
+    def __init__(self, module: str, request: "Request", *, what: str, num_processes: int) -> None:
+        self._what = what
+        self._out = Path(request.out)
+        self._log = self._out.with_suffix(".log")
+        self._out.parent.mkdir(parents=True, exist_ok=True)
+        self._out.unlink(missing_ok=True)
+        file = self._out.with_suffix(".request.json")
+        file.write_text(json.dumps(asdict(request)))
+        launcher = [sys.executable, "-m"]
+        if num_processes > 1:
+            launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes), "-m"]
+        environment = {key: value for key, value in os.environ.items() if key not in _JOB_VARIABLES}
+        with self._log.open("w") as stream:
+            command = [*launcher, module, str(file)]
+            self._process = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+
+    def check(self) -> None:
+        """RunFailedError if it has ended."""
+        if self._process.poll() is not None:
+            self._fail()
+
+    def stop(self) -> None:
+        """Ends it, if it is still there."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            self._process.wait()
+
+    def result(self) -> dict[str, Any]:
+        """What it has written, once it has ended. RunFailedError if it failed, or wrote nothing."""
+        self._process.wait()
+        if self._process.returncode != 0 or not self._out.exists():
+            self._fail()
+        return json.loads(self._out.read_text())
+
+    def _fail(self) -> NoReturn:
+        code = self._process.returncode
         how = f"failed with exit code {code}" if code else "ended before its last step; is there enough data?"
-        last_lines = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-        raise RunFailedError(f"{what!r} {how}\n{last_lines}\nall of it: {log}")
-    return json.loads(out.read_text())
+        last_lines = "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
+        raise RunFailedError(f"{self._what!r} {how}\n{last_lines}\nall of it: {self._log}")
+
+
+def run_module(module: str, request: "Request", *, what: str, num_processes: int) -> dict[str, Any]:
+    """Runs it to its end (see Running), and returns what it has written. RunFailedError if it fails."""
+    run = Running(module, request, what=what, num_processes=num_processes)
+    try:
+        return run.result()
+    finally:
+        run.stop()
 
 
 def slug(label: str) -> str:

@@ -50,8 +50,8 @@ def make(config: str, teacher: RandomTeacher | None, *, label: str, data_paralle
     Raises:
         RunFailedError: If the export fails.
     """
-    content = [config, None if teacher is None else teacher.as_dict(), data_parallel_degree]
-    folder = work / rows.fingerprint(rows.provenance(), content)
+    fields = None if teacher is None else teacher.as_dict()
+    folder = work / rows.fingerprint(rows.provenance(), config, fields, data_parallel_degree)
     if (folder / MANIFEST).exists() and Manifest.read(folder).result is not None:
         return folder
     work.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def make(config: str, teacher: RandomTeacher | None, *, label: str, data_paralle
         folder=str(folder),
         data_parallel_degree=data_parallel_degree,
         out=str(work / f"{folder.name}.json"),
-        teacher=content[1],
+        teacher=fields,
     )
     took = processes.run_module("let_plugin.bench.stored_states", request, what=f"states for {label}", num_processes=1)
     print(f"stored the teacher's states for {label} ({took['seconds']:.0f} s)", flush=True)

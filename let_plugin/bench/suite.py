@@ -4,15 +4,16 @@ A round measures every variant once (A B C, A B C, ...), so that what is compare
 has left in the file counts, by whole rounds: a round that was broken off is measured anew, under a new number.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from let_plugin.bench import rows
 from let_plugin.bench.measure import Request
-from let_plugin.bench.processes import Progress, RunFailedError, run_module, slug
+from let_plugin.bench.processes import Progress, RunFailedError, Running, slug
 from let_plugin.bench.statistics import median
+from let_plugin.bench.turns import take_turns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +41,10 @@ class Run:
     details: Mapping[str, Any]
 
 
-def suite_id(runs: Sequence[Run], num_processes: int, origin: Mapping[str, Any]) -> str:
-    """Names what may be compared: the same runs, the same code, versions and device."""
+def suite_id(runs: Sequence[Run], num_processes: int, origin: Mapping[str, Any], interleaved: bool = False) -> str:
+    """Names what may be compared: the same runs, measured in the same way; the same code, versions and device."""
     content = [asdict(run) | {"details": dict(run.details)} for run in runs]
-    return rows.fingerprint(origin, content, num_processes)
+    return rows.fingerprint(origin, content, num_processes, interleaved)
 
 
 def complete_rounds(found: Sequence[Mapping[str, Any]], suite: str, labels: Sequence[str]) -> list[int]:
@@ -64,38 +65,61 @@ def missing_rounds(found: Sequence[Mapping[str, Any]], suite: str, labels: Seque
 
 
 def measure(
-    runs: Sequence[Run], *, pairs: int, num_processes: int, out: Path, work: Path, command: str, profile: bool
+    runs: Sequence[Run],
+    *,
+    pairs: int,
+    num_processes: int,
+    out: Path,
+    work: Path,
+    command: str,
+    profile: bool,
+    interleave: bool,
 ) -> str:
     """Measures what is missing in `out`, and says how it goes. Returns the suite's id.
+
+    Args:
+        runs: Of a round.
+        pairs: Rounds.
+        num_processes: Of a run.
+        out: Result file.
+        work: Folder for logs.
+        command: For the rows.
+        profile: Also profile each run with a teacher.
+        interleave: The runs of a round make their steps in turn, instead of one after the other.
 
     Raises:
         ConfigError: If `out` holds something else than rows.
         RunFailedError: If a run fails; what was measured before is in `out`.
     """
     origin = rows.provenance()
-    suite = suite_id(runs, num_processes, origin)
+    suite = suite_id(runs, num_processes, origin, interleave)
     found = rows.read(out)
-    todo: list[tuple[int | None, Run]] = [
-        (number, run) for number in missing_rounds(found, suite, [run.label for run in runs], pairs) for run in runs
-    ]
-    num_known = len(complete_rounds(found, suite, [run.label for run in runs]))
+    labels = [run.label for run in runs]
+    # What is started together, under which number; profiles have none.
+    groups: list[tuple[int | None, list[Run]]] = []
+    for pair in missing_rounds(found, suite, labels, pairs):
+        groups += [(pair, list(runs))] if interleave else [(pair, [run]) for run in runs]
+    num_known = len(complete_rounds(found, suite, labels))
     if num_known:
         print(f"{out} has {num_known} of {pairs} pairs already; another --out measures anew", flush=True)
     if profile:
         profiled = {row["label"] for row in found if row["kind"] == "profile" and row.get("suite") == suite}
-        todo += [(None, run) for run in runs if run.is_active and run.label not in profiled]
-    progress = Progress([run.label for _, run in todo])
-    for number, run in todo:
+        groups += [(None, [run]) for run in runs if run.is_active and run.label not in profiled]
+    progress = Progress([run.label for _, group in groups for run in group])
+    for number, group in groups:
         what = f"pair {number + 1}" if number is not None else "profile"
         origin = rows.provenance()
-        if suite_id(runs, num_processes, origin) != suite:
+        if suite_id(runs, num_processes, origin, interleave) != suite:
             raise RunFailedError("let_plugin has changed since the suite began: what is measured now is other code")
-        name = f"{slug(run.label)}-{what.replace(' ', '-')}"
-        result = _run(run, work / suite, name, num_processes, profile=number is None)
-        row = _row(run, result, origin, command) | {"suite": suite, "num_processes": num_processes}
-        rows.append(out, row | ({"pair": number} if number is not None else {}))
-        speed = f"{row['tokens_per_second']:,.0f} tokens/s, {median(row['values']):.3f} s/step"
-        progress.after(f"{what}, {run.label}: {speed}")
+        starts = [_starter(run, work / suite, what, num_processes) for run in group]
+        results = take_turns(starts) if len(group) > 1 else [starts[0](None).result()]
+        for run, result in zip(group, results, strict=True):
+            row = _row(run, result, origin, command) | {"suite": suite, "num_processes": num_processes}
+            if number is not None:
+                row |= {"pair": number, "interleaved": interleave}
+            rows.append(out, row)
+            speed = f"{row['tokens_per_second']:,.0f} tokens/s, {median(row['values']):.3f} s/step"
+            progress.after(f"{what}, {run.label}: {speed}")
     return suite
 
 
@@ -118,18 +142,24 @@ def _row(run: Run, result: dict[str, Any], origin: dict[str, Any], command: str)
     )
 
 
-def _run(run: Run, folder: Path, name: str, num_processes: int, *, profile: bool) -> dict[str, Any]:
-    """One run in a process of its own, or in `num_processes`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config = folder / f"{name}.toml"
-    config.write_text(run.config)
-    request = Request(
-        config=str(config),
-        warmup=run.warmup,
-        total=run.total,
-        out=str(folder / f"{name}.json"),
-        is_active=run.is_active,
-        teacher=run.teacher,
-        profile=profile,
-    )
-    return run_module("let_plugin.bench.measure", request, what=run.label, num_processes=num_processes)
+def _starter(run: Run, folder: Path, what: str, num_processes: int) -> Callable[[str | None], Running]:
+    """Starts the run in a process of its own, or in `num_processes`, given where it gets its turns, if it takes any."""
+    name = f"{slug(run.label)}-{what.replace(' ', '-')}"
+
+    def start(turns: str | None) -> Running:
+        folder.mkdir(parents=True, exist_ok=True)
+        config = folder / f"{name}.toml"
+        config.write_text(run.config)
+        request = Request(
+            config=str(config),
+            warmup=run.warmup,
+            total=run.total,
+            out=str(folder / f"{name}.json"),
+            is_active=run.is_active,
+            teacher=run.teacher,
+            profile=what == "profile",
+            turns=turns,
+        )
+        return Running("let_plugin.bench.measure", request, what=run.label, num_processes=num_processes)
+
+    return start

@@ -26,9 +26,11 @@ def table(path: Path, suite: str) -> str:
         header += [f"{kind} MiB", f"{kind} / plain"]
     header += ["+ MiB", "bound + MiB", "break-even"]
     body = [_line(own, measured[own[0]["baseline"]], kinds) for own in measured.values()]
+    how = f"{first['num_processes']} process{'es' if first['num_processes'] > 1 else ''}"
+    how += ", steps in turn" if first.get("interleaved") else ""
     notes = [
-        f"{num_pairs} pairs on {first['device_name']} ({first['device']}), {first['num_processes']} process"
-        f"{'es' if first['num_processes'] > 1 else ''}; medians, and the mean ratio to plain with its 95 % interval.",
+        f"{num_pairs} pairs on {first['device_name']} ({first['device']}), {how}; medians, and the mean ratio to plain "
+        "with its 95 % interval.",
         "FLOP bound: 1 + N_T / (3 N_S). Memory bound: the teacher's parameters per rank + one activation.",
         f"Break-even: so many times fewer steps pay for a teacher that stays {first['stop_step']} of "
         f"{first['run_steps']} steps.",
@@ -65,8 +67,16 @@ def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
 
 
 def step_time_ratio(own: Sequence[Row], plain: Sequence[Row]) -> Estimate:
-    """Step time of a case, in multiples of the plain one's: of each run its median step, paired by round."""
-    return paired_ratio([median(row["values"]) for row in own], [median(row["values"]) for row in plain])
+    """Step time of a case, in multiples of the plain one's, paired by round.
+
+    A round is the ratio of the two runs' median steps. Where the steps were made in turn they are pairs themselves, and
+    a round is the median of their ratios, which what has come and gone within it does not disturb.
+    """
+    if not all(row.get("interleaved") for row in (*own, *plain)):
+        return paired_ratio([median(row["values"]) for row in own], [median(row["values"]) for row in plain])
+    pairs = zip(own, plain, strict=True)
+    ratios = [median([a / b for a, b in zip(row["values"], base["values"], strict=True)]) for row, base in pairs]
+    return paired_ratio(ratios, [1.0] * len(ratios))
 
 
 def memory_ratio(own: Sequence[Row], plain: Sequence[Row], kind: str) -> Estimate:

@@ -35,6 +35,7 @@ class Options:
         out: Result file.
         work: Folder for logs, and for the weights of random teachers.
         profile: Also say where the overhead goes.
+        interleave: The cases make their steps in turn, instead of one run after the other.
     """
 
     cases: Sequence[str]
@@ -47,6 +48,7 @@ class Options:
     out: Path
     work: Path
     profile: bool
+    interleave: bool
 
     def check(self) -> None:
         """ConfigError with all that is wrong."""
@@ -100,6 +102,7 @@ def run(config_file: Path, overrides: Sequence[str], options: Options, command: 
         work=options.work / "runs",
         command=command,
         profile=options.profile,
+        interleave=options.interleave,
     )
     return summary.table(options.out, name)
 

@@ -56,6 +56,7 @@ def test_what_makes_another_suite():
         suite_id([dataclasses.replace(RUN, warmup=3)], 1, origin),
         suite_id([RUN, dataclasses.replace(RUN, label="active")], 1, origin),
         suite_id([RUN], 2, origin),
+        suite_id([RUN], 1, origin, interleaved=True),
         suite_id([RUN], 1, origin | {"commit": "0000000"}),
         suite_id([RUN], 1, origin | {"versions": {"torch": "9"}}),
     ]
@@ -63,11 +64,24 @@ def test_what_makes_another_suite():
 
 
 FAKE_RUN = """\
-import json, os, sys
+import json, os, socket, sys
 request = json.load(open(sys.argv[-1]))
 label = os.path.basename(request["config"])
-with open({order!r}, "a") as file:
-    file.write(label + "\\n")
+
+
+def step():
+    with open({order!r}, "a") as file:
+        file.write(label + "\\n")
+
+
+if request["turns"]:
+    host, port = request["turns"].split(":")
+    turns = socket.create_connection((host, int(port)))
+    turns.recv(1)
+    step()
+    turns.sendall(b".")
+    turns.recv(1)
+step()
 if os.path.exists({fail!r}):
     sys.exit("out of luck")
 json.dump({{"device_name": "d", "num_threads": 1, "wall_seconds": 1.0, "step_seconds": [0.5, 0.5], "tokens_per_step": 8,
@@ -80,20 +94,21 @@ def measure(tmp_path, monkeypatch):
     """`suite.measure` with runs that take no time; returns the order in which they ran."""
     order, fail, script = tmp_path / "order", tmp_path / "fail", tmp_path / "fake_run.py"
     script.write_text(FAKE_RUN.format(order=str(order), fail=str(fail)))
-    real_run = processes.subprocess.run
+    real_popen = processes.subprocess.Popen
 
-    def run(command, **kwargs):
+    def popen(command, **kwargs):
         if "let_plugin.bench.measure" in command:
             command = [sys.executable, str(script), command[-1]]
-        return real_run(command, **kwargs)
+        return real_popen(command, **kwargs)
 
-    monkeypatch.setattr(processes.subprocess, "run", run)
+    monkeypatch.setattr(processes.subprocess, "Popen", popen)
     runs = [dataclasses.replace(RUN, label=label) for label in ("plain", "active")]
     out = tmp_path / "rows.jsonl"
 
-    def measure(pairs):
+    def measure(pairs, interleave=False):
         order.write_text("")
         settings = {"num_processes": 1, "out": out, "work": tmp_path / "work", "command": "x", "profile": False}
+        settings["interleave"] = interleave
         try:
             suite.measure(runs, pairs=pairs, **settings)
         finally:
@@ -122,4 +137,18 @@ def test_a_run_that_fails_says_why_and_leaves_what_was_measured(measure):
     measure.fail.touch()
     with pytest.raises(processes.RunFailedError, match="'plain' failed with exit code 1\nout of luck\nall of it: "):
         measure(2)
+    assert len(rows.read(measure.out)) == 2
+
+
+def test_steps_in_turn(measure):
+    plain, active = "plain-pair-1.toml", "active-pair-1.toml"
+    assert measure(1, interleave=True) == [plain, active, plain, active]
+    assert [(row["label"], row["pair"], row["interleaved"]) for row in rows.read(measure.out)] == [
+        ("plain", 0, True),
+        ("active", 0, True),
+    ]
+    measure.fail.touch()
+    with pytest.raises(processes.RunFailedError, match="'plain' failed with exit code 1\nout of luck\nall of it: "):
+        measure(2, interleave=True)
+    assert measure.order == ["plain-pair-2.toml", "active-pair-2.toml", "plain-pair-2.toml"]
     assert len(rows.read(measure.out)) == 2

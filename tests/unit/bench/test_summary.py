@@ -61,6 +61,17 @@ def test_table(path):
     assert "3 pairs on a CPU" in table and "profiled" not in table
 
 
+def test_steps_that_were_made_in_turn_are_pairs(path):
+    """A machine that was slow for two of three steps: for the first of them both runs, for the last one of them."""
+    for pair in range(3):
+        for label, factor in (("plain", 1.0), ("active", 1.1)):
+            write(path, label, pair, factor, 100, suite="t", interleaved=True)
+    found = summary.by_label([row | {"values": [1.0, 4.0, 4.0]} for row in rows.read(path)], "t")
+    active = [row | {"values": [1.1, 4.4, 9.9]} for row in found["active"]]
+    assert summary.step_time_ratio(active, found["plain"]).value == pytest.approx(1.1)
+    assert ", 1 process, steps in turn; " in summary.table(path, "t")
+
+
 def test_a_teacher_that_never_pays(path):
     for pair in range(3):
         write(path, "plain", pair, 1.0, 100, suite="t")

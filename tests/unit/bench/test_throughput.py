@@ -26,6 +26,7 @@ def options(tmp_path):
             "out": tmp_path / "rows.jsonl",
             "work": tmp_path / "work",
             "profile": False,
+            "interleave": False,
         }
         return Options(**values | changes)
 

@@ -1,0 +1,97 @@
+"""Runs that take turns: of all that have been started, one at a time makes a step, and then the next one does.
+
+What is compared is then seconds apart and not minutes, so that a drift of the machine, or what its neighbours do, hits
+all alike. The runs are processes of their own; a connection to each says when it is its turn. A byte to the run gives
+it the turn, a byte back returns it, and a connection that is closed is a run at its end.
+"""
+
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from let_plugin.bench.processes import Running
+
+_HOST = "127.0.0.1"
+_POLL_SECONDS = 0.5  # how soon a run that has died is noticed
+
+
+def take_turns(starts: Sequence[Callable[[str], Running]]) -> list[dict[str, Any]]:
+    """Runs them, to their ends.
+
+    Args:
+        starts: Each starts a run, which makes a `Turn` of the address it is given, and a first step when it has it.
+            The next one is started when it is ready for that.
+
+    Returns:
+        What each has written.
+
+    Raises:
+        RunFailedError: If one fails; the others are stopped.
+    """
+    runs: list[Running] = []
+    connections: dict[int, socket.socket] = {}
+    try:
+        with socket.create_server((_HOST, 0)) as server:
+            server.settimeout(_POLL_SECONDS)
+            address = f"{_HOST}:{server.getsockname()[1]}"
+            for number, start in enumerate(starts):
+                runs.append(start(address))
+                connections[number] = _accept(server, runs[number])
+        while connections:
+            for number, connection in list(connections.items()):
+                connection.sendall(b".")
+                if not _returned(connection, runs[number]):
+                    connections.pop(number).close()
+                    runs[number].result()  # when it has ended: that is not to be in the others' turns
+        return [run.result() for run in runs]
+    finally:
+        for run in runs:
+            run.stop()
+        for connection in connections.values():
+            connection.close()
+
+
+class Turn:
+    """A run's side.
+
+    Args:
+        address: Of the one who gives the turns, HOST:PORT.
+    """
+
+    def __init__(self, address: str) -> None:
+        host, port = address.rsplit(":", 1)
+        self._connection = socket.create_connection((host, int(port)))
+
+    def take(self) -> None:
+        """Waits for the turn. RuntimeError if there will be none."""
+        if not self._connection.recv(1):
+            raise RuntimeError("the benchmark that this run belongs to has ended")
+
+    def give_back(self) -> None:
+        self._connection.sendall(b".")
+
+    def end(self) -> None:
+        """There will be no more steps."""
+        self._connection.close()
+
+
+def _accept(server: socket.socket, run: Running) -> socket.socket:
+    while True:
+        try:
+            connection = server.accept()[0]
+        except TimeoutError:
+            run.check()
+        else:
+            connection.settimeout(_POLL_SECONDS)
+            return connection
+
+
+def _returned(connection: socket.socket, run: Running) -> bool:
+    """Waits until the run gives its turn back; False if it is at its end."""
+    while True:
+        try:
+            return connection.recv(1) != b""
+        except TimeoutError:
+            run.check()
+        except ConnectionResetError:
+            return False
