@@ -29,6 +29,7 @@ from let_plugin.errors import ConfigError, Problem
 from let_plugin.registry import Registry
 
 SALT_FRACTION = 0.17
+CONTROLS = ("labels", "random_teacher", "shuffled_targets")  # of LET, at its weight: what it does without knowledge
 DISTILLATION_WEIGHT = 1.0  # where nothing is tuned: as much as the student's own loss
 
 

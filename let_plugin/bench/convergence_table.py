@@ -3,13 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from let_plugin.baselines.methods import CONTROLS
 from let_plugin.bench.statistics import Estimate, paired_difference, paired_ratio, step_at_loss
 from let_plugin.bench.summary import aligned
 
 Row = Mapping[str, Any]
 
 _MIB = 2**20
-_CONTROLS = ("labels", "random_teacher", "shuffled_targets")
 
 
 def loss_difference(own: Sequence[Row], baseline: Sequence[Row]) -> Estimate:
@@ -96,7 +96,7 @@ def _verdicts(results: Mapping[str, Sequence[Row]], baseline_label: str) -> list
         (let, name)
         for let in lets
         for name, own in results.items()
-        if own[0]["method"] in _CONTROLS and own[0]["weight"] == results[let][0]["weight"]
+        if own[0]["method"] in CONTROLS and own[0]["weight"] == results[let][0]["weight"]
     ]
     lines = []
     for name, other in pairs:

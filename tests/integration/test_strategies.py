@@ -1,4 +1,8 @@
-"""Every strategy, from a TOML file, in real runs: alone and paired, in one process, under FSDP2 and in a pipeline."""
+"""Every strategy, from a TOML file, in real runs: alone and paired, in one process, under FSDP2 and in a pipeline.
+
+pytest -m strategies    all of it
+pytest                  each in one process; those alone under FSDP2 or in a pipeline, those paired in both
+"""
 
 import os
 import shutil
@@ -9,6 +13,8 @@ import pytest
 
 from tests.support import jobs
 from tests.support.config_registry import VOCAB_SIZE
+
+pytestmark = [pytest.mark.slow, pytest.mark.strategies]
 
 STEPS = 3
 LAYOUTS = {
@@ -159,9 +165,21 @@ LAMBDAS = {
 }
 
 
+# A strategy alone runs in one of the two layouts, unless all of this file is asked for; what is paired in both.
+SEVERAL = [
+    pytest.param(
+        name, layout, marks=[] if "+" in name or i % 2 == number else pytest.mark.exhaustive, id=f"{name}, {layout}"
+    )
+    for i, name in enumerate(STRATEGIES)
+    for number, layout in enumerate(("FSDP2", "pipeline"))
+]
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(request, tmp_path_factory):
     """ "LAYOUT: STRATEGY" -> what the run did."""
+    selected = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    several = {(item["layout"], item["name"]) for item in selected if item.keys() >= {"layout", "name"}}
     folder = tmp_path_factory.mktemp("strategies")
     teacher = folder / "teacher"
     jobs.make_teacher(teacher, with_head=True)
@@ -174,7 +192,7 @@ def runs(tmp_path_factory):
             (layout, name, lines, args)
             for layout, (number, args) in LAYOUTS.items()
             for name, lines in {**STRATEGIES, "off": "enable = false"}.items()
-            if number == processes
+            if number == processes and (number == 1 or (layout, name) in several)
         ]
         wanted += [
             (layout, name, lines, args)
@@ -244,26 +262,26 @@ def result_of(runs, layout, name):
     return result
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_a_strategy_moves_the_student_alike_in_every_layout(runs, name):
+def test_a_strategy_moves_the_student(runs, name):
     single, off = (result_of(runs, "single process", which) for which in (name, "off"))
     student = {key: single["gradients"][key] for key in off["gradients"]}
-    assert jobs.relative_difference(student, off["gradients"]) > 1e-4  # it does something
-
-    for layout in ("FSDP2", "pipeline"):
-        several = result_of(runs, layout, name)
-        assert jobs.relative_difference(several["gradients"], single["gradients"]) <= 1e-5, layout
-        for got, expected in zip(several["logged"], single["logged"], strict=True):
-            assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5), layout
-            assert got["let/lambda"] == expected["let/lambda"]
-            cosines = {key for key in expected if key.startswith("let/cosine")}
-            assert {key for key in got if key.startswith("let/cosine")} == cosines
-            for key in cosines:
-                assert got[key] == pytest.approx(expected[key], abs=1e-5), (layout, key)
+    assert jobs.relative_difference(student, off["gradients"]) > 1e-4
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(("name", "layout"), SEVERAL)
+def test_a_strategy_is_the_same_in_every_layout(runs, name, layout):
+    single, several = (result_of(runs, which, name) for which in ("single process", layout))
+    assert jobs.relative_difference(several["gradients"], single["gradients"]) <= 1e-5
+    for got, expected in zip(several["logged"], single["logged"], strict=True):
+        assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert got["let/lambda"] == expected["let/lambda"]
+        cosines = {key for key in expected if key.startswith("let/cosine")}
+        assert {key for key in got if key.startswith("let/cosine")} == cosines
+        for key in cosines:
+            assert got[key] == pytest.approx(expected[key], abs=1e-5), key
+
+
 @pytest.mark.parametrize("layout", list(CONTROL_LAYOUTS)[1:])
 @pytest.mark.parametrize("name", CONTROLS)
 def test_a_control_is_the_same_in_every_layout(runs, name, layout):
@@ -278,7 +296,6 @@ def test_a_control_is_the_same_in_every_layout(runs, name, layout):
             assert got[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", {**LAYOUTS, **CONTROL_LAYOUTS})
 def test_nothing_is_left_of_an_alignment_that_has_ended(runs, layout):
     """On no rank, and with no further garbage collection: weak references to all that it brought along are dead."""
@@ -292,7 +309,6 @@ def test_nothing_is_left_of_an_alignment_that_has_ended(runs, layout):
     assert num_ended >= len(CONTROLS)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["FSDP2", "pipeline"])
 def test_an_offloaded_teacher_alone_is_left(runs, layout):
     result = result_of(runs, layout, "offloaded")
@@ -303,7 +319,6 @@ def test_an_offloaded_teacher_alone_is_left(runs, layout):
     assert any(result["leftovers"])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", LAMBDAS)
 def test_lambda_follows_the_schedule(runs, name):
     logged = result_of(runs, "single process", name)["logged"]
@@ -311,14 +326,12 @@ def test_lambda_follows_the_schedule(runs, name):
     assert [line["let/active"] for line in logged] == [float(weight > 0) for weight in LAMBDAS[name]]
 
 
-@pytest.mark.slow
 def test_several_pairs_have_their_own_cosines(runs):
     (first, *_) = result_of(runs, "single process", "pairs")["logged"]
     own = [first["let/cosine/0-1"], first["let/cosine/3-0"]]
     assert first["let/cosine"] == pytest.approx(sum(own) / 2)
 
 
-@pytest.mark.slow
 def test_strategies_of_another_package(tmp_path, tiny_config):
     """It is installed, not imported: its entry points are all that is known of it."""
     site = tmp_path / "site"

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from let_plugin.baselines.methods import CONTROLS
 from let_plugin.bench import curves
 from let_plugin.bench.curves import BASELINE, Axis, Loss, Run
 from let_plugin.bench.page import figures
@@ -113,7 +114,7 @@ def _difference(runs: Sequence[Run], baselines: Sequence[Run], loss: Loss) -> Es
 
 
 def _speed_ups(runs: Sequence[Run], baselines: Sequence[Run], loss: Loss) -> dict[Axis, tuple[Estimate | None, int]]:
-    """Cost -> (baseline's whole cost / cost of reaching its final loss, in how many pairs it was reached).
+    """Cost -> (the baseline's cost of its final loss / the runs' cost of the same, in how many pairs it was reached).
 
     The ratio is None unless every pair reached it: a mean over those that did would flatter the method.
     """
@@ -122,11 +123,13 @@ def _speed_ups(runs: Sequence[Run], baselines: Sequence[Run], loss: Loss) -> dic
         own, other = [], []
         pairs = _paired(runs, baselines)
         for run, baseline in pairs:
-            points, final = baseline.losses(loss, axis), _final(baseline, loss)
-            reached = None if final is None or not points else step_at_loss(run.losses(loss, axis), final)
-            if reached:
-                own.append(reached)
-                other.append(points[-1][0])
+            final = _final(baseline, loss)
+            if final is None:
+                continue
+            cost, goal = (step_at_loss(each.losses(loss, axis), final) for each in (run, baseline))
+            if cost and goal:
+                own.append(cost)
+                other.append(goal)
         complete = bool(pairs) and len(own) == len(pairs)
         found[axis] = (paired_ratio(other, own) if complete else None, len(own))
     return found
@@ -165,6 +168,7 @@ def _findings(
         else:
             text += f"; {BASELINE}'s final loss reached in {num_reached} of {difference.num_pairs} pairs"
         found.append(Finding(text=f"{text}.", verdict=verdict))  # type: ignore[arg-type]
+    found += _control_findings(methods, loss)
     if len(found) > 1:
         found.append(number_of_comparisons(len(found)))
     if loss == "validation_loss":
@@ -172,6 +176,27 @@ def _findings(
             "Losses are of the validation split, which settings may have been chosen on: not all rows have a test loss."
         )
         found.append(Finding(text=text, verdict="note"))
+    return found
+
+
+def _control_findings(methods: Methods, loss: Loss) -> list[Finding]:
+    """LET beside the controls at its weight: only what they do not have is the teacher's knowledge."""
+    found = []
+    for name, runs in methods.items():
+        kind, _, weight = name.partition("@")
+        for control in (f"{each}@{weight}" for each in CONTROLS if kind == "let"):
+            difference = _difference(runs, methods.get(control, []), loss)
+            if difference is None:
+                continue
+            numbers = f"({interval(difference, '+.4f')} nats per token)"
+            if difference.low is None:
+                text, verdict = f"{name} less its control {control} {numbers}: one pair says nothing", "note"
+            elif not is_resolved(difference, 0):
+                text, verdict = f"{name}: no significant difference from its control {control} {numbers}", "open"
+            else:
+                how, verdict = ("lower", "better") if difference.value < 0 else ("higher", "worse")
+                text = f"{name}: final loss significantly {how} than that of its control {control} {numbers}"
+            found.append(Finding(text=f"{text}.", verdict=verdict))  # type: ignore[arg-type]
     return found
 
 
@@ -339,8 +364,8 @@ def _speed_up_table(
         header=["method", "pairs", *[f"in {label}" for label in _COSTS.values()]],
         lines=lines,
         notes=[
-            "Baseline's whole cost over the cost at which the method first had its final loss, of the same seed, "
-            "linearly between evaluations; a mean only where every pair got there.",
+            f"{BASELINE}'s cost over the method's, each where its curve first was at {BASELINE}'s final loss of the "
+            "same seed, linearly between evaluations; a mean only where every pair got there.",
             where,
         ],
     )

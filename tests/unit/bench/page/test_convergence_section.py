@@ -40,6 +40,15 @@ def test_the_summary_says_what_is_significant_and_what_is_not(path):
     assert "2 comparisons" in made.findings[-1].text
 
 
+def test_let_is_compared_with_the_controls_at_its_weight(path):
+    methods = {"standard": 1.0, "let@1": 2.0, "let@0.1": 1.5, "labels@1": 1.5, "random_teacher@1": 2.0}
+    synthetic_rows.converge(path, methods=methods)
+    made = section(path)
+    assert finding(made, "let@1: final loss significantly lower than that of its control labels@1").verdict == "better"
+    assert finding(made, "let@1: no significant difference from its control random_teacher@1").verdict == "open"
+    assert "6 comparisons" in made.findings[-1].text  # four with the baseline, and let@0.1 has no control
+
+
 def test_a_method_that_is_worse_is_called_worse(path):
     synthetic_rows.converge(path, methods={"standard": 1.0, "slow": 0.5})
     made = section(path)
