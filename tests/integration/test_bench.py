@@ -64,6 +64,35 @@ def test_converge(tmp_path, tiny_config):
 
 
 @pytest.mark.slow
+def test_methods_that_need_something_first(tmp_path, tiny_config):
+    """Documents are selected, and a run reads them; another one is taught by a larger teacher."""
+    reference = tmp_path / "reference"
+    jobs.make_teacher(reference, with_head=True)
+    texts = [
+        f"In {year} the river flowed to the sea, and {year % 7} old cats were there." for year in range(1900, 1960)
+    ]
+    corpus, kept, out = (tmp_path / name for name in ("corpus.jsonl", "kept.jsonl.xz", "rows.jsonl"))
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    data = ["--dataloader.dataset", "text_files", "--dataloader.dataset_path", corpus]
+    known = "tokenizer_path = 'let_plugin/demo/assets/tokenizer'"
+    # The teacher is the demo's: what the random reference does not know, it does.
+    teacher = ["--let.teacher.spec", "demo_teacher", "--let.teacher.path", ""]
+    selection = [tiny_config, "--reference", f"{{spec = 'tiny_teacher', path = '{reference}', {known}}}", "--out", kept]
+    jobs.run("let_plugin.baselines.data_selection", *selection, *data, *teacher)
+
+    args = ["converge", tiny_config, *data, "--methods", "miniplm", "kd_large", "--seeds", "0"]
+    args += ["--selected-text", kept, "--large-teacher", "{spec = 'demo_teacher'}", "--training.steps", "2"]
+    args += ["--test-dataset", "let_demo_test", "--validator.freq", "2", "--validator.steps", "1"]
+    jobs.run("let_plugin.bench", *args, "--out", out, "--work-dir", tmp_path / "work")
+    plain, selected, distilled = rows.read(out)
+    assert [row["label"] for row in (plain, selected, distilled)] == ["standard", "miniplm", "kd_large@1"]
+    assert selected["preparation"]["tokens"] > 0 and str(kept) in selected["config"]
+    flops = [row["curve"]["flops"][-1] for row in (plain, selected, distilled)]
+    assert flops[1] == flops[0] + selected["preparation"]["flops"] and flops[2] > flops[0]
+    assert len({row["final_test_loss"] for row in (plain, selected, distilled)}) == 3
+
+
+@pytest.mark.slow
 def test_a_run_of_two_processes_is_profiled(tmp_path, tiny_config):
     out, request = tmp_path / "result.json", tmp_path / "request.json"
     content = {"config": str(tiny_config), "warmup": 1, "total": 4, "is_active": True, "profile": True}
