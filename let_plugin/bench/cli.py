@@ -19,6 +19,7 @@ def main(argv: list[str] | None = None) -> None:
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_throughput(subparsers)
     _add_converge(subparsers)
+    _add_table(subparsers)
     _add_report(subparsers)
     _add_eval(subparsers)
     # What is not the benchmark's own is the configuration's: --section.key VALUE.
@@ -185,6 +186,31 @@ def _throughput(args: argparse.Namespace, overrides: list[str], command: str) ->
     _print(lambda: throughput.run(args.config, overrides, options, command))
 
 
+def _add_table(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = subparsers.add_parser(
+        "table",
+        help="the tables of rows that are there",
+        description="Prints the tables of throughput and convergence rows, as the commands that measured them do.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("rows", type=Path, nargs="+", metavar="ROWS.jsonl")
+    parser.set_defaults(function=_table)
+
+
+def _table(args: argparse.Namespace, others: list[str], command: str) -> None:
+    _refuse(others, "table")
+
+    from let_plugin.bench import tables
+
+    print(tables.text(args.rows))
+
+
+def _refuse(others: list[str], command: str) -> None:
+    """ConfigError for what is no option of a command that takes no configuration."""
+    if others:
+        raise ConfigError(Problem(other, f"no such option of let-bench {command}") for other in others)
+
+
 def _add_report(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = subparsers.add_parser(
         "report",
@@ -199,8 +225,7 @@ def _add_report(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def _report(args: argparse.Namespace, others: list[str], command: str) -> None:
-    if others:
-        raise ConfigError(Problem(other, "no such option of let-bench report") for other in others)
+    _refuse(others, "report")
 
     from let_plugin.bench import page
 

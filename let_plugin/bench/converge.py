@@ -18,8 +18,9 @@ from let_plugin import data, plan, preflight, toml_config
 from let_plugin.baselines import data_selection, methods, stacking
 from let_plugin.baselines.methods import METHODS, Resources
 from let_plugin.bench import convergence_table, rows
-from let_plugin.bench.convergence_runs import KIND, Preparation, Run, Shallow, execute, label, row
+from let_plugin.bench.convergence_runs import Preparation, Run, Shallow, execute, label, row
 from let_plugin.bench.costs import active_cost, step_flops
+from let_plugin.bench.curves import BASELINE, CHOICE, KIND
 from let_plugin.bench.processes import Progress, RunFailedError, slug
 from let_plugin.errors import ConfigError, Problem
 from let_plugin.held_out import TwoSplitValidator
@@ -27,9 +28,7 @@ from let_plugin.report import Student
 from let_plugin.teacher.features import Features, Manifest
 from let_plugin.toml_config import Loaded
 
-STANDARD = "standard"
 LET = "let"
-CHOICE = "converge_choice"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +147,7 @@ class Planner:
     def entries(self) -> list[tuple[str, float | None]]:
         """What was asked for, standard first: it is what the others are compared with."""
         asked = [parse(name) for name in self._options.methods]
-        return [(STANDARD, None), *(entry for entry in asked if entry != (STANDARD, None))]
+        return [(BASELINE, None), *(entry for entry in asked if entry != (BASELINE, None))]
 
     def tuned(self) -> list[str]:
         """The methods whose weight is chosen out of the grid. LET's is also that of its controls."""

@@ -13,10 +13,9 @@ import tomli_w
 from let_plugin import toml_config
 from let_plugin.baselines import stacking
 from let_plugin.bench import rows
+from let_plugin.bench.curves import KIND
 from let_plugin.bench.observe import Request
 from let_plugin.bench.processes import run_module, slug
-
-KIND = "converge"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,13 +1,12 @@
 """From convergence rows to a table for the console, and what it says in words. Every number comes from the rows."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from let_plugin.baselines.methods import CONTROLS
+from let_plugin.bench.curves import CHOICE, KIND
+from let_plugin.bench.rows import Row
 from let_plugin.bench.statistics import Estimate, paired_difference, paired_ratio, step_at_loss
 from let_plugin.bench.summary import aligned
-
-Row = Mapping[str, Any]
 
 _MIB = 2**20
 
@@ -83,6 +82,23 @@ def table(results: Mapping[str, Sequence[Row]], choices: Sequence[Row]) -> str:
     if others:
         parts.append("\n".join(_verdicts(results, baseline_label)))
     return "\n\n".join(parts)
+
+
+def of_rows(found: Sequence[Row]) -> str:
+    """`table` of a suite's rows, in the order in which they were measured: the labels that have all seeds.
+
+    Empty for a suite that has no seed of the baseline and another label yet.
+    """
+    results: dict[str, dict[int, Row]] = {}
+    choices = {row["method"]: row for row in found if row["kind"] == CHOICE}  # the latest
+    for row in found:
+        if row["kind"] == KIND and row["role"] == "result":
+            results.setdefault(row["label"], {})[row["seed"]] = row
+    if not results:
+        return ""
+    first, *_ = results.values()
+    complete = {label: [own[seed] for seed in first] for label, own in results.items() if own.keys() >= first.keys()}
+    return table(complete, list(choices.values())) if len(complete) > 1 else ""
 
 
 def _verdicts(results: Mapping[str, Sequence[Row]], baseline_label: str) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from let_plugin.errors import ConfigError, Problem
 
 KIND = "converge"
+CHOICE = "converge_choice"  # of a weight
 BASELINE = "standard"
 
 Loss = Literal["test_loss", "validation_loss"]

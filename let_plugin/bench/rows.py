@@ -23,6 +23,8 @@ import let_plugin
 from let_plugin.bench.statistics import quantiles
 from let_plugin.errors import ConfigError, Problem
 
+Row = Mapping[str, Any]
+
 # Distributions whose versions a row carries, those of them that are installed.
 _DISTRIBUTIONS = ("let-plugin", "torch", "torchtitan", "transformers")
 

@@ -1,17 +1,15 @@
 """From throughput rows to a table for the console. Every number in it comes from the rows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from let_plugin.bench import rows
+from let_plugin.bench.rows import Row
 from let_plugin.bench.statistics import Estimate, median, paired_ratio
 from let_plugin.bench.suite import complete_rounds
 from let_plugin.report import break_even
 
 _MIB = 2**20
-
-Row = Mapping[str, Any]
 
 
 def table(path: Path, suite: str) -> str:

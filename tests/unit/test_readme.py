@@ -3,7 +3,11 @@
 import json
 import re
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 
+import pytest
+
+from let_plugin.bench import tables
 from let_plugin.config import LetConfig
 from let_plugin.demo import compare
 from tests.support.jobs import ROOT
@@ -35,6 +39,16 @@ def test_the_demo_result_is_the_recorded_one():
     rows = (ROOT / "benchmarks/results/demo.jsonl").read_text().splitlines()
     shown = README.split("<!-- demo result: begin -->")[1].split("<!-- demo result: end -->")[0]
     assert compare.table(json.loads(rows[-1])) in shown
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/teachers.md"])
+def test_tables_are_those_of_the_committed_rows(document, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    marked = r"<!-- let-bench table (\S+) -->\n```\n(.*?)\n```"
+    shown = re.findall(marked, (ROOT / document).read_text(), flags=re.S)
+    assert shown
+    for file, table in shown:
+        assert table == tables.text([Path(file)])
 
 
 def test_files_that_the_readme_names_exist():

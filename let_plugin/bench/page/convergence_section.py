@@ -6,7 +6,7 @@ import numpy as np
 
 from let_plugin.baselines.methods import CONTROLS
 from let_plugin.bench import curves
-from let_plugin.bench.curves import BASELINE, Axis, Loss, Run
+from let_plugin.bench.curves import BASELINE, CHOICE, Axis, Loss, Run
 from let_plugin.bench.page import figures
 from let_plugin.bench.page.figures import Mark, Series
 from let_plugin.bench.page.parts import (
@@ -30,7 +30,6 @@ _LOSSES: dict[Loss, str] = {"test_loss": "test split", "validation_loss": "valid
 _COSTS: dict[Axis, str] = {"tokens": "training tokens", "flops": "FLOPs", "seconds": "wall-clock seconds"}
 _GRID_POINTS = 60
 
-CHOICE = "converge_choice"
 KINDS = (curves.KIND, CHOICE)
 
 # Method -> its runs.

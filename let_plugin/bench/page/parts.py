@@ -1,12 +1,11 @@
 """What a page is made of, and how it writes numbers. Values are text here; the template escapes them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from let_plugin.bench.rows import Row
 from let_plugin.bench.statistics import CONFIDENCE, Estimate
-
-Row = Mapping[str, Any]
 
 # "worse" and "better" are resolved differences; "open" is one that the interval does not resolve.
 Verdict = Literal["better", "worse", "open", "note"]

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from let_plugin.bench.convergence_table import loss_difference, speed_up, table
+from let_plugin.bench.convergence_table import loss_difference, of_rows, speed_up, table
 
 MIB = 2**20
 SEED_NOISE = [0.03, -0.02, 0.0, 0.05, -0.06]  # shared by the runs of a seed: pairs take it out
@@ -109,3 +109,16 @@ def test_the_preparation_is_said():
         row["preparation"] = {"what": "shallow model", "tokens": 2000, "flops": 500.0, "seconds": None}
     text = table({"standard": runs("standard"), "gstack": own}, [])
     assert "gstack: shallow model, 2,000 tokens, 500 FLOPs, a time that is not known." in text
+
+
+def test_rows_of_a_suite_in_any_state():
+    """As they come: by seed, with runs that tuned, and the last seed not complete."""
+    found = [row | {"kind": "converge", "label": row["method"]} for name in ("standard", "rkd") for row in runs(name)]
+    by_seed = sorted(found, key=lambda row: row["seed"])
+    measured = [row | {"role": "result"} for row in by_seed]
+    tuning = run("rkd", 0, weight=0.1) | {"kind": "converge", "label": "rkd@0.1", "role": "tuning"}
+    expected = {name: [row for row in measured if row["label"] == name] for name in ("standard", "rkd")}
+    assert of_rows([tuning, *measured]) == table(expected, [])
+    choice = {"kind": "converge_choice", "method": "rkd", "weights": [0.1, 1.0], "values": [4.0, 3.9], "chosen": 1.0}
+    assert of_rows([*measured, choice | {"tuning_seeds": [5]}]) == table(expected, [choice | {"tuning_seeds": [5]}])
+    assert of_rows(measured[:-1]) == of_rows([tuning]) == ""  # nothing to compare the baseline with
