@@ -7,6 +7,7 @@ it the turn, a byte back returns it, and a connection that is closed is a run at
 
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from let_plugin.bench.processes import Running
@@ -19,8 +20,7 @@ def take_turns(starts: Sequence[Callable[[str], Running]]) -> list[dict[str, Any
     """Runs them, to their ends.
 
     Args:
-        starts: Each starts a run, which makes a `Turn` of the address it is given, and a first step when it has it.
-            The next one is started when it is ready for that.
+        starts: Each starts a run, which makes a `Turn` of the address it is given, and a step whenever it has it.
 
     Returns:
         What each has written.
@@ -30,13 +30,15 @@ def take_turns(starts: Sequence[Callable[[str], Running]]) -> list[dict[str, Any
     """
     runs: list[Running] = []
     connections: dict[int, socket.socket] = {}
-    try:
-        with socket.create_server((_HOST, 0)) as server:
-            server.settimeout(_POLL_SECONDS)
-            address = f"{_HOST}:{server.getsockname()[1]}"
-            for number, start in enumerate(starts):
-                runs.append(start(address))
-                connections[number] = _accept(server, runs[number])
+    with ExitStack() as stack:
+        # Each has a door of its own: they all start at the same time, and it does not matter who is ready first.
+        servers = [stack.enter_context(socket.create_server((_HOST, 0))) for _ in starts]
+        stack.callback(lambda: [connection.close() for connection in connections.values()])
+        for start, server in zip(starts, servers, strict=True):
+            runs.append(start(f"{_HOST}:{server.getsockname()[1]}"))
+            stack.callback(runs[-1].stop)
+        for number, (server, run) in enumerate(zip(servers, runs, strict=True)):
+            connections[number] = _accept(server, run)
         while connections:
             for number, connection in list(connections.items()):
                 connection.sendall(b".")
@@ -44,11 +46,6 @@ def take_turns(starts: Sequence[Callable[[str], Running]]) -> list[dict[str, Any
                     connections.pop(number).close()
                     runs[number].result()  # when it has ended: that is not to be in the others' turns
         return [run.result() for run in runs]
-    finally:
-        for run in runs:
-            run.stop()
-        for connection in connections.values():
-            connection.close()
 
 
 class Turn:
@@ -76,6 +73,7 @@ class Turn:
 
 
 def _accept(server: socket.socket, run: Running) -> socket.socket:
+    server.settimeout(_POLL_SECONDS)
     while True:
         try:
             connection = server.accept()[0]
