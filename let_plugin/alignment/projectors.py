@@ -181,11 +181,12 @@ class FittedMatch(nn.Module, ABC):
 
 
 class Procrustes(FittedMatch):
-    """The map with orthonormal columns or rows that brings the given states nearest to the wanted ones.
+    """The map with orthonormal columns (rows, if it narrows) whose results point most along the wanted states.
 
-    Of W with W^T W = I (or W W^T = I, if it narrows) the one with the least sum of |y - W x|^2 is U V^T, with
-    U S V^T = sum of y x^T the singular value decomposition (Schoenemann 1966). It is refitted on the tokens of step 0,
-    `refit_every`, 2 `refit_every`, ... for the steps after these; in step 0 it is the interpolation.
+    Of W with W^T W = I (or W W^T = I) the one with the largest sum of y . W x is U V^T, with U S V^T = sum of y x^T the
+    singular value decomposition (Schoenemann 1966). Where it does not narrow, |W x| = |x| for all of them, and so it is
+    also the one with the least sum of |y - W x|^2. It is refitted on the tokens of step 0, `refit_every`,
+    2 `refit_every`, ... for the steps after these; in step 0 it is the interpolation.
     """
 
     def __init__(self, in_width: int, out_width: int, *, refit_every: int = 100) -> None:

@@ -48,12 +48,14 @@ class Case:
         is_active: Whether LET is to be active in the measured steps: a run where it is not so is an error.
         has_teacher: Whether there is one per size of teacher.
         reads_states: Whether the teacher's states are to be made beforehand; the run reads them and has no teacher.
+        is_throughout: Whether the teacher would stay for a whole run, whatever the configuration's stop.
     """
 
     configure: Callable[[Trainer.Config, Steps], None]
     is_active: bool
     has_teacher: bool
     reads_states: bool = False
+    is_throughout: bool = False
 
 
 def _plain(config: Trainer.Config, steps: Steps) -> None:
@@ -78,7 +80,7 @@ CASES.register(PLAIN, Case(_plain, is_active=False, has_teacher=False))
 CASES.register("active", Case(_active, is_active=True, has_teacher=True))
 CASES.register("stopped", Case(_stopped, is_active=False, has_teacher=True))
 CASES.register("features", Case(_active, is_active=True, has_teacher=True, reads_states=True))
-CASES.register("rkd", Case(_rkd, is_active=True, has_teacher=True))
+CASES.register("rkd", Case(_rkd, is_active=True, has_teacher=True, is_throughout=True))
 
 
 @dataclass(frozen=True)

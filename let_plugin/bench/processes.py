@@ -113,10 +113,11 @@ class Progress:
         self._num += len(labels) - len(self._left)
         self._left = list(labels)
 
-    def after(self, message: str) -> None:
-        """The next of the runs has ended."""
+    def after(self, message: str, num_more: int = 0) -> None:
+        """The next of the runs has ended, and `num_more` that ran beside it: the time is shared out."""
         now = time.monotonic()
-        took, self._started = now - self._started, now
+        took = (now - self._started) / (1 + num_more)
+        self._started += took
         self._seconds[self._left.pop(0)] = took
         average = sum(self._seconds.values()) / len(self._seconds)
         left = round(sum(self._seconds.get(label, average) for label in self._left))

@@ -49,17 +49,23 @@ def provenance() -> dict[str, Any]:
     """Where a result comes from: time, commit, whether the package has been changed since, device, versions.
 
     The commit is that of this package's own checkout; None for an installed package, whatever repository it is in.
+    `code` names the package's files as they are: other commits may have the same.
     """
     folder = Path(let_plugin.__file__).parent
-    commit = dirty = None
+    commit = dirty = code = None
     if _git(folder, "ls-files", "--error-unmatch", "__init__.py") is not None:
         commit = _git(folder, "rev-parse", "--short", "HEAD")
         changes = _git(folder, "status", "--porcelain", "--", ".")
         dirty = None if changes is None else changes != ""
+        code = _git(folder, "rev-parse", "HEAD:./")
+        if dirty:
+            content = f"{code}{changes}{_git(folder, 'diff', 'HEAD', '--', '.')}"
+            code = hashlib.sha256(content.encode()).hexdigest()
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "commit": commit,
         "dirty": dirty,
+        "code": code and code[:12],
         "device": f"{platform.machine()} {platform.system()}, {os.cpu_count()} cores",
         "versions": {name: v for name in _DISTRIBUTIONS if (v := _version(name)) is not None},
     }
@@ -72,7 +78,7 @@ def fingerprint(origin: Mapping[str, Any], *content: Any) -> str:
         origin: `provenance()`.
         content: What else must be the same.
     """
-    fixed = {key: origin[key] for key in ("commit", "dirty", "versions", "device")}
+    fixed = {key: origin[key] for key in ("code", "versions", "device")}
     return hashlib.sha256(json.dumps([*content, fixed], sort_keys=True).encode()).hexdigest()[:12]
 
 

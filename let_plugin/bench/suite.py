@@ -113,13 +113,13 @@ def measure(
             raise RunFailedError("let_plugin has changed since the suite began: what is measured now is other code")
         starts = [_starter(run, work / suite, what, num_processes) for run in group]
         results = take_turns(starts) if len(group) > 1 else [starts[0](None).result()]
-        for run, result in zip(group, results, strict=True):
+        for left, (run, result) in enumerate(zip(group, results, strict=True)):
             row = _row(run, result, origin, command) | {"suite": suite, "num_processes": num_processes}
             if number is not None:
                 row |= {"pair": number, "interleaved": interleave}
             rows.append(out, row)
             speed = f"{row['tokens_per_second']:,.0f} tokens/s, {median(row['values']):.3f} s/step"
-            progress.after(f"{what}, {run.label}: {speed}")
+            progress.after(f"{what}, {run.label}: {speed}", num_more=len(group) - 1 - left)
     return suite
 
 

@@ -19,6 +19,8 @@ from let_plugin.errors import ConfigError, Problem
 from let_plugin.report import Cost, Student
 from let_plugin.toml_config import Loaded
 
+_TURN_SECONDS = 24 * 3600
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -63,6 +65,12 @@ class Options:
                 problems.append(Problem(name, f"must be at least {minimum}", value))
         for name, sizes in (("--batch-sizes", self.local_batch_sizes), ("--seq-lens", self.seq_lens)):
             problems += [Problem(name, "must be at least 1", size) for size in sizes if size < 1]
+        for name, sizes in (
+            ("--teacher-share", [100 * share for share in self.teacher_shares]),
+            ("--batch-sizes", self.local_batch_sizes),
+            ("--seq-lens", self.seq_lens),
+        ):
+            problems += [Problem(name, "given twice", s) for s in dict.fromkeys(sizes) if sizes.count(s) > 1]
         problems += [
             Problem("--teacher-share", "must be more than 0 and at most 100, in percent", 100 * share)
             for share in self.teacher_shares
@@ -122,7 +130,10 @@ def plan_runs(loaded: Loaded, options: Options) -> list[suite.Run]:
         folder = options.work / "teachers"
         weights = "" if variant.teacher is None else str(folder / variant.teacher.name)
         dump_folder = str(options.work / "dump")
-        return cases.configure(base, variant, options.steps, dump_folder=dump_folder, weights=weights, states=states)
+        config = cases.configure(base, variant, options.steps, dump_folder=dump_folder, weights=weights, states=states)
+        if options.interleave:  # a process waits for its turn in a collective, while others compile
+            config.comm.init_timeout_seconds = config.comm.train_timeout_seconds = _TURN_SECONDS
+        return config
 
     def text(config: Trainer.Config) -> str:
         return toml_config.dump(replace(loaded, config=config))
@@ -168,7 +179,7 @@ def plan_runs(loaded: Loaded, options: Options) -> list[suite.Run]:
             config = configured(variant, str(folder))
         student = Student(config)
         costs = active_cost(config, student, dims) if case.has_teacher else Cost(0, 0.0, {})
-        held = costs.memory.get("teacher", 0) + costs.memory.get("gradient", 0)
+        held = sum(size for name, size in costs.memory.items() if name.startswith(("teacher", "gradient")))
         runs.append(
             suite.Run(
                 label=variant.label,
@@ -189,7 +200,7 @@ def plan_runs(loaded: Loaded, options: Options) -> list[suite.Run]:
                     "flop_bound": costs.overhead if case.is_active else 0.0,
                     "memory_bound_bytes": held if case.is_active else 0,
                     "run_steps": base.training.steps,
-                    "stop_step": stop_step,
+                    "stop_step": base.training.steps if case.is_throughout else stop_step,
                 },
             )
         )

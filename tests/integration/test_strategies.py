@@ -36,7 +36,13 @@ STRATEGIES = {
     "depths": 'layer_mapping = "M2L"\nlayer_mapping_options = {middle = 0.5, late = 0.75}',
     "pairs": "pairs = [{student = 0, teacher = -1, weight = 0.5}, {student = 3, teacher = 0}]",
     "one block, two layers": 'pairs = [{student = 1}, {student = 1, teacher = "embedding", weight = 0.25}]',
+    "two blocks, one layer": "pairs = [{student = 0}, {student = 3, weight = 0.5}]",
+    "uniform, two pairs": 'layer_mapping = "uniform"\nlayer_mapping_options.num_pairs = 2',
     "embedding": 'pairs = [{student = 0, teacher = "embedding"}]',
+    "diagnosis at times": "diagnosis_freq = 2\nstop_step = 3",
+    "adaptive stop": """\
+stop_step = 3
+adaptive_stop = {criterion = "gradient", threshold = 2.0, smoothing = 0.5, patience = 2}""",
     "before the final norm": "teacher.final_norm = false",
     "centred": "teacher.center = true\nteacher.center_momentum = 0.5\nstop_step = 3",
     "centred, several layers": """\
@@ -50,7 +56,7 @@ stop_step = 3""",
     "linear, align_corners": 'dimension_match = "linear"\ndimension_match_options.align_corners = true',
     "linear, own optimizer": 'dimension_match = "linear"\nprojector = {lr_multiplier = 3, weight_decay = 0}',
     "mlp": 'dimension_match = "mlp"\ndimension_match_options.hidden_width = 40',
-    "orthogonal": 'dimension_match = "orthogonal"',
+    "orthogonal": 'dimension_match = "orthogonal"\ndimension_match_options.seed = 4',
     "procrustes": 'dimension_match = "procrustes"\ndimension_match_options.refit_every = 1\nstop_step = 3',
     "student's side, procrustes": 'dimension_match = "procrustes"\nprojector.side = "student"\nstop_step = 3',
     "mlp, xavier": """\
@@ -80,7 +86,9 @@ dimension_match_options.hidden_width = 40""",
     "warm-up": "warmup_steps = 1\nstop_step = 3",
     "linear + smooth_l1 + cosine + two pairs": """\
 dimension_match = "linear"
+dimension_match_options.align_corners = true
 loss = "smooth_l1"
+loss_options.beta = 0.5
 schedule = "cosine"
 pairs = [{student = 0, teacher = 0, weight = 0.5}, {student = 2, teacher = -1}]""",
     "mlp on the student's side + mse + warm-up + uniform": """\
@@ -114,8 +122,11 @@ warmup_steps = 1
 stop_step = 3""",
     "orthogonal + logsum + exponential + M2M + adaptive stop": """\
 dimension_match = "orthogonal"
+dimension_match_options.seed = 4
 loss = "logsum"
+loss_options.alpha = 2
 schedule = "exponential"
+schedule_options.final = 0.1
 layer_mapping = "M2M"
 stop_step = 3
 adaptive_stop = {criterion = "gradient", threshold = 2.0, smoothing = 0.5, patience = 2}""",
@@ -129,7 +140,7 @@ teacher.center = true
 stop_step = 3""",
     "mlp by xavier on the student's side + cka + two pairs": """\
 dimension_match = "mlp"
-dimension_match_options = {init = "xavier", hidden_width = 40}
+dimension_match_options = {init = "xavier", hidden_width = 40, seed = 2}
 projector.side = "student"
 loss = "cka"
 pairs = [{student = 0, teacher = 0, weight = 0.5}, {student = 2, teacher = -1}]""",
@@ -137,12 +148,14 @@ pairs = [{student = 0, teacher = 0, weight = 0.5}, {student = 2, teacher = -1}]"
 dimension_match = "procrustes"
 dimension_match_options.refit_every = 1
 loss = "relational"
+loss_options.stride = 4
 schedule = "hard_stop"
 layer_mapping = "L2M"
 student_block = 2
 diagnosis_freq = 2
 stop_step = 3
-teacher.center = true""",
+teacher.center = true
+teacher.center_momentum = 0.5""",
     "truncate_or_pad + constant + before the final norm + pairs + tokens": """\
 dimension_match = "truncate_or_pad"
 projector.side = "student"
@@ -159,8 +172,9 @@ LAMBDAS = {
     "exponential": [0.5, 0.5 * 0.1**0.5, 0],  # 512 tokens are two steps of 4 x 64
     "hard_stop": [0.5, 0.5, 0],
     "warm-up": [0.25, 0.5, 0.25],
+    "adaptive stop": [0.5, 0.5 * 2 / 3, 0],
     "M2L at other depths + smooth_l1 + hard_stop + warm-up": [0.25, 0.5, 0.5],
-    "orthogonal + logsum + exponential + M2M + adaptive stop": [0.5, 0.5 * 0.01 ** (1 / 3), 0],
+    "orthogonal + logsum + exponential + M2M + adaptive stop": [0.5, 0.5 * 0.1 ** (1 / 3), 0],
     "truncate_or_pad + constant + before the final norm + pairs + tokens": [0.5, 0.5, 0],
 }
 
@@ -324,6 +338,15 @@ def test_lambda_follows_the_schedule(runs, name):
     logged = result_of(runs, "single process", name)["logged"]
     assert [line["let/lambda"] for line in logged] == pytest.approx(LAMBDAS[name])
     assert [line["let/active"] for line in logged] == [float(weight > 0) for weight in LAMBDAS[name]]
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"), [("diagnosis at times", [1, 2]), ("constant", [1, 2, 3])], ids=["every other step", "every step"]
+)
+def test_gradients_are_compared_as_often_as_one_asks(runs, name, steps):
+    logged = result_of(runs, "single process", name)["logged"]
+    for key in ("let/grad_cosine", "let/grad_ratio"):
+        assert [step for step, line in enumerate(logged, start=1) if key in line] == steps
 
 
 def test_several_pairs_have_their_own_cosines(runs):

@@ -249,10 +249,11 @@ def test_a_load_balancer_that_cuts_each_batch_differently_is_refused(config, mon
         ({"parallelism__data_parallel_shard_degree": 2}, False),
     ],
 )
-def test_a_loss_that_compares_tokens_needs_whole_sequences(config, monkeypatch, degrees, refused):
+@pytest.mark.parametrize("loss", ["relational", "cka"])
+def test_a_loss_that_compares_tokens_needs_whole_sequences(config, monkeypatch, degrees, refused, loss):
     monkeypatch.setenv("WORLD_SIZE", "2")
     set_all(config, **degrees)
-    config.let.loss = "relational"
+    config.let.loss = loss
     if refused:
         assert "per token" in problem_of(config, "let.loss").message
         config.let.loss = "mse"

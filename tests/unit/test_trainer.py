@@ -1,6 +1,7 @@
 """The end of the alignment, in a trainer of one process: what is given back, and what is kept."""
 
 import gc
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch.distributed.tensor import DTensor
 
 from let_plugin.config import PairConfig, TeacherConfig
 from let_plugin.demo import TOKENIZER
+from let_plugin.metrics import Disagreement
+from tests.support import jobs
 from tests.support.config_registry import VOCAB_SIZE
 from tests.support.fields import set_all
 from tests.support.leftovers import Leftovers
@@ -131,3 +134,15 @@ def test_an_offloaded_teacher_stays_at_hand_and_the_rest_goes(settings, config, 
     del teacher
     gc.collect()
     assert leftovers.alive_now() == []
+
+
+def test_a_teacher_that_works_against_the_student_is_spoken_of(request, config, monkeypatch, caplog):
+    """Once, as soon as the gradients have pointed apart for as long as it takes; here, for one step."""
+    monkeypatch.setattr(torchtitan.trainer.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(Disagreement, "PATIENCE", 1)
+    set_all(config, training__steps=8, let__stop_step=8, metrics__log_freq=1)
+    trainer = request.getfixturevalue("trainer")
+    trainer.train()
+    against = [line["step"] for line in jobs.metrics(Path(config.dump_folder)) if line["let/grad_cosine"] < 0]
+    said = [record.getMessage() for record in caplog.records if "works against the student" in record.getMessage()]
+    assert len(said) == 1 and said[0].startswith(f"LET: step {against[0]}: the teacher works against the student")

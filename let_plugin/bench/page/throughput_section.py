@@ -172,7 +172,7 @@ def _time_table(measured: Measured, times: dict[str, Estimate], where: str) -> T
         header=[*header, "step time / plain", "tokens/s / plain", "FLOP bound", "break-even"],
         lines=lines,
         notes=[
-            "Medians, and mean ratios to plain with their 95 % intervals. FLOP bound: 1 + N_T / (3 N_S), of step time. "
+            f"Medians, and mean ratios of step time to plain with their 95 % intervals. {summary.FLOP_BOUND}. "
             "Break-even: so many times fewer steps pay for the teacher, with the configuration's own steps and stop.",
             where,
         ],
@@ -274,10 +274,9 @@ def _regression(
     group = sorted(group, key=lambda own: x_of(own[0]))
     xs = [float(x_of(own[0])) for own in group]
     num_rounds = len(group[0])
-    overheads = [
-        [median(own[n]["values"]) / median(measured[own[n]["baseline"]][n]["values"]) - 1 for own in group]
-        for n in range(num_rounds)
-    ]
+    ratios = [summary.round_ratios(own, measured[own[0]["baseline"]]) for own in group]
+    overheads = [[ratio - 1 for ratio in round_] for round_ in zip(*ratios, strict=True)]
+    bounds = [own[0]["flop_bound"] for own in group]
     line = regression(list(np.log2(xs)) if is_log2 else xs, overheads)
     ends = np.linspace(0 if not is_log2 else xs[0], xs[-1] * (1 if is_log2 else 1.05), 2)
 
@@ -287,13 +286,9 @@ def _regression(
     points = Series(name="a pair of runs", xs=xs * num_rounds, ys=[value for round_ in overheads for value in round_])
     lines = [
         Series(name="least squares", xs=list(ends), ys=[fitted(x) for x in ends]),
-        Series(
-            name="FLOP bound",
-            xs=list(ends) if not is_log2 else xs,
-            ys=[x / 3 for x in ends] if not is_log2 else [own[0]["flop_bound"] for own in group],
-        ),
+        Series(name="FLOP bound", xs=xs, ys=bounds),
     ]
-    numbers = _slope(line, is_log2)
+    numbers = _slope(line, is_log2, float(np.polyfit(xs, bounds, 1)[0]))
     finding = Finding(text=f"{of}: overhead against {name}: {numbers}.", verdict=_verdict(line))
     figure = figures.fits(
         slug,
@@ -314,11 +309,11 @@ def _verdict(line: Line) -> Verdict:
     return "open" if line.slope.low is not None and not is_resolved(line.slope, 0) else "note"
 
 
-def _slope(line: Line, is_log2: bool) -> str:
+def _slope(line: Line, is_log2: bool, bound: float) -> str:
     if is_log2:
         text = f"{interval(line.slope, '+.2%')} of a plain step more per doubling"
     else:
-        text = f"slope {interval(line.slope)} per N_T / N_S, where the FLOP bound has {1 / 3:.3f}"
+        text = f"slope {interval(line.slope)} per N_T / N_S, where the FLOP bound has {bound:.3f}"
     if line.slope.low is None:
         return f"{text}; significance unknown"
     return f"{text}; {'' if is_resolved(line.slope, 0) else 'not '}significant"

@@ -61,7 +61,7 @@ def test_what_makes_another_run():
         dataclasses.replace(RUN, config='base = "y"\n').id(origin, 1),
         dataclasses.replace(RUN, preparation=Preparation()).id(origin, 1),
         RUN.id(origin, 2),
-        RUN.id(origin | {"commit": "0000000"}, 1),
+        RUN.id(origin | {"code": "0000000"}, 1),
     ]
     assert len({known, *others}) == 1 + len(others)
 

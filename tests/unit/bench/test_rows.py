@@ -60,13 +60,24 @@ def provenance_in(package_folder, cwd, **env):
 
 
 def test_results_do_not_make_a_checkout_dirty_and_code_does(clone, tmp_path):
-    assert provenance_in(clone, tmp_path)["dirty"] is False
+    first = provenance_in(clone, tmp_path)
+    assert first["dirty"] is False
     results = clone / "benchmarks/results"
     results.mkdir(parents=True)
     (results / "x.jsonl").write_text("{}\n")
-    assert provenance_in(clone, tmp_path)["dirty"] is False
-    (clone / "let_plugin/new.py").write_text("")
-    assert provenance_in(clone, tmp_path)["dirty"] is True
+    git = ["git", "-C", str(clone), "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    for command in (["add", "."], ["commit", "-qm", "results"]):
+        subprocess.run([*git, *command], check=True)
+    second = provenance_in(clone, tmp_path)
+    assert second["dirty"] is False and second["commit"] != first["commit"] and second["code"] == first["code"]
+    changed = []
+    for text in ("", "x = 1\n"):
+        with (clone / "let_plugin/errors.py").open("a") as file:
+            file.write(f"{text}\n")
+        changed.append(provenance_in(clone, tmp_path))
+    assert all(origin["dirty"] for origin in changed)
+    assert len({origin["code"] for origin in (first, *changed)}) == 3
+    subprocess.run([*git, "checkout", "-q", "."], check=True)
 
 
 def test_an_installed_package_has_no_commit_whatever_repository_it_lies_in(clone):

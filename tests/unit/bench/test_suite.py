@@ -57,7 +57,7 @@ def test_what_makes_another_suite():
         suite_id([RUN, dataclasses.replace(RUN, label="active")], 1, origin),
         suite_id([RUN], 2, origin),
         suite_id([RUN], 1, origin, interleaved=True),
-        suite_id([RUN], 1, origin | {"commit": "0000000"}),
+        suite_id([RUN], 1, origin | {"code": "0000000"}),
         suite_id([RUN], 1, origin | {"versions": {"torch": "9"}}),
     ]
     assert len({same, *others}) == 1 + len(others)

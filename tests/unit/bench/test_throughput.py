@@ -82,6 +82,7 @@ def test_mistakes_of_the_options(options, tmp_path):
         cases=["active", "stoped"],
         teacher_shares=[0.0, 1.5],
         local_batch_sizes=[0],
+        seq_lens=[64, 32, 64],
         out=tmp_path,
     )
     with pytest.raises(ConfigError) as error:
@@ -91,6 +92,7 @@ def test_mistakes_of_the_options(options, tmp_path):
         "--steps",
         "--processes",
         "--batch-sizes",
+        "--seq-lens",
         "--teacher-share",
         "--teacher-share",
         "--cases",
