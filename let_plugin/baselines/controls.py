@@ -74,7 +74,9 @@ class ShuffledStates(StateProvider):
         mixed = np.random.SeedSequence((self._seed, self._step, self._microbatch)).generate_state(1)
         generator.manual_seed(int(mixed[0]))
         self._microbatch += 1
-        order_T = torch.randperm(states_BLE.shape[:2].numel(), generator=generator, device=device)
+        cycle_T = torch.randperm(states_BLE.shape[:2].numel(), generator=generator, device=device)
+        order_T = torch.empty_like(cycle_T)
+        order_T[cycle_T] = cycle_T.roll(1)  # one cycle through all tokens: no token keeps its own
         if known_BL is not None:
             known_BL = known_BL.flatten()[order_T].view_as(known_BL)
         return States(states_BLE.flatten(0, 1)[order_T].view_as(states_BLE), known_BL, num_tokens)

@@ -58,11 +58,13 @@ class Method:
         configure: Changes a configuration in place. ConfigError for a resource that is missing.
         weight: Which `let.weight` it has: "none"; one of its own; LET's.
         untuned_weight: Its own weight, unless another is asked for; None: the configuration's.
+        variant: Which of the resources it is with, to tell two such methods apart; None: it needs none.
     """
 
     configure: Callable[[Trainer.Config, Resources], None]
     weight: Literal["none", "own", "let"] = "none"
     untuned_weight: float | None = None
+    variant: Callable[[Resources], str] | None = None
 
 
 METHODS: Registry[Method] = Registry("method", "let_plugin.methods")
@@ -160,13 +162,25 @@ def _miniplm(config: Trainer.Config, resources: Resources) -> None:
     config.dataloader = replace(loader, dataset="text_files", dataset_path=str(resources.selected_text))
 
 
+def _which_large_teacher(resources: Resources) -> str:
+    assert resources.large_teacher is not None
+    return " ".join(filter(None, [resources.large_teacher.spec, resources.large_teacher.path]))
+
+
+def _which_shallow_model(resources: Resources) -> str:
+    return f"{resources.shallow_blocks} blocks, {resources.shallow_steps} steps"
+
+
 METHODS.register("standard", Method(configure=_standard))
 METHODS.register("let", Method(configure=_let, weight="own"))
 METHODS.register("rkd", Method(configure=_rkd, weight="own", untuned_weight=DISTILLATION_WEIGHT))
 METHODS.register("salt", Method(configure=_salt, weight="own", untuned_weight=DISTILLATION_WEIGHT))
-METHODS.register("kd_large", Method(configure=_kd_large, weight="own", untuned_weight=DISTILLATION_WEIGHT))
+METHODS.register(
+    "kd_large",
+    Method(configure=_kd_large, weight="own", untuned_weight=DISTILLATION_WEIGHT, variant=_which_large_teacher),
+)
 METHODS.register("labels", Method(configure=_control(target="labels"), weight="let"))
 METHODS.register("random_teacher", Method(configure=_control(control="random_teacher"), weight="let"))
 METHODS.register("shuffled_targets", Method(configure=_control(control="shuffled_targets"), weight="let"))
-METHODS.register("gstack", Method(configure=_gstack))
-METHODS.register("miniplm", Method(configure=_miniplm))
+METHODS.register("gstack", Method(configure=_gstack, variant=_which_shallow_model))
+METHODS.register("miniplm", Method(configure=_miniplm, variant=lambda resources: str(resources.selected_text)))

@@ -93,7 +93,8 @@ def _add_converge(subparsers: "argparse._SubParsersAction[argparse.ArgumentParse
         default=["let", "rkd", "salt", "labels", "random_teacher", "shuffled_targets"],
         metavar="M",
         help="beside standard: let, rkd, salt, kd_large, labels, random_teacher, shuffled_targets, gstack, miniplm; "
-        "let@0.1 is LET at that weight, and so for each that has one (let rkd salt and the three controls)",
+        "let@0.1 is LET at that weight, and so for all but standard, gstack and miniplm (let rkd salt and the three "
+        "controls)",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], metavar="S", help="(0 1 2 3 4)")
     parser.add_argument(

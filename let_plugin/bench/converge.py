@@ -26,6 +26,7 @@ from let_plugin.errors import ConfigError, Problem
 from let_plugin.held_out import TwoSplitValidator
 from let_plugin.report import Student
 from let_plugin.teacher.features import Features, Manifest
+from let_plugin.teacher.retokenised import teacher_seq_len
 from let_plugin.toml_config import Loaded
 
 LET = "let"
@@ -174,7 +175,9 @@ class Planner:
         """A run. The planner's checks have passed."""
         config = self._configured(method, weight)
         config.debug.seed = seed
-        name = f"{slug(label(method, weight))}-seed-{seed}"
+        variant_of = METHODS.get(method, key="--methods").variant
+        variant = "" if variant_of is None else variant_of(self._options.resources)
+        name = f"{slug(label(method, weight, variant))}-seed-{seed}"
         config.dump_folder = str(self._options.work / "dump" / name)
         student = Student(config)
         per_step = plan.tokens_per_step(config, self._dims.dp_replicate * self._dims.dp_shard)
@@ -185,6 +188,7 @@ class Planner:
         return Run(
             method=method,
             weight=weight,
+            variant=variant,
             seed=seed,
             config=self._dump(config),
             preparation=preparation,
@@ -236,7 +240,9 @@ class Planner:
             info = features.info
             layers = plan.teacher_layers(plan.pairs(config, info.num_layers))
             result = Manifest.read(features.folder).result or {}
-            tokens = result["num_rows"] * features.settings["seq_len"]
+            alignment = config.let.token_alignment  # the teacher's own tokens, if it has a tokenizer of its own
+            length = teacher_seq_len(config, info) if alignment.enable else features.settings["seq_len"]
+            tokens = result["num_rows"] * length
             num_params = info.num_params_to(layers) - info.num_embedding_params
             return Preparation(what="stored states", flops=2.0 * num_params * tokens, tokens=tokens, seconds=None), None
         return Preparation(), None
@@ -289,10 +295,13 @@ class Suite:
         cells = self._planner.cells(self._chosen)
         runs = [self._planner.plan(*cell, seed) for seed in self._options.seeds for cell in cells]
         self._run(runs, "result", [])
+        for run in runs:
+            if (found := self._found()[self._id(run)])["role"] != "result":  # it was run to tune
+                rows.append(self._options.out, found | {"role": "result"})
         found = self._found()
-        results = {
-            label(*cell): [found[self._id(run)] for run in runs if (run.method, run.weight) == cell] for cell in cells
-        }
+        results: dict[str, list[rows.Row]] = {}
+        for run in runs:
+            results.setdefault(run.label, []).append(found[self._id(run)])
         choices = [
             row
             for row in rows.read(self._options.out)
@@ -313,6 +322,9 @@ class Suite:
             result = execute(run, self._options.work / self.id, self._options.num_processes)
             details: dict[str, Any] = {"suite": self.id, "run": self._id(run), "role": role}
             details["num_processes"] = self._options.num_processes
+            if not all(map(math.isfinite, [*result["curve"]["validation_loss"], *result["curve"]["test_loss"]])):
+                what = f"{run.label!r} with seed {run.seed} has diverged: its held-out loss is not finite"
+                raise RunFailedError(f"{what}; leave it out")
             new = row(run, result, origin, self._command, details)
             rows.append(self._options.out, new)
             losses = f"validation {new['final_validation_loss']:.4f}, test {new['final_test_loss']:.4f}"
@@ -354,11 +366,16 @@ def _prepared(loaded: Loaded, options: Options) -> Any:
     config: Any = copy.deepcopy(loaded.config)
     config.validator.enable = True
     config.validator = _two_splits(config.validator, options)
-    config.checkpoint.enable = False
+    starts_elsewhere = config.checkpoint.enable and config.checkpoint.initial_load_path
+    # Of the user's own settings nothing is left: no run is to write or read anything that another one does not.
+    config.checkpoint = type(config.checkpoint)(enable=False)
     config.profiler.enable_profiling = config.profiler.enable_memory_snapshot = False
     config.metrics.enable_tensorboard = config.metrics.enable_wandb = False
     config.debug.enable_structured_logging = False
     problems = []
+    if starts_elsewhere:
+        message = "a suite starts from the initial weights of each seed, not from a checkpoint; leave it out"
+        problems.append(Problem("checkpoint.initial_load_path", message, starts_elsewhere))
     if config.training.steps % max(config.validator.freq, 1):
         message = f"training.steps = {config.training.steps} must be a multiple of it: the last step is to be evaluated"
         problems.append(Problem("validator.freq", message, config.validator.freq))

@@ -50,6 +50,7 @@ class Run:
     Attributes:
         method: Name of the method.
         weight: Its `let.weight`; None: it has none.
+        variant: What tells it apart from the same method with other resources; empty: it needs none.
         seed: Of the run, `debug.seed`.
         config: Full effective configuration, TOML.
         preparation: What had to be done before.
@@ -62,6 +63,7 @@ class Run:
 
     method: str
     weight: float | None
+    variant: str
     seed: int
     config: str
     preparation: Preparation
@@ -73,7 +75,7 @@ class Run:
 
     @property
     def label(self) -> str:
-        return label(self.method, self.weight)
+        return label(self.method, self.weight, self.variant)
 
     def id(self, origin: Mapping[str, Any], num_processes: int) -> str:
         """The same for the same run of the same code on the same device."""
@@ -81,9 +83,10 @@ class Run:
         return rows.fingerprint(origin, content, num_processes)
 
 
-def label(method: str, weight: float | None) -> str:
-    """A method with its weight, as one asks for it."""
-    return method if weight is None else f"{method}@{weight:g}"
+def label(method: str, weight: float | None, variant: str) -> str:
+    """A method with its weight, as one asks for it, and with what else makes it what it is."""
+    text = method if weight is None else f"{method}@{weight:g}"
+    return f"{text} [{variant}]" if variant else text
 
 
 def execute(run: Run, folder: Path, num_processes: int) -> dict[str, Any]:
@@ -108,11 +111,10 @@ def execute(run: Run, folder: Path, num_processes: int) -> dict[str, Any]:
         seconds = observed["curve"]["seconds"][-1] + time.perf_counter() - started
         preparation = dataclasses.replace(preparation, seconds=seconds)
         deep = tomli.loads(text)
-        deep["checkpoint"] |= {"enable": True, "initial_load_path": str(initial)}
+        deep["checkpoint"] |= {"enable": True, "load_only": True, "initial_load_path": str(initial)}
         text = tomli_w.dumps(deep)
     result = _observe(text, folder / name, f"{run.label} seed {run.seed}", num_processes, None)
     shutil.rmtree(scratch, ignore_errors=True)
-    shutil.rmtree(_dump_folder(run.config) / "checkpoint", ignore_errors=True)
     return result | {"preparation": dataclasses.asdict(preparation)}
 
 

@@ -45,7 +45,8 @@ def table(results: Mapping[str, Sequence[Row]], choices: Sequence[Row]) -> str:
         choices: The rows of the choices that were made.
     """
     (baseline_label, baseline), *others = results.items()
-    kind = next(iter(baseline[0]["peak_memory_bytes"]))
+    peaks = baseline[0]["peak_memory_bytes"]
+    kind = max(peaks, key=peaks.get)  # what an accelerator's allocator holds, beside what it gives out
     header = ["method", "test loss", f"less {baseline_label}", "speed-up, steps", "speed-up, FLOPs"]
     header += ["FLOPs", "seconds", f"{kind} MiB"]
     body = []
@@ -61,7 +62,7 @@ def table(results: Mapping[str, Sequence[Row]], choices: Sequence[Row]) -> str:
                 *cells,
                 f"{_mean(own, lambda row: row['curve']['flops'][-1]):.3g}",
                 f"{_mean(own, lambda row: row['curve']['seconds'][-1]):,.0f}",
-                f"{_mean(own, lambda row: max(row['peak_memory_bytes'].values())) / _MIB:,.0f}",
+                f"{_mean(own, lambda row: row['peak_memory_bytes'][kind]) / _MIB:,.0f}",
             ]
         )
     seeds = [row["seed"] for row in baseline]
@@ -85,20 +86,19 @@ def table(results: Mapping[str, Sequence[Row]], choices: Sequence[Row]) -> str:
 
 
 def of_rows(found: Sequence[Row]) -> str:
-    """`table` of a suite's rows, in the order in which they were measured: the labels that have all seeds.
+    """`table` of a suite's rows, in the order in which they were measured, of the seeds that all labels have.
 
-    Empty for a suite that has no seed of the baseline and another label yet.
+    Empty for a suite that has no such seed yet, or the baseline alone.
     """
     results: dict[str, dict[int, Row]] = {}
     choices = {row["method"]: row for row in found if row["kind"] == CHOICE}  # the latest
     for row in found:
         if row["kind"] == KIND and row["role"] == "result":
             results.setdefault(row["label"], {})[row["seed"]] = row
-    if not results:
+    seeds = [seed for seed in next(iter(results.values()), ()) if all(seed in own for own in results.values())]
+    if len(results) < 2 or not seeds:
         return ""
-    first, *_ = results.values()
-    complete = {label: [own[seed] for seed in first] for label, own in results.items() if own.keys() >= first.keys()}
-    return table(complete, list(choices.values())) if len(complete) > 1 else ""
+    return table({label: [own[seed] for seed in seeds] for label, own in results.items()}, list(choices.values()))
 
 
 def _verdicts(results: Mapping[str, Sequence[Row]], baseline_label: str) -> list[str]:

@@ -91,8 +91,8 @@ def run_module(module: str, request: "Request", *, what: str, num_processes: int
 
 
 def slug(label: str) -> str:
-    """`label` as a file name."""
-    return re.sub(r"[^\w.]+", "-", label).strip("-")
+    """`label` as a file name, the end of it if it is long."""
+    return re.sub(r"[^\w.]+", "-", label)[-100:].strip("-")
 
 
 class Progress:

@@ -11,7 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-from let_plugin.bench.rows import provenance
+import tomli
+
+from let_plugin.bench import rows
 from let_plugin.demo import compare
 
 
@@ -22,6 +24,7 @@ def main() -> None:
     parser.add_argument("--record", type=Path, help="a .jsonl file to append the result to, as a row")
     args, overrides = parser.parse_known_args()
 
+    origin = rows.provenance()
     out: Path = args.out / time.strftime("%Y%m%d-%H%M%S")
     started = time.monotonic()
     runs = {}
@@ -37,12 +40,23 @@ def main() -> None:
     result = compare.compare(runs["plain"], runs["let"])
     own_command = " ".join(["python -m let_plugin.demo", *sys.argv[1:]])
     seconds = round(time.monotonic() - started, 1)
-    row = json.dumps({"command": own_command, **provenance(), "seconds": seconds, **result}) + "\n"
-    (out / "result.json").write_text(row)
+    # The configuration of the run with LET; the plain one has `let.enable = false`.
+    show = [sys.executable, "-m", "let_plugin.train", args.config, "--let.enable", *overrides, "--print-config"]
+    config = subprocess.run(show, check=True, stdout=subprocess.PIPE, text=True).stdout
+    row = rows.row(
+        "demo",
+        command=own_command,
+        config=config,
+        seed=tomli.loads(config).get("debug", {}).get("seed"),
+        unit="nats/token",
+        values=list(result["held_out_loss"].values()),
+        origin=origin,
+        seconds=seconds,
+        **result,
+    )
+    (out / "result.json").write_text(json.dumps(row) + "\n")
     if args.record is not None:
-        args.record.parent.mkdir(parents=True, exist_ok=True)
-        with args.record.open("a") as file:
-            file.write(row)
+        rows.append(args.record, row)
     compare.plot(runs["plain"], runs["let"], out / "comparison.png")
 
     print(f"\n{compare.table(result)}\n")

@@ -44,8 +44,8 @@ def test_converge(tmp_path, tiny_config):
     args += ["--training.steps", "2", "--validator.freq", "2", "--validator.steps", "1"]
     first = jobs.run("let_plugin.bench", *args)
 
-    found = rows.read(out)
-    assert [(row["label"], row["seed"]) for row in found] == [(m, s) for s in (0, 1) for m in ("standard", "gstack")]
+    found, gstack = rows.read(out), "gstack [2 blocks, 2 steps]"
+    assert [(row["label"], row["seed"]) for row in found] == [(m, s) for s in (0, 1) for m in ("standard", gstack)]
     for row in found:
         assert row["curve"]["step"] == [1, 2] and row["curve"]["tokens"] == [256, 512]
         assert row["peak_memory_bytes"]["resident"] > 0 and row["wall_seconds"] > 0
@@ -55,7 +55,7 @@ def test_converge(tmp_path, tiny_config):
     before = grown["preparation"]
     assert before["tokens"] == 512 and 0 < before["seconds"] < grown["curve"]["seconds"][0]
     assert grown["curve"]["flops"][0] == before["flops"] + plain["curve"]["flops"][0]
-    log = next((tmp_path / "work").glob("*/gstack-seed-0.log")).read_text()
+    log = next((tmp_path / "work").glob("*/gstack-2-blocks-2-steps-seed-0.log")).read_text()
     assert "Loading the checkpoint from" in log and not list((tmp_path / "work").glob("*/*-shallow"))
 
     again = jobs.run("let_plugin.bench", *args)
@@ -85,7 +85,11 @@ def test_methods_that_need_something_first(tmp_path, tiny_config):
     args += ["--test-dataset", "let_demo_test", "--validator.freq", "2", "--validator.steps", "1"]
     jobs.run("let_plugin.bench", *args, "--out", out, "--work-dir", tmp_path / "work")
     plain, selected, distilled = rows.read(out)
-    assert [row["label"] for row in (plain, selected, distilled)] == ["standard", "miniplm", "kd_large@1"]
+    assert [row["label"] for row in (plain, selected, distilled)] == [
+        "standard",
+        f"miniplm [{kept}]",
+        "kd_large@1 [demo_teacher]",
+    ]
     assert selected["preparation"]["tokens"] > 0 and str(kept) in selected["config"]
     flops = [row["curve"]["flops"][-1] for row in (plain, selected, distilled)]
     assert flops[1] == flops[0] + selected["preparation"]["flops"] and flops[2] > flops[0]

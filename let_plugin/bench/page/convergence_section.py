@@ -168,8 +168,11 @@ def _findings(
             text += f"; {BASELINE}'s final loss reached in {num_reached} of {difference.num_pairs} pairs"
         found.append(Finding(text=f"{text}.", verdict=verdict))  # type: ignore[arg-type]
     found += _control_findings(methods, loss)
-    if len(found) > 1:
-        found.append(number_of_comparisons(len(found)))
+    # Speed-ups are called significant or not as well.
+    ratios = [of["tokens"][0] for name, of in speed_ups.items() if name != BASELINE]
+    num = sum(finding.verdict != "note" for finding in found) + sum(r is not None and r.low is not None for r in ratios)
+    if num > 1:
+        found.append(number_of_comparisons(num))
     if loss == "validation_loss":
         text = (
             "Losses are of the validation split, which settings may have been chosen on: not all rows have a test loss."
@@ -326,7 +329,7 @@ def _final_table(methods: Methods, differences: dict[str, Estimate | None], loss
 def _choice_table(choices: Sequence[Row]) -> Table:
     return Table(
         caption="Weights, and how they were chosen",
-        header=["method", "weight", "tried", "validation loss of each", "tuning seeds"],
+        header=["method", "weight, chosen", "tried", "validation loss of each", "tuning seeds"],
         lines=[
             [
                 row["method"],
@@ -338,7 +341,8 @@ def _choice_table(choices: Sequence[Row]) -> Table:
             for row in choices
         ],
         notes=[
-            "The lowest mean loss on the validation split; results are read on another one.",
+            "The lowest mean loss on the validation split; results are read on another one. Of a choice at the "
+            "end of what was tried, a better one may lie beyond it.",
             origin(choices, "choice"),
         ],
     )

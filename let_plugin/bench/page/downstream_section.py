@@ -8,12 +8,12 @@ KIND = "eval"
 
 
 def sections(found: Sequence[Row]) -> list[Section]:
-    """One section, with a table per number of examples in the prompt."""
+    """One section, with a table for each way to evaluate: what is not in one table is not to be compared."""
     if not found:
         return []
     tables = []
-    for num_fewshot in dict.fromkeys(row["num_fewshot"] for row in found):
-        rows = [row for row in found if row["num_fewshot"] == num_fewshot]
+    for how in dict.fromkeys(map(_how, found)):
+        rows = [row for row in found if _how(row) == how]
         lines = [
             [task, row["checkpoint"], metric, _score(row["results"][task], metric)]
             for task in dict.fromkeys(task for row in rows for task in row["results"])
@@ -22,13 +22,18 @@ def sections(found: Sequence[Row]) -> list[Section]:
         ]
         tables.append(
             Table(
-                caption=f"Scores, {plural(num_fewshot, 'example')} in the prompt",
+                caption=f"Scores, {how}",
                 header=["task", "checkpoint", "metric", "score"],
                 lines=lines,
                 notes=["lm-eval's own metrics; after the sign its standard error over documents.", origin(rows)],
             )
         )
     return [Section(anchor="downstream", title="Downstream tasks", origin=origin(found), tables=tables, rows=found)]
+
+
+def _how(row: Row) -> str:
+    limit = "" if row["limit"] is None else f", of the first {plural(row['limit'], 'document')} of a task alone"
+    return f"{plural(row['num_fewshot'], 'example')} in the prompt, {row['max_length']:,} tokens at most{limit}"
 
 
 def _metrics(scores: Row) -> list[str]:

@@ -10,6 +10,7 @@ from let_plugin.bench.convergence_runs import Preparation, Run, label, row
 RUN = Run(
     method="let",
     weight=0.5,
+    variant="",
     seed=3,
     config='base = "x"\n',
     preparation=Preparation(what="stored states", flops=70.0, tokens=9, seconds=None),
@@ -68,4 +69,5 @@ def test_what_makes_another_run():
 
 @pytest.mark.parametrize(("weight", "expected"), [(None, "let"), (0.1, "let@0.1"), (3.0, "let@3")])
 def test_labels_are_as_one_asks(weight, expected):
-    assert label("let", weight) == expected
+    assert label("let", weight, "") == expected
+    assert label("let", weight, "x, y") == f"{expected} [x, y]"

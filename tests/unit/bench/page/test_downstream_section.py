@@ -9,7 +9,8 @@ def test_scores(tmp_path):
     path = tmp_path / "rows.jsonl"
     results = {"piqa": {"acc": 0.61, "acc_stderr": 0.011, "acc_norm": 0.62}}
     for name in ("plain", "let"):
-        synthetic_rows.append(path, "eval", [0.61], "score", checkpoint=name, num_fewshot=1, results=results)
+        how = {"num_fewshot": 1, "limit": None, "max_length": 256}
+        synthetic_rows.append(path, "eval", [0.61], "score", checkpoint=name, results=results, **how)
     (made,) = downstream_section.sections(rows.read(path))
     assert made.tables[0].lines == [
         ["piqa", "plain", "acc", "0.6100 \N{PLUS-MINUS SIGN} 0.0110"],
@@ -18,6 +19,19 @@ def test_scores(tmp_path):
         ["piqa", "let", "acc_norm", "0.6200"],
     ]
     assert made.origin.startswith("2 runs")
+
+
+def test_what_was_evaluated_in_another_way_is_apart(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for limit, max_length in ((None, 256), (10, 256), (None, 512), (None, 256)):
+        details = {"num_fewshot": 1, "limit": limit, "max_length": max_length, "results": {"piqa": {"acc": 0.6}}}
+        synthetic_rows.append(path, "eval", [0.6], "score", checkpoint="x", **details)
+    (made,) = downstream_section.sections(rows.read(path))
+    assert [(table.caption, len(table.lines)) for table in made.tables] == [
+        ("Scores, 1 example in the prompt, 256 tokens at most", 2),
+        ("Scores, 1 example in the prompt, 256 tokens at most, of the first 10 documents of a task alone", 1),
+        ("Scores, 1 example in the prompt, 512 tokens at most", 1),
+    ]
 
 
 def test_nothing_to_show():
