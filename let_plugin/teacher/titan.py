@@ -82,9 +82,8 @@ class TitanTeacherSource(TeacherSource):
         hf_config = read_hf_config(config.path)
         if hf_config is not None:
             check_agrees(hf_config, self._spec, name=config.spec)
-        trunk = _meta_trunk(self._spec)
-        self.info = _describe(self._spec, trunk, f"{self._weights.format} from {config.path}")
-        self._weights.check(trunk, self.info.num_layers)
+        self.info = describe(self._spec, f"{self._weights.format} from {config.path}")
+        self._weights.check(_meta_trunk(self._spec), self.info.num_layers)
         max_positions = (hf_config or {}).get("max_position_embeddings")
         if max_positions is not None and self.info.max_seq_len is not None:
             # A spec may allow more than what the weights were trained for.
@@ -219,9 +218,15 @@ class TitanLanguageModel:
         return self._model(tokens_BL, *_positions_and_masks(self._model, tokens_BL, positions_BL))
 
 
-def _describe(spec: ModelSpec, trunk: Any, where: str) -> TeacherInfo:
-    """Describes the `trunk` of a specification; `where` says of the weights: format and folder."""
+def describe(spec: ModelSpec, where: str) -> TeacherInfo:
+    """Describes the trunk of a torchtitan specification, counted on the meta device.
+
+    Args:
+        spec: The specification, adapted to the host.
+        where: Of the weights: format and folder.
+    """
     model_config: Any = spec.model
+    trunk = _meta_trunk(spec)
     attention = model_config.first_attention
     return TeacherInfo(
         description=f"torchtitan {spec.name} {spec.flavor}, {where}",
@@ -241,8 +246,7 @@ def _describe(spec: ModelSpec, trunk: Any, where: str) -> TeacherInfo:
 
 def describe_spec(name: str) -> TeacherInfo:
     """Describes what `let.teacher.spec = name` means, without any weights. ConfigError if it means nothing."""
-    spec = _make_spec(name)
-    return _describe(spec, _meta_trunk(spec), "no weights")
+    return describe(_make_spec(name), "no weights")
 
 
 def with_spec_paths(config: TeacherConfig) -> TeacherConfig:

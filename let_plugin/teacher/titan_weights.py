@@ -73,7 +73,7 @@ class TitanWeights:
         except ConfigError:
             raise
         except Exception as error:  # whatever a reader stumbles over, it is the file's
-            raise self._unfit(error) from error
+            raise self._unfit(f"{type(error).__name__}: {error}".splitlines()[0]) from error
         if messages:
             raise ConfigError([Problem(_PATH_KEY, message, self._path) for message in messages])
 
@@ -92,15 +92,15 @@ class TitanWeights:
                 dcp.load(hf_state_dict, storage_reader=adapter.get_hf_storage_reader(self._path), no_dist=True)
                 state_dict = {k: v for k, v in adapter.from_hf(hf_state_dict).items() if k in state_dict}
         except (Exception, CheckpointException) as error:  # the latter is no Exception, only a BaseException
-            raise self._unfit(error) from error
+            raise self._unfit(_first_cause(error)) from error
         model.load_state_dict(state_dict, strict=not model.enable_weight_tying)
 
     def _adapter(self, path: str | None) -> Any:
         assert self._spec.state_dict_adapter is not None
         return self._spec.state_dict_adapter(self._spec.model, path)
 
-    def _unfit(self, error: BaseException) -> ConfigError:
-        message = f"the weights do not fit the teacher spec {self._name!r} or cannot be read: {_first_cause(error)}"
+    def _unfit(self, cause: str) -> ConfigError:
+        message = f"the weights do not fit the teacher spec {self._name!r} or cannot be read: {cause}"
         return ConfigError(Problem(_PATH_KEY, message, self._path))
 
 
