@@ -5,17 +5,12 @@ to be needed, and only exists, once that step is known: it is read then, from th
 from. A checkpoint without it, of plain torchtitan for one, is no error; one that holds the state of something else is.
 """
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import DefaultLoadPlanner
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.stateful import Stateful
 from torchtitan.components.checkpointer.base import TRAIN_STATE
 from torchtitan.components.checkpointer.dcp import CheckpointManager
@@ -23,6 +18,7 @@ from torchtitan.tools import filesystem
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
+from let_plugin import dcp_files
 from let_plugin.errors import ConfigError, Problem
 
 
@@ -73,13 +69,17 @@ def read(name: str, stateful: Any, path: str) -> bool:
 
     ConfigError as for `restore`.
     """
-    reader = _reader(path)
-    if not any(key.startswith(f"{name}.") for key in reader.read_metadata().state_dict_metadata):
+    reader = dcp_files.open_checkpoint(path)
+    try:
+        names = reader.read_metadata().state_dict_metadata
+    except (OSError, ValueError) as error:
+        raise ConfigError(Problem("let", f"the checkpoint {path} cannot be read: {error}")) from error
+    if not any(key.startswith(f"{name}.") for key in names):
         return False
     state = {name: stateful.state_dict()}
     try:
-        # no_dist: with pipeline parallelism, the other stages may have no such state, and do not take part.
-        dcp.load(state, storage_reader=reader, no_dist=True)
+        # By this process alone: in a pipeline, the other stages may have no such state, and do not take part.
+        dcp_files.load(state, reader)
         stateful.load_state_dict(state[name])
     except (ValueError, CheckpointException) as error:  # the latter is no Exception, only a BaseException
         first = str(error).strip().splitlines()[0]
@@ -123,33 +123,17 @@ def find(config: Trainer.Config) -> Resumption | None:
         raise ConfigError(Problem(f"checkpoint.{key}", f"there is no checkpoint {path}", getattr(settings, key)))
     if model_only or TRAIN_STATE in settings.exclude_from_loading:
         return None
-    planner = _SafePlanner()
-    name = f"{TRAIN_STATE}.step"
+    state = {TRAIN_STATE: {"step": 0}}
     try:
-        reader = _reader(path)
-        if name not in reader.read_metadata().state_dict_metadata:
+        reader = dcp_files.open_checkpoint(path)
+        if f"{TRAIN_STATE}.step" not in reader.read_metadata().state_dict_metadata:
             return None  # weights only: torchtitan says so
-        dcp.load({TRAIN_STATE: {"step": 0}}, storage_reader=reader, planner=planner, no_dist=True)
+        dcp_files.load(state, reader)
     except (Exception, CheckpointException) as error:  # the latter is no Exception, only a BaseException
         message = f"the checkpoint {path} cannot be read: {type(error).__name__}: {str(error).strip()}".splitlines()[0]
         raise ConfigError(Problem(f"checkpoint.{key}", message, getattr(settings, key))) from error
-    return Resumption(path, planner.values[name])
-
-
-class _SafePlanner(DefaultLoadPlanner):
-    """Keeps what is no tensor in `values`, and runs no code from the file to read it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.values: dict[str, Any] = {}
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        self.values[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
+    return Resumption(path, state[TRAIN_STATE]["step"])
 
 
 def _folder(config: Trainer.Config) -> str:
     return filesystem.join(config.dump_folder, config.checkpoint.folder)
-
-
-def _reader(path: str) -> Any:
-    return FsspecReader(path) if filesystem.is_remote(path) else dcp.FileSystemReader(path)

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed.checkpoint as dcp
 
+from let_plugin import dcp_files
 from let_plugin.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ def stack(shapes: dict[str, torch.Size], checkpoint: str) -> dict[str, torch.Ten
         ConfigError: If it cannot be read, or is not of a shallower model of the same widths whose depth divides.
     """
     try:
-        metadata = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+        reader = dcp_files.open_checkpoint(checkpoint)
+        metadata = reader.read_metadata().state_dict_metadata
     except Exception as error:  # a missing folder, a damaged file: DCP has many ways to say so
         raise ConfigError(Problem("CHECKPOINT", f"not a checkpoint of torchtitan: {error}", checkpoint)) from error
 
@@ -72,7 +74,7 @@ def stack(shapes: dict[str, torch.Size], checkpoint: str) -> dict[str, torch.Ten
         raise ConfigError(problems)
     tensors: dict[str, Any] = {name: metadata[name] for name in sources.values()}
     weights = {name: torch.empty(tensor.size, dtype=tensor.properties.dtype) for name, tensor in tensors.items()}
-    dcp.load(weights, checkpoint_id=checkpoint, no_dist=True)
+    dcp_files.load(weights, reader)
     return {name: weights[source] for name, source in sources.items()}
 
 

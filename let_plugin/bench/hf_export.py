@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torchtitan.models.llama3 import Llama3Model
 from torchtitan.models.llama3.state_dict_adapter import Llama3StateDictAdapter
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.trainer import Trainer
 
+from let_plugin import dcp_files
 from let_plugin.errors import ConfigError, Problem
 
 _HEAD = "lm_head.weight"
@@ -116,7 +116,7 @@ def _weights(config: Trainer.Config, checkpoint: str) -> dict[str, torch.Tensor]
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in model_config.build().state_dict().items()}
     try:
-        reader = dcp.FileSystemReader(checkpoint)
+        reader = dcp_files.open_checkpoint(checkpoint)
         metadata: dict[str, Any] = reader.read_metadata().state_dict_metadata
     except Exception as error:  # a missing folder, a damaged file: DCP has many ways to say so
         raise ConfigError(Problem("CHECKPOINT", f"not a checkpoint of torchtitan: {error}", checkpoint)) from error
@@ -132,7 +132,7 @@ def _weights(config: Trainer.Config, checkpoint: str) -> dict[str, torch.Tensor]
     if problems:
         raise ConfigError(problems)
     weights = {name: torch.empty(shape, dtype=metadata[name].properties.dtype) for name, shape in shapes.items()}
-    dcp.load(weights, storage_reader=reader, no_dist=True)
+    dcp_files.load(weights, reader)
     return weights
 
 

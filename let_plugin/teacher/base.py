@@ -128,7 +128,8 @@ class Teacher(nn.Module, ABC):
 class TeacherSource(ABC):
     """A teacher that has been found and understood, but not loaded yet.
 
-    Making one reads configuration files only, and raises ConfigError for what is wrong with them.
+    Making one reads configuration files and what the weight files say of themselves, no weights, and raises ConfigError
+    for what is wrong with them.
     """
 
     info: TeacherInfo

@@ -19,7 +19,7 @@ from let_plugin.config import TeacherConfig
 from let_plugin.errors import ConfigError, Problem
 from let_plugin.teacher import quantization
 from let_plugin.teacher.base import LanguageModel, TeacherSource
-from let_plugin.teacher.gguf_weights import fit_gguf
+from let_plugin.teacher.gguf_weights import cut_tensors, fit_gguf
 from let_plugin.teacher.hf import (
     HFTeacher,
     import_transformers,
@@ -31,6 +31,7 @@ from let_plugin.teacher.hf import (
 )
 from let_plugin.teacher.hf_tokenizers import open_tokenizer_path, read_tokenizer_path
 from let_plugin.teacher.hf_weights import Fit
+from let_plugin.teacher.safetensors_files import some_names
 
 if TYPE_CHECKING:
     from torchtitan.distributed import ParallelDims
@@ -153,8 +154,12 @@ def _read(path: str, what: str, load: Any) -> Any:
             return load(folder, name)
     except Exception as error:  # a damaged file fails in numpy, struct or the reader: any type of error
         size = os.path.getsize(path)
-        message = f"its {what} cannot be read: the file is truncated ({size} bytes), damaged or of an unknown kind; "
-        raise ConfigError(Problem(_PATH_KEY, f"{message}{type(error).__name__}: {error}", path)) from error
+        if cut := cut_tensors(path):
+            message = f"the file is truncated ({size} bytes): it lacks (part of) {some_names(cut)}; fetch it again"
+        else:
+            message = f"its {what} cannot be read: the file is truncated ({size} bytes), damaged or of an unknown kind"
+            message = f"{message}; {type(error).__name__}: {error}"
+        raise ConfigError(Problem(_PATH_KEY, message, path)) from error
 
 
 def _load_config(folder: str, name: str) -> Any:

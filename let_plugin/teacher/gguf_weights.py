@@ -5,6 +5,8 @@ queries and keys, say), is asked of `transformers`. The file is mapped into memo
 whole while this rank's rows are taken from it, in fp32, but only one is at a time.
 """
 
+import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,6 +50,30 @@ def fit_gguf(file: str, trunk: Any) -> Fit:
     fit.steps = [Step([name], _Dequantisation(name, stored, processor, names)) for name, stored in stored_as.items()]
     note_missing(fit, trunk)
     return fit
+
+
+def cut_tensors(file: str) -> list[str]:
+    """Names, in the file, of the tensors that end behind its end; none if not even the list of tensors is there."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
+
+    size = os.path.getsize(file)
+    cut = []
+
+    class ListReader(GGUFReader):
+        """Looks no further than the list of the tensors."""
+
+        def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
+            for field in fields:
+                _, _, _, shape, kind, offset = field.parts
+                block_size, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind[0])]
+                if start_offs + int(offset[0]) + math.prod(map(int, shape)) // block_size * block_bytes > size:
+                    cut.append(field.name)
+
+    try:
+        ListReader(file)
+    except Exception:  # a damaged list fails in numpy or in the reader: any type of error
+        return []
+    return cut
 
 
 class _Dequantisation:

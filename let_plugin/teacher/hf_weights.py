@@ -3,7 +3,7 @@
 One tensor at a time, and of a tensor that is stored as the trunk wants it only this rank's rows, a piece at a time.
 What `transformers` has to make of several stored tensors first (the experts of a mixture, which it keeps as one) is
 made whole, by `transformers`' own converters, before this rank's rows are taken: then one such tensor is in CPU memory
-at a time. No rank ever holds the teacher.
+at a time. Of several ranks none holds the teacher whole, unless it is quantised.
 
 Names are matched as `from_pretrained` matches them, by the same functions.
 """

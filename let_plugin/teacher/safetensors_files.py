@@ -75,14 +75,17 @@ class StoredTensor:
         return rows
 
 
-def read_headers(folder: Path) -> dict[str, StoredTensor]:
+def read_headers(folder: Path, *, every_file: bool = False) -> dict[str, StoredTensor]:
     """Name -> tensor, of all the files of the checkpoint in `folder`.
+
+    These are `model.safetensors`, or else those that the index names, as `transformers` has it; with `every_file` all
+    *.safetensors there and those that the index names, as torchtitan has it, which needs no index.
 
     ConfigError that names files and tensors if a file is missing, damaged or shorter than its header says.
     """
     tensors: dict[str, StoredTensor] = {}
     problems = []
-    for name in _file_names(folder):
+    for name in _every_file_name(folder) if every_file else _file_names(folder):
         try:
             tensors |= _read_header(folder / name)
         except ValueError as error:
@@ -109,6 +112,11 @@ def _file_names(folder: Path) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(Problem(_PATH_KEY, f"its {INDEX} cannot be read: {error!r}", str(folder))) from error
     return sorted(names)
+
+
+def _every_file_name(folder: Path) -> list[str]:
+    named = _file_names(folder) if (folder / INDEX).is_file() else []
+    return sorted({*named, *(file.name for file in folder.glob("*.safetensors"))})
 
 
 def _read_header(file: Path) -> dict[str, StoredTensor]:

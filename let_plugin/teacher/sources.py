@@ -8,7 +8,7 @@ from let_plugin.teacher.base import TeacherSource
 
 
 def open_teacher(config: TeacherConfig) -> TeacherSource:
-    """Finds the teacher and reads its configuration, not its weights. ConfigError says what is missing or wrong.
+    """Finds the teacher and reads what its files say of it, not its weights. ConfigError says what is missing or wrong.
 
     Each kind of teacher is imported when it is asked for: `transformers` and `gguf` are optional dependencies.
     """

@@ -3,14 +3,10 @@
 import copy
 import dataclasses
 import importlib
-import os
-import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
@@ -41,9 +37,8 @@ from let_plugin.teacher.layers import LayerStates
 from let_plugin.teacher.safetensors_files import some_names
 from let_plugin.teacher.sharding import SPMD_BACKEND, raise_together
 from let_plugin.teacher.specs import BUILT_IN_SPECS
+from let_plugin.teacher.titan_weights import TitanWeights
 from let_plugin.teacher.vocabulary import read_tokenizer, read_vocabulary
-
-_BLOCK = re.compile(r"(?:model\.)?layers\.(\d+)\.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,11 +78,12 @@ class TitanTeacherSource(TeacherSource):
         quantization.check(config)
         self._config = config
         self._spec = _make_spec(config.spec)
-        self._format = _weights_format(config.path, self._spec)
+        self._weights = TitanWeights(config.path, self._spec, config.spec)
         hf_config = read_hf_config(config.path)
         if hf_config is not None:
             check_agrees(hf_config, self._spec, name=config.spec)
-        self.info = describe(self._spec, f"{self._format} from {config.path}")
+        self.info = describe(self._spec, f"{self._weights.format} from {config.path}")
+        self._weights.check(_meta_trunk(self._spec), self.info.num_layers)
         max_positions = (hf_config or {}).get("max_position_embeddings")
         if max_positions is not None and self.info.max_seq_len is not None:
             # A spec may allow more than what the weights were trained for.
@@ -167,7 +163,7 @@ class TitanTeacherSource(TeacherSource):
     def _problems_of_loading(self, model: Any) -> list[Problem]:
         """Reads this rank's shards, and returns what is wrong with them: tensors that hold NaN or infinities, too."""
         try:
-            self._load(model)
+            self._weights.load(model)
         except ConfigError as error:
             return error.problems
         local = {n: t.to_local() if isinstance(t, DTensor) else t for n, t in model.state_dict().items()}
@@ -195,38 +191,6 @@ class TitanTeacherSource(TeacherSource):
             raise ConfigError(problems)
         freeze(model)
         return TitanLanguageModel(model)
-
-    def _load(self, model: Any) -> None:
-        """Reads each rank's own shards into `model`. Every parameter must be found, in its shape."""
-        state_dict = model.state_dict()
-        if model.enable_weight_tying:
-            del state_dict["lm_head.weight"]  # one tensor with the embedding
-        path = self._config.path
-        try:
-            # no_dist: every rank plans and reads for itself, so that ranks without a teacher need not take part.
-            if self._format == "DCP":
-                reader = dcp.FileSystemReader(path)
-                _refuse_surplus(reader.read_metadata().state_dict_metadata, state_dict, self.info.num_layers)
-                dcp.load(state_dict, storage_reader=reader, no_dist=True)
-            else:
-                assert self._spec.state_dict_adapter is not None
-                adapter = self._spec.state_dict_adapter(self._spec.model, path)
-                hf_state_dict = adapter.to_hf(state_dict)
-                reader = adapter.get_hf_storage_reader(path)
-                _refuse_surplus(reader.read_metadata().state_dict_metadata, hf_state_dict, self.info.num_layers)
-                dcp.load(hf_state_dict, storage_reader=reader, no_dist=True)
-                state_dict = {k: v for k, v in adapter.from_hf(hf_state_dict).items() if k in state_dict}
-        except (Exception, CheckpointException) as error:  # the latter is no Exception, only a BaseException
-            # Whatever the reader stumbles over (a truncated file, a missing tensor, another shape), it is the file's.
-            raise ConfigError(
-                Problem(
-                    "let.teacher.path",
-                    f"the weights do not fit the teacher spec {self._config.spec!r} or cannot be read: "
-                    f"{_first_cause(error)}",
-                    path,
-                )
-            ) from error
-        model.load_state_dict(state_dict, strict=not model.enable_weight_tying)
 
 
 class TitanTeacher(Teacher):
@@ -262,8 +226,7 @@ def describe(spec: ModelSpec, where: str) -> TeacherInfo:
         where: Of the weights: format and folder.
     """
     model_config: Any = spec.model
-    with torch.device("meta"):
-        trunk = _trunk(model_config.build())
+    trunk = _meta_trunk(spec)
     attention = model_config.first_attention
     return TeacherInfo(
         description=f"torchtitan {spec.name} {spec.flavor}, {where}",
@@ -316,27 +279,10 @@ def _find_spec(name: str) -> TeacherSpec:
     return TeacherSpec(make_spec=lambda: module.model_registry(flavor))
 
 
-def _weights_format(path: str, spec: ModelSpec) -> str:
-    if not path:
-        raise ConfigError(Problem("let.teacher.path", "set it to the folder with the teacher's weights", path))
-    if not os.path.isdir(path):
-        raise ConfigError(Problem("let.teacher.path", "no such folder", path))
-    files = os.listdir(path)
-    if ".metadata" in files:
-        return "DCP"
-    if any(f.endswith(".safetensors") for f in files):
-        if spec.state_dict_adapter is None:
-            raise ConfigError(
-                Problem(
-                    "let.teacher.path",
-                    f"{spec.name} has no adapter for Hugging Face weights; give a torchtitan checkpoint (DCP)",
-                    path,
-                )
-            )
-        return "safetensors"
-    raise ConfigError(
-        Problem("let.teacher.path", "the folder holds neither a torchtitan checkpoint (DCP) nor *.safetensors", path)
-    )
+def _meta_trunk(spec: ModelSpec) -> Any:
+    model_config: Any = spec.model
+    with torch.device("meta"):
+        return _trunk(model_config.build())
 
 
 def _trunk(model: Any) -> Any:
@@ -365,35 +311,3 @@ def _positions_and_masks(
     if positions_BL is None:  # one document per row; FlexAttention is not causal by itself
         positions_BL = torch.arange(tokens_BL.shape[1], device=tokens_BL.device).expand_as(tokens_BL)
     return positions_BL, model.get_attention_masks(positions=positions_BL)
-
-
-def _refuse_surplus(names: Iterable[str], wanted: Collection[str], num_blocks: int) -> None:
-    """ValueError for tensors of blocks that would silently be left out, and make another model of it.
-
-    A deeper model's weights would load into its lower blocks; those of one with biases would lose them.
-
-    Args:
-        names: The checkpoint's tensors.
-        wanted: Those that are read. Blocks of which none is read have been cut on purpose.
-        num_blocks: Blocks of the specification.
-    """
-    tensors = {name: int(match[1]) for name in names if (match := _BLOCK.match(name))}
-    if max(tensors.values(), default=-1) >= num_blocks:
-        raise ValueError(f"the checkpoint has {max(tensors.values()) + 1} blocks, the spec {num_blocks}")
-    read = {int(match[1]) for name in wanted if (match := _BLOCK.match(name))}
-    # Old checkpoints hold the rotary frequencies, which follow from the configuration.
-    surplus = sorted(
-        name
-        for name, block in tensors.items()
-        if block in read and name not in wanted and not name.endswith("rotary_emb.inv_freq")
-    )
-    if surplus:
-        raise ValueError(f"the checkpoint has tensors that the spec knows nothing of: {', '.join(surplus[:4])}")
-
-
-def _first_cause(error: BaseException) -> str:
-    if isinstance(error, CheckpointException):  # holds, for each rank, what it caught
-        error = next(iter(error.failures.values()))[0]
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from let_plugin import dcp_files
 from let_plugin.errors import ConfigError, Problem
 
 _PATH_KEY = "let.teacher.path"
@@ -86,7 +86,7 @@ def _safetensors_dtypes(file: Path) -> list[str]:
 
 
 def _dcp_dtypes(path: Path) -> list[str]:
-    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata.values()
+    metadata = dcp_files.open_checkpoint(str(path)).read_metadata().state_dict_metadata.values()
     tensors = [entry for entry in metadata if isinstance(entry, TensorStorageMetadata)]
     return [str(entry.properties.dtype).removeprefix("torch.") for entry in tensors]
 

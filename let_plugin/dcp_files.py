@@ -1,0 +1,140 @@
+"""Torch's distributed checkpoints (DCP), read without running code from them.
+
+Torch itself unpickles the file `.metadata`, and what is no tensor, and a pickle can run any code. Here `.metadata` is
+read by an unpickler that knows nothing but torch's descriptions of tensors, and everything else as torch reads
+tensors (`weights_only`).
+"""
+
+import io
+import math
+import pathlib
+import pickle
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import DefaultLoadPlanner, metadata
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
+from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.planner import ReadItem
+from torchtitan.tools import filesystem
+
+_CLASSES = (
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    _StorageInfo,
+    metadata.BytesStorageMetadata,
+    metadata.ChunkStorageMetadata,
+    metadata.TensorProperties,
+    metadata.TensorStorageMetadata,
+    metadata._MEM_FORMAT_ENCODING,
+)
+_LAYOUTS = {str(value): value for value in vars(torch).values() if isinstance(value, torch.layout)}
+_KNOWN: dict[tuple[str, str], Any] = {
+    **{(known.__module__, known.__qualname__): known for known in _CLASSES},
+    **{("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): _LAYOUTS.__getitem__,
+    # Where the checkpoint was written, which nothing asks for; Python 3.13 names the module otherwise.
+    **{
+        (module, f"{system}Path"): getattr(pathlib, f"Pure{system}Path")
+        for module in ("pathlib", "pathlib._local")
+        for system in ("Posix", "Windows")
+    },
+}
+
+
+def open_checkpoint(path: str) -> dcp.FileSystemReader:
+    """A reader of the checkpoint at `path`, a folder or an fsspec URL.
+
+    Its `read_metadata` runs no code from the file, and raises ValueError if the file is damaged or asks for anything
+    but what torch writes there; OSError if there is none.
+    """
+    return _RemoteReader(path) if filesystem.is_remote(path) else _LocalReader(path)
+
+
+def load(state_dict: dict[str, Any], reader: dcp.StorageReader) -> None:
+    """Fills `state_dict` in place from `reader`, in this process alone; runs no code from the files.
+
+    CheckpointException, which is no Exception but a BaseException, for what is missing or of another kind or shape.
+    """
+    dcp.load(state_dict, storage_reader=reader, planner=_SafePlanner(), no_dist=True)
+
+
+def incomplete(described: Metadata, names: Iterable[str], folder: Path) -> dict[str, str]:
+    """Those of the tensors `names` that are not wholly in the checkpoint's files, and for each what is wrong.
+
+    Args:
+        described: What the checkpoint in `folder` says of itself.
+        names: Tensors that it has.
+        folder: A local folder.
+    """
+    sizes: dict[str, int] = {}
+    problems = {}
+    for name in names:
+        tensor: Any = described.state_dict_metadata[name]
+        for chunk in tensor.chunks:
+            stored = described.storage_data.get(MetadataIndex(name, chunk.offsets))
+            if stored is None:
+                problems[name] = "of which .metadata says no place"
+                continue
+            file = stored.relative_path
+            if file not in sizes:
+                sizes[file] = (folder / file).stat().st_size if (folder / file).is_file() else -1
+            if stored.offset + stored.length > sizes[file]:
+                problems[name] = f"{file} is missing" if sizes[file] < 0 else f"{file} is truncated"
+        if sum(math.prod(chunk.sizes) for chunk in tensor.chunks) < math.prod(tensor.size):
+            problems[name] = "its parts are not all there"
+    return problems
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module_name: str, global_name: str, /) -> Any:
+        try:
+            return _KNOWN[module_name, global_name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}") from None
+
+
+class _ReadsMetadata:
+    """Mixed into torch's readers."""
+
+    def read_metadata(self: Any, *args: Any, **kwargs: Any) -> Metadata:
+        path = self._get_metadata_path(kwargs.get("rank"))
+        with self.fs.create_stream(path, "rb") as file:
+            described = _unpickle(file, path)
+        described.storage_meta = StorageMeta(load_id=self.load_id)
+        return described
+
+
+class _LocalReader(_ReadsMetadata, dcp.FileSystemReader):
+    pass
+
+
+class _RemoteReader(_ReadsMetadata, FsspecReader):
+    pass
+
+
+class _SafePlanner(DefaultLoadPlanner):
+    """Reads what is no tensor without running code, too; and only where no tensor is asked for."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        name = read_item.dest_index.fqn
+        if isinstance(self.state_dict[name], torch.Tensor):
+            raise ValueError(f"{name} is not a tensor there")
+        set_element(self.original_state_dict, self.mappings[name], torch.load(value, weights_only=True))
+
+
+def _unpickle(file: IO[bytes], path: Any) -> Metadata:
+    try:
+        described = _Unpickler(file).load()
+        if not isinstance(described, Metadata) or not isinstance(described.state_dict_metadata, dict):
+            raise pickle.UnpicklingError(f"it is a {type(described).__name__}")
+    except Exception as error:  # a damaged pickle can fail in any way
+        raise ValueError(f"{path} is not one that torch has written, or is damaged: {error}") from error
+    return described
