@@ -14,6 +14,7 @@ from let_plugin.demo import TEACHER, TOKENIZER
 from let_plugin.teacher import cli
 from tests.support import config_registry as tiny
 from tests.support.jobs import ROOT
+from tests.support.rank_files import EOS, write_demo
 
 TEXTS = ["A late train.", "The early bird catches the worm, or so they say in the north of England.", "É" * 40]
 
@@ -81,6 +82,26 @@ def test_a_limit_on_the_tokens_and_the_demos_text(inspect):
     assert 1500 < num_bytes < 2100  # 3.54 bytes per token, by the demo's README
     assert 3 < loss < 4.3  # 3.67 on the validation split
     assert "test split of the package's demo" in said["text"]
+
+
+def test_a_rank_file_measures_as_the_tokenizer_json_of_the_same_vocabulary(inspect, tmp_path, capsys):
+    pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
+    write_demo(tmp_path)
+    table = f'{{pattern = "gpt2", special_tokens = {{"{EOS}" = 0}}, bos_token = "{EOS}", eos_token = "{EOS}"}}'
+    few = (TEACHER, "--max-tokens", 200, "--tokenizer")
+    status, said = inspect(*few, tmp_path, "--tiktoken", table)
+    assert (status, said["tokenizer"]) == (0, "tiktoken, byte-level, 4,096 tokens")
+    assert said["loss"] == inspect(*few, TOKENIZER)[1]["loss"]
+
+    for options, message in (
+        ([], "error: --tiktoken, pattern: "),
+        (["--tiktoken", '{vocabulary = "lama3"}'], "error: --tiktoken, vocabulary: unknown; did you mean 'llama3'?"),
+        (["--tiktoken", '{patern = "gpt2"}'], "error: --tiktoken, patern = 'gpt2': no such option"),
+        (["--tiktoken", "llama3"], "error: --tiktoken = 'llama3': not an inline table of TOML"),
+        (["--tiktoken", '"llama3"'], "error: --tiktoken = '\"llama3\"': not a table; write '{vocabulary = "),
+    ):
+        assert cli.main(["inspect", *map(str, few), str(tmp_path), *options]) == 2
+        assert capsys.readouterr().err.startswith(message)
 
 
 def test_a_spec_alone(inspect):
