@@ -26,11 +26,12 @@ def rank_file_config(folder, tiny_config):
 
 
 def cross_configs(folder, tiny_config):
-    """The tiny run with a teacher of another vocabulary: as a rank file that says nothing else, and as tokenizer.json."""
+    """The tiny run with a teacher of another vocabulary: as tokenizer.json, and as a rank file that says no more."""
     write_small(folder / "small")
     for name in ("json", "ranks"):
         text = tiny_config.read_text().replace("let_plugin/demo/assets/tokenizer", f"{folder}/small/{name}")
-        (folder / f"cross_{name}.toml").write_text(f"{text}token_alignment = {{enable = true, teacher_seq_len = 128}}\n")
+        text += "token_alignment = {enable = true, teacher_seq_len = 128}\n"
+        (folder / f"cross_{name}.toml").write_text(text)
     table = f'{{pattern = "gpt2", special_tokens = {{"{EOS}" = 0}}, bos_token = "{EOS}", eos_token = "{EOS}"}}'
     with open(folder / "cross_ranks.toml", "a") as file:
         file.write(f"teacher.tiktoken = {table}\n")
