@@ -17,7 +17,7 @@ import torch
 
 from let_plugin.config import TeacherConfig
 from let_plugin.errors import ConfigError, Problem
-from let_plugin.teacher import quantization
+from let_plugin.teacher import quantization, vocabulary
 from let_plugin.teacher.base import LanguageModel, TeacherSource
 from let_plugin.teacher.gguf_weights import fit_gguf
 from let_plugin.teacher.hf import (
@@ -31,7 +31,6 @@ from let_plugin.teacher.hf import (
 )
 from let_plugin.teacher.hf_tokenizers import open_tokenizer_path, read_tokenizer_path
 from let_plugin.teacher.hf_weights import Fit
-from let_plugin.teacher.vocabulary import described_tokenizer, described_vocabulary
 
 if TYPE_CHECKING:
     from torchtitan.distributed import ParallelDims
@@ -66,7 +65,7 @@ class GGUFTeacherSource(TeacherSource):
     def vocabulary(self) -> dict[str, int]:
         """Token -> id, from `tokenizer_path` if given, or else of the file's own tokenizer."""
         if self._teacher_config.tiktoken:
-            return described_vocabulary(self._teacher_config)
+            return vocabulary.described_vocabulary(self._teacher_config)
         if self._teacher_config.tokenizer_path:
             return read_tokenizer_path(self._teacher_config.tokenizer_path)
         return load_tokenizer(self._teacher_config.path).get_vocab()
@@ -74,7 +73,7 @@ class GGUFTeacherSource(TeacherSource):
     def tokenizer(self) -> Any:
         """From `tokenizer_path` if given, or else the file's own."""
         if self._teacher_config.tiktoken:
-            return described_tokenizer(self._teacher_config)
+            return vocabulary.described_tokenizer(self._teacher_config)
         if path := self._teacher_config.tokenizer_path:
             return open_tokenizer_path(path)
         return _read(self._teacher_config.path, "tokenizer", _load_tokenizer)

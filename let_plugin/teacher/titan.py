@@ -26,7 +26,7 @@ from let_plugin import host
 from let_plugin.config import TeacherConfig
 from let_plugin.errors import ConfigError, Problem, suggest
 from let_plugin.registry import Registry
-from let_plugin.teacher import quantization
+from let_plugin.teacher import quantization, vocabulary
 from let_plugin.teacher.base import (
     LanguageModel,
     Teacher,
@@ -41,7 +41,7 @@ from let_plugin.teacher.layers import LayerStates
 from let_plugin.teacher.safetensors_files import some_names
 from let_plugin.teacher.sharding import SPMD_BACKEND, raise_together
 from let_plugin.teacher.specs import BUILT_IN_SPECS
-from let_plugin.teacher.vocabulary import described_tokenizer, described_vocabulary, read_tokenizer, read_vocabulary
+from let_plugin.teacher.vocabulary import read_tokenizer, read_vocabulary
 
 _BLOCK = re.compile(r"(?:model\.)?layers\.(\d+)\.")
 
@@ -96,13 +96,13 @@ class TitanTeacherSource(TeacherSource):
 
     def vocabulary(self) -> dict[str, int] | None:
         if self._config.tiktoken:
-            return described_vocabulary(self._config)
+            return vocabulary.described_vocabulary(self._config)
         key = "let.teacher.tokenizer_path" if self._config.tokenizer_path else "let.teacher.path"
         return read_vocabulary(self._config.tokenizer_path or self._config.path, key=key)
 
     def tokenizer(self) -> Any | None:
         if self._config.tiktoken:
-            return described_tokenizer(self._config)
+            return vocabulary.described_tokenizer(self._config)
         key = "let.teacher.tokenizer_path" if self._config.tokenizer_path else "let.teacher.path"
         return read_tokenizer(self._config.tokenizer_path or self._config.path, key=key)
 
