@@ -44,6 +44,12 @@ class TeacherConfig:
     itself.
     """
 
+    tiktoken: dict[str, Any] = field(default_factory=dict)
+    """
+    What a tiktoken rank file of the teacher's does not say itself: `vocabulary`, or `pattern`, `special_tokens`,
+    `bos_token`, `eos_token`; `rank_file`, where it is in that folder. As in `[tokenizer] type = "TikTokenTokenizer"`.
+    """
+
     check_vocabulary: bool = True
     """
     Compare the teacher's vocabulary with the student's tokenizer token by token at start-up, and refuse a mismatch.

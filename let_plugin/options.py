@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from typeguard import TypeCheckError, check_type
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from let_plugin.errors import ConfigError, Problem, suggest
 
@@ -79,4 +79,4 @@ def _checked(value: Any, expected: Any) -> Any:
         return float(value)
     if expected is int and type(value) is bool:
         raise TypeCheckError("is not an integer")
-    return check_type(value, expected)
+    return check_type(value, expected, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)

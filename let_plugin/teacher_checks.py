@@ -113,5 +113,6 @@ def check_vocabulary(student: dict[str, int], source: TeacherSource, let: LetCon
             )
         )
     if isinstance(teacher, WithoutSpecialTokens):
-        return "the student's tokenizer and the teacher's agree on ordinary tokens; its file tells no special ones"
+        agree = "the student's tokenizer and the teacher's agree on ordinary tokens; its file tells no special ones"
+        return f"{agree} (let.teacher.tiktoken can)"
     return "the student's tokenizer and the teacher's agree token by token"

@@ -17,6 +17,7 @@ _OPTIONS = {
     "let.teacher.path": "PATH",
     "let.teacher.spec": "--spec",
     "let.teacher.tokenizer_path": "--tokenizer",
+    "let.teacher.tiktoken": "--tiktoken",
     "let.teacher.trust_remote_code": "--trust-remote-code",
 }
 
@@ -36,9 +37,17 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         sys.stdout.flush()
         for problem in error.problems:
-            print(f"error: {replace(problem, key=_OPTIONS.get(problem.key, problem.key))}", file=sys.stderr)
+            print(f"error: {replace(problem, key=_on_command_line(problem.key))}", file=sys.stderr)
         return 2
     return 0
+
+
+def _on_command_line(key: str) -> str:
+    """A key, or one in a table that is an option: "--tiktoken, pattern"."""
+    for name, option in _OPTIONS.items():
+        if key == name or key.startswith(f"{name}."):
+            return ", ".join([option, *filter(None, [key[len(name) + 1 :]])])
+    return key
 
 
 if __name__ == "__main__":

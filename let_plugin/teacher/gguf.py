@@ -17,7 +17,7 @@ import torch
 
 from let_plugin.config import TeacherConfig
 from let_plugin.errors import ConfigError, Problem
-from let_plugin.teacher import quantization
+from let_plugin.teacher import quantization, vocabulary
 from let_plugin.teacher.base import LanguageModel, TeacherSource
 from let_plugin.teacher.gguf_weights import cut_tensors, fit_gguf
 from let_plugin.teacher.hf import (
@@ -65,12 +65,16 @@ class GGUFTeacherSource(TeacherSource):
 
     def vocabulary(self) -> dict[str, int]:
         """Token -> id, from `tokenizer_path` if given, or else of the file's own tokenizer."""
+        if self._teacher_config.tiktoken:
+            return vocabulary.described_vocabulary(self._teacher_config)
         if self._teacher_config.tokenizer_path:
             return read_tokenizer_path(self._teacher_config.tokenizer_path)
         return load_tokenizer(self._teacher_config.path).get_vocab()
 
     def tokenizer(self) -> Any:
         """From `tokenizer_path` if given, or else the file's own."""
+        if self._teacher_config.tiktoken:
+            return vocabulary.described_tokenizer(self._teacher_config)
         if path := self._teacher_config.tokenizer_path:
             return open_tokenizer_path(path)
         return _read(self._teacher_config.path, "tokenizer", _load_tokenizer)

@@ -41,6 +41,7 @@ from let_plugin.teacher.language_model import TransformersLanguageModel
 from let_plugin.teacher.layers import LayerStates
 from let_plugin.teacher.safetensors_files import INDEX
 from let_plugin.teacher.sharding import raise_together
+from let_plugin.teacher.vocabulary import described_tokenizer, described_vocabulary
 
 if TYPE_CHECKING:
     from torchtitan.distributed import ParallelDims
@@ -88,6 +89,8 @@ class HFTeacherSource(TeacherSource):
         Other formats go through `transformers`' AutoTokenizer. ConfigError if `tokenizer_path` holds no tokenizer, or
         a tokenizer cannot be read.
         """
+        if self._teacher_config.tiktoken:
+            return described_vocabulary(self._teacher_config)
         if self._teacher_config.tokenizer_path:
             return read_tokenizer_path(self._teacher_config.tokenizer_path)
         if self._is_local:
@@ -96,6 +99,8 @@ class HFTeacherSource(TeacherSource):
 
     def tokenizer(self) -> Any | None:
         """From the same files as the vocabulary."""
+        if self._teacher_config.tiktoken:
+            return described_tokenizer(self._teacher_config)
         if path := self._teacher_config.tokenizer_path:
             return open_tokenizer_path(path)
         return open_tokenizer(self._teacher_config.path, _PATH_KEY)

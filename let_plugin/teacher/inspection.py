@@ -45,7 +45,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("--text", metavar="FILE", help="measure the loss on this .txt, .jsonl, .json or .parquet file")
     parser.add_argument("--max-tokens", type=int, default=4096, metavar="N", help="of the text (default: 4096)")
-    parser.add_argument("--tokenizer", default="", metavar="FOLDER", help="folder with the teacher's tokenizer.json")
+    parser.add_argument("--tokenizer", default="", metavar="FOLDER", help="folder of the teacher's tokenizer")
+    parser.add_argument(
+        "--tiktoken",
+        default="",
+        metavar="TABLE",
+        help="""as let.teacher.tiktoken, a table of TOML: '{vocabulary = "llama3.1"}'""",
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the teacher's maths")
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="where it runs")
     parser.add_argument("--trust-remote-code", action="store_true", help="as let.teacher.trust_remote_code")
@@ -66,6 +72,7 @@ def run(options: argparse.Namespace) -> None:
         path=options.path,
         spec=options.spec,
         tokenizer_path=options.tokenizer,
+        tiktoken=_table(options.tiktoken),
         trust_remote_code=options.trust_remote_code,
     )
     if options.spec:
@@ -86,11 +93,24 @@ def run(options: argparse.Namespace) -> None:
     _print({"tokenizer": str(tokenizer or "none there")})
     if tokenizer is None:
         if options.text:
-            message = "the teacher comes without a tokenizer; name a folder with its tokenizer.json"
+            message = "the teacher comes without a tokenizer; name a folder with its tokenizer.json or rank file"
             raise ConfigError(Problem("--tokenizer", message, options.tokenizer))
         _print({"loss": "not measured: it needs the tokenizer (--tokenizer FOLDER)"})
         return
     _print(_measure(source, tokenizer, options, device))
+
+
+def _table(text: str) -> dict[str, Any]:
+    """The option --tiktoken. ConfigError if it is no table."""
+    import tomli
+
+    try:
+        table: Any = tomli.loads(f"table = {text}")["table"] if text else {}
+    except tomli.TOMLDecodeError as error:
+        raise ConfigError(Problem("--tiktoken", f"not an inline table of TOML: {error}", text)) from error
+    if not isinstance(table, dict):
+        raise ConfigError(Problem("--tiktoken", """not a table; write '{vocabulary = "llama3.1"}'""", text))
+    return table
 
 
 def _import(module: str) -> None:

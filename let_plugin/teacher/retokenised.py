@@ -57,7 +57,7 @@ def retokeniser(config: Trainer.Config, student: Any, source: TeacherSource) -> 
     options = config.let.token_alignment
     teacher = source.tokenizer()
     if teacher is None:
-        message = "the teacher comes without a tokenizer; name a folder with its tokenizer.json here"
+        message = "the teacher comes without a tokenizer; name a folder with its tokenizer.json or rank file"
         raise ConfigError(Problem("let.teacher.tokenizer_path", message, config.let.teacher.tokenizer_path))
     problems = []
     for whose, tokenizer in (("student's", student), ("teacher's", teacher)):

@@ -9,10 +9,13 @@ from let_plugin import data
 from let_plugin.config import TeacherConfig
 from let_plugin.demo import TEXT
 from let_plugin.errors import ConfigError, Problem
+from let_plugin.teacher.vocabulary import described_tokenizer
+from let_plugin.teacher.vocabulary import read_tokenizer as read_folder
+from let_plugin.tiktoken_tokenizer import TikTokenTokenizer
 
 
 class TextTokenizer:
-    """A tokenizer of the `tokenizers` library, or any of `transformers`.
+    """A tokenizer of the `tokenizers` library, any of `transformers`, or one of a tiktoken rank file.
 
     Args:
         inner: The tokenizer.
@@ -29,6 +32,8 @@ class TextTokenizer:
         self.max_id = max(self._vocabulary.values())
 
     def __str__(self) -> str:
+        if isinstance(self._inner, TikTokenTokenizer):
+            return f"tiktoken, byte-level, {len(self._vocabulary):,} tokens"
         backend = getattr(self._inner, "backend_tokenizer", self._inner)
         kind = type(getattr(backend, "model", backend)).__name__
         is_byte_level = type(getattr(backend, "decoder", None)).__name__ == "ByteLevel"
@@ -39,8 +44,11 @@ class TextTokenizer:
 
         A document begins with the tokenizer's own beginning-of-sequence token, if it has one, and ends without any.
         """
-        ids = self._inner.encode(text, add_special_tokens=False)
-        ids = list(getattr(ids, "ids", ids))
+        if isinstance(self._inner, TikTokenTokenizer):
+            ids = self._inner.encode(text)
+        else:
+            ids = self._inner.encode(text, add_special_tokens=False)
+            ids = list(getattr(ids, "ids", ids))
         num_bytes = len(text.encode())
         num_first = 0 if self._bos_id is not None else 1  # predicted from nothing: not at all
         if len(ids) > max_tokens + num_first:
@@ -60,16 +68,11 @@ def read_tokenizer(config: TeacherConfig) -> TextTokenizer | None:
     """
     folder = config.tokenizer_path or config.path
     key = "let.teacher.tokenizer_path" if config.tokenizer_path else "let.teacher.path"
-    if Path(folder, "tokenizer.json").is_file():
-        from torchtitan.components.tokenizer import HuggingFaceTokenizer
-
-        try:
-            tokenizer = HuggingFaceTokenizer(tokenizer_path=folder)
-        except Exception as error:  # the tokenizers library raises plain Exception
-            raise ConfigError(Problem(key, f"its tokenizer.json cannot be read: {error}", folder)) from error
-        return TextTokenizer(tokenizer.tokenizer, tokenizer.bos_id)
+    own = described_tokenizer(config) if config.tiktoken else read_folder(folder, key=key)
+    if own is not None:
+        return TextTokenizer(own if isinstance(own, TikTokenTokenizer) else own.tokenizer, own.bos_id)
     if config.tokenizer_path:
-        raise ConfigError(Problem(key, "no tokenizer.json there", folder))
+        raise ConfigError(Problem(key, "no tokenizer.json or tiktoken rank file there", folder))
     if config.spec:
         return None
     if os.path.isfile(config.path):

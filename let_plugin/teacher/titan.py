@@ -22,7 +22,7 @@ from let_plugin import host
 from let_plugin.config import TeacherConfig
 from let_plugin.errors import ConfigError, Problem, suggest
 from let_plugin.registry import Registry
-from let_plugin.teacher import quantization
+from let_plugin.teacher import quantization, vocabulary
 from let_plugin.teacher.base import (
     LanguageModel,
     Teacher,
@@ -91,10 +91,14 @@ class TitanTeacherSource(TeacherSource):
             self.info = dataclasses.replace(self.info, max_seq_len=max_seq_len)
 
     def vocabulary(self) -> dict[str, int] | None:
+        if self._config.tiktoken:
+            return vocabulary.described_vocabulary(self._config)
         key = "let.teacher.tokenizer_path" if self._config.tokenizer_path else "let.teacher.path"
         return read_vocabulary(self._config.tokenizer_path or self._config.path, key=key)
 
     def tokenizer(self) -> Any | None:
+        if self._config.tiktoken:
+            return vocabulary.described_tokenizer(self._config)
         key = "let.teacher.tokenizer_path" if self._config.tokenizer_path else "let.teacher.path"
         return read_tokenizer(self._config.tokenizer_path or self._config.path, key=key)
 

@@ -1,10 +1,15 @@
-"""A run that reads the teacher's states is the run that the teacher guides, bit for bit."""
+"""A run that reads the teacher's states is the run that the teacher guides, bit for bit, or nearly if it reads less."""
 
+import json
+import re
 import signal
+from pathlib import Path
 
 import pytest
 
+from let_plugin.demo import TOKENIZER
 from tests.support import jobs
+from tests.support.rank_files import write_small
 
 pytestmark = pytest.mark.slow
 
@@ -37,10 +42,34 @@ def config(folder):
 
 
 @pytest.fixture(scope="module")
-def features(folder, config):
-    """The states of one data-parallel rank."""
-    jobs.run("let_plugin.teacher.export", config, "--out", folder / "1", *RUN, **ONE_THREAD)
-    return folder / "1"
+def cross(folder, config):
+    """The run with a teacher of another tokenizer."""
+    write_small(folder / "small")
+    path = folder / "cross.toml"
+    own = f'"{Path(TOKENIZER).relative_to(jobs.ROOT)}"'
+    alignment = "token_alignment.enable = true\n"
+    path.write_text(config.read_text().replace(own, f'"{folder}/small/json"').replace(PAIRS, f"{alignment}{PAIRS}"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def exported(folder, config, cross):
+    """Name -> folder with the states of one data-parallel rank; and the exports' output, one for each."""
+    options = {
+        "bfloat16": [config],
+        "int8": [config, "--encoding", "int8"],
+        "pca": [config, "--encoding", "pca", "--width", 24],
+        "cross": [cross],
+    }
+    folders = {name: folder / name for name in options}
+    argvs = [[*args, "--out", folders[name], *RUN] for name, args in options.items()]
+    listed = json.dumps([list(map(str, argv)) for argv in argvs])
+    return folders, jobs.run("tests.support.several_exports", listed, **ONE_THREAD).stderr
+
+
+@pytest.fixture(scope="module")
+def features(exported):
+    return exported[0]["bfloat16"]
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +98,17 @@ def assert_equal(runs, name, expected):
 
 
 @pytest.fixture(scope="module")
-def runs(folder, config, features):
+def runs(folder, config, cross, features, exported):
+    folders, _ = exported
     cases = {
         "teacher": (config, [*RUN, "--dump_folder", folder / "a"]),
         "features": (config, [*RUN, *reading(features), "--dump_folder", folder / "b"]),
         # A worker reads ahead, beyond the stop step: what is not there then is no error.
         "worker": (config, [*RUN, *reading(features), "--dataloader.num_workers", "1", "--dump_folder", folder / "c"]),
+        "int8": (config, [*RUN, *reading(folders["int8"]), "--dump_folder", folder / "d"]),
+        "pca": (config, [*RUN, *reading(folders["pca"]), "--dump_folder", folder / "e"]),
+        "cross, teacher": (cross, [*RUN, "--dump_folder", folder / "f"]),
+        "cross, features": (cross, [*RUN, *reading(folders["cross"]), "--dump_folder", folder / "g"]),
     }
     return jobs.train_many(folder, cases, processes=1)
 
@@ -82,6 +116,33 @@ def runs(folder, config, features):
 @pytest.mark.parametrize("name", ["features", "worker"])
 def test_losses_and_gradients_are_those_of_the_run_with_the_teacher(runs, name):
     assert_equal(runs, name, "teacher")
+
+
+def test_so_they_are_with_a_teacher_of_another_tokenizer(runs):
+    assert_equal(runs, "cross, features", "cross, teacher")
+    fractions = [runs[name]["logged"][0].get("let/aligned_fraction") for name in ("cross, features", "teacher")]
+    assert 0.5 < fractions[0] < 1 and fractions[1] is None  # what does not fit has no state
+    assert runs["cross, teacher"]["logged"][0]["let/cosine"] != runs["teacher"]["logged"][0]["let/cosine"]
+
+
+def test_states_that_take_less_guide_nearly_as_the_teacher(runs):
+    def difference(name):
+        return jobs.relative_difference(runs[name]["gradients"], runs["teacher"]["gradients"])
+
+    for name, loss, cosine in (("int8", 3e-5, 3e-4), ("pca", 3e-4, 1e-2)):
+        assert "error" not in runs[name], runs[name]["error"]
+        for got, expected in zip(runs[name]["logged"], runs["teacher"]["logged"], strict=True):
+            assert got["loss"] == pytest.approx(expected["loss"], abs=loss)
+            assert got.get("let/cosine") == pytest.approx(expected.get("let/cosine"), abs=cosine)
+    # 24 of 32 channels say less than 8 bits of each, and more than what another teacher says.
+    assert 0 < 3 * difference("int8") < difference("pca") < difference("cross, teacher") / 1.5
+
+
+def test_an_export_says_how_far_it_is_and_how_long_it_takes(exported):
+    """By tqdm's bar: the share, tokens so far and in all, time so far and to come, and speed."""
+    _, output = exported
+    bar = r"export: 100%\|[^|]*\| (768)/(768) \[\d\d:\d\d<00:00, *[\d.]+k? tokens/s\]"
+    assert re.findall(bar, output) == [("768", "768")] * 4, output
 
 
 def test_so_they_are_on_two_processes(tmp_path, config, features, features_of_two_ranks):

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shutil
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -38,3 +39,20 @@ def write_demo(folder, name="demo.tiktoken", *, tell_special_tokens=False):
         }
         path.with_name("tokenizer_config.json").write_text(json.dumps(config))
     return path
+
+
+def write_small(folder, size=1000):
+    """The first tokens of the demo's vocabulary alone: a tokenizer that cuts text finer.
+
+    `folder`/ranks has a rank file and nothing else, `folder`/json the tokenizer.json of the same vocabulary.
+    """
+    (folder / "ranks").mkdir(parents=True)
+    (folder / "json").mkdir()
+    ranks = {token: rank for token, rank in demo_ranks().items() if rank < size}
+    (folder / "ranks/small.tiktoken").write_text(lines_of(ranks))
+    content = json.loads(Path(TOKENIZER, "tokenizer.json").read_text())
+    vocabulary = {token: i for token, i in content["model"]["vocab"].items() if i < size}
+    merges = [pair for pair in content["model"]["merges"] if "".join(pair) in vocabulary]
+    content["model"] |= {"vocab": vocabulary, "merges": merges}
+    (folder / "json/tokenizer.json").write_text(json.dumps(content))
+    shutil.copy(f"{TOKENIZER}/tokenizer_config.json", folder / "json")

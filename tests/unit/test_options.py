@@ -16,6 +16,10 @@ def function(step, *, stop_step, power: float = 2.0, mode: Literal["a", "b"] = "
     return step, stop_step, power, mode, count
 
 
+def with_ids(*, ids: dict[str, int] = {}):  # noqa: B006
+    return ids
+
+
 class Match:
     def __init__(self, in_width: int, out_width: int, *, seed: int = 0):
         self.args = in_width, out_width, seed
@@ -45,6 +49,8 @@ def test_all_mistakes_at_once_each_with_its_key():
     assert first.startswith("let.x.powr = 3: no such option; did you mean 'power'?")
     assert second.startswith("let.x.mode = 'c': ")
     assert third.startswith("let.x.count = 1.5: ")
+    (element,) = problems_of(options.bind, with_ids, {"ids": {"a": 0, "b": "1"}}, key="let.x")
+    assert element.startswith("let.x.ids = {'a': 0, 'b': '1'}: ")
     (boolean,) = problems_of(options.bind, function, {"count": True}, key="let.x")
     assert boolean.startswith("let.x.count = True")
 

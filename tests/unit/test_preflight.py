@@ -207,6 +207,12 @@ def test_a_rank_file_of_tiktoken_on_either_side(config, tmp_path):
     config.hf_assets_path = str(tmp_path)
     config.tokenizer = TikTokenTokenizer.Config(pattern="gpt2", special_tokens={EOS: 0}, eos_token=EOS)
     assert "agree on ordinary tokens" in preflight.run(config)
+    config.let.teacher.tiktoken = {"pattern": "gpt2", "special_tokens": {EOS: 0}, "eos_token": EOS}
+    assert "agree token by token" in preflight.run(config)
+    config.let.teacher.tiktoken = {"pattern": "gpt2", "special_tokens": {"<eos>": 0}, "eos_token": "<eos>"}
+    message = problem_of(config, "let.teacher.path").message
+    assert f"id 0: '{EOS}' (student), '<eos>' (teacher)" in message
+    config.let.teacher.tiktoken = {}
     config.let.teacher.tokenizer_path = TOKENIZER
     assert "agree token by token" in preflight.run(config)
     config.tokenizer = TikTokenTokenizer.Config(pattern="gpt2", special_tokens={"<eos>": 0}, eos_token="<eos>")

@@ -26,6 +26,7 @@ from let_plugin.teacher.sharding import teacher_parallel_dims  # noqa: E402
 ONE_RANK = {"dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1, "pp": 1, "ep": 1, "world_size": 1}
 VOCAB_SIZE = 61
 SEQ_LEN = 24
+DROPOUT = 0.25
 WINDOW = 5  # shorter than the longest document, so that a lost window shows
 _COMMON = {
     "vocab_size": VOCAB_SIZE,
@@ -44,7 +45,7 @@ _GPT2 = {"vocab_size": VOCAB_SIZE, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_p
 
 
 def _model_configs() -> dict:
-    return {
+    configs = {
         "llama": transformers.LlamaConfig(**_GROUPED, tie_word_embeddings=True),
         "llama3_rope": transformers.LlamaConfig(
             **{**_GROUPED, "max_position_embeddings": 128},
@@ -74,6 +75,15 @@ def _model_configs() -> dict:
         "gemma3": transformers.Gemma3TextConfig(**_GROUPED, head_dim=8, sliding_window=WINDOW),
         "olmoe": transformers.OlmoeConfig(**_GROUPED, num_experts=4, num_experts_per_tok=2),
     }
+    for config in configs.values():
+        for name in dropout_fields(config.to_dict()):  # so that what is compared below is wrong unless it is off
+            setattr(config, name, DROPOUT)
+    return configs
+
+
+def dropout_fields(content: dict) -> list[str]:
+    """The fields of a configuration that make something stochastic in training."""
+    return [name for name, value in content.items() if "drop" in name and type(value) in (int, float)]
 
 
 FAMILIES = tuple(_model_configs())
@@ -325,13 +335,18 @@ def test_built_teacher_is_frozen_headless_and_leaves_the_rng(folders, dtype) -> 
     assert not states_BLE.requires_grad
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt"])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
 def test_dropout_is_off(folders, family) -> None:
     content = json.loads((folders[family] / "config.json").read_text())
-    assert content.get("resid_pdrop", content.get("dropout")) == 0.1
+    assert {content[name] for name in dropout_fields(content)} == {DROPOUT}
     teacher = build(source_of(folders[family]))
     tokens_BL, positions_BL, _ = packed_batch()
-    assert torch.equal(teacher(tokens_BL, positions_BL), teacher(tokens_BL, positions_BL))
+    expected_BLE = teacher(tokens_BL, positions_BL)
+    assert torch.equal(teacher(tokens_BL, positions_BL), expected_BLE)
+    teacher.train()
+    # The soft-capped attention is our own (hf_attention.py), and knows no dropout.
+    assert torch.allclose(teacher(tokens_BL, positions_BL), expected_BLE) == (family == "gemma2")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -12,8 +12,11 @@ import torch.nn.functional as F
 
 from let_plugin.demo import TEACHER, TOKENIZER
 from let_plugin.teacher import cli
+from let_plugin.teacher.export_plan import bytes_per_token
+from let_plugin.teacher.specs import BUILT_IN_SPECS
 from tests.support import config_registry as tiny
 from tests.support.jobs import ROOT
+from tests.support.rank_files import EOS, write_demo
 
 TEXTS = ["A late train.", "The early bird catches the worm, or so they say in the north of England.", "É" * 40]
 
@@ -83,6 +86,26 @@ def test_a_limit_on_the_tokens_and_the_demos_text(inspect):
     assert "test split of the package's demo" in said["text"]
 
 
+def test_a_rank_file_measures_as_the_tokenizer_json_of_the_same_vocabulary(inspect, tmp_path, capsys):
+    pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
+    write_demo(tmp_path)
+    table = f'{{pattern = "gpt2", special_tokens = {{"{EOS}" = 0}}, bos_token = "{EOS}", eos_token = "{EOS}"}}'
+    few = (TEACHER, "--max-tokens", 200, "--tokenizer")
+    status, said = inspect(*few, tmp_path, "--tiktoken", table)
+    assert (status, said["tokenizer"]) == (0, "tiktoken, byte-level, 4,096 tokens")
+    assert said["loss"] == inspect(*few, TOKENIZER)[1]["loss"]
+
+    for options, message in (
+        ([], "error: --tiktoken, pattern: "),
+        (["--tiktoken", '{vocabulary = "lama3"}'], "error: --tiktoken, vocabulary: unknown; did you mean 'llama3'?"),
+        (["--tiktoken", '{patern = "gpt2"}'], "error: --tiktoken, patern = 'gpt2': no such option"),
+        (["--tiktoken", "llama3"], "error: --tiktoken = 'llama3': not an inline table of TOML"),
+        (["--tiktoken", '"llama3"'], "error: --tiktoken = '\"llama3\"': not a table; write '{vocabulary = "),
+    ):
+        assert cli.main(["inspect", *map(str, few), str(tmp_path), *options]) == 2
+        assert capsys.readouterr().err.startswith(message)
+
+
 def test_a_spec_alone(inspect):
     status, said = inspect("--spec", "smollm2-360m")
     assert status == 0
@@ -117,6 +140,29 @@ def test_a_tokenizer_of_another_model(inspect, tmp_path):
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     shutil.copy(f"{TOKENIZER}/tokenizer.json", tmp_path)
     assert inspect(tmp_path)[0] == 2
+
+
+def test_the_documentations_table_of_teachers_is_what_the_command_says(inspect):
+    text = (ROOT / "docs/teachers.md").read_text()
+    table = text.split("| `teacher.spec` | width |")[1].split("\n\n")[0]
+    rows = {name: cells.split(" | ") for name, cells in re.findall(r"^\| `([\w.-]+)` \| (.*) \|$", table, flags=re.M)}
+    assert rows.keys() == BUILT_IN_SPECS.keys()
+    for name, (*cells, licence) in rows.items():
+        status, said = inspect("--spec", name)
+        assert status == 0 and licence
+        width = cells[0]
+        parameters, embeddings = re.findall(r"[\d,]+", said["trunk"])[:2]
+        expected = [
+            *reversed(re.match(r"(\d+) of width (\d+),", said["blocks"]).groups()),
+            f"{parameters} ({embeddings})",
+            said["vocabulary"].removesuffix(" rows"),
+            said["positions"].removeprefix("at most "),
+            "{} / {}".format(*re.findall(r"[\d,.]+(?= MiB)", said["memory"])),
+            said["cost"].partition(" ")[0],
+            # Bytes per token are GB per billion tokens.
+            " / ".join(f"{bytes_per_token(encoding, int(width), None):,}" for encoding in ("bfloat16", "int8")),
+        ]
+        assert cells == expected, name
 
 
 @pytest.mark.slow

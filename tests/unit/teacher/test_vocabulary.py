@@ -1,17 +1,24 @@
 """Vocabularies, read and compared."""
 
+import dataclasses
+import json
+
 import pytest
 from tokenizers import Tokenizer, models
 
-from let_plugin.demo import TOKENIZER
+from let_plugin.config import TeacherConfig
+from let_plugin.demo import TEACHER, TOKENIZER
 from let_plugin.errors import ConfigError
 from let_plugin.teacher.vocabulary import (
     WithoutSpecialTokens,
     compare_vocabularies,
+    described_tokenizer,
+    described_vocabulary,
     read_tokenizer,
     read_vocabulary,
 )
-from tests.support.rank_files import EOS, write_demo
+from let_plugin.tiktoken_tokenizer import TikTokenTokenizer
+from tests.support.rank_files import EOS, demo_tokenizer, write_demo
 
 STUDENT = {"a": 0, "b": 1, "c": 2, "d": 3, "e": 4}
 
@@ -96,3 +103,103 @@ def test_read_tokenizer(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ConfigError, match=r"let.teacher.path = .*the tokenizer cannot be read"):
         read_tokenizer(str(tmp_path), key="let.teacher.path")
+
+
+# Rank files that `let.teacher.tiktoken` describes
+
+DEMO = {"pattern": "gpt2", "special_tokens": {EOS: 0}, "eos_token": EOS}
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """Folder with the demo's vocabulary as a rank file and nothing else."""
+    return str(write_demo(tmp_path_factory.mktemp("bare")).parent)
+
+
+def problem_of(read, *args, **kwargs):
+    with pytest.raises(ConfigError) as info:
+        read(*args, **kwargs)
+    (problem,) = info.value.problems
+    return problem
+
+
+@pytest.mark.parametrize("key", ["path", "tokenizer_path"])
+def test_a_table_says_what_the_rank_file_does_not(bare, key):
+    config = TeacherConfig(**{key: bare}, tiktoken=DEMO)
+    tokenizer = described_tokenizer(config)
+    assert tokenizer.encode("the end", add_bos=True, add_eos=True) == [*demo_tokenizer().encode("the end").ids, 0]
+    vocabulary = described_vocabulary(config)
+    assert vocabulary == read_vocabulary(TOKENIZER)
+    assert not isinstance(vocabulary, WithoutSpecialTokens)
+
+
+def test_every_kind_of_teacher_reads_it(bare):
+    from let_plugin.demo import config_registry  # noqa: F401  registers it
+    from let_plugin.teacher.sources import open_teacher
+
+    pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
+    for fields in ({"path": TEACHER}, {"spec": "demo_teacher"}):
+        source = open_teacher(TeacherConfig(**fields, tokenizer_path=bare, tiktoken=DEMO))
+        assert source.vocabulary() == read_vocabulary(TOKENIZER)
+        assert source.tokenizer().encode("the end") == demo_tokenizer().encode("the end").ids
+        source = open_teacher(TeacherConfig(**fields, tokenizer_path=bare))
+        assert isinstance(source.vocabulary(), WithoutSpecialTokens)
+        assert problem_of(source.tokenizer).key == "let.teacher.tiktoken.pattern"
+
+
+def test_one_of_several_rank_files_even_beside_a_tokenizer_json(tmp_path):
+    write_demo(tmp_path / "original", "tokenizer.model")
+    write_demo(tmp_path, "a.tiktoken")
+    write_demo(tmp_path, "b.tiktoken")
+    for read in (read_tokenizer, read_vocabulary):
+        problem = problem_of(read, str(tmp_path), key="let.teacher.path")
+        assert problem.key == "let.teacher.tiktoken.rank_file" and "(a.tiktoken, b.tiktoken)" in problem.message
+    Tokenizer(models.WordLevel({"a": 0})).save(str(tmp_path / "tokenizer.json"))
+    config = TeacherConfig(path=str(tmp_path), tiktoken={"rank_file": "original/tokenizer.model"})
+    vocabulary = described_vocabulary(config)
+    assert isinstance(vocabulary, WithoutSpecialTokens) and len(vocabulary) == 4095
+    config.tiktoken |= DEMO
+    assert len(described_vocabulary(config)) == 4096
+    assert described_tokenizer(config).tokenizer.name == "tokenizer.model"
+
+
+@pytest.mark.parametrize("where", [TOKENIZER, TEACHER, f"{TEACHER}/model.safetensors", "org/name"])
+def test_a_table_for_a_tokenizer_that_is_no_rank_file(where):
+    for read in (described_tokenizer, described_vocabulary):
+        problem = problem_of(read, TeacherConfig(path=where, tiktoken=DEMO))
+        assert problem.key == "let.teacher.tiktoken"
+        assert f"there is none in let.teacher.path = {where!r}: leave it out" in problem.message
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "message"),
+    [
+        ({"patern": "gpt2"}, "patern", "no such option; did you mean 'pattern'?"),
+        ({"pattern": 2}, "pattern", "is not an instance of str"),
+        ({**DEMO, "special_tokens": {EOS: 0, "<b>": "5000"}}, "special_tokens", "is not an instance of int"),
+        ({}, "pattern", "does not say how text is split"),
+        ({"pattern": "gpt3"}, "pattern", "no vocabulary of that name; did you mean 'gpt2'?"),
+        ({"pattern": "gpt2"}, "special_tokens", "names none: give a table"),
+        ({"vocabulary": "llama3"}, "vocabulary", "has 128,000 tokens in its file"),
+        ({**DEMO, "special_tokens": {EOS: 5}}, f"special_tokens.{EOS}", "that id is taken by b'%'"),
+        ({**DEMO, "eos_token": "<|end|>"}, "eos_token", "not a special token"),
+        ({**DEMO, "rank_file": "absent"}, "rank_file", "cannot be read"),
+    ],
+)
+def test_a_table_that_is_wrong(bare, table, key, message):
+    problem = problem_of(described_tokenizer, TeacherConfig(path=bare, tiktoken=table))
+    assert problem.key == f"let.teacher.tiktoken.{key}" and message in problem.message, problem
+    names = {field.name for field in dataclasses.fields(TikTokenTokenizer.Config)}
+    assert problem.key.split(".")[3] in {*names, "patern"}
+
+
+def test_a_damaged_file_is_named_by_the_key_of_its_folder(tmp_path):
+    (tmp_path / "a.tiktoken").write_text("YQ== 0\n")
+    for read in (read_tokenizer, read_vocabulary):
+        assert problem_of(read, str(tmp_path), key="let.teacher.path").key == "let.teacher.path"
+    config = TeacherConfig(path=TEACHER, tokenizer_path=str(tmp_path), tiktoken=DEMO)
+    assert problem_of(described_tokenizer, config).key == "let.teacher.tokenizer_path"
+    write_demo(tmp_path, "a.tiktoken", tell_special_tokens=True)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {"0": {}}}))
+    config = TeacherConfig(path=str(tmp_path), tiktoken={"pattern": "gpt2"})
+    assert problem_of(described_tokenizer, config).key == str(tmp_path / "tokenizer_config.json")
