@@ -22,6 +22,7 @@ VALIDATION = ["--let.adaptive-stop.criterion", "validation", "--let.adaptive-sto
 VALIDATION += ["--let.stop-step", "4", "--validator.enable", "--validator.freq", "2", "--validator.steps", "1"]
 FSDP2 = ["--parallelism.data_parallel_shard_degree", "2", "--training.local_batch_size", "2"]
 PIPELINE = ["--parallelism.pipeline_parallel_degree", "2"]
+PAIRED = ["--let.dimension-match", "linear", "--let.loss", "smooth_l1", "--let.adaptive-stop.smoothing", "0.5"]
 
 
 def active(folder):
@@ -108,20 +109,24 @@ def _output(result):
 
 
 @pytest.mark.slow
+@pytest.mark.strategies
 @pytest.mark.parametrize(
     ("layout", "processes"), [([], 1), (FSDP2, 2), (PIPELINE, 2)], ids=["single process", "FSDP2", "pipeline"]
 )
-def test_it_stops_when_the_held_out_loss_passes_the_teachers(tmp_path, measured_config, headed, layout, processes):
+@pytest.mark.parametrize("others", [[], pytest.param(PAIRED, marks=pytest.mark.exhaustive)], ids=["alone", "paired"])
+def test_it_stops_when_the_held_out_loss_passes_the_teachers(
+    tmp_path, measured_config, headed, layout, processes, others
+):
     """The teacher's, which is measured, is above that of the student, which knows nothing yet: about 9."""
     assert headed[1] > 9.5
-    args = [*VALIDATION, "--let.adaptive-stop.patience", "2", *layout]
+    args = [*VALIDATION, "--let.adaptive-stop.patience", "2", *layout, *others]
     result = jobs.run("let_plugin.train", measured_config, *args, processes=processes)
     losses = measured_losses(result)
     assert len(losses) == processes  # each rank says it
     assert losses == pytest.approx([headed[1]] * processes, abs=1e-4)
     assert active(tmp_path / "out") == [1, 1, 0, 0]
-    if processes == 1:  # the same with the number given
-        given = ["--let.adaptive-stop.teacher-loss", losses[0], "--dump_folder", tmp_path / "given"]
+    if processes == 1:  # the same with the number given, beside other strategies
+        given = ["--let.adaptive-stop.teacher-loss", losses[0], "--dump_folder", tmp_path / "given", *PAIRED]
         result = jobs.run("let_plugin.train", measured_config, *args, *given)
         assert measured_losses(result) == []
         assert active(tmp_path / "given") == [1, 1, 0, 0]
