@@ -63,14 +63,12 @@ class Options:
         ):
             if value < minimum:
                 problems.append(Problem(name, f"must be at least {minimum}", value))
-        for name, sizes in (("--batch-sizes", self.local_batch_sizes), ("--seq-lens", self.seq_lens)):
+        lengths = (("--batch-sizes", self.local_batch_sizes), ("--seq-lens", self.seq_lens))
+        for name, sizes in lengths:
             problems += [Problem(name, "must be at least 1", size) for size in sizes if size < 1]
-        for name, sizes in (
-            ("--teacher-share", [100 * share for share in self.teacher_shares]),
-            ("--batch-sizes", self.local_batch_sizes),
-            ("--seq-lens", self.seq_lens),
-        ):
-            problems += [Problem(name, "given twice", s) for s in dict.fromkeys(sizes) if sizes.count(s) > 1]
+        shares: tuple[str, Sequence[float]] = ("--teacher-share", [100 * share for share in self.teacher_shares])
+        for name, given in (shares, *lengths):
+            problems += [Problem(name, "given twice", s) for s in dict.fromkeys(given) if given.count(s) > 1]
         problems += [
             Problem("--teacher-share", "must be more than 0 and at most 100, in percent", 100 * share)
             for share in self.teacher_shares

@@ -33,7 +33,12 @@ def take_turns(starts: Sequence[Callable[[str], Running]]) -> list[dict[str, Any
     with ExitStack() as stack:
         # Each has a door of its own: they all start at the same time, and it does not matter who is ready first.
         servers = [stack.enter_context(socket.create_server((_HOST, 0))) for _ in starts]
-        stack.callback(lambda: [connection.close() for connection in connections.values()])
+
+        def close() -> None:
+            for connection in connections.values():
+                connection.close()
+
+        stack.callback(close)
         for start, server in zip(starts, servers, strict=True):
             runs.append(start(f"{_HOST}:{server.getsockname()[1]}"))
             stack.callback(runs[-1].stop)
