@@ -1,4 +1,5 @@
 import functools
+import logging
 
 import pytest
 import torch
@@ -19,6 +20,15 @@ def fresh_compiler():
     """No test counts the compilations of another: torch compiles the same code a limited number of times."""
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def same_log_level():
+    """What a command line says is not to be heard of, others are: torchtitan's logger is the root."""
+    root = logging.getLogger()
+    level = root.level
+    yield
+    root.setLevel(level)
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +82,6 @@ def batch():
 def short_teacher():
     """Name of a teacher spec like the tiny one, for 32 tokens."""
     yield from registered("short_teacher", num_layers=2, max_seq_len=32)
-
-
-@pytest.fixture
-def large_teacher():
-    """Name of a teacher spec like the tiny one, of four times as many blocks."""
-    yield from registered("large_teacher", num_layers=8)
 
 
 def registered(name, **shape):

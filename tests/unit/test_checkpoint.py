@@ -53,6 +53,7 @@ def read_after_writing(config, folder):
 
 
 def test_a_checkpoint_without_it_is_said_and_changes_nothing(config, tmp_path, caplog):
+    caplog.set_level("INFO")
     written(tmp_path / "out" / config.checkpoint.folder / "step-2")
     assert same(read(config, name="other"), AdaptiveStop(**SETTINGS))
 

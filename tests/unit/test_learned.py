@@ -96,6 +96,7 @@ def test_saved_and_restored_it_trains_on_as_if_nothing_had_happened(part, config
 
 
 def test_a_checkpoint_without_a_projector_starts_it_afresh_and_says_so(part, config, tmp_path, caplog):
+    caplog.set_level("INFO")
     config.dump_folder = str(tmp_path)
     dcp.save({"x": torch.ones(2)}, checkpoint_id=str(tmp_path / config.checkpoint.folder / "step-2"), no_dist=True)
     projector = learned(part, config)

@@ -140,6 +140,7 @@ def test_a_teacher_that_works_against_the_student_is_spoken_of(request, config, 
     """Once, as soon as the gradients have pointed apart for as long as it takes; here, for one step."""
     monkeypatch.setattr(torchtitan.trainer.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(Disagreement, "PATIENCE", 1)
+    caplog.set_level("WARNING")
     set_all(config, training__steps=8, let__stop_step=8, metrics__log_freq=1)
     trainer = request.getfixturevalue("trainer")
     trainer.train()

@@ -154,7 +154,7 @@ def test_making_one_takes_no_random_numbers_and_gives_the_same_again(name, optio
     torch.testing.assert_close(weights_of(again), weights_of(match), rtol=0, atol=0)
     assert all(weight.device.type == "cpu" and weight.dtype == torch.float32 for weight in weights_of(again).values())
     assert not list(match.buffers())  # nothing would move them to the device
-    assert bool(weights_of(match)) == (name in ("linear", "mlp", "orthogonal"))
+    assert bool(weights_of(match)) == (name in ("linear", "mlp", "orthogonal", "procrustes"))
 
 
 @pytest.mark.parametrize(
