@@ -103,13 +103,15 @@ def row(
     Args:
         kind: What has been measured ("throughput").
         command: The command that measured it.
-        config: The run's full effective configuration as TOML.
+        config: The run's full effective configuration as TOML; paths in this package's folder become relative to what
+            it lies in, which is nobody's business.
         seed: Its seed; None if it was not fixed.
         unit: Of the values.
         values: The raw measurements, at least one.
         origin: `provenance()`, of before the run.
         details: What else the kind of row has.
     """
+    config = config.replace(f"{Path(let_plugin.__file__).parent.parent}/", "")
     fields = {"kind": kind, "command": command, **origin, "config": config, "seed": seed, "unit": unit}
     return {**fields, "quantiles": quantiles(values), "values": list(values), **details}
 

@@ -125,3 +125,9 @@ def test_all_that_is_wrong_with_a_file_at_once(tmp_path):
     keys = [problem.key.removeprefix(str(path)) for problem in error.value.problems]
     assert keys == [":2: device", ":2: unit", ":3", ":4"]
     assert "cut off" in error.value.problems[-1].message
+
+
+def test_a_row_does_not_say_where_the_package_lies():
+    config = f'path = "{jobs.ROOT}/let_plugin/demo/assets"\n'
+    row = rows.row("x", command="", config=config, seed=0, unit="", values=[1], origin=rows.provenance())
+    assert row["config"] == 'path = "let_plugin/demo/assets"\n'
