@@ -83,7 +83,11 @@ class Running:
 
 def run_module(module: str, request: "Request", *, what: str, num_processes: int) -> dict[str, Any]:
     """Runs it to its end (see Running), and returns what it has written. RunFailedError if it fails."""
-    run = Running(module, request, what=what, num_processes=num_processes)
+    return finish(Running(module, request, what=what, num_processes=num_processes))
+
+
+def finish(run: Running) -> dict[str, Any]:
+    """Waits for its end, and returns what it has written (see `Running.result`). An interruption ends the run."""
     try:
         return run.result()
     finally:
