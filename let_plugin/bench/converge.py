@@ -295,13 +295,14 @@ class Suite:
         cells = self._planner.cells(self._chosen)
         runs = [self._planner.plan(*cell, seed) for seed in self._options.seeds for cell in cells]
         self._run(runs, "result", [])
-        for run in runs:
-            if (found := self._found()[self._id(run)])["role"] != "result":  # it was run to tune
-                rows.append(self._options.out, found | {"role": "result"})
         found = self._found()
         results: dict[str, list[rows.Row]] = {}
         for run in runs:
-            results.setdefault(run.label, []).append(found[self._id(run)])
+            own = found[self._id(run)]
+            if own["role"] != "result":  # it was run to tune, and is a result as well
+                own |= {"role": "result"}
+                rows.append(self._options.out, own)
+            results.setdefault(run.label, []).append(own)
         choices = [
             row
             for row in rows.read(self._options.out)
