@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 SMOLLM2 := assets/smollm2
 # Two files of tests at a time. A file stays in one process: its tests share the jobs that they look at.
 PARALLEL := -n 2 --dist loadfile
+# A job of several processes can end with SIGABRT or SIGSEGV inside torch: seen twice, and not once in 800 runs that
+# were made to find it. Such a test is run once more, and counted as "rerun". Nothing else is.
+RERUN := --reruns 1 --only-rerun 'exitcode: -(6|11)\b'
 
 .PHONY: demo test test-quick lint format fetch-smollm2 wheel clean
 
@@ -13,7 +16,7 @@ demo: $(VENV)/.installed  ## Train the demo's student plain and with LET, and co
 	$(BIN)/python -m let_plugin.demo
 
 test: $(VENV)/.installed $(SMOLLM2)/tokenizer.json  ## Run all tests that this machine can run
-	$(BIN)/python -m pytest $(PARALLEL)
+	$(BIN)/python -m pytest $(PARALLEL) $(RERUN)
 
 test-quick: $(VENV)/.installed  ## Leave the slow ones out
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"

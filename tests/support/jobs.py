@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -52,7 +53,7 @@ def run(module, *args, processes=1, check=True, torchrun=False, **env):
     return result
 
 
-_SEGMENTATION_FAULT = "exitcode: -11"  # as torchrun reports it
+_CRASH = re.compile(r"exitcode: -(6|11)\b")  # SIGABRT or SIGSEGV, as torchrun reports them
 
 
 def _report(result):
@@ -60,9 +61,9 @@ def _report(result):
 
 
 def _fatal_error(result):
-    """The stacks that Python prints when a signal ends it, which what follows would push out of sight."""
-    _, found, stacks = result.stderr.partition("Fatal Python error")
-    return f"{found}{stacks[:6000]}"
+    """What was printed when a signal ended Python, and its stacks, which what follows would push out of sight."""
+    before, found, stacks = result.stderr.partition("Fatal Python error")
+    return f"{before[-1000:]}{found}{stacks[:6000]}" if found else ""
 
 
 def probe(folder, config, *args, processes=1, **env):
@@ -102,10 +103,10 @@ def train_many(folder, cases, processes):
         left = [row for row in rows if not Path(row["out"]).exists()]
         listed.write_text(json.dumps(left))
         result = run("tests.support.matrix", listed, processes=processes, torchrun=True, check=False, **threads)
-        # A segmentation fault, seen once in several hundred runs of four processes, is given one more chance.
-        if not (can_run_again and _SEGMENTATION_FAULT in result.stderr):
+        # As the Makefile's RERUN, without those that have been run.
+        if not (can_run_again and _CRASH.search(result.stderr)):
             break
-        print(f"a segmentation fault; the cases that are left are run again\n{_fatal_error(result)}")
+        print(f"a crash; the cases that are left are run again\n{_fatal_error(result)}")
     assert result.returncode == 0, _report(result)
     return {row["name"]: torch.load(row["out"], weights_only=True) for row in rows}
 
