@@ -141,9 +141,10 @@ def _converge(args: argparse.Namespace, overrides: list[str], command: str) -> N
     from let_plugin.baselines.data_selection import parse_model
     from let_plugin.baselines.methods import Resources
     from let_plugin.bench import converge
+    from let_plugin.bench.convergence_plan import Options
 
     large_teacher = None if args.large_teacher is None else parse_model(args.large_teacher, "--large-teacher")
-    options = converge.Options(
+    options = Options(
         methods=args.methods,
         seeds=args.seeds,
         tuning_seeds=[max(args.seeds) + 1] if args.tuning_seeds is None else args.tuning_seeds,

@@ -20,7 +20,8 @@ from let_plugin.errors import ConfigError, Problem
 from let_plugin.teacher import quantization, vocabulary
 from let_plugin.teacher.base import LanguageModel, TeacherSource
 from let_plugin.teacher.gguf_weights import cut_tensors, fit_gguf
-from let_plugin.teacher.hf import (
+from let_plugin.teacher.hf_tokenizers import open_tokenizer_path, read_tokenizer_path
+from let_plugin.teacher.hf_trunk import (
     HFTeacher,
     import_transformers,
     make_language_model,
@@ -29,7 +30,6 @@ from let_plugin.teacher.hf import (
     quiet_transformers,
     teacher_info,
 )
-from let_plugin.teacher.hf_tokenizers import open_tokenizer_path, read_tokenizer_path
 from let_plugin.teacher.hf_weights import Fit
 from let_plugin.teacher.safetensors_files import some_names
 

@@ -16,7 +16,8 @@ pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
 from let_plugin import host
 from let_plugin.alignment.layer_mapping import EMBEDDING
 from let_plugin.config import TeacherConfig
-from let_plugin.teacher.hf import HFTeacher, HFTeacherSource
+from let_plugin.teacher.hf import HFTeacherSource
+from let_plugin.teacher.hf_trunk import HFTeacher
 from tests.support import jobs
 
 

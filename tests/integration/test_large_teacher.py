@@ -1,110 +1,163 @@
-"""A teacher of 216 MiB over two processes: no rank ever holds it, and every rank hears of damaged weights.
+"""Teachers of 216 MiB over two processes: no rank ever holds one, and every rank hears of damaged weights.
 
-The test starts this file with torchrun; `_worker` is what each process runs.
+The tests start this file with torchrun; `_worker` is what each process runs.
 """
 
+import json
 import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
 
 from let_plugin import host
 from let_plugin.config import TeacherConfig
 from let_plugin.errors import ConfigError
+from let_plugin.models import llama_spec
 from let_plugin.teacher import quantization
-from let_plugin.teacher.hf import HFTeacher, HFTeacherSource
+from let_plugin.teacher.base import Teacher
 from let_plugin.teacher.safetensors_files import read_headers
-from tests.support import jobs
+from let_plugin.teacher.sources import open_teacher
+from let_plugin.teacher.titan import register_teacher_spec
+from tests.support import gguf_files, jobs
 
 NUM_BLOCKS = 24
+WIDTH, HIDDEN, VOCAB_SIZE = 384, 1536, 64
+SPEC = "of_216_mib"
 SPOILED = "layers.3.mlp.down_proj.weight"
 
 
-def _build(path: str, processes: int, layer: int = NUM_BLOCKS - 1, **fields) -> HFTeacher:
+def _build(options: dict, processes: int, layer: int = NUM_BLOCKS - 1, **fields) -> Teacher:
+    """The teacher of a `[let.teacher]` table, sharded over the processes."""
     from torchtitan.distributed import ParallelDims
+    from torchtitan.trainer import Trainer
 
     from let_plugin.teacher.sharding import teacher_parallel_dims
 
     student = ParallelDims(dp_replicate=1, dp_shard=processes, cp=1, tp=1, pp=1, ep=1, world_size=processes)
-    return HFTeacherSource(TeacherConfig(path=path, **fields)).build(
+    return open_teacher(TeacherConfig(**options, **fields)).build(
         dtype=torch.float32,
         device=torch.device("cpu"),
-        config=None,  # type: ignore[arg-type]
+        config=Trainer.Config(),
         parallel_dims=teacher_parallel_dims(student),
         layers=[layer],
         final_norm=True,
     )
 
 
-def _measured_build(path: str, processes: int) -> tuple[HFTeacher, int]:
+def _measured_build(options: dict, processes: int, **fields) -> tuple[Teacher, int]:
     """The teacher, and by how many bytes the peak of resident memory rose while it was made."""
     device_module = host.CpuDeviceModule()
     device_module.empty_cache()
     device_module.reset_peak_memory_stats()
     before = host.peak_resident_memory()
-    teacher = _build(path, processes)
+    teacher = _build(options, processes, **fields)
     return teacher, host.peak_resident_memory() - before
 
 
+def _spec():
+    return llama_spec(
+        SPEC, dim=WIDTH, num_layers=NUM_BLOCKS, num_heads=6, hidden_dim=HIDDEN, vocab_size=VOCAB_SIZE, norm_eps=1e-6
+    )
+
+
+def _write(kind: str, folder: Path) -> dict:
+    """Writes the weights; returns the `[let.teacher]` table for them."""
+    import transformers
+
+    if kind == "gguf":
+        size = {"num_blocks": NUM_BLOCKS, "width": WIDTH, "hidden": HIDDEN, "vocab_size": VOCAB_SIZE}
+        return {"path": gguf_files.write_llama(folder / "teacher.gguf", **size, quantization="Q4_0")}
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=WIDTH,
+        num_hidden_layers=NUM_BLOCKS,
+        num_attention_heads=6,
+        intermediate_size=HIDDEN,
+    )
+    if kind == "transformers":
+        transformers.AutoModel.from_config(config).save_pretrained(folder, max_shard_size="100MB")
+        return {"path": str(folder)}
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    if kind == "native, safetensors":
+        model.save_pretrained(folder, max_shard_size="100MB")
+    else:
+        assert kind == "native, DCP"
+        spec = _spec()
+        weights = spec.state_dict_adapter(spec.model, None).from_hf(model.state_dict())
+        dcp.save(weights, checkpoint_id=str(folder), no_dist=True)
+    return {"path": str(folder), "spec": SPEC}
+
+
 @torch.no_grad()
-def _worker(path: str) -> None:
+def _worker(options: dict) -> None:
     from torch.distributed.tensor import DTensor
 
     host.set_up("cpu")
+    register_teacher_spec(SPEC, _spec)
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
-    _build(path, 2, layer=0)  # what is made once
-    sharded, sharded_rise = _measured_build(path, 2)
-    tokens_BL = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(rank))
+    _build(options, 2, layer=0)  # what is made once
+    sharded, sharded_rise = _measured_build(options, 2)
+    tokens_BL = torch.randint(VOCAB_SIZE, (2, 16), generator=torch.Generator().manual_seed(rank))
     states_BLE = sharded(tokens_BL, None)
     assert all(isinstance(parameter, DTensor) for parameter in sharded.parameters())
 
-    plain, plain_rise = _measured_build(path, 1)
+    plain, plain_rise = _measured_build(options, 1)
     torch.testing.assert_close(states_BLE, plain(tokens_BL, None), rtol=0, atol=1e-5)
     full = sum(map(quantization.num_bytes, plain.parameters()))
     print(
         f"rank {rank}: {sharded_rise / 2**20:.0f} MiB sharded, {plain_rise / 2**20:.0f} plain, {full / 2**20:.0f} full"
     )
     assert plain_rise > 0.9 * full  # else nothing has been measured
-    assert 0.4 * full < sharded_rise < 0.75 * full  # a half, and a few gathered blocks while it is tried out
+    # A half, and a few gathered blocks while it is tried out. A .gguf file is mapped, and its pages count as well.
+    mapped = os.path.getsize(options["path"]) if os.path.isfile(options["path"]) else 0
+    assert 0.4 * full < sharded_rise < 0.75 * full + mapped < 0.9 * full
     del sharded, plain
+    if "spec" not in options and not mapped:
+        _, rise = _measured_build(options, 2, quantization="int8")
+        print(f"rank {rank}: {rise / 2**20:.0f} MiB as int8, whole")
+        assert 0.2 * full < rise < 0.35 * full  # a quarter, and the matrix that is being quantised
+        _quantise_and_spoil(options, tokens_BL, rank)
+    torch.distributed.destroy_process_group()
 
-    small = _build(path, 2, layer=0, quantization="int8")  # whole on each rank
+
+def _quantise_and_spoil(options: dict, tokens_BL: torch.Tensor, rank: int) -> None:
+    from torch.distributed.tensor import DTensor
+
+    small = _build(options, 2, layer=0, quantization="int8")  # whole on each rank
     assert not any(isinstance(parameter, DTensor) for parameter in small.parameters())
     cosine_BL = torch.nn.functional.cosine_similarity(
-        small(tokens_BL, None), _build(path, 1, layer=0)(tokens_BL, None), dim=-1
+        small(tokens_BL, None), _build(options, 1, layer=0)(tokens_BL, None), dim=-1
     )
     assert 0.99 < cosine_BL.min() < 1 - 1e-7
 
     if rank == 0:  # spoils the last row, which is rank 1's
-        tensor = read_headers(Path(path))[SPOILED]
+        tensor = read_headers(Path(options["path"]))[SPOILED]
         size = tensor.shape[0] * tensor.shape[1] * 4
         with open(tensor.file, "r+b") as f:
             os.pwrite(f.fileno(), b"\xff\xff\xff\x7f", tensor.offset + size - 4)
     torch.distributed.barrier()
     with pytest.raises(ConfigError, match=SPOILED):
-        _build(path, 2, layer=3)
-    torch.distributed.destroy_process_group()
+        _build(options, 2, layer=3)
 
 
 @pytest.mark.slow
-def test_no_rank_ever_holds_the_teacher(tmp_path) -> None:
-    import transformers
-
+@pytest.mark.parametrize("kind", ["transformers", "native, safetensors", "native, DCP", "gguf"])
+def test_no_rank_ever_holds_the_teacher(tmp_path, kind) -> None:
     pytest.importorskip("torchao", reason="pip install torchao")
-    config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=384, num_hidden_layers=NUM_BLOCKS, num_attention_heads=6, intermediate_size=1536
-    )
-    transformers.AutoModel.from_config(config).save_pretrained(tmp_path, max_shard_size="100MB")
+    if kind == "gguf":
+        pytest.importorskip("gguf", reason="pip install let-plugin[hf]")
+    options = json.dumps(_write(kind, tmp_path))
     # glibc keeps freed blocks of some MiB to itself, unless it is told to have each of them from the kernel.
     malloc = {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    result = jobs.run("tests.integration.test_large_teacher", tmp_path, processes=2, OMP_NUM_THREADS="1", **malloc)
+    result = jobs.run("tests.integration.test_large_teacher", options, processes=2, OMP_NUM_THREADS="1", **malloc)
     print(result.stdout)
 
 
 if __name__ == "__main__":
-    _worker(sys.argv[1])
+    _worker(json.loads(sys.argv[1]))

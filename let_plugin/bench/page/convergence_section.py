@@ -160,17 +160,12 @@ def _findings(
             text = f"{name}: final loss significantly {'lower' if better else 'higher'} than {BASELINE}'s ({numbers})"
             verdict = "better" if better else "worse"
         if ratio is not None:
-            resolved = "significant" if is_resolved(ratio, 1) else "not significant"
-            text += (
-                f"; it reaches {BASELINE}'s final loss with {interval(ratio, '.2f')} times fewer tokens ({resolved})"
-            )
+            text += f"; it reaches {BASELINE}'s final loss with {interval(ratio, '.2f')} times fewer tokens"
         else:
             text += f"; {BASELINE}'s final loss reached in {num_reached} of {difference.num_pairs} pairs"
         found.append(Finding(text=f"{text}.", verdict=verdict))  # type: ignore[arg-type]
     found += _control_findings(methods, loss)
-    # Speed-ups are called significant or not as well.
-    ratios = [of["tokens"][0] for name, of in speed_ups.items() if name != BASELINE]
-    num = sum(finding.verdict != "note" for finding in found) + sum(r is not None and r.low is not None for r in ratios)
+    num = sum(finding.verdict != "note" for finding in found)  # those of losses: nothing else is called significant
     if num > 1:
         found.append(number_of_comparisons(num))
     if loss == "validation_loss":

@@ -3,7 +3,7 @@
 import pytest
 
 from let_plugin.baselines.methods import Resources
-from let_plugin.bench.converge import Options, Planner
+from let_plugin.bench.convergence_plan import Options, Planner
 from let_plugin.bench.costs import active_cost, step_flops
 from let_plugin.config import TeacherConfig
 from let_plugin.report import Student

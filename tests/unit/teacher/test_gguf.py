@@ -16,6 +16,7 @@ from let_plugin.config import TeacherConfig
 from let_plugin.errors import ConfigError
 from let_plugin.teacher import gguf as gguf_teacher
 from let_plugin.teacher.gguf import GGUFTeacherSource
+from tests.support import gguf_files
 from tests.support.rank_files import write_demo
 
 
@@ -133,33 +134,6 @@ def test_truncated_file(smollm2, tmp_path, kept, named) -> None:
         GGUFTeacherSource(TeacherConfig(path=str(file)))
 
 
-def write_tiny(file: Path, **changed: np.ndarray) -> str:
-    """Writes a Llama of one block without a tokenizer; `changed` are tensors instead, "blk_0_attn_q" for instance."""
-    from gguf import GGUFWriter
-
-    writer = GGUFWriter(file, "llama")
-    writer.add_block_count(1)
-    writer.add_context_length(64)
-    writer.add_embedding_length(8)
-    writer.add_feed_forward_length(16)
-    writer.add_head_count(2)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(32)
-    shapes = {"token_embd": (32, 8), "output_norm": (8,)}
-    for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
-        shapes[f"blk.0.{name}"] = (8, 8)
-    shapes |= {"blk.0.ffn_gate": (16, 8), "blk.0.ffn_up": (16, 8), "blk.0.ffn_down": (8, 16)}
-    shapes |= {"blk.0.attn_norm": (8,), "blk.0.ffn_norm": (8,)}
-    for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", changed.get(name.replace(".", "_"), np.ones(shape, np.float32)))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return str(file)
-
-
 def message_of(path: str, *, load: bool = False) -> str:
     """What is wrong with a teacher when it is opened or, with `load`, only when it is loaded."""
     with pytest.raises(ConfigError) as info:
@@ -173,7 +147,7 @@ def message_of(path: str, *, load: bool = False) -> str:
 
 def test_tensors_that_are_cut_are_named(tmp_path) -> None:
     file = tmp_path / "tiny.gguf"
-    GGUFTeacherSource(TeacherConfig(path=write_tiny(file)))
+    GGUFTeacherSource(TeacherConfig(path=gguf_files.write_llama(file)))
     size = file.stat().st_size - 400  # the two norms, 32 bytes each, and the end of ffn_down, 512 bytes
     os.truncate(file, size)
     cut = "blk.0.attn_norm.weight, blk.0.ffn_down.weight, blk.0.ffn_norm.weight"
@@ -184,12 +158,12 @@ def test_tensors_that_are_cut_are_named(tmp_path) -> None:
 def test_weights_that_are_not_finite_are_named(tmp_path, value) -> None:
     weights = np.ones((8, 8), np.float32)
     weights[3, 5] = value
-    file = write_tiny(tmp_path / "tiny.gguf", blk_0_attn_v=weights)
+    file = gguf_files.write_llama(tmp_path / "tiny.gguf", blk_0_attn_v=weights)
     assert "NaN or infinite values: model.layers.0.self_attn.v_proj.weight" in message_of(file, load=True)
 
 
 def test_tensors_of_another_shape_are_named(tmp_path) -> None:
-    file = write_tiny(tmp_path / "tiny.gguf", blk_0_ffn_up=np.ones((8, 8), np.float32))
+    file = gguf_files.write_llama(tmp_path / "tiny.gguf", blk_0_ffn_up=np.ones((8, 8), np.float32))
     message = message_of(file, load=True)
     assert "model.layers.0.mlp.up_proj.weight cannot be read: ValueError: shape (8, 8)" in message
 

@@ -20,7 +20,8 @@ from let_plugin.alignment.layer_mapping import EMBEDDING  # noqa: E402
 from let_plugin.config import TeacherConfig  # noqa: E402
 from let_plugin.errors import ConfigError  # noqa: E402
 from let_plugin.teacher import quantization  # noqa: E402
-from let_plugin.teacher.hf import HFTeacher, HFTeacherSource  # noqa: E402
+from let_plugin.teacher.hf import HFTeacherSource  # noqa: E402
+from let_plugin.teacher.hf_trunk import HFTeacher  # noqa: E402
 from let_plugin.teacher.sharding import teacher_parallel_dims  # noqa: E402
 
 ONE_RANK = {"dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1, "pp": 1, "ep": 1, "world_size": 1}
