@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from let_plugin.baselines.methods import METHODS, Resources
 from let_plugin.bench.convergence_runs import Preparation, Run, Shallow, label
 from let_plugin.bench.costs import active_cost, step_flops
 from let_plugin.bench.curves import BASELINE
-from let_plugin.bench.processes import slug
+from let_plugin.bench.processes import launch_problems, slug
 from let_plugin.errors import ConfigError, Problem
 from let_plugin.held_out import TwoSplitValidator
 from let_plugin.report import Student
@@ -77,11 +76,7 @@ class Options:
         problems += [Problem("--weights", "must be more than 0", w) for w in self.weights if not 0 < w < math.inf]
         if self.num_processes < 1:
             problems.append(Problem("--processes", "must be at least 1", self.num_processes))
-        for option, path in (("--out", self.out), ("--work-dir", self.work)):
-            if path.exists() and path.is_dir() != (option == "--work-dir"):
-                problems.append(Problem(option, "a folder; expected a file" if path.is_dir() else "a file", str(path)))
-        if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            problems.append(Problem("--processes", "started under torchrun; start let-bench alone, and it starts them"))
+        problems += launch_problems(self.out, self.work)
         if problems:
             raise ConfigError(problems)
 
@@ -115,7 +110,6 @@ class Planner:
         self._options = options
         self.base = _prepared(loaded, options)
         self.text = toml_config.dump(replace(loaded, config=self.base))
-        self._dims: Any = None
         problems: list[Problem] = []
         for method, weight in dict.fromkeys([*self.entries(), *((method, None) for method in self.tuned())]):
             try:

@@ -11,6 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
+from let_plugin.errors import Problem
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
@@ -92,6 +94,17 @@ def finish(run: Running) -> dict[str, Any]:
         return run.result()
     finally:
         run.stop()
+
+
+def launch_problems(out: Path, work: Path) -> list[Problem]:
+    """What is wrong with where a suite is to write (--out, --work-dir), and with where it was started."""
+    problems = []
+    for option, path in (("--out", out), ("--work-dir", work)):
+        if path.exists() and path.is_dir() != (option == "--work-dir"):
+            problems.append(Problem(option, "a folder; expected a file" if path.is_dir() else "a file", str(path)))
+    if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        problems.append(Problem("--processes", "started under torchrun; start let-bench alone, and it starts them"))
+    return problems
 
 
 def slug(label: str) -> str:

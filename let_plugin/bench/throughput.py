@@ -15,6 +15,7 @@ from let_plugin import data, plan, preflight, toml_config
 from let_plugin.bench import cases, random_teacher, stored_states, suite, summary
 from let_plugin.bench.cases import CASES, PLAIN, Steps, Variant
 from let_plugin.bench.costs import active_cost
+from let_plugin.bench.processes import launch_problems
 from let_plugin.errors import ConfigError, Problem
 from let_plugin.report import Cost, Student
 from let_plugin.toml_config import Loaded
@@ -79,11 +80,7 @@ class Options:
                 CASES.get(name, key="--cases")
             except ConfigError as error:
                 problems += error.problems
-        for name, path in (("--out", self.out), ("--work-dir", self.work)):
-            if path.exists() and path.is_dir() != (name == "--work-dir"):
-                problems.append(Problem(name, "a folder; expected a file" if path.is_dir() else "a file", str(path)))
-        if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            problems.append(Problem("--processes", "started under torchrun; start let-bench alone, and it starts them"))
+        problems += launch_problems(self.out, self.work)
         if problems:
             raise ConfigError(problems)
 
