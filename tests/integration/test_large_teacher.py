@@ -3,6 +3,7 @@
 The tests start this file with torchrun; `_worker` is what each process runs.
 """
 
+import gc
 import json
 import os
 import sys
@@ -51,6 +52,7 @@ def _build(options: dict, shards: int, layer: int = NUM_BLOCKS - 1, **fields) ->
 
 def _measured_build(options: dict, shards: int, **fields) -> tuple[Teacher, int]:
     """The teacher, and by how many bytes the peak of resident memory rose while it was made."""
+    gc.collect()  # FSDP2's modules are in cycles: an earlier teacher is to be gone before this one is measured
     device_module = host.CpuDeviceModule()
     device_module.empty_cache()
     device_module.reset_peak_memory_stats()
