@@ -81,9 +81,9 @@ def _write(kind: str, folder: Path) -> dict:
         num_attention_heads=6,
         intermediate_size=HIDDEN,
     )
-    if kind == "transformers":
+    if kind in ("transformers", "int8"):
         transformers.AutoModel.from_config(config).save_pretrained(folder, max_shard_size="100MB")
-        return {"path": str(folder)}
+        return {"path": str(folder)} | ({"quantization": "int8"} if kind == "int8" else {})
     assert kind == "native"
     spec = _spec()
     weights = transformers.AutoModelForCausalLM.from_config(config).state_dict()
@@ -91,17 +91,28 @@ def _write(kind: str, folder: Path) -> dict:
     return {"path": str(folder), "spec": SPEC}
 
 
-@torch.no_grad()
 def _worker(options: dict) -> None:
-    from torch.distributed.tensor import DTensor
-
     host.set_up("cpu")
     register_teacher_spec(SPEC, _spec)
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
     _build(options, 2, layer=0)  # what is made once
-    sharded, sharded_rise = _measured_build(options, 2)
     tokens_BL = torch.randint(VOCAB_SIZE, (2, 16), generator=torch.Generator().manual_seed(rank))
+    with torch.no_grad():
+        if "quantization" in options:
+            _measure_int8(options, rank)
+            _compare_int8(options, tokens_BL)
+        else:
+            _measure_shards(options, tokens_BL, rank)
+            if "spec" not in options and os.path.isdir(options["path"]):
+                _spoil(options, rank)
+    torch.distributed.destroy_process_group()
+
+
+def _measure_shards(options: dict, tokens_BL: torch.Tensor, rank: int) -> None:
+    from torch.distributed.tensor import DTensor
+
+    sharded, sharded_rise = _measured_build(options, 2)
     states_BLE = sharded(tokens_BL, None)
     assert all(isinstance(parameter, DTensor) for parameter in sharded.parameters())
 
@@ -117,25 +128,26 @@ def _worker(options: dict) -> None:
     mapped = os.path.getsize(options["path"]) if os.path.isfile(options["path"]) else 0
     bound = (0.9 if "spec" in options else 0.75) * full + mapped
     assert 0.4 * full < sharded_rise < bound < full
-    del sharded, plain
-    if "spec" not in options and not mapped:
-        _, rise = _measured_build(options, 2, quantization="int8")
-        print(f"rank {rank}: {rise / 2**20:.0f} MiB as int8, whole")
-        assert 0.2 * full < rise < 0.35 * full  # a quarter, and the matrix that is being quantised
-        _quantise_and_spoil(options, tokens_BL, rank)
-    torch.distributed.destroy_process_group()
 
 
-def _quantise_and_spoil(options: dict, tokens_BL: torch.Tensor, rank: int) -> None:
+def _measure_int8(options: dict, rank: int) -> None:
+    teacher, rise = _measured_build(options, 2)
+    full = 4 * sum(parameter.numel() for parameter in teacher.parameters())
+    print(f"rank {rank}: {rise / 2**20:.0f} MiB as int8, whole, {full / 2**20:.0f} full")
+    assert 0.2 * full < rise < 0.35 * full  # a quarter, and the matrix that is being quantised
+
+
+def _compare_int8(options: dict, tokens_BL: torch.Tensor) -> None:
     from torch.distributed.tensor import DTensor
 
-    small = _build(options, 2, layer=0, quantization="int8")  # whole on each rank
+    small = _build(options, 2, layer=0)  # whole on each rank
     assert not any(isinstance(parameter, DTensor) for parameter in small.parameters())
-    cosine_BL = torch.nn.functional.cosine_similarity(
-        small(tokens_BL, None), _build(options, 1, layer=0)(tokens_BL, None), dim=-1
-    )
+    plain = _build(options | {"quantization": "none"}, 1, layer=0)
+    cosine_BL = torch.nn.functional.cosine_similarity(small(tokens_BL, None), plain(tokens_BL, None), dim=-1)
     assert 0.99 < cosine_BL.min() < 1 - 1e-7
 
+
+def _spoil(options: dict, rank: int) -> None:
     if rank == 0:  # spoils the last row, which is rank 1's
         tensor = read_headers(Path(options["path"]))[SPOILED]
         size = tensor.shape[0] * tensor.shape[1] * 4
@@ -147,9 +159,9 @@ def _quantise_and_spoil(options: dict, tokens_BL: torch.Tensor, rank: int) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["transformers", "native", "gguf"])
+@pytest.mark.parametrize("kind", ["transformers", "native", "gguf", "int8"])
 def test_no_rank_ever_holds_the_teacher(tmp_path, kind) -> None:
-    if kind == "transformers":
+    if kind == "int8":
         pytest.importorskip("torchao", reason="pip install torchao")
     if kind == "gguf":
         pytest.importorskip("gguf", reason="pip install let-plugin[hf]")
