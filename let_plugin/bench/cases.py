@@ -77,6 +77,7 @@ def _rkd(config: Trainer.Config, steps: Steps) -> None:
 
 CASES: Registry[Case] = Registry("benchmark case", "let_plugin.bench_cases")
 CASES.register(PLAIN, Case(_plain, is_active=False, has_teacher=False))
+CASES.register("control", Case(_plain, is_active=False, has_teacher=False))
 CASES.register("active", Case(_active, is_active=True, has_teacher=True))
 CASES.register("stopped", Case(_stopped, is_active=False, has_teacher=True))
 CASES.register("features", Case(_active, is_active=True, has_teacher=True, reads_states=True))

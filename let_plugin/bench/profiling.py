@@ -1,5 +1,7 @@
 """Where the time of a step with LET goes, by torch's profiler; in a run of its own, for it takes time itself."""
 
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,11 +12,19 @@ from let_plugin import plan
 from let_plugin.alignment.tap import ALIGNMENT_RANGE, INJECTION_RANGE
 from let_plugin.guidance import DELIVERY_RANGE, TARGET_RANGE, TEACHER_RANGE
 from let_plugin.metrics import DeviceTimer
+from let_plugin.teacher.base import MASK_RANGE
 from let_plugin.teacher.providers import open_source
 from let_plugin.teacher.sharding import sequence_shards
 
 _RANGES = (TARGET_RANGE, TEACHER_RANGE, DELIVERY_RANGE, ALIGNMENT_RANGE, INJECTION_RANGE)
-_COLLECTIVES = ("c10d::", "gloo:", "nccl:")
+_COLLECTIVE, _PRODUCT, _ATTENTION, _MASK = "collective", "matrix products", "attention", "attention mask"
+# How the names of events begin. Attention that is compiled (FlexAttention) has no name of its own.
+_KINDS = {
+    _COLLECTIVE: ("c10d::", "gloo:", "nccl:"),
+    _PRODUCT: ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_mm", "aten::_int_mm"),
+    _ATTENTION: ("aten::_scaled_dot_product", "aten::scaled_dot_product", "torch_attn::"),
+    _MASK: (MASK_RANGE,),
+}
 _WARMUP_CALLS, _TIMED_CALLS = 3, 10
 
 
@@ -36,14 +46,19 @@ class StepProfiler:
         """
         self._profile.stop()
         is_cpu = self._trainer.device.type == "cpu"
-        ranges, collectives = range_seconds(self._profile.events(), on_device=not is_cpu)
+        ranges, inside = range_seconds(self._profile.events(), on_device=not is_cpu)
         seconds = {name: ranges[name] / num_steps for name in _RANGES}
-        inside = {name: collectives[name] / num_steps for name in _RANGES}
+        parts = {kind: inside[TEACHER_RANGE, kind] / num_steps for kind in _KINDS}
+        communication = parts.pop(_COLLECTIVE)
         match = min(self._match_seconds(), seconds[ALIGNMENT_RANGE])
-        source = "reading the states" if self._trainer.config.let.teacher.features else "teacher forward"
-        return {
-            source: seconds[TEACHER_RANGE] - inside[TEACHER_RANGE],
-            "communication": seconds[DELIVERY_RANGE] + inside[TEACHER_RANGE],
+        rest = seconds[TEACHER_RANGE] - communication
+        if self._trainer.config.let.teacher.features:
+            teacher = {"reading the states": rest}
+        else:
+            teacher = {f"teacher: {kind}": part for kind, part in parts.items()}
+            teacher["teacher: all else"] = rest - sum(parts.values())
+        return teacher | {
+            "communication": seconds[DELIVERY_RANGE] + communication,
             "masking the target": seconds[TARGET_RANGE] - seconds[TEACHER_RANGE] - seconds[DELIVERY_RANGE],
             "dimension match": match,
             "loss and its gradient": seconds[ALIGNMENT_RANGE] - match,
@@ -85,24 +100,29 @@ class StepProfiler:
         return total * self._trainer.gradient_accumulation_steps
 
 
-def range_seconds(events: Any, *, on_device: bool) -> tuple[dict[str, float], dict[str, float]]:
-    """Seconds of LET's ranges in a profile, and of the collectives that are directly in them, by range.
+def range_seconds(events: Any, *, on_device: bool) -> tuple[Mapping[str, float], Mapping[tuple[str, str], float]]:
+    """Seconds of LET's ranges in a profile; and of what is directly in them, by range and kind of `_KINDS`.
 
     Args:
         events: Of torch's profiler.
         on_device: Whether an accelerator's time counts, instead of the host's.
     """
-    ranges, collectives = dict.fromkeys(_RANGES, 0.0), dict.fromkeys(_RANGES, 0.0)
+    ranges: Counter[str] = Counter()
+    inside: Counter[tuple[str, str]] = Counter()
     for event in events:
         if event.device_type != torch.autograd.DeviceType.CPU:
             continue  # an accelerator's own events are counted with the calls that have started them
         seconds = (event.device_time_total if on_device else event.cpu_time_total) / 1e6
-        if event.name in ranges:
+        if event.name in _RANGES:
             ranges[event.name] += seconds
-        elif event.name.startswith(_COLLECTIVES):
+        elif kind := _kind(event.name):
             parent = event.cpu_parent
-            while parent is not None and parent.name not in ranges and not parent.name.startswith(_COLLECTIVES):
+            while parent is not None and parent.name not in _RANGES and not _kind(parent.name):
                 parent = parent.cpu_parent
-            if parent is not None and parent.name in ranges:
-                collectives[parent.name] += seconds
-    return ranges, collectives
+            if parent is not None and parent.name in _RANGES:
+                inside[parent.name, kind] += seconds
+    return ranges, inside
+
+
+def _kind(name: str) -> str | None:
+    return next((kind for kind, begins in _KINDS.items() if name.startswith(begins)), None)

@@ -112,7 +112,7 @@ def measure(
         if suite_id(runs, num_processes, origin, interleave) != suite:
             raise RunFailedError("let_plugin has changed since the suite began: what is measured now is other code")
         starts = [_starter(run, work / suite, what, num_processes) for run in group]
-        results = take_turns(starts) if len(group) > 1 else [finish(starts[0](None))]
+        results = take_turns(starts, seed=number or 0) if len(group) > 1 else [finish(starts[0](None))]
         for left, (run, result) in enumerate(zip(group, results, strict=True)):
             row = _row(run, result, origin, command) | {"suite": suite, "num_processes": num_processes}
             if number is not None:

@@ -1,10 +1,12 @@
 """Runs that take turns: of all that have been started, one at a time makes a step, and then the next one does.
 
 What is compared is then seconds apart and not minutes, so that a drift of the machine, or what its neighbours do, hits
-all alike. The runs are processes of their own; a connection to each says when it is its turn. A byte to the run gives
-it the turn, a byte back returns it, and a connection that is closed is a run at its end.
+all alike. Each lap has an order of its own, so that no run owes its times to the one before it. The runs are processes
+of their own; a connection to each says when it is its turn. A byte to the run gives it the turn, a byte back returns
+it, and a connection that is closed is a run at its end.
 """
 
+import random
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -16,11 +18,12 @@ _HOST = "127.0.0.1"
 _POLL_SECONDS = 0.5  # how soon a run that has died is noticed
 
 
-def take_turns(starts: Sequence[Callable[[str], Running]]) -> list[dict[str, Any]]:
+def take_turns(starts: Sequence[Callable[[str], Running]], seed: int = 0) -> list[dict[str, Any]]:
     """Runs them, to their ends.
 
     Args:
         starts: Each starts a run, which makes a `Turn` of the address it is given, and a step whenever it has it.
+        seed: Of the laps' orders.
 
     Returns:
         What each has written.
@@ -44,8 +47,11 @@ def take_turns(starts: Sequence[Callable[[str], Running]]) -> list[dict[str, Any
             stack.callback(runs[-1].stop)
         for number, (server, run) in enumerate(zip(servers, runs, strict=True)):
             connections[number] = _accept(server, run)
+        shuffle = random.Random(seed).shuffle
         while connections:
-            for number, connection in list(connections.items()):
+            lap = list(connections.items())
+            shuffle(lap)
+            for number, connection in lap:
                 connection.sendall(b".")
                 if not _returned(connection, runs[number]):
                     connections.pop(number).close()

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from torchtitan.trainer import Trainer
 
 
+# Name of a range in a profile: what a native teacher makes of the documents' positions, before it runs.
+MASK_RANGE = "let: mask"
+
+
 class LanguageModel(Protocol):
     """A whole, frozen model.
 

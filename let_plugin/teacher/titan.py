@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.profiler import record_function
 from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.compile import apply_compile
@@ -24,6 +25,7 @@ from let_plugin.errors import ConfigError, Problem, suggest
 from let_plugin.registry import Registry
 from let_plugin.teacher import quantization, vocabulary
 from let_plugin.teacher.base import (
+    MASK_RANGE,
     LanguageModel,
     Teacher,
     TeacherInfo,
@@ -207,7 +209,8 @@ class TitanTeacher(Teacher):
         self._states = LayerStates(blocks, layers, output_layer=len(blocks) - 1)
 
     def forward(self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor | None) -> torch.Tensor:
-        arguments = _positions_and_masks(self.model, tokens_BL, positions_BL)
+        with record_function(MASK_RANGE):
+            arguments = _positions_and_masks(self.model, tokens_BL, positions_BL)
         return self._states.collect(lambda: self.model(tokens_BL, *arguments))
 
 

@@ -21,6 +21,9 @@ def labels(names, **sizes):
 def test_plain_is_there_once_and_first():
     assert labels(["active", "stopped"]) == ["plain", "active", "stopped"]
     assert labels(["stopped", "plain", "stopped"]) == ["plain", "stopped"]
+    # Plain once more: what it differs by is the measurement's own doing. It has no teacher, so it is there once.
+    sizes = {"teachers": [(0.02, SMALL), (0.1, LARGE)]}
+    assert labels(["control", "stopped"], **sizes) == ["plain", "control", "stopped 2%", "stopped 10%"]
 
 
 def test_sizes():

@@ -142,13 +142,14 @@ def test_a_run_that_fails_says_why_and_leaves_what_was_measured(measure):
 
 def test_steps_in_turn(measure):
     plain, active = "plain-pair-1.toml", "active-pair-1.toml"
-    assert measure(1, interleave=True) == [plain, active, plain, active]
+    order = measure(1, interleave=True)
+    assert sorted(order[:2]) == sorted(order[2:]) == [active, plain]
     assert [(row["label"], row["pair"], row["interleaved"]) for row in rows.read(measure.out)] == [
         ("plain", 0, True),
         ("active", 0, True),
     ]
     measure.fail.touch()
-    with pytest.raises(processes.RunFailedError, match="'plain' failed with exit code 1\nout of luck\nall of it: "):
+    with pytest.raises(processes.RunFailedError, match="failed with exit code 1\nout of luck\nall of it: "):
         measure(2, interleave=True)
-    assert measure.order == ["plain-pair-2.toml", "active-pair-2.toml", "plain-pair-2.toml"]
+    assert len(measure.order) == 3  # the first lap, and the one that failed
     assert len(rows.read(measure.out)) == 2
