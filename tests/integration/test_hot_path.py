@@ -1,4 +1,4 @@
-"""What LET must not do in a training step: make the host wait, compile again, or do nothing without a word."""
+"""What LET must not do in a training step: make the host wait, compile again, leave work behind, or do nothing."""
 
 import json
 
@@ -35,6 +35,17 @@ def test_no_step_makes_the_host_wait_for_let(tmp_path, tiny_config, hf_teacher, 
     let = counts(tmp_path, "reads", tiny_config, *args)
     assert plain[1:5] == let[1:5]
     assert let[0] > plain[0]  # the counter counts: LET's metrics of a logged step
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("teacher", "match"), [("titan", "interpolate"), ("titan", "linear"), ("hf", "interpolate")])
+def test_steps_after_the_stop_are_those_of_a_run_without_let(tmp_path, tiny_config, hf_teacher, match, teacher):
+    """Not a single operation more or less: what a step costs is the baseline's."""
+    args = ["--let.dimension-match", match, *(hf_teacher if teacher == "hf" else [])]
+    plain = counts(tmp_path, "operations", tiny_config, *args, "--let.no-enable")
+    let = counts(tmp_path, "operations", tiny_config, *args)
+    assert len(let) == 6 and let[4:] == plain[4:]
+    assert all(len(step) > 100 + len(base) for step, base in zip(let[:4], plain[:4], strict=True))
 
 
 @pytest.mark.slow

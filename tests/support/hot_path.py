@@ -1,6 +1,7 @@
-"""Trains, and writes for each step how often the host read a tensor, and how many graphs dynamo has made so far.
+"""Trains, and writes what each step did: how often the host read a tensor, what operations it made, or how many graphs
+dynamo has made so far.
 
-python -m tests.support.hot_path OUT.json [reads|graphs] CONFIG.toml ...
+python -m tests.support.hot_path OUT.json [reads|operations|graphs] CONFIG.toml ...
 """
 
 import contextlib
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from let_plugin import data, host, toml_config
 
@@ -20,11 +22,50 @@ READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__")
 class HostReads(TorchDispatchMode):
     """Counts what makes the host wait for a device: a scalar that is read, and calls of `READS`."""
 
-    num = 0
+    def __init__(self):
+        super().__init__()
+        self._num = 0
+        for name in READS:
+            own = getattr(torch.Tensor, name)
+
+            def counted(tensor, *args, _own=own, **kwargs):
+                self._num += 1
+                return _own(tensor, *args, **kwargs)
+
+            setattr(torch.Tensor, name, counted)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.num += func is torch.ops.aten._local_scalar_dense.default
+        self._num += func is torch.ops.aten._local_scalar_dense.default
         return func(*args, **(kwargs or {}))
+
+    def pop(self):
+        num, self._num = self._num, 0
+        return num
+
+
+class Operations(TorchDispatchMode):
+    """Lists all that torch is told to do, forward and backward, with the shapes of the tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self._names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        shapes = [list(leaf.shape) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        self._names.append(f"{func} {shapes}")
+        return func(*args, **(kwargs or {}))
+
+    def pop(self):
+        names, self._names = self._names, []
+        return names
+
+
+class Graphs(contextlib.nullcontext):
+    def pop(self):
+        return counters["stats"]["unique_graphs"]
+
+
+MODES = {"reads": HostReads, "operations": Operations, "graphs": Graphs}
 
 
 def main():
@@ -35,22 +76,13 @@ def main():
     host.adapt_model_spec(config.model_spec)
     trainer = config.build()
     steps = []
-    reads = HostReads() if what == "reads" else None
-    for name in READS if reads is not None else ():
-        own = getattr(torch.Tensor, name)
-
-        def counted(tensor, *args, _own=own, **kwargs):
-            reads.num += 1
-            return _own(tensor, *args, **kwargs)
-
-        setattr(torch.Tensor, name, counted)
+    mode = MODES[what]()
     train_step = trainer.train_step
 
     def counting(data_iterator):
-        before = 0 if reads is None else reads.num
-        with reads if reads is not None else contextlib.nullcontext():
+        with mode:
             train_step(data_iterator)
-        steps.append(counters["stats"]["unique_graphs"] if reads is None else reads.num - before)
+        steps.append(mode.pop())
 
     trainer.train_step = counting
     trainer.train()
