@@ -24,10 +24,9 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from let_plugin.errors import ConfigError, Problem
 from let_plugin.teacher.hf_checks import find_layers
 from let_plugin.teacher.quantization import quantize_linear
-from let_plugin.teacher.safetensors_files import StoredTensor, read_headers, some_names
+from let_plugin.teacher.safetensors_files import StoredTensor, pieces, read_headers, some_names
 
 _PATH_KEY = "let.teacher.path"
-_PIECE_BYTES = 16 * 2**20  # of a tensor, that are read and checked at a time
 
 
 class Rows(Protocol):
@@ -263,14 +262,8 @@ def _fill(tensor: torch.Tensor, source: Rows) -> bool:
         assert tensor.placements == (Shard(0),)
         _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
         first, local = offsets[0], tensor.to_local()
-    if local.numel() == 0:
-        return True
-    if local.dim() == 0:
-        local = local.view(1)
-    num_rows = max(1, _PIECE_BYTES // (local[0].numel() * 4))
     is_finite = True
-    for start in range(0, local.shape[0], num_rows):
-        piece = local[start : start + num_rows]
+    for start, piece in pieces(local):
         rows = source.rows(first + start, first + start + len(piece)).to(piece.dtype)
         # Behind the change of data type, in which a number may become too large.
         is_finite &= not rows.is_floating_point() or bool(rows.isfinite().all())

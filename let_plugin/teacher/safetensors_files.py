@@ -10,7 +10,7 @@ data_offsets}; then the data (https://huggingface.co/docs/safetensors).
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _PATH_KEY = "let.teacher.path"
 _MAX_NAMED_TENSORS = 8
+_PIECE_BYTES = 16 * 2**20
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -73,6 +74,20 @@ class StoredTensor:
                     raise OSError(f"{self.file.name} ends too early")
                 buffer, place = buffer[num_read:], place + num_read
         return rows
+
+
+def pieces(tensor: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """Views of a tensor's rows, each with the number of its first one: at most 16 MiB at a time, as fp32, or one row.
+
+    A scalar is one row. Of a tensor without elements there are none.
+    """
+    if tensor.numel() == 0:
+        return
+    if tensor.dim() == 0:
+        tensor = tensor.view(1)
+    num_rows = max(1, _PIECE_BYTES // (tensor[0].numel() * 4))
+    for start in range(0, len(tensor), num_rows):
+        yield start, tensor[start : start + num_rows]
 
 
 def read_headers(folder: Path, *, every_file: bool = False) -> dict[str, StoredTensor]:

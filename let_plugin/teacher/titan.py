@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
 from torchtitan.distributed import ParallelDims
@@ -36,7 +35,6 @@ from let_plugin.teacher.base import (
 )
 from let_plugin.teacher.hf_config import check_agrees, read_hf_config
 from let_plugin.teacher.layers import LayerStates
-from let_plugin.teacher.safetensors_files import some_names
 from let_plugin.teacher.sharding import SPMD_BACKEND, raise_together
 from let_plugin.teacher.specs import BUILT_IN_SPECS
 from let_plugin.teacher.titan_weights import TitanWeights
@@ -159,25 +157,12 @@ class TitanTeacherSource(TeacherSource):
             with torch.no_grad():
                 # The buffers (RoPE); the weights are overwritten below.
                 model.init_weights(buffer_device=device if offloads else None)
-            raise_together(self._problems_of_loading(model), parallel_dims)
+            raise_together(self._weights.load(model), parallel_dims)
             if self._config.quantization != "none":
                 quantization.quantize_linear(model)
         teacher = TitanTeacher(model, layers)
         freeze(teacher)
         return teacher
-
-    def _problems_of_loading(self, model: Any) -> list[Problem]:
-        """Reads this rank's shards, and returns what is wrong with them: tensors that hold NaN or infinities, too."""
-        try:
-            self._weights.load(model)
-        except ConfigError as error:
-            return error.problems
-        local = {n: t.to_local() if isinstance(t, DTensor) else t for n, t in model.state_dict().items()}
-        bad = [name for name, tensor in local.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
-        if not bad:
-            return []
-        message = f"these tensors hold NaN or infinite values: {some_names(bad)}; fetch the files again"
-        return [Problem("let.teacher.path", message, self._config.path)]
 
     def language_model(self, *, dtype: torch.dtype, device: torch.device, seq_len: int) -> LanguageModel:
         spec = dataclasses.replace(self._spec, model=copy.deepcopy(self._spec.model))  # torchtitan writes into it
@@ -193,7 +178,7 @@ class TitanTeacherSource(TeacherSource):
             model.to_empty(device=device)
             with torch.no_grad():
                 model.init_weights(buffer_device=None)  # the buffers (RoPE), and ties the weights
-        if problems := self._problems_of_loading(model):
+        if problems := self._weights.load(model):
             raise ConfigError(problems)
         freeze(model)
         return TitanLanguageModel(model)

@@ -1,17 +1,21 @@
 """What is wrong with the files of a torchtitan teacher is said when it is opened, with the tensors' names."""
 
+import dataclasses
 import shutil
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torchtitan.models.llama3.state_dict_adapter import Llama3StateDictAdapter
 
 from let_plugin import preflight
 from let_plugin.config import TeacherConfig
 from let_plugin.demo import TEACHER
 from let_plugin.errors import ConfigError
-from let_plugin.teacher.titan import TitanTeacherSource
+from let_plugin.teacher.titan import TEACHER_SPECS, TitanTeacherSource
+from let_plugin.teacher.titan_weights import TitanWeights
 
 FILE = "model.safetensors"
 
@@ -200,3 +204,39 @@ def test_truncated_safetensors_are_refused_by_the_preflight_check(safetensors, c
     config.let.teacher.spec, config.let.teacher.path = "demo_teacher", str(safetensors)
     with pytest.raises(ConfigError, match=r"let\.teacher\.path.*lacks \(part of\) model\."):
         preflight.run(config)
+
+
+# Adapters
+
+
+class ForTheWholeModel(Llama3StateDictAdapter):
+    """One that cannot translate a block alone, and reads files in its own way."""
+
+    num_read = 0
+
+    class Reader(HuggingFaceStorageReader):
+        def read_data(self, plan, planner):
+            ForTheWholeModel.num_read += len(plan.items)
+            return super().read_data(plan, planner)
+
+    def from_hf(self, hf_state_dict):
+        hf_state_dict["model.embed_tokens.weight"]
+        return super().from_hf(hf_state_dict)
+
+    def get_hf_storage_reader(self, path, from_quantized=False):
+        return self.Reader(path)
+
+
+def test_an_adapter_that_needs_the_whole_model_gets_it(safetensors):
+    states = []
+    spec = TEACHER_SPECS.get("demo_teacher", key="").make_spec()
+    for adapter in (Llama3StateDictAdapter, ForTheWholeModel):
+        own = dataclasses.replace(spec, state_dict_adapter=adapter)
+        model = spec.model.build()
+        weights = TitanWeights(str(safetensors), own, "demo_teacher")
+        weights.check(model, len(model.layers))
+        assert weights.load(model) == []
+        states.append(model.state_dict())
+    assert ForTheWholeModel.num_read == len(load_file(safetensors / FILE))
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name])
