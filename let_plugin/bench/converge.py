@@ -3,7 +3,7 @@
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from let_plugin import data, toml_config
 from let_plugin.bench import convergence_table, rows
 from let_plugin.bench.convergence_plan import Options, Planner
 from let_plugin.bench.convergence_runs import Run, execute, row
-from let_plugin.bench.curves import CHOICE, KIND
+from let_plugin.bench.curves import BASELINE, CHOICE, DIVERGED, KIND, diverged_seeds
 from let_plugin.bench.processes import Progress, RunFailedError
 
 
@@ -61,17 +61,22 @@ class Suite:
         for method in self._planner.tuned():
             runs = [run for run in self._tuning if run.method == method]
             losses = {
-                weight: [found[self._id(run)]["final_validation_loss"] for run in runs if run.weight == weight]
+                weight: [_final_loss(found[self._id(run)]) for run in runs if run.weight == weight]
                 for weight in self._options.weights
             }
-            means = [sum(losses[weight]) / len(losses[weight]) for weight in self._options.weights]
-            self._chosen[method] = self._options.weights[means.index(min(means))]
+            means = {weight: sum(own) / len(own) for weight, own in losses.items()}
+            best = min(means, key=means.__getitem__)
+            if not math.isfinite(means[best]):
+                raise RunFailedError(f"{method!r} has diverged at each weight of the grid; take smaller ones")
+            self._chosen[method] = best
             self._note_choice(method, means)
 
     def finish(self) -> str:
         """Runs the rest; returns the table."""
         cells = self._planner.cells(self._chosen)
         runs = [self._planner.plan(*cell, seed) for seed in self._options.seeds for cell in cells]
+        found = self._found()
+        _refuse_without_baseline(found[self._id(run)] for run in runs if self._id(run) in found)
         self._run(runs, "result", [])
         found = self._found()
         results: dict[str, list[rows.Row]] = {}
@@ -87,7 +92,10 @@ class Suite:
             if row["kind"] == CHOICE and row["suite"] == self.id and row["method"] in self._chosen
         ]
         latest = {row["method"]: row for row in choices}
-        return convergence_table.table(results, list(latest.values()))
+        diverged = diverged_seeds(row for own in results.values() for row in own)
+        return convergence_table.table(
+            {label: own for label, own in results.items() if label not in diverged}, list(latest.values()), diverged
+        )
 
     def _run(self, runs: Sequence[Run], role: str, later: Sequence[str]) -> None:
         missing = self._missing(runs)
@@ -101,26 +109,48 @@ class Suite:
             result = execute(run, self._options.work / self.id, self._options.num_processes)
             details: dict[str, Any] = {"suite": self.id, "run": self._id(run), "role": role}
             details["num_processes"] = self._options.num_processes
-            if not all(map(math.isfinite, [*result["curve"]["validation_loss"], *result["curve"]["test_loss"]])):
-                what = f"{run.label!r} with seed {run.seed} has diverged: its held-out loss is not finite"
-                raise RunFailedError(f"{what}; leave it out")
-            new = row(run, result, origin, self._command, details)
+            curve = result["curve"]
+            losses = zip(curve["step"], curve["validation_loss"], curve["test_loss"], strict=True)
+            step = next((step for step, *values in losses if not all(map(math.isfinite, values))), None)
+            if step is not None:
+                new = self._diverged_row(run, step, origin, details)
+                text = f"diverged, by step {step}"
+            else:
+                new = row(run, result, origin, self._command, details)
+                text = f"validation {new['final_validation_loss']:.4f}, test {new['final_test_loss']:.4f}"
             rows.append(self._options.out, new)
-            losses = f"validation {new['final_validation_loss']:.4f}, test {new['final_test_loss']:.4f}"
-            self._progress.after(f"{role}, {run.label}, seed {run.seed}: {losses}")
+            _refuse_without_baseline([new])
+            self._progress.after(f"{role}, {run.label}, seed {run.seed}: {text}")
 
-    def _note_choice(self, method: str, losses: Sequence[float]) -> None:
+    def _diverged_row(self, run: Run, step: int, origin: dict[str, Any], details: dict[str, Any]) -> dict[str, Any]:
+        return rows.row(
+            DIVERGED,
+            command=self._command,
+            config=run.config,
+            seed=run.seed,
+            unit="step",
+            values=[step],
+            origin=origin,
+            label=run.label,
+            method=run.method,
+            weight=run.weight,
+            **details,
+        )
+
+    def _note_choice(self, method: str, losses: Mapping[float, float]) -> None:
+        finite = {weight: loss for weight, loss in losses.items() if math.isfinite(loss)}
         new = rows.row(
             CHOICE,
             command=self._command,
             config=self._planner.text,
             seed=None,
             unit="nats/token",
-            values=losses,
+            values=list(finite.values()),
             origin=self._origin,
             suite=self.id,
             method=method,
-            weights=list(self._options.weights),
+            weights=list(finite),
+            diverged=[weight for weight in losses if weight not in finite],
             chosen=self._chosen[method],
             tuning_seeds=list(self._options.tuning_seeds),
         )
@@ -133,8 +163,20 @@ class Suite:
         return run.id(self._origin, self._options.num_processes)
 
     def _found(self) -> dict[str, dict[str, Any]]:
-        return {row["run"]: row for row in rows.read(self._options.out) if row["kind"] == KIND}
+        return {row["run"]: row for row in rows.read(self._options.out) if row["kind"] in (KIND, DIVERGED)}
 
     def _missing(self, runs: Sequence[Run]) -> list[Run]:
         found = self._found()
         return [run for run in runs if self._id(run) not in found]
+
+
+def _refuse_without_baseline(found: Iterable[Mapping[str, Any]]) -> None:
+    for own in found:
+        if own["kind"] == DIVERGED and own["method"] == BASELINE:
+            what = f"{BASELINE!r} has diverged with seed {own['seed']}"
+            raise RunFailedError(f"{what}: there is nothing to compare with. Change the configuration or the seeds")
+
+
+def _final_loss(row: Mapping[str, Any]) -> float:
+    """On the validation split; infinite for a run that has diverged."""
+    return math.inf if row["kind"] == DIVERGED else row["final_validation_loss"]

@@ -1,9 +1,10 @@
 """From convergence rows to a table for the console, and what it says in words. Every number comes from the rows."""
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 from let_plugin.baselines.methods import CONTROLS
-from let_plugin.bench.curves import CHOICE, KIND
+from let_plugin.bench.curves import CHOICE, KIND, diverged_seeds
 from let_plugin.bench.rows import Row
 from let_plugin.bench.statistics import Estimate, paired_difference, paired_ratio, step_at_loss
 from let_plugin.bench.summary import aligned
@@ -37,12 +38,17 @@ def speed_up(own: Sequence[Row], baseline: Sequence[Row], axis: str) -> tuple[Es
     return paired_ratio([g for g in goals if g is not None], [r for r in reached if r is not None]), 0
 
 
-def table(results: Mapping[str, Sequence[Row]], choices: Sequence[Row]) -> str:
+def table(
+    results: Mapping[str, Sequence[Row]],
+    choices: Sequence[Row],
+    diverged: Mapping[str, Sequence[int]] = MappingProxyType({}),
+) -> str:
     """The suite's results as text.
 
     Args:
         results: Label -> its rows, one per seed and in the same order for all; the first label is the baseline.
         choices: The rows of the choices that were made.
+        diverged: Label -> seeds, of what has no result.
     """
     (baseline_label, baseline), *others = results.items()
     peaks = baseline[0]["peak_memory_bytes"]
@@ -76,6 +82,7 @@ def table(results: Mapping[str, Sequence[Row]], choices: Sequence[Row]) -> str:
         f"Speed-up: how many times less it takes until {baseline_label}'s final test loss. FLOPs and seconds have the "
         "preparation in them, evaluations not.",
         *_preparation_notes(results),
+        *(f"{label} has no result: {diverged_with(seeds)}." for label, seeds in diverged.items()),
     ]
     parts = ["\n".join(aligned([header, *body])), "\n".join(notes)]
     if choices:
@@ -95,10 +102,17 @@ def of_rows(found: Sequence[Row]) -> str:
     for row in found:
         if row["kind"] == KIND and row["role"] == "result":
             results.setdefault(row["label"], {})[row["seed"]] = row
+    diverged = diverged_seeds(found)
+    results = {label: own for label, own in results.items() if label not in diverged}
     seeds = [seed for seed in next(iter(results.values()), ()) if all(seed in own for own in results.values())]
-    if len(results) < 2 or not seeds:
+    if len(results) + len(diverged) < 2 or not seeds:
         return ""
-    return table({label: [own[seed] for seed in seeds] for label, own in results.items()}, list(choices.values()))
+    shown = {label: [own[seed] for seed in seeds] for label, own in results.items()}
+    return table(shown, list(choices.values()), diverged)
+
+
+def diverged_with(seeds: Sequence[int]) -> str:
+    return f"it diverged with seed {', '.join(map(str, sorted(seeds)))} (its held-out loss was no number any more)"
 
 
 def _verdicts(results: Mapping[str, Sequence[Row]], baseline_label: str) -> list[str]:
@@ -132,7 +146,11 @@ def _choice(row: Row) -> str:
     losses = ", ".join(f"{w:g}: {loss:.4f}" for w, loss in zip(row["weights"], row["values"], strict=True))
     seeds = ", ".join(map(str, row["tuning_seeds"]))
     line = f"{row['method']}: weight {row['chosen']:g}, by the validation loss (seed {seeds}) of {losses}"
-    at_end = len(row["weights"]) > 1 and row["chosen"] in (min(row["weights"]), max(row["weights"]))
+    diverged = row.get("diverged", [])
+    if diverged:
+        line += f" (diverged: {', '.join(f'{weight:g}' for weight in diverged)})"
+    grid = [*row["weights"], *diverged]
+    at_end = len(grid) > 1 and row["chosen"] in (min(grid), max(grid))
     return f"{line}; at the end of the grid, so a better one may lie beyond it" if at_end else line
 
 

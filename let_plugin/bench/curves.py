@@ -5,7 +5,7 @@ that runs of one seed make pairs.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from let_plugin.errors import ConfigError, Problem
 
 KIND = "converge"
 CHOICE = "converge_choice"  # of a weight
+DIVERGED = "converge_diverged"  # a run whose held-out loss was no number any more; its value is the step
 BASELINE = "standard"
 
 Loss = Literal["test_loss", "validation_loss"]
@@ -135,6 +136,15 @@ def read(row: Mapping[str, Any]) -> Run:
         peak_memory_bytes=dict(peak),
         final=final,
     )
+
+
+def diverged_seeds(found: Iterable[Mapping[str, Any]]) -> dict[str, list[int]]:
+    """Label -> seeds of its results that have diverged. Such a one has no result: the other seeds would flatter it."""
+    seeds: dict[str, list[int]] = {}
+    for row in found:
+        if row["kind"] == DIVERGED and row["role"] == "result":
+            seeds.setdefault(row["label"], []).append(row["seed"])
+    return seeds
 
 
 def _entries(curve: Any) -> list[Any]:

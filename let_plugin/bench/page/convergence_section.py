@@ -6,7 +6,8 @@ import numpy as np
 
 from let_plugin.baselines.methods import CONTROLS
 from let_plugin.bench import curves
-from let_plugin.bench.curves import BASELINE, CHOICE, Axis, Loss, Run
+from let_plugin.bench.convergence_table import diverged_with
+from let_plugin.bench.curves import BASELINE, CHOICE, DIVERGED, Axis, Loss, Run, diverged_seeds
 from let_plugin.bench.page import figures
 from let_plugin.bench.page.figures import Mark, Series
 from let_plugin.bench.page.parts import (
@@ -30,7 +31,7 @@ _LOSSES: dict[Loss, str] = {"test_loss": "test split", "validation_loss": "valid
 _COSTS: dict[Axis, str] = {"tokens": "training tokens", "flops": "FLOPs", "seconds": "wall-clock seconds"}
 _GRID_POINTS = 60
 
-KINDS = (curves.KIND, CHOICE)
+KINDS = (curves.KIND, CHOICE, DIVERGED)
 
 # Method -> its runs.
 Methods = dict[str, list[Run]]
@@ -60,11 +61,14 @@ def sections(found: Sequence[Row]) -> list[Section]:
     for number, (suite, pairs) in enumerate(suites.items(), start=1):
         # A run that was made twice counts once: the later row.
         latest = {(run.method, run.seed) if run.seed is not None else id(run): (run, row) for run, row in pairs}
-        made.append(_section(f"convergence-{number}", list(latest.values()), list(choices.get(suite, {}).values())))
+        diverged = [row for row in found if row["kind"] == DIVERGED and row["suite"] == suite]
+        own = [(run, row) for run, row in latest.values() if run.method not in diverged_seeds(diverged)]
+        if own:
+            made.append(_section(f"convergence-{number}", own, list(choices.get(suite, {}).values()), diverged))
     return made
 
 
-def _section(anchor: str, pairs: Sequence[tuple[Run, Row]], choices: Sequence[Row]) -> Section:
+def _section(anchor: str, pairs: Sequence[tuple[Run, Row]], choices: Sequence[Row], diverged: Sequence[Row]) -> Section:
     rows = [row for _, row in pairs]
     methods: Methods = {}
     for run, _ in pairs:
@@ -83,14 +87,20 @@ def _section(anchor: str, pairs: Sequence[tuple[Run, Row]], choices: Sequence[Ro
         anchor=anchor,
         title="What it brings: held-out loss",
         origin=f"{where} {plural(len(methods), 'method')}, {plural(num_seeds, 'seed')}; losses of the {_LOSSES[loss]}.",
-        findings=_findings(methods, differences, speed_ups, loss),
+        findings=[
+            *_findings(methods, differences, speed_ups, loss),
+            *(
+                Finding(text=f"{label} has no result: {diverged_with(seeds)}.", verdict="note")
+                for label, seeds in diverged_seeds(diverged).items()
+            ),
+        ],
         figures=[figure for figure in drawn if figure is not None],
         tables=[
             _final_table(methods, differences, loss, where),
             _speed_up_table(methods, speed_ups, where),
             *([_choice_table(choices)] if choices else []),
         ],
-        rows=[*rows, *choices],
+        rows=[*rows, *choices, *diverged],
     )
 
 

@@ -1,11 +1,14 @@
 """From a command line to a suite: in which order it runs, what of it is left, and what is chosen."""
 
 import json
+import math
 from collections import Counter
 
 import pytest
 
-from let_plugin.bench import cli, converge, rows
+from let_plugin.bench import cli, converge, rows, tables
+from let_plugin.bench.page import convergence_section
+from let_plugin.bench.processes import RunFailedError
 
 # Final validation loss of a run without a process: LET is best at 1, rkd at 0.1; standard is 4.
 LOSSES = {"standard": 4.0, "let@0.1": 3.9, "let@1": 3.7, "rkd@0.1": 3.95, "rkd@1": 4.2, "random_teacher@1": 4.1}
@@ -22,6 +25,8 @@ def suite(config_file, options, monkeypatch):
             raise KeyboardInterrupt
         loss = LOSSES[run.label] + 0.001 * run.seed
         losses = [loss + 1, loss + 0.5, loss]
+        if (run.label, run.seed) in suite.diverging:
+            losses[1:] = [math.nan, math.nan]
         return {
             "curve": {
                 "step": [1, 2, 4],
@@ -45,7 +50,7 @@ def suite(config_file, options, monkeypatch):
         text = converge.run(config_file, [], options(**changes), "let-bench converge x")
         return list(order), text
 
-    suite.dies_at, suite.order = None, order
+    suite.dies_at, suite.order, suite.diverging = None, order, set()
     return suite
 
 
@@ -83,6 +88,45 @@ def test_more_is_added_to_what_is_there(suite, options):
     order, _ = suite(methods=["let"], weights=[1.0, 0.1], tuning_seeds=[0])
     assert order == [("let@0.1", 0)]
     assert len({row["suite"] for row in rows.read(options().out)}) == 1
+
+
+def test_a_weight_that_diverges_is_not_chosen(suite, options):
+    suite.diverging = {("let@1", 2)}
+    order, text = suite(weights=[0.1, 1.0], methods=["let", "rkd"])
+    assert {("let@0.1", 0), ("rkd@0.1", 0)} < set(order) and ("let@1", 0) not in order
+    assert "let: weight 0.1, by the validation loss (seed 2) of 0.1: 3.9020 (diverged: 1); at the end of" in text
+    assert suite(weights=[0.1, 1.0], methods=["let", "rkd"]) == ([], text)
+    suite.diverging |= {("let@0.1", 2)}
+    options().out.unlink()
+    with pytest.raises(RunFailedError, match="'let' has diverged at each weight of the grid; take smaller ones"):
+        suite(weights=[0.1, 1.0])
+    assert len(rows.read(options().out)) == 4  # and rkd's, which were run
+
+
+def test_a_method_of_which_one_seed_diverges_has_no_result(suite, options):
+    suite.diverging = {("let@1", 1)}
+    order, text = suite(methods=["let@1", "rkd@0.1"])
+    assert len(order) == 6
+    assert "let@1 has no result: it diverged with seed 1" in text and "let@1 is" not in text
+    assert "rkd@0.1 is better than standard" in text
+    found = rows.read(options().out)
+    assert tables.text([options().out]) == text
+    (diverged,) = [row for row in found if row["kind"] == "converge_diverged"]
+    assert (diverged["label"], diverged["seed"], diverged["values"], diverged["unit"]) == ("let@1", 1, [2], "step")
+    (section,) = convergence_section.sections(found)
+    assert any("let@1 has no result: it diverged with seed 1" in finding.text for finding in section.findings)
+    assert not any("let@1:" in finding.text for finding in section.findings)
+    assert suite(methods=["let@1", "rkd@0.1"]) == ([], text)
+
+
+def test_without_a_baseline_there_is_no_result(suite):
+    suite.diverging = {("standard", 0)}
+    for num_run in (1, 0):  # called again, it runs nothing
+        with pytest.raises(
+            RunFailedError, match="'standard' has diverged with seed 0: there is nothing to compare with"
+        ):
+            suite(methods=["let@1"])
+        assert len(suite.order) == num_run
 
 
 def test_the_command_refuses_with_one_message(config_file, tmp_path, capfd):
