@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
@@ -45,9 +45,21 @@ def test_the_last_token_that_ends_by_then(ends_N, ends_M, expected):
     assert last_ending_by(np.array(ends_N), np.array(ends_M)).tolist() == expected
 
 
-def seen(values, tokens):
+def seen(values, tokens, without=()):
     """What a model has read of a text after these tokens; a character of which a part is missing does not count."""
-    return b"".join(values[token] or b"" for token in tokens).decode(errors="ignore").lstrip(" ")
+    text = b"".join(values[token] or b"" for token in tokens).decode(errors="ignore")
+    for special in without:
+        text = text.replace(special, "")
+    return text.lstrip(" ")
+
+
+@functools.cache
+def special_tokens(kind):
+    """Text that the tokenizer takes for a token which stands for no text, where a document happens to have it."""
+    tokenizer = KINDS[kind]()
+    if not isinstance(tokenizer, Tokenizer):
+        return ()
+    return tuple(token.content for token in tokenizer.get_added_tokens_decoder().values())
 
 
 @functools.cache
@@ -58,6 +70,9 @@ def of_pair(student, teacher):
 
 @settings(deadline=None, max_examples=60)
 @given(pair=st.sampled_from(PAIRS), texts=MIXED, skip=st.integers(0, 200), length=st.integers(1, 60))
+@example(
+    pair=("demo", "Unigram"), texts=["No more.", "This is not <s>struck</s> out, and it ends here."], skip=0, length=60
+)
 def test_no_state_has_seen_text_that_its_token_has_not(pair, texts, skip, length):
     tokens, positions, labels = kinds.row(KINDS[pair[0]](), texts, length, skip)
     assume(tokens)
@@ -69,7 +84,7 @@ def test_no_state_has_seen_text_that_its_token_has_not(pair, texts, skip, length
             continue
         assert index >= last  # monotone
         last = index
-        own = seen(values, tokens[i - positions[i] : i + 1])
+        own = seen(values, tokens[i - positions[i] : i + 1], special_tokens(pair[1]))
         read = seen(teacher_values, aligned.tokens[index - aligned.positions[index] : index + 1])
         if pair[1] == "NFC":
             own = unicodedata.normalize("NFC", own)
