@@ -70,9 +70,7 @@ def of_pair(student, teacher):
 
 @settings(deadline=None, max_examples=60)
 @given(pair=st.sampled_from(PAIRS), texts=MIXED, skip=st.integers(0, 200), length=st.integers(1, 60))
-@example(
-    pair=("demo", "Unigram"), texts=["No more.", "This is not <s>struck</s> out, and it ends here."], skip=0, length=60
-)
+@example(pair=("demo", "Unigram"), texts=["No more.", "It was <s>struck</s> out, and it ends here."], skip=0, length=60)
 def test_no_state_has_seen_text_that_its_token_has_not(pair, texts, skip, length):
     tokens, positions, labels = kinds.row(KINDS[pair[0]](), texts, length, skip)
     assume(tokens)
