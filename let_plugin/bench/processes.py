@@ -26,10 +26,8 @@ if TYPE_CHECKING:
 
 # What torchrun and host.set_up put into the environment: a run gets its own.
 _JOB_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-# Large tensors on the CPU in huge pages, where the kernel has them (torch reads this). Of two equal runs in small pages
-# one was up to 5 % slower throughout, by where its pages happened to lie.
+# Large tensors on the CPU in huge pages, where the kernel has them (torch reads this): in small ones one of two equal
+# runs can be slower throughout, by where its pages happen to lie.
 _HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 
 
