@@ -138,6 +138,8 @@ class TitanTeacherSource(TeacherSource):
             with torch.device("meta"), set_default_dtype(dtype):
                 model = _trunk(model_config.build())
                 _cut(model, layers, final_norm)
+            if compile_config.enable:
+                _compile_apart(model)
             if self._config.quantization == "none":
                 model = self._spec.parallelize_fn(
                     model,
@@ -291,6 +293,25 @@ def _cut(model: Any, layers: Sequence[int | str], final_norm: bool) -> None:
         del model.layers[name]
     if not (final_norm and num_layers - 1 in layers):
         model.norm = None
+
+
+class _Block:
+    """In front of the class of a compiled teacher's blocks: their `forward` with a code object of its own."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+def _compile_apart(model: Any) -> None:
+    """Keeps a student of the teacher's family compiled for its own shapes.
+
+    Dynamo remembers by code object which sizes have been different, and makes those symbols in what it compiles next:
+    after the teacher's blocks, the student's would be compiled for any width and any number of heads, and stay so after
+    the stop. (FlexAttention on a GPU cannot be compiled so if a head's width is no power of two.)
+    """
+    classes = {cls: type(cls.__name__, (_Block, cls), {}) for cls in map(type, model.layers.values())}
+    for block in model.layers.values():
+        block.__class__ = classes[type(block)]
 
 
 def _positions_and_masks(

@@ -29,7 +29,8 @@ def test_compiled_training_in_bfloat16_ends_the_alignment(tmp_path, tiny_config)
 
 @pytest.mark.parametrize("match", ["interpolate", "linear"])
 def test_cuda_graphs_change_nothing_and_are_captured_again_after_the_stop(tmp_path, tiny_config, match):
-    args = ["--training.steps", "10", "--let.stop-step", "5", "--let.dimension-match", match, *ON_GPU]
+    args = ["--training.no-disable-cuda-graphs", "--training.steps", "10", "--let.stop-step", "5"]
+    args += ["--let.dimension-match", match, *ON_GPU]
     logged = {}
     for captured in ("no-cuda-graphs", "cuda-graphs"):
         folder = tmp_path / captured

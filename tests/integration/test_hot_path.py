@@ -10,9 +10,9 @@ from tests.support.config_registry import VOCAB_SIZE
 STEPS = ["--training.steps", "6", "--let.stop-step", "4"]
 
 
-def counts(tmp_path, what, config, *args):
+def counts(tmp_path, what, config, *args, processes=1):
     out = tmp_path / f"{what}{len(list(tmp_path.iterdir()))}.json"
-    jobs.run("tests.support.hot_path", out, what, config, *STEPS, *args)
+    jobs.run("tests.support.hot_path", out, what, config, *STEPS, *args, processes=processes)
     return json.loads(out.read_text())
 
 
@@ -56,6 +56,14 @@ def test_nothing_is_compiled_again_at_the_stop(tmp_path, tiny_config):
     assert plain[0] > 0 and len(set(plain)) == 1
     # All graphs are made in the first step, the alignment's maths and the teacher's among them; the stop makes none.
     assert let[0] > plain[0] and len(set(let)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_teacher_of_the_student_s_family_leaves_it_compiled_for_its_own_shapes(tmp_path, tiny_config, processes):
+    args = ["--compile.enable", "--compile.backend", "aot_eager"]
+    assert counts(tmp_path, "symbols", tiny_config, *args, processes=processes) == [0] * 6
+    assert counts(tmp_path, "graphs", tiny_config, *args, processes=processes)[0] > 0
 
 
 def test_a_hook_that_is_lost_is_an_error_in_the_first_step(tmp_path, tiny_config):

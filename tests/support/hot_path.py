@@ -1,7 +1,7 @@
-"""Trains, and writes what each step did: how often the host read a tensor, what operations it made, or how many graphs
-dynamo has made so far.
+"""Trains, and writes what each step did: how often the host read a tensor, what operations it made, how many graphs
+dynamo has made so far, or how many sizes in them are symbols.
 
-python -m tests.support.hot_path OUT.json [reads|operations|graphs] CONFIG.toml ...
+python -m tests.support.hot_path OUT.json [reads|operations|graphs|symbols] CONFIG.toml ...
 """
 
 import contextlib
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch._dynamo.utils import counters
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -65,7 +66,24 @@ class Graphs(contextlib.nullcontext):
         return counters["stats"]["unique_graphs"]
 
 
-MODES = {"reads": HostReads, "operations": Operations, "graphs": Graphs}
+class Symbols(contextlib.nullcontext):
+    def __init__(self):
+        super().__init__()
+        self._num = 0
+        own = ShapeEnv.create_symbol
+
+        def counted(*args, **kwargs):
+            size = own(*args, **kwargs)
+            self._num += not size.is_number  # one that is fixed is a number at once
+            return size
+
+        ShapeEnv.create_symbol = counted
+
+    def pop(self):
+        return self._num
+
+
+MODES = {"reads": HostReads, "operations": Operations, "graphs": Graphs, "symbols": Symbols}
 
 
 def main():
