@@ -332,19 +332,16 @@ def _final_table(methods: Methods, differences: dict[str, Estimate | None], loss
 
 
 def _choice_table(choices: Sequence[Row]) -> Table:
+    lines = []
+    for row in choices:
+        tried = {weight: f"{loss:.4f}" for weight, loss in zip(row["weights"], row["values"], strict=True)}
+        tried |= dict.fromkeys(row.get("diverged", []), "diverged")
+        weights, losses = ", ".join(f"{weight:g}" for weight in tried), ", ".join(tried.values())
+        lines.append([row["method"], f"{row['chosen']:g}", weights, losses, ", ".join(map(str, row["tuning_seeds"]))])
     return Table(
         caption="Weights, and how they were chosen",
         header=["method", "weight, chosen", "tried", "validation loss of each", "tuning seeds"],
-        lines=[
-            [
-                row["method"],
-                f"{row['chosen']:g}",
-                ", ".join(f"{weight:g}" for weight in row["weights"]),
-                ", ".join(f"{loss:.4f}" for loss in row["values"]),
-                ", ".join(map(str, row["tuning_seeds"])),
-            ]
-            for row in choices
-        ],
+        lines=lines,
         notes=[
             "The lowest mean loss on the validation split; results are read on another one. Of a choice at the "
             "end of what was tried, a better one may lie beyond it.",

@@ -89,10 +89,11 @@ def test_tuning_runs_are_not_results_and_the_choice_is_shown(path):
     for number in range(2):
         rows.append(path, content[number] | {"role": "tuning", "seed": 7})
     choice = {"suite": "c", "method": "let", "weights": [0.1, 1.0], "chosen": 1.0, "tuning_seeds": [7, 8]}
+    choice["diverged"] = [10.0]
     synthetic_rows.append(path, convergence_section.CHOICE, [0.9, 0.8], "nats/token", seed=None, **choice)
     made = section(path)
     assert made.origin.startswith("6 runs")
-    assert list(made.tables[-1].lines[0]) == ["let", "1", "0.1, 1", "0.9000, 0.8000", "7, 8"]
+    assert list(made.tables[-1].lines[0]) == ["let", "1", "0.1, 1, 10", "0.9000, 0.8000, diverged", "7, 8"]
 
 
 def test_of_a_run_made_twice_the_later_counts(path):
