@@ -307,7 +307,7 @@ def _compile_apart(model: Any) -> None:
 
     Dynamo remembers by code object which sizes have been different, and makes those symbols in what it compiles next:
     after the teacher's blocks, the student's would be compiled for any width and any number of heads, and stay so after
-    the stop. (FlexAttention on a GPU cannot be compiled so if a head's width is no power of two.)
+    the stop. (On a GPU such a run was seen to fail while FlexAttention was compiled, its scale a symbol.)
     """
     classes = {cls: type(cls.__name__, (_Block, cls), {}) for cls in map(type, model.layers.values())}
     for block in model.layers.values():
