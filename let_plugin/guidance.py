@@ -186,6 +186,7 @@ class Guidance:
         input_dict: Mapping[str, torch.Tensor],
         labels_BL: torch.Tensor,
         extras: Mapping[str, torch.Tensor] | None = None,
+        student_masks: Any = None,
     ) -> torch.Tensor | None:
         """The teacher's states of a microbatch, of this rank's part of the sequence, [B, S, E]; None without a teacher.
 
@@ -197,6 +198,7 @@ class Guidance:
             labels_BL: Labels of the whole sequences. A token that does not count in the loss, or of which the teacher
                 has no state, gets a state of zeros, whose cosine and gradient are 0: no mask has to travel.
             extras: What the data loader has made for LET beside them.
+            student_masks: The attention masks that the student will run with, if there are any.
         """
         if self._trainer.config.let.target == "labels":
             return self._share.part(labels_BL)
@@ -205,7 +207,8 @@ class Guidance:
         batch = {name: input_dict[name] for name in ("input", "positions") if name in input_dict} | dict(extras or {})
         with self._timer, record_function(TEACHER_RANGE):
             states_BLE, known_BL, num_tokens = self._provider.states(
-                {name: self._share.rows(tensor) for name, tensor in batch.items()}
+                {name: self._share.rows(tensor) for name, tensor in batch.items()},
+                self._share.masks(student_masks, len(labels_BL)),
             )
         self._tokens += num_tokens
         counts_BL = self._share.rows(labels_BL) != IGNORE_INDEX

@@ -101,11 +101,13 @@ class LetTrainerMixin(_Base):
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
         # Taken out in any case: after the stop, a data loader's workers still hold some ready.
         extras = take_extras(input_dict)
-        target_BLE = None if self.guidance is None else self.guidance.target(input_dict, labels, extras)
-        inputs, labels, extra_kwargs = super().post_dataloading_process(input_dict, labels)
-        if target_BLE is not None:
-            extra_kwargs[TARGET_KWARG] = target_BLE
-        return inputs, labels, extra_kwargs
+        inputs, own_labels, extra_kwargs = super().post_dataloading_process(input_dict, labels)
+        if self.guidance is not None:
+            # The whole sequences, as the data loader made them, and not what torchtitan has cut for this rank.
+            target_BLE = self.guidance.target(input_dict, labels, extras, extra_kwargs.get("attention_masks"))
+            if target_BLE is not None:
+                extra_kwargs[TARGET_KWARG] = target_BLE
+        return inputs, own_labels, extra_kwargs
 
     def _measures(self) -> bool:
         """Whether the step that is about to be taken compares gradients."""

@@ -7,6 +7,7 @@ Shape legend: B batch (this rank's rows), L sequence, E teacher width.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,8 +67,8 @@ class ShuffledStates(StateProvider):
         self._step, self._microbatch = step, 0
         self._inner.start_step(step)
 
-    def states(self, batch: Mapping[str, torch.Tensor]) -> States:
-        states_BLE, known_BL, num_tokens = self._inner.states(batch)
+    def states(self, batch: Mapping[str, torch.Tensor], student_masks: Any = None) -> States:
+        states_BLE, known_BL, num_tokens = self._inner.states(batch, student_masks)
         device = states_BLE.device
         generator = torch.Generator(device)
         # 32 bits: the CPU's generator ignores more.

@@ -102,13 +102,17 @@ class Teacher(nn.Module, ABC):
     """
 
     @abstractmethod
-    def forward(self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor | None, student_masks: Any = None
+    ) -> torch.Tensor:
         """Returns the layers' states, concatenated along channels, [B, L, E], in the teacher's dtype.
 
         Args:
             tokens_BL: Token ids, int64.
             positions_BL: Position of each token within its own document, int64: 0 starts a document, and no token
                 sees another document's. None: one document per row.
+            student_masks: The attention masks that torchtitan has made of the same positions for the student, if there
+                are any. A teacher that would make the same ones takes these.
         """
 
     def move_to(self, device: torch.device) -> None:

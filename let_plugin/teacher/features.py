@@ -248,7 +248,7 @@ class StoredStates(StateProvider):
         names = [f"{layer}.{name}" for layer, encoding in self._encodings.items() for name in encoding.columns]
         self.make_extras = _ReadRows(RowReader(features.folder, names))
 
-    def states(self, batch: Mapping[str, torch.Tensor]) -> States:
+    def states(self, batch: Mapping[str, torch.Tensor], student_masks: Any = None) -> States:
         """ConfigError if a row of the batch is not stored."""
         if _MISSING in batch:
             message = (

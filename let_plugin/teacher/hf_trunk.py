@@ -45,7 +45,9 @@ class HFTeacher(Teacher):
         self.trunk = trunk
         self._states = states
 
-    def forward(self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor | None, student_masks: Any = None
+    ) -> torch.Tensor:
         """Returns the layers' states, concatenated along channels, [B, L, E], in the teacher's dtype.
 
         Reads no tensor on the host, except in families whose rotary frequencies depend on the length of the input
@@ -55,6 +57,7 @@ class HFTeacher(Teacher):
             tokens_BL: Token ids, int64.
             positions_BL: Position of each token within its own document, int64: 0 starts a document. None: one
                 document per row.
+            student_masks: Not used: `transformers` has its own kind.
         """
         from let_plugin.teacher.hf_attention import DocumentMask
 

@@ -35,7 +35,7 @@ class RetokenisedStates(StateProvider):
         self.teacher = teacher
         self.make_extras = retokeniser
 
-    def states(self, batch: Mapping[str, torch.Tensor]) -> States:
+    def states(self, batch: Mapping[str, torch.Tensor], student_masks: Any = None) -> States:
         tokens_BT, index_BL = batch["teacher_tokens"], batch["teacher_index"]
         assert self.teacher is not None
         states_BTE = self.teacher(tokens_BT, batch.get("teacher_positions"))

@@ -102,6 +102,14 @@ class TeacherShare:
         assert self._mesh is not None
         return tensor_BL.chunk(self._num_peers)[self._mesh.get_local_rank()]
 
+    def masks(self, student_masks: Any, num_rows: int) -> Any:
+        """The student's attention masks of a microbatch, if they are those of this rank's rows too; else None.
+
+        Context parallelism has cut them, and those of rows that are shared cannot be cut here: a block mask keeps the
+        function of all rows that it was made with.
+        """
+        return None if self._student.cp_enabled or rows_are_shared(num_rows, self._student) else student_masks
+
     def part(self, tensor_BL: torch.Tensor) -> torch.Tensor:
         """This rank's part of the sequence: [B, L, ...] to [B, S, ...]."""
         return tensor_BL if self._part_S is None else tensor_BL.index_select(1, self._part_S)

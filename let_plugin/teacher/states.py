@@ -5,7 +5,7 @@ Shape legend: B batch (this rank's rows), L sequence, E teacher width: the sum o
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -42,12 +42,13 @@ class StateProvider(ABC):
         """Before the first microbatch of step `step` (0-based)."""
 
     @abstractmethod
-    def states(self, batch: Mapping[str, torch.Tensor]) -> States:
+    def states(self, batch: Mapping[str, torch.Tensor], student_masks: Any = None) -> States:
         """The states of all tokens of "input".
 
         Args:
             batch: "input", token ids [B, L]; for packed documents "positions" [B, L]; and what `make_extras` has
                 added, by its own names. On the device; whole sequences; only the rows of this rank's share.
+            student_masks: As in Teacher.forward.
         """
 
 
@@ -57,7 +58,7 @@ class OnlineStates(StateProvider):
     def __init__(self, teacher: Teacher) -> None:
         self.teacher = teacher
 
-    def states(self, batch: Mapping[str, torch.Tensor]) -> States:
+    def states(self, batch: Mapping[str, torch.Tensor], student_masks: Any = None) -> States:
         tokens_BL = batch["input"]
         assert self.teacher is not None
-        return States(self.teacher(tokens_BL, batch.get("positions")), None, tokens_BL.numel())
+        return States(self.teacher(tokens_BL, batch.get("positions"), student_masks), None, tokens_BL.numel())

@@ -14,6 +14,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.compile import apply_compile
 from torchtitan.models import _supported_models
 from torchtitan.models.common.attention import FlexAttention, VarlenAttention
+from torchtitan.models.common.decoder import Decoder
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.tools.utils import set_default_dtype
 from torchtitan.trainer import Trainer
@@ -162,7 +163,8 @@ class TitanTeacherSource(TeacherSource):
             raise_together(self._weights.load(model), parallel_dims)
             if self._config.quantization != "none":
                 quantization.quantize_linear(model)
-        teacher = TitanTeacher(model, layers)
+        student = config.model_spec.model if config.model_spec else None
+        teacher = TitanTeacher(model, layers, takes_student_masks=_makes_same_masks(model_config, student))
         freeze(teacher)
         return teacher
 
@@ -187,17 +189,29 @@ class TitanTeacherSource(TeacherSource):
 
 
 class TitanTeacher(Teacher):
-    """The trunk of a torchtitan decoder, cut for some layers. Shape legend: B batch, L sequence, E teacher width."""
+    """The trunk of a torchtitan decoder, cut for some layers. Shape legend: B batch, L sequence, E teacher width.
 
-    def __init__(self, model: Any, layers: Sequence[int | str]) -> None:
+    Args:
+        model: The trunk.
+        layers: As in TeacherSource.build.
+        takes_student_masks: Whether the student's attention masks are those that the trunk would make.
+    """
+
+    def __init__(self, model: Any, layers: Sequence[int | str], *, takes_student_masks: bool) -> None:
         super().__init__()
         self.model = model
+        self._takes_student_masks = takes_student_masks
         blocks = list(model.layers.values())
         self._states = LayerStates(blocks, layers, output_layer=len(blocks) - 1)
 
-    def forward(self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor | None) -> torch.Tensor:
-        with record_function(MASK_RANGE):
-            arguments = _positions_and_masks(self.model, tokens_BL, positions_BL)
+    def forward(
+        self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor | None, student_masks: Any = None
+    ) -> torch.Tensor:
+        if student_masks is not None and self._takes_student_masks:
+            arguments = positions_BL, student_masks
+        else:
+            with record_function(MASK_RANGE):
+                arguments = _positions_and_masks(self.model, tokens_BL, positions_BL)
         return self._states.collect(lambda: self.model(tokens_BL, *arguments))
 
 
@@ -312,6 +326,23 @@ def _compile_apart(model: Any) -> None:
     classes = {cls: type(cls.__name__, (_Block, cls), {}) for cls in map(type, model.layers.values())}
     for block in model.layers.values():
         block.__class__ = classes[type(block)]
+
+
+def _makes_same_masks(teacher: Any, student: Any) -> bool:
+    """Whether two models make the same attention masks of the same positions.
+
+    Args:
+        teacher: The configuration of a torchtitan decoder.
+        student: The configuration of any model.
+    """
+    if not isinstance(student, Decoder.Config):
+        return False
+    for name in ("get_attention_masks", "_create_flex_attention_mask_for_document", "_create_flex_attention_mask"):
+        # A model with masks of its own, such as sliding windows, overrides one of these.
+        if any(getattr(config._owner, name) is not getattr(Decoder, name) for config in (teacher, student)):
+            return False
+    inner = [getattr(config.first_attention, "inner_attention", None) for config in (teacher, student)]
+    return type(inner[0]) is type(inner[1]) and len({getattr(config, "block_size", None) for config in inner}) == 1
 
 
 def _positions_and_masks(

@@ -8,9 +8,12 @@ import torch
 import torchtitan.trainer
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torchtitan.models.common.decoder import Decoder
 
+from let_plugin.alignment.tap import TARGET_KWARG
 from let_plugin.config import PairConfig, TeacherConfig
 from let_plugin.demo import TOKENIZER
+from let_plugin.guidance import Guidance
 from let_plugin.metrics import Disagreement
 from tests.support import jobs
 from tests.support.config_registry import VOCAB_SIZE
@@ -147,3 +150,19 @@ def test_a_teacher_that_works_against_the_student_is_spoken_of(request, config, 
     against = [line["step"] for line in jobs.metrics(Path(config.dump_folder)) if line["let/grad_cosine"] < 0]
     said = [record.getMessage() for record in caplog.records if "works against the student" in record.getMessage()]
     assert len(said) == 1 and said[0].startswith(f"LET: step {against[0]}: the teacher works against the student")
+
+
+def test_masks_that_are_the_same_are_made_once(trainer, batch, monkeypatch):
+    trainer.guidance = Guidance(trainer, 0)
+    direct_BLE = trainer.guidance.target(*batch)
+    calls = []
+    make = Decoder.get_attention_masks
+
+    def counting(model, positions):
+        calls.append(model)
+        return make(model, positions)
+
+    monkeypatch.setattr(Decoder, "get_attention_masks", counting)
+    _, _, kwargs = trainer.post_dataloading_process(*batch)
+    assert torch.equal(kwargs[TARGET_KWARG], direct_BLE)
+    assert len(calls) == 1

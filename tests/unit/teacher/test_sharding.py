@@ -53,3 +53,15 @@ def test_a_rank_without_peers_keeps_all_rows_and_positions(config):
     tokens_BL, states_BLE = torch.arange(12).view(3, 4), torch.randn(3, 4, 5)
     assert share.rows(tokens_BL) is tokens_BL
     assert share.deliver(states_BLE, 3) is states_BLE
+    masks = object()
+    assert share.masks(masks, 3) is masks
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "degrees", "whole"), [(3, {"tp": 2}, True), (4, {"tp": 2}, False), (3, {"cp": 2}, False)]
+)
+def test_the_student_s_masks_are_for_whole_sequences_of_all_rows(num_rows, degrees, whole):
+    share = object.__new__(TeacherShare)
+    share._student = dims(**degrees)
+    masks = object()
+    assert share.masks(masks, num_rows) is (masks if whole else None)

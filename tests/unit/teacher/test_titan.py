@@ -3,6 +3,8 @@
 Shape legend: B batch, L sequence, E teacher width.
 """
 
+import dataclasses
+import importlib
 import shutil
 
 import pytest
@@ -10,7 +12,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor
 from torchtitan.config import CompileConfig
+from torchtitan.models.common.attention import ScaledDotProductAttention, VarlenAttention
 
+from let_plugin import host
 from let_plugin.alignment.layer_mapping import EMBEDDING
 from let_plugin.config import TeacherConfig
 from let_plugin.demo import TEACHER, TOKENIZER
@@ -98,6 +102,47 @@ def test_a_document_does_not_see_the_others(tiny_teacher, build):
     after_BLE = teacher(tokens_BL, positions_BL)
     assert (after_BLE[0, :7] - before_BLE[0, :7]).abs().amax(-1).min() > 1e-2
     assert torch.equal(after_BLE[0, 7:], before_BLE[0, 7:]) and torch.equal(after_BLE[1], before_BLE[1])
+
+
+def masks_of(model_config, positions_BL):
+    with torch.device("meta"):
+        model = model_config.build()
+    return model.get_attention_masks(positions=positions_BL)
+
+
+@torch.no_grad()
+def test_the_student_s_masks_serve_for_both_where_they_are_the_same(tiny_teacher, build, config):
+    path, _ = tiny_teacher
+    host.adapt_model_spec(config.model_spec)
+    teacher = build(path)
+    tokens_BL, positions_BL = packed_batch()
+    student_masks = masks_of(config.model_spec.model, positions_BL)
+    expected_BLE = teacher(tokens_BL, positions_BL)
+    assert torch.equal(teacher(tokens_BL, positions_BL, student_masks), expected_BLE)
+    # They are what is used: without boundaries between the documents, the states are others.
+    of_one_document = masks_of(config.model_spec.model, torch.arange(24).expand(2, 24))
+    states_BLE = teacher(tokens_BL, positions_BL, of_one_document)
+    assert relative_difference(states_BLE, expected_BLE) > 0.1
+
+    for inner_attention in (
+        dataclasses.replace(config.model_spec.model.first_attention.inner_attention, block_size=64),
+        VarlenAttention.Config(),
+        ScaledDotProductAttention.Config(),
+    ):
+        for layer in config.model_spec.model.layers:
+            layer.attention.inner_attention = inner_attention
+        assert torch.equal(build(path)(tokens_BL, positions_BL, of_one_document), expected_BLE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("flavor", ["gpt_oss:debugmodel", "muse_glimmer:debugmodel"])
+def test_a_student_with_masks_of_its_own_keeps_them_for_itself(tiny_teacher, build, config, flavor):
+    teacher = build(tiny_teacher[0])
+    tokens_BL, positions_BL = packed_batch()
+    expected_BLE = teacher(tokens_BL, positions_BL)
+    model, _, flavor = flavor.partition(":")
+    config.model_spec = importlib.import_module(f"torchtitan.models.{model}").model_registry(flavor)
+    assert torch.equal(build(tiny_teacher[0])(tokens_BL, positions_BL, object()), expected_BLE)
 
 
 @torch.no_grad()
