@@ -71,6 +71,13 @@ class TeacherConfig:
     teacher is held whole by each rank. Not together with `cpu_offload`.
     """
 
+    tensor_parallel: bool = False
+    """
+    Cut the teacher's weights and its work among the tensor-parallel ranks as the student's are, by the plan of its
+    `spec`. Its heads must then divide by the degree. Off: each of these ranks runs the whole teacher on its share of
+    the rows, or on all of them if they do not divide.
+    """
+
     final_norm: bool = True
     """Whether the state of its last block is taken after the final norm (what `transformers` returns last)."""
 

@@ -87,7 +87,7 @@ class Guidance:
         source = None if config.let.target == "labels" else open_source(config.let.teacher)
         self.pairs = plan.pairs(config, source.info.num_layers if source else None)
         # Meshes are made by all ranks together, also by those that return below.
-        teacher_dims = teacher_parallel_dims(dims)
+        teacher_dims = teacher_parallel_dims(dims, tensor_parallel=config.let.teacher.tensor_parallel)
         teacher_dims.build_mesh()
         self._share = TeacherShare(config, dims, device)
 

@@ -102,6 +102,7 @@ def run(config: Trainer.Config, world_size: int | None = None) -> str:
             checks(_check_stages, config, pairs)
             if let.target == "teacher":
                 checks(teacher_checks.check_dimension_match, config, pairs, source.info)
+        checks(teacher_checks.check_tensor_parallel, let, source.info, config.parallelism.tensor_parallel_degree)
         if isinstance(source, Features):
             checks(teacher_checks.check_sequence_length, config, source.info)
             checks(teacher_checks.check_needs_teacher, let)

@@ -80,7 +80,7 @@ def cost(
         ratio = teacher_seq_len(config, teacher) / config.training.seq_len
     tokens = config.training.local_batch_size * config.training.seq_len
     # The ranks of a pipeline stage share the teacher; each holds the states of its part of the sequence.
-    num_shards = teacher_parallel_dims(parallel_dims).dp_shard
+    num_shards = _num_shards(parallel_dims)
     tokens = tokens // sequence_shards(config, parallel_dims)
     widths = {layer: teacher.width(layer, let.teacher.final_norm) for layer in layers}
     memory = {
@@ -183,7 +183,7 @@ def report(
         states = [f"  states     {line}" for line in features.describe(config, layers)]
     offloaded = []
     if let.teacher.cpu_offload and not features:
-        num_bytes = num_kept * dtype.itemsize // teacher_parallel_dims(parallel_dims).dp_shard
+        num_bytes = num_kept * dtype.itemsize // _num_shards(parallel_dims)
         offloaded = [f"  offloaded  {_mib(num_bytes)} of the teacher per rank to CPU memory"]
     return "\n".join(
         [
@@ -220,6 +220,11 @@ def report_auxiliary(config: Trainer.Config, student: Student, pairs: Sequence[L
             f"head, once per block, beside the student's {student.num_matmul_params:,}",
         ]
     )
+
+
+def _num_shards(parallel_dims: ParallelDims) -> int:
+    """Among how many ranks a teacher's weights are divided, in whichever way."""
+    return teacher_parallel_dims(parallel_dims).dp_shard
 
 
 def _teacher_memory(

@@ -45,6 +45,37 @@ def check_sequence_length(config: Trainer.Config, teacher: TeacherInfo) -> None:
         )
 
 
+def check_tensor_parallel(let: LetConfig, teacher: TeacherInfo, degree: int) -> None:
+    """Whether the teacher can be cut over the student's tensor-parallel ranks.
+
+    Args:
+        let: The `[let]` table.
+        teacher: The teacher.
+        degree: `parallelism.tensor_parallel_degree`.
+    """
+    if not let.teacher.tensor_parallel:
+        return
+    message = ""
+    if let.teacher.features:
+        message = "no teacher runs: its states are read from let.teacher.features"
+    elif not let.teacher.spec:
+        message = "only torchtitan's own models have a plan for it: name one in let.teacher.spec, or leave this off"
+    elif let.teacher.quantization != "none":
+        message = (
+            "a quantised teacher is held whole by each rank; set let.teacher.quantization to none, or leave this off"
+        )
+    else:
+        heads = {"heads": teacher.num_heads, "key-value heads": teacher.num_kv_heads}
+        uneven = [f"{number} {name}" for name, number in heads.items() if number is not None and number % degree]
+        if uneven:
+            message = (
+                f"the teacher's {' and '.join(uneven)} do not divide by parallelism.tensor_parallel_degree = {degree}; "
+                "leave this off"
+            )
+    if message:
+        raise ConfigError(Problem("let.teacher.tensor_parallel", message, True))
+
+
 def check_needs_teacher(let: LetConfig) -> None:
     """What cannot be had from stored states alone."""
     if let.target == "logits":

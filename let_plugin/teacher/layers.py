@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from let_plugin.alignment.layer_mapping import EMBEDDING
 
@@ -45,7 +46,11 @@ class LayerStates:
             missing = [layer for layer in self._layers if layer not in self._states]
             if missing:
                 raise RuntimeError(f"the hooks of the teacher's layers {missing} did not run")
-            states = [self._states[layer] for layer in self._layers]
+            # Of a tensor-parallel teacher, each rank gets the whole.
+            states = [
+                state.full_tensor() if isinstance(state, DTensor) else state
+                for state in (self._states[layer] for layer in self._layers)
+            ]
         finally:
             self._states.clear()
         return states[0] if len(states) == 1 else torch.cat(states, dim=-1)

@@ -1,8 +1,9 @@
 """Where the teacher's weights and its work lie, whatever the student's parallelism.
 
-The teacher is never tensor-, context- or pipeline-parallel: its heads need not divide by the student's degrees, and a
-`transformers` model needs no plan. It is data-parallel over all the ranks of a pipeline stage: each of them, the
-student's tensor- and context-parallel ones too, holds a shard of its weights (FSDP2) and runs a share of its rows.
+The teacher is never context- or pipeline-parallel, and tensor-parallel only where `let.teacher.tensor_parallel` asks
+for it: its heads need not divide by the student's degrees, and a `transformers` model needs no plan. It is
+data-parallel over all the ranks of a pipeline stage: each of them, the student's tensor- and context-parallel ones too,
+holds a shard of its weights (FSDP2) and runs a share of its rows.
 
 Shape legend: B batch, L sequence, E teacher width, S the part of the sequence that this rank's block output covers.
 """
@@ -22,16 +23,22 @@ from let_plugin.errors import ConfigError, Problem
 SPMD_BACKEND = "partial_dtensor"
 
 
-def teacher_parallel_dims(student: ParallelDims) -> ParallelDims:
+def teacher_parallel_dims(student: ParallelDims, *, tensor_parallel: bool = False) -> ParallelDims:
     """The teacher's device meshes: replicated where the student is, else sharded over a whole pipeline stage.
 
     Every rank of the job must call it, those that will not hold a teacher too: meshes are made together.
+
+    Args:
+        student: The student's.
+        tensor_parallel: Whether the teacher is cut over the student's tensor-parallel ranks by a plan of its own, and
+            sharded over the others.
     """
+    tp = student.tp if tensor_parallel else 1
     return ParallelDims(
         dp_replicate=student.pp * student.dp_replicate,
-        dp_shard=student.dp_shard * student.cp * student.tp,
+        dp_shard=student.dp_shard * student.cp * student.tp // tp,
         cp=1,
-        tp=1,
+        tp=tp,
         pp=1,
         ep=1,
         world_size=student.world_size,
@@ -46,8 +53,10 @@ def raise_together(problems: list[Problem], parallel_dims: ParallelDims) -> None
         problems: What this rank has found.
         parallel_dims: The teacher's device meshes.
     """
-    if parallel_dims.dp_shard_enabled:
-        group = parallel_dims.get_mesh("fsdp").get_group()
+    for axis, enabled in (("fsdp", parallel_dims.dp_shard_enabled), ("tp", parallel_dims.tp_enabled)):
+        if not enabled:
+            continue
+        group = parallel_dims.get_mesh(axis).get_group()
         found: list[list[Problem]] = [[] for _ in range(dist.get_world_size(group))]
         dist.all_gather_object(found, problems, group=group)
         problems = list(dict.fromkeys(problem for of_rank in found for problem in of_rank))
@@ -61,10 +70,9 @@ def sequence_shards(config: Trainer.Config, student: ParallelDims) -> int:
     return student.cp * (student.tp if config.parallelism.enable_sequence_parallel else 1)
 
 
-def rows_are_shared(num_rows: int, student: ParallelDims) -> bool:
-    """Whether the ranks that see the same rows split them for the teacher; if not, each of them runs all of them."""
-    num_peers = student.cp * student.tp
-    return num_peers > 1 and num_rows % num_peers == 0
+def num_peers(config: Trainer.Config, student: ParallelDims) -> int:
+    """How many ranks see the same rows and may split them for the teacher: those that do not cut it among them."""
+    return student.cp * (1 if config.let.teacher.tensor_parallel else student.tp)
 
 
 class TeacherShare:
@@ -72,7 +80,8 @@ class TeacherShare:
 
     The tensor- and context-parallel ranks of one data-parallel rank ("peers") see the same rows. Each runs the teacher
     on whole sequences, but on its share of the rows; one all-to-all then gives each peer its part of the sequence, of
-    all rows. Where the rows cannot be divided evenly, each peer runs all of them and cuts its part out.
+    all rows. Where the rows cannot be divided evenly, each peer runs all of them and cuts its part out. The ranks of a
+    teacher that is itself tensor-parallel run the same rows together, and are no peers.
 
     Args:
         config: The student's configuration.
@@ -81,23 +90,30 @@ class TeacherShare:
     """
 
     def __init__(self, config: Trainer.Config, student: ParallelDims, device: torch.device) -> None:
-        self._student = student
-        self._num_peers = student.cp * student.tp
+        self._cuts_masks = student.cp_enabled
+        self._num_peers = num_peers(config, student)
         self._mesh: DeviceMesh | None = None
         self._part_S: torch.Tensor | None = None  # indices into L; None: the whole sequence
-        if self._num_peers == 1:
-            return
-        # The two innermost axes of torchtitan's meshes are context and tensor parallelism: peers are neighbours.
-        shape = (student.world_size // self._num_peers, self._num_peers)
-        self._mesh = init_device_mesh(device.type, shape, mesh_dim_names=("let_data", "let_peers"))["let_peers"]
         if sequence_shards(config, student) > 1:
             self._part_S = _sequence_part(config, student, device)
+        if self._num_peers == 1:
+            return
+        # The two innermost axes of torchtitan's meshes are context and tensor parallelism.
+        same_rows = student.cp * student.tp
+        shape = (student.world_size // same_rows, self._num_peers, same_rows // self._num_peers)
+        names = ("let_data", "let_peers", "let_teacher_tp")
+        self._mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)["let_peers"]
+        if self._part_S is not None:
             self._all_parts = self._part_S.new_empty(self._num_peers * len(self._part_S))
             dist.all_gather_into_tensor(self._all_parts, self._part_S, group=self._mesh.get_group())
 
+    def divides(self, num_rows: int) -> bool:
+        """Whether the peers split so many rows among them; if not, each of them runs all of them."""
+        return self._num_peers > 1 and num_rows % self._num_peers == 0
+
     def rows(self, tensor_BL: torch.Tensor) -> torch.Tensor:
         """This rank's rows of a microbatch that all its peers see."""
-        if not rows_are_shared(tensor_BL.shape[0], self._student):
+        if not self.divides(tensor_BL.shape[0]):
             return tensor_BL
         assert self._mesh is not None
         return tensor_BL.chunk(self._num_peers)[self._mesh.get_local_rank()]
@@ -108,7 +124,7 @@ class TeacherShare:
         Context parallelism has cut them, and those of rows that are shared cannot be cut here: a block mask keeps the
         function of all rows that it was made with.
         """
-        return None if self._student.cp_enabled or rows_are_shared(num_rows, self._student) else student_masks
+        return None if self._cuts_masks or self.divides(num_rows) else student_masks
 
     def part(self, tensor_BL: torch.Tensor) -> torch.Tensor:
         """This rank's part of the sequence: [B, L, ...] to [B, S, ...]."""
@@ -121,7 +137,7 @@ class TeacherShare:
             states_BLE: What the teacher made of `rows`.
             num_rows: B, the rows of the whole microbatch.
         """
-        if not rows_are_shared(num_rows, self._student):
+        if not self.divides(num_rows):
             return self.part(states_BLE)
         assert self._mesh is not None
         rows, _, width = states_BLE.shape

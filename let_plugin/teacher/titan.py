@@ -113,11 +113,13 @@ class TitanTeacherSource(TeacherSource):
         layers: Sequence[int | str],
         final_norm: bool,
     ) -> Teacher:
-        # Data-parallel only (see sharding.py). A model that only runs forward must give its gathered parameters back
-        # after each use, which torchtitan's default does not do everywhere.
+        # See sharding.py. A model that only runs forward must give its gathered parameters back after each use, which
+        # torchtitan's default does not do everywhere. Its states are whole on each rank: not sequence-parallel.
         parallelism = ParallelismConfig(
             data_parallel_replicate_degree=parallel_dims.dp_replicate,
             data_parallel_shard_degree=parallel_dims.dp_shard,
+            tensor_parallel_degree=parallel_dims.tp,
+            enable_sequence_parallel=False,
             fsdp_reshard_after_forward="always",
             spmd_backend=parallel_dims.spmd_backend,
         )

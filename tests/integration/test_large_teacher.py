@@ -33,18 +33,20 @@ SPOILED = "layers.3.mlp.down_proj.weight"
 
 
 def _build(options: dict, shards: int, layer: int = NUM_BLOCKS - 1, **fields) -> Teacher:
-    """The teacher of a `[let.teacher]` table, in two shards or whole in each of the two processes."""
+    """The teacher of a `[let.teacher]` table, in two shards (or cut in two) or whole in each of the two processes."""
     from torchtitan.distributed import ParallelDims
     from torchtitan.trainer import Trainer
 
     from let_plugin.teacher.sharding import teacher_parallel_dims
 
-    student = ParallelDims(dp_replicate=2 // shards, dp_shard=shards, cp=1, tp=1, pp=1, ep=1, world_size=2)
+    cut = shards == 2 and options.get("tensor_parallel", False)
+    degrees = {"dp_shard": 1, "tp": 2} if cut else {"dp_shard": shards, "tp": 1}
+    student = ParallelDims(dp_replicate=2 // shards, **degrees, cp=1, pp=1, ep=1, world_size=2)
     return open_teacher(TeacherConfig(**options, **fields)).build(
         dtype=torch.float32,
         device=torch.device("cpu"),
         config=Trainer.Config(),
-        parallel_dims=teacher_parallel_dims(student),
+        parallel_dims=teacher_parallel_dims(student, tensor_parallel=cut),
         layers=[layer],
         final_norm=True,
     )
@@ -85,14 +87,14 @@ def _write(kind: str, folder: Path) -> dict:
         transformers.AutoModel.from_config(config).save_pretrained(folder, max_shard_size="100MB")
         return {"path": str(folder)} | ({"quantization": "int8"} if kind == "int8" else {})
     model = transformers.AutoModelForCausalLM.from_config(config)
-    if kind == "native":
+    if kind.startswith("native"):
         model.save_pretrained(folder, max_shard_size="100MB")
     else:
-        assert kind == "DCP"
+        assert kind.startswith("DCP")
         spec = _spec()
         weights = spec.state_dict_adapter(spec.model, None).from_hf(model.state_dict())
         dcp.save(weights, checkpoint_id=str(folder), no_dist=True)
-    return {"path": str(folder), "spec": SPEC}
+    return {"path": str(folder), "spec": SPEC} | ({"tensor_parallel": True} if kind.endswith("cut") else {})
 
 
 def _worker(options: dict) -> None:
@@ -101,7 +103,9 @@ def _worker(options: dict) -> None:
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
     _build(options, 2, layer=0)  # what is made once
-    tokens_BL = torch.randint(VOCAB_SIZE, (2, 16), generator=torch.Generator().manual_seed(rank))
+    # The ranks among which a teacher is cut see the same rows.
+    seed = 0 if options.get("tensor_parallel") else rank
+    tokens_BL = torch.randint(VOCAB_SIZE, (2, 16), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         if "quantization" in options:
             _measure_int8(options, rank)
@@ -162,7 +166,7 @@ def _spoil(options: dict, rank: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["transformers", "native", "DCP", "gguf", "int8"])
+@pytest.mark.parametrize("kind", ["transformers", "native", "native, cut", "DCP", "DCP, cut", "gguf", "int8"])
 def test_no_rank_ever_holds_the_teacher(tmp_path, kind) -> None:
     if kind == "int8":
         pytest.importorskip("torchao", reason="pip install torchao")

@@ -34,6 +34,7 @@ NO_SP = {**TP, "enable_sequence_parallel": False}
 PARTIAL, FULL = {"spmd_backend": "partial_dtensor"}, {"spmd_backend": "full_dtensor"}
 FSDP, DDP, HSDP = data_parallel(shard=2), data_parallel(replicate=2), data_parallel(replicate=2, shard=2)
 LEARN = {"dimension_match": "linear"}
+CUT = {"teacher.tensor_parallel": True}
 CHECKED = {"spmd_typechecking": True}
 
 # Name -> (processes, settings). `block` is the tapped one: on the first, a middle, or the last stage of a pipeline.
@@ -55,9 +56,12 @@ LAYOUTS = {
     "TP, types checked": (2, TP | CHECKED),
     "TP, projector": (2, TP | LEARN),
     "TP, rows not divisible": (2, TP | {"local_batch_size": 1, "global_batch_size": 4}),
+    "TP, teacher too": (2, TP | CUT),
+    "TP, teacher too, rows not divisible": (2, TP | CUT | {"local_batch_size": 1, "global_batch_size": 4}),
     "TP without SP": (2, NO_SP),
     "TP without SP, partial_dtensor": (2, NO_SP | PARTIAL),
     "TP without SP, full_dtensor": (2, NO_SP | FULL),
+    "TP without SP, teacher too, full_dtensor": (2, NO_SP | CUT | FULL),
     "TP without SP, projector": (2, NO_SP | LEARN),
     "CP": (2, CP),
     "CP, partial_dtensor": (2, CP | PARTIAL),
@@ -85,13 +89,15 @@ LAYOUTS = {
     "TP x FSDP2": (4, TP | FSDP),
     "TP x FSDP2, projector": (4, TP | FSDP | LEARN),
     "CP x TP": (4, CP | TP),
+    "TP x FSDP2, teacher too": (4, TP | FSDP | CUT),
+    "CP x TP, teacher too": (4, CP | TP | CUT),
 }
 CHECKPOINTING = ("none", "selective", "full")
 MODES = [(compiled, checkpointing) for compiled in (False, True) for checkpointing in CHECKPOINTING]
 
 
 # Variations of a layout that runs in all modes; they run in one eager and one compiled one.
-VARIATIONS = ("projector", "_dtensor", "GPipe", "1F1B, accumulation", "not divisible", "load balancing")
+VARIATIONS = ("projector", "_dtensor", "GPipe", "1F1B, accumulation", "not divisible", "load balancing", "teacher too")
 
 
 def is_variation(layout):
@@ -138,14 +144,14 @@ CASES = [
 
 def let_settings(layout):
     values = LAYOUTS[layout][1]
-    return {"student_block": values.get("block", 0)} | {k: v for k, v in values.items() if k in LEARN}
+    return {"student_block": values.get("block", 0)} | {k: v for k, v in values.items() if k in LEARN | CUT}
 
 
 def other_settings(layout):
     """The layout's `[training]`, `[debug]` and `[parallelism]` tables."""
     tables = {"training": {"disable_cuda_graphs": True}, "debug": {}, "parallelism": {}}
     for key, value in LAYOUTS[layout][1].items():
-        if key in ("block", *LEARN):
+        if key in ("block", *LEARN, *CUT):
             continue
         table = "training" if key.endswith("batch_size") else "debug" if key in CHECKED else "parallelism"
         tables[table][key] = value

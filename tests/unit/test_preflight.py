@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from let_plugin import preflight
 from let_plugin.alignment.adaptive_stop import AdaptiveStop
 from let_plugin.config import AdaptiveStopConfig, LetConfig, PairConfig, ProjectorConfig, TeacherConfig
-from let_plugin.demo import TOKENIZER
+from let_plugin.demo import TEACHER, TOKENIZER
 from let_plugin.errors import ConfigError
 from let_plugin.models import llama_spec
 from let_plugin.tiktoken_tokenizer import TikTokenTokenizer
@@ -186,6 +186,31 @@ def swapped(tmp_path):
     vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     return str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("degree", "changes", "message"),
+    [
+        (3, {}, "2 heads do not divide by parallelism.tensor_parallel_degree = 3"),
+        (1, {"let__teacher__spec": "", "let__teacher__path": TEACHER}, "name one in let.teacher.spec"),
+        (1, {"let__teacher__quantization": "int8"}, "let.teacher.quantization"),
+    ],
+)
+def test_a_teacher_that_cannot_be_cut(config, monkeypatch, degree, changes, message):
+    pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
+    monkeypatch.setenv("WORLD_SIZE", str(degree))
+    set_all(config, let__teacher__tensor_parallel=True, parallelism__tensor_parallel_degree=degree, **changes)
+    config.model_spec = llama_spec("student", dim=48, hidden_dim=96, vocab_size=4096, num_layers=4, num_heads=6)
+    problem = problem_of(config, "let.teacher.tensor_parallel")
+    assert message in problem.message and "leave this off" in problem.message
+    config.let.teacher.tensor_parallel = False
+    preflight.run(config)
+
+
+def test_a_teacher_that_can_be_cut(config, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    set_all(config, let__teacher__tensor_parallel=True, parallelism__tensor_parallel_degree=2)
+    preflight.run(config)
 
 
 def test_vocabulary_mismatch(config, swapped):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchtitan.distributed import ParallelDims
 
-from let_plugin.teacher.sharding import TeacherShare, rows_are_shared, sequence_shards, teacher_parallel_dims
+from let_plugin.teacher.sharding import TeacherShare, num_peers, sequence_shards, teacher_parallel_dims
 
 NAMES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
@@ -27,6 +27,14 @@ def test_the_teacher_is_sharded_over_a_pipeline_stage_and_replicated_as_the_stud
     # A shard group lies within one pipeline stage and one replica: the innermost ranks.
     assert teacher.dp_shard == student.dp_shard * student.cp * student.tp
 
+    cut = teacher_parallel_dims(student, tensor_parallel=True)
+    assert (cut.pp, cut.dp_replicate, cut.dp_shard * cut.tp, cut.tp) == (
+        1,
+        teacher.dp_replicate,
+        teacher.dp_shard,
+        student.tp,
+    )
+
 
 @pytest.mark.parametrize(("sequence_parallel", "shards"), [(True, 8), (False, 2)])
 def test_the_sequence_is_cut_by_context_and_sequence_parallelism(config, sequence_parallel, shards):
@@ -35,17 +43,13 @@ def test_the_sequence_is_cut_by_context_and_sequence_parallelism(config, sequenc
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "degrees", "shared"),
-    [
-        (4, {}, False),
-        (4, {"dp_shard": 4}, False),
-        (4, {"tp": 2}, True),
-        (4, {"cp": 2, "tp": 2}, True),
-        (3, {"tp": 2}, False),
-    ],
+    ("degrees", "alone", "cut"),
+    [({"dp_shard": 4}, 1, 1), ({"tp": 2}, 2, 1), ({"cp": 2}, 2, 2), ({"cp": 2, "tp": 4}, 8, 2)],
 )
-def test_rows_are_shared_where_they_divide_evenly(num_rows, degrees, shared):
-    assert rows_are_shared(num_rows, dims(**degrees)) == shared
+def test_the_peers_of_a_teacher_that_is_cut_with_the_student_are_fewer(config, degrees, alone, cut):
+    assert num_peers(config, dims(**degrees)) == alone
+    config.let.teacher.tensor_parallel = True
+    assert num_peers(config, dims(**degrees)) == cut
 
 
 def test_a_rank_without_peers_keeps_all_rows_and_positions(config):
@@ -55,13 +59,3 @@ def test_a_rank_without_peers_keeps_all_rows_and_positions(config):
     assert share.deliver(states_BLE, 3) is states_BLE
     masks = object()
     assert share.masks(masks, 3) is masks
-
-
-@pytest.mark.parametrize(
-    ("num_rows", "degrees", "whole"), [(3, {"tp": 2}, True), (4, {"tp": 2}, False), (3, {"cp": 2}, False)]
-)
-def test_the_student_s_masks_are_for_whole_sequences_of_all_rows(num_rows, degrees, whole):
-    share = object.__new__(TeacherShare)
-    share._student = dims(**degrees)
-    masks = object()
-    assert share.masks(masks, num_rows) is (masks if whole else None)
