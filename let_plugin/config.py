@@ -290,8 +290,8 @@ class LetConfig:
 
     cuda_graphs: bool = False
     """
-    Keep torchtitan's CUDA graph capture while LET is on. Off until a run on a GPU has shown it to be right: LET then
-    sets `training.disable_cuda_graphs`, and says so.
+    Keep torchtitan's CUDA graph capture while LET is on. Off by default, as few of LET's options have been
+    compared with and without it (tests/gpu): LET then sets `training.disable_cuda_graphs`, and says so.
     """
 
     teacher: TeacherConfig = field(default_factory=TeacherConfig)

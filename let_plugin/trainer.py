@@ -43,7 +43,7 @@ class LetTrainerMixin(_Base):
 
     def __init__(self, config: Any) -> None:
         if config.let.enable and not config.let.cuda_graphs and not config.training.disable_cuda_graphs:
-            logger.info("LET: CUDA graphs are off while no run has shown them to be right (let.cuda_graphs)")
+            logger.info("LET: CUDA graphs are off (let.cuda_graphs keeps them)")
             config.training.disable_cuda_graphs = True
         super().__init__(config)
         self.let: LetConfig = config.let
