@@ -57,7 +57,7 @@ def check_tensor_parallel(let: LetConfig, teacher: TeacherInfo, degree: int) -> 
         return
     message = ""
     if let.teacher.features:
-        message = "no teacher runs: its states are read from let.teacher.features"
+        message = "no teacher runs: its states are read from let.teacher.features; leave this off"
     elif not let.teacher.spec:
         message = "only torchtitan's own models have a plan for it: name one in let.teacher.spec, or leave this off"
     elif let.teacher.quantization != "none":
