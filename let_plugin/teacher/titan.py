@@ -341,7 +341,7 @@ def _makes_same_masks(teacher: Any, student: Any) -> bool:
         return False
     for name in ("get_attention_masks", "_create_flex_attention_mask_for_document", "_create_flex_attention_mask"):
         # A model with masks of its own, such as sliding windows, overrides one of these.
-        if any(getattr(config._owner, name) is not getattr(Decoder, name) for config in (teacher, student)):
+        if any(getattr(config._owner, name, None) is not getattr(Decoder, name) for config in (teacher, student)):
             return False
     inner = [getattr(config.first_attention, "inner_attention", None) for config in (teacher, student)]
     return type(inner[0]) is type(inner[1]) and len({getattr(config, "block_size", None) for config in inner}) == 1
