@@ -104,6 +104,7 @@ def test_a_run_of_two_processes_is_profiled(tmp_path, tiny_config):
     jobs.run("let_plugin.bench.measure", request, processes=2, OMP_NUM_THREADS="1")
     result = json.loads(out.read_text())
     assert result["tokens_per_step"] == 2 * 4 * 64 and len(result["step_seconds"]) == 3
-    in_teacher = ("matrix products", "attention", "attention mask", "all else")
+    in_teacher = ("matrix products", "attention", "all else")
     assert all(result["parts"][f"teacher: {part}"] > 0 for part in in_teacher)
+    assert result["parts"]["teacher: attention mask"] == 0  # it is the student's
     assert result["parts"]["communication"] > 0  # the teacher is sharded

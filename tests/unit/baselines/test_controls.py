@@ -15,7 +15,7 @@ class Numbered(StateProvider):
     def __init__(self, known_BL=None):
         self.known_BL = known_BL
 
-    def states(self, batch):
+    def states(self, batch, student_masks=None):
         tokens_BL = batch["input"]
         numbers = torch.arange(tokens_BL.numel(), dtype=torch.float32).view_as(tokens_BL)
         return States(numbers[..., None].expand(*tokens_BL.shape, 3), self.known_BL, tokens_BL.numel())
