@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torchtitan.trainer import Trainer
 
 
-# Name of a range in a profile: what a native teacher makes of the documents' positions, before it runs.
+# Name of a range in a profile: what a native teacher makes of the documents' positions, if not the student's masks.
 MASK_RANGE = "let: mask"
 
 

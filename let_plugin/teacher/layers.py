@@ -46,13 +46,11 @@ class LayerStates:
             missing = [layer for layer in self._layers if layer not in self._states]
             if missing:
                 raise RuntimeError(f"the hooks of the teacher's layers {missing} did not run")
-            # Of a tensor-parallel teacher, each rank gets the whole.
-            states = [
-                state.full_tensor() if isinstance(state, DTensor) else state
-                for state in (self._states[layer] for layer in self._layers)
-            ]
+            states = [self._states[layer] for layer in self._layers]
         finally:
             self._states.clear()
+        # Of a tensor-parallel teacher, each rank gets the whole.
+        states = [state.full_tensor() if isinstance(state, DTensor) else state for state in states]
         return states[0] if len(states) == 1 else torch.cat(states, dim=-1)
 
     # The hooks stay out of compiled regions: dynamo would drop what they keep.
