@@ -89,6 +89,9 @@ class Watch:
             self._clock.stop()
         if self._request.turns is not None:
             self._next_turn(is_first=number == 1)
+        if number == max(self._request.warmup, 1):
+            # LET does so at its stop, a run without it never; what the allocator keeps is not to be compared.
+            self._device_module.empty_cache()
         if number == self._request.warmup + 1:
             self._begin()
         if number > self._request.warmup:
