@@ -274,7 +274,9 @@ def alignment(
         # The one place where the two states are brought to the dtype of the maths.
         student_BLD, teacher_BLE = student_BLD.to(dtype), teacher_BLE.to(dtype)
         if on_teacher and not weights:
-            return losses(student_BLD, match(teacher_BLE), counts_BL, coefficient * weight), {}
+            # What is not returned is not computed.
+            result = losses(student_BLD, match(teacher_BLE), counts_BL, coefficient * weight)
+            return result._replace(target_gradient_BLD=None), {}
 
         def project(weights: dict[str, torch.Tensor], hidden_BLD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             weights = {name: weight.to(dtype) for name, weight in weights.items()}
@@ -286,7 +288,7 @@ def alignment(
         both, backward = torch.func.vjp(project, weights, student_BLD)  # type: ignore[misc]
         result = losses(both[0], both[1], counts_BL, coefficient * weight)
         weight_gradients, gradient_BLD = backward((result.gradient_BLD, result.target_gradient_BLD))
-        return result._replace(gradient_BLD=gradient_BLD), weight_gradients
+        return result._replace(gradient_BLD=gradient_BLD, target_gradient_BLD=None), weight_gradients
 
     if compile_config is None or not compile_config.enable:
         return align

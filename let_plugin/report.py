@@ -84,7 +84,7 @@ def cost(
     tokens = tokens // sequence_shards(config, parallel_dims)
     widths = {layer: teacher.width(layer, let.teacher.final_norm) for layer in layers}
     memory = {
-        **({} if features else _teacher_memory(let.teacher, teacher, layers, dtype, num_shards)),
+        **({} if features else _teacher_memory(let.teacher, teacher, layers, dtype, parallel_dims)),
         "target": tokens * sum(widths.values()) * plan.target_dtype(config).itemsize,
         "gradient": tokens
         * len({pair.student for pair in pairs})
@@ -181,6 +181,7 @@ def report(
     if features:
         overhead = "+ 0.0% FLOPs: the states are read, no teacher runs"
         states = [f"  states     {line}" for line in features.describe(config, layers)]
+    cut = f", cut over {parallel_dims.tp} tensor-parallel ranks" if let.teacher.tensor_parallel else ""
     offloaded = []
     if let.teacher.cpu_offload and not features:
         num_bytes = num_kept * dtype.itemsize // _num_shards(parallel_dims)
@@ -190,7 +191,7 @@ def report(
             "LET preflight",
             f"  student    {student}",
             f"  teacher    {teacher.description}: {teacher.num_layers} blocks of width {teacher.hidden_size}, "
-            f"{num_kept:,} parameters in its trunk, {str(dtype).removeprefix('torch.')}",
+            f"{num_kept:,} parameters in its trunk, {str(dtype).removeprefix('torch.')}{cut}",
             *states,
             *(f"  alignment  {_describe(pair, widths[pair.teacher], student, teacher, let)}" for pair in pairs),
             f"  lambda     {_describe_schedule(let)} to 0 at step {stop_step} of {steps}",
@@ -228,7 +229,11 @@ def _num_shards(parallel_dims: ParallelDims) -> int:
 
 
 def _teacher_memory(
-    config: TeacherConfig, teacher: TeacherInfo, layers: Sequence[int | str], dtype: torch.dtype, num_shards: int
+    config: TeacherConfig,
+    teacher: TeacherInfo,
+    layers: Sequence[int | str],
+    dtype: torch.dtype,
+    parallel_dims: ParallelDims,
 ) -> dict[str, int]:
     """What it is -> bytes that the teacher's weights take on each rank's device."""
     num_kept = teacher.num_params_to(layers)
@@ -239,8 +244,9 @@ def _teacher_memory(
         # A block runs while the next one is on its way; before the first, the embedding has run.
         block = max(teacher.block_params[: num_blocks_to(layers)])
         num_gathered = block + max(block, teacher.num_embedding_params)
-        return {"teacher (gathered)": num_gathered * dtype.itemsize}
-    return {"teacher": num_kept * dtype.itemsize // num_shards}
+        num_cuts = parallel_dims.tp if config.tensor_parallel else 1
+        return {"teacher (gathered)": num_gathered * dtype.itemsize // num_cuts}
+    return {"teacher": num_kept * dtype.itemsize // _num_shards(parallel_dims)}
 
 
 def report_ended(student: Student, stop_step: int) -> str:

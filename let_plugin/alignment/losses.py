@@ -33,12 +33,12 @@ class Alignment(NamedTuple):
 
     Attributes:
         gradient_BLD: coefficient * d(sum of the tokens' losses) / d(hidden state).
-        target_gradient_BLD: The same with respect to the target, for a projector that learns.
+        target_gradient_BLD: The same with respect to the target, for a projector that learns; None once it has it.
         metric_sum: Sum over tokens of what is logged, fp32, 0-dim: their cosine similarity, whatever the loss.
     """
 
     gradient_BLD: torch.Tensor
-    target_gradient_BLD: torch.Tensor
+    target_gradient_BLD: torch.Tensor | None
     metric_sum: torch.Tensor
 
 
@@ -133,15 +133,18 @@ def cosine(student_BLD: torch.Tensor, target_BLD: torch.Tensor) -> torch.Tensor:
 def negative_cosine(student_BLD: torch.Tensor, target_BLD: torch.Tensor, coefficient: torch.Tensor) -> Alignment:
     """The closed form of `cosine`, summed over tokens; one whose target is zero adds nothing to the sum of cosines.
 
-    With unit vectors u = a/|a| and v = t/|t|, the gradient with respect to a is -(v - <u, v> u) / |a|, and with respect
-    to t the same with the two exchanged.
+    With c = <a, t> / (|a| |t|), the gradient with respect to a is -(t / (|a| |t|) - c a / |a|^2), and with respect to t
+    the same with the two exchanged. The three sums over channels are independent, which makes them one pass.
     """
-    u_BLD, student_norm_BL1 = _normalise(student_BLD)
-    v_BLD, target_norm_BL1 = _normalise(target_BLD)
-    cosine_BL1 = (u_BLD * v_BLD).sum(dim=-1, keepdim=True)
+    student_norm_BL1 = student_BLD.norm(dim=-1, keepdim=True).clamp_min(_EPS)
+    target_norm_BL1 = target_BLD.norm(dim=-1, keepdim=True).clamp_min(_EPS)
+    product_BL1 = (student_BLD * target_BLD).sum(dim=-1, keepdim=True)
+    cosine_BL1 = product_BL1 / student_norm_BL1 / target_norm_BL1
+    across_BL1 = coefficient / student_norm_BL1 / target_norm_BL1
     return Alignment(
-        gradient_BLD=(cosine_BL1 * u_BLD - v_BLD) * (coefficient / student_norm_BL1),
-        target_gradient_BLD=(cosine_BL1 * v_BLD - u_BLD) * (coefficient / target_norm_BL1),
+        gradient_BLD=student_BLD * (coefficient * cosine_BL1 / student_norm_BL1.square()) - target_BLD * across_BL1,
+        target_gradient_BLD=target_BLD * (coefficient * cosine_BL1 / target_norm_BL1.square())
+        - student_BLD * across_BL1,
         metric_sum=cosine_BL1.sum(dtype=torch.float32),
     )
 

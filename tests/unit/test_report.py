@@ -176,6 +176,19 @@ def test_memory_of_an_offloaded_teacher(config):
     assert f"teacher (gathered) {(TEACHER_EMBEDDING + block) * 4 / 2**20:.1f} MiB" in line(report, "memory")
 
 
+def test_a_teacher_that_is_cut(config, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    set_all(config, parallelism__tensor_parallel_degree=2, let__teacher__cpu_offload=True)
+    assert line(preflight.run(config), "teacher").endswith(" parameters in its trunk, float32")
+    config.let.teacher.tensor_parallel = True
+    report = preflight.run(config)
+    assert line(report, "teacher").endswith(", float32, cut over 2 tensor-parallel ranks")
+    mib = (TEACHER_BLOCKS + TEACHER_EMBEDDING) * 4 / 2**20
+    assert line(report, "offloaded") == f"{mib / 2:.1f} MiB of the teacher per rank to CPU memory"
+    block = (TEACHER_BLOCKS - 32) // 2
+    assert f"teacher (gathered) {(TEACHER_EMBEDDING + block) * 4 / 2 / 2**20:.1f} MiB" in line(report, "memory")
+
+
 def test_without_let_the_report_says_so_and_needs_no_teacher(config):
     config.let = LetConfig(enable=False)
     report = preflight.run(config)

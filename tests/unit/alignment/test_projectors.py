@@ -153,7 +153,8 @@ def test_making_one_takes_no_random_numbers_and_gives_the_same_again(name, optio
         again = make(name, 8, 13, options)
     torch.testing.assert_close(weights_of(again), weights_of(match), rtol=0, atol=0)
     assert all(weight.device.type == "cpu" and weight.dtype == torch.float32 for weight in weights_of(again).values())
-    assert not list(match.buffers())  # nothing would move them to the device
+    for one, other in zip(match.buffers(), again.buffers(), strict=True):
+        assert one.device.type == "cpu" and torch.equal(one, other)
     assert bool(weights_of(match)) == (name in ("linear", "mlp", "orthogonal", "procrustes"))
 
 
@@ -211,6 +212,23 @@ def test_interpolated_tokens_do_not_mix_and_values_stay_in_range(in_width, out_w
     hidden_BLE = torch.arange(3.0).view(1, 3, 1).expand(1, 3, in_width).contiguous()
     got = interpolate(hidden_BLE, out_width, align_corners=align_corners)
     torch.testing.assert_close(got, torch.arange(3.0).view(1, 3, 1).expand(1, 3, out_width))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize(("in_width", "out_width"), [(8, 13), (13, 8), (1, 5), (5, 1), (6, 6), (576, 2048)])
+def test_the_compiled_interpolation_is_the_same(in_width, out_width, align_corners, dtype, tolerance):
+    match = make("interpolate", in_width, out_width, {"align_corners": align_corners})
+
+    def value_and_gradient(hidden_BLE, pulled_BLD):
+        matched_BLD, backward = torch.func.vjp(match, hidden_BLE)
+        return matched_BLD, *backward(pulled_BLD)
+
+    hidden = torch.randn(2, 3, in_width).to(dtype), torch.randn(2, 3, out_width).to(dtype)
+    compiled = torch.compile(value_and_gradient, fullgraph=True)
+    for got, expected in zip(compiled(*hidden), value_and_gradient(*hidden), strict=True):
+        assert got.dtype == dtype
+        assert_near(got, expected.double(), tolerance)
 
 
 @pytest.mark.parametrize("align_corners", [False, True])

@@ -31,6 +31,22 @@ def test_the_steps_after_the_warm_up_are_measured(watched):
     assert "parts" not in result
 
 
+def test_free_memory_is_given_back_before_the_last_step_of_the_warm_up(request, watched, config, monkeypatch):
+    from torchtitan.tools import utils
+
+    config.let.enable = False
+    trainer = request.getfixturevalue("trainer")
+    give_back, steps = utils.device_module.empty_cache, []
+
+    def note():
+        steps.append(trainer.step)
+        give_back()
+
+    monkeypatch.setattr(utils.device_module, "empty_cache", note)
+    watched(is_active=False)
+    assert steps == [2]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("warmup", "is_active"), [(2, True), (0, False)])
 def test_a_step_in_the_wrong_state_is_an_error(watched, warmup, is_active):
