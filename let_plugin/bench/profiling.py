@@ -1,7 +1,7 @@
 """Where the time of a step with LET goes, by torch's profiler; in a run of its own, for it takes time itself."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity
 from torchtitan.trainer import Trainer
 
 from let_plugin import plan
+from let_plugin.alignment.losses import Alignment
 from let_plugin.alignment.tap import ALIGNMENT_RANGE, INJECTION_RANGE
 from let_plugin.guidance import DELIVERY_RANGE, TARGET_RANGE, TEACHER_RANGE
 from let_plugin.metrics import DeviceTimer
@@ -50,7 +51,7 @@ class StepProfiler:
         seconds = {name: ranges[name] / num_steps for name in _RANGES}
         parts = {kind: inside[TEACHER_RANGE, kind] / num_steps for kind in _KINDS}
         communication = parts.pop(_COLLECTIVE)
-        match = min(self._match_seconds(), seconds[ALIGNMENT_RANGE])
+        match = seconds[ALIGNMENT_RANGE] * self._share_of_match()
         rest = seconds[TEACHER_RANGE] - communication
         if self._trainer.config.let.teacher.features:
             teacher = {"reading the states": rest}
@@ -65,39 +66,51 @@ class StepProfiler:
             "gradient injection": seconds[INJECTION_RANGE],
         }
 
-    def _match_seconds(self) -> float:
-        """Seconds per step of the dimension matches alone, forward.
+    def _share_of_match(self) -> float:
+        """The share of the dimension matches in the time of the alignment.
 
-        With torch.compile they are one function with the loss: this part of it is timed by itself, which is at most
-        what it takes there.
+        With torch.compile match and loss are one function. They are timed by themselves, and what they take together
+        is divided in that proportion.
         """
         config, device = self._trainer.config, self._trainer.device
-        guidance = self._trainer.guidance
-        if config.let.target != "teacher" or not guidance.taps:
+        let, guidance = config.let, self._trainer.guidance
+        if let.target != "teacher" or not guidance.taps:
             return 0.0
-        teacher = open_source(config.let.teacher).info
+        teacher = open_source(let.teacher).info
         shape = (
             config.training.local_batch_size,
             config.training.seq_len // sequence_shards(config, self._trainer.parallel_dims),
         )
-        total = 0.0
+        dtype, loss = plan.math_dtype(let), plan.loss(let)
+        counts_BL, coefficient = torch.ones(shape, dtype=torch.bool, device=device), torch.ones((), device=device)
+
+        def gradient(*given: torch.Tensor) -> Alignment:
+            return loss(*given)._replace(target_gradient_BLD=None)
+
+        of_match = of_loss = 0.0
         for pair in guidance.pairs:
-            width = teacher.width(pair.teacher, config.let.teacher.final_norm)
-            match: Any = plan.dimension_match(config.let)(width, config.model_spec.model.dim).to(device)
-            if config.compile.enable:
-                match = torch.compile(match, backend=config.compile.backend)
-            if config.let.projector.side == "student":
-                width = config.model_spec.model.dim
-            hidden = torch.randn(*shape, width, device=device, dtype=plan.math_dtype(config.let))
-            timer = DeviceTimer(device)
-            with torch.no_grad():
-                for _ in range(_WARMUP_CALLS):
-                    match(hidden)
-                with timer:
-                    for _ in range(_TIMED_CALLS):
-                        match(hidden)
-            total += timer.pop() / _TIMED_CALLS
-        return total * self._trainer.gradient_accumulation_steps
+            widths = teacher.width(pair.teacher, let.teacher.final_norm), config.model_spec.model.dim
+            match = plan.dimension_match(let)(*widths).to(device)
+            in_width, out_width = widths if let.projector.side == "teacher" else widths[::-1]
+            hidden = torch.randn(*shape, in_width, device=device, dtype=dtype)
+            student, target = torch.randn(2, *shape, out_width, device=device, dtype=dtype)
+            of_match += self._seconds(match, hidden)
+            of_loss += self._seconds(gradient, student, target, counts_BL, coefficient)
+        return of_match / (of_match + of_loss)
+
+    def _seconds(self, function: Callable[..., Any], *given: torch.Tensor) -> float:
+        """Of one call, forward, compiled if torchtitan compiles."""
+        compile_config = self._trainer.config.compile
+        if compile_config.enable:
+            function = torch.compile(function, backend=compile_config.backend)
+        timer = DeviceTimer(self._trainer.device)
+        with torch.no_grad():
+            for _ in range(_WARMUP_CALLS):
+                function(*given)
+            with timer:
+                for _ in range(_TIMED_CALLS):
+                    function(*given)
+        return timer.pop() / _TIMED_CALLS
 
 
 def range_seconds(events: Any, *, on_device: bool) -> tuple[Mapping[str, float], Mapping[tuple[str, str], float]]:
