@@ -33,7 +33,7 @@ class Alignment(NamedTuple):
 
     Attributes:
         gradient_BLD: coefficient * d(sum of the tokens' losses) / d(hidden state).
-        target_gradient_BLD: The same with respect to the target, for a projector that learns; None once it has it.
+        target_gradient_BLD: The same with respect to the target, for a projector that learns; None after that.
         metric_sum: Sum over tokens of what is logged, fp32, 0-dim: their cosine similarity, whatever the loss.
     """
 

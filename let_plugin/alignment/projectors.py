@@ -47,8 +47,8 @@ def interpolate(hidden_BLE: torch.Tensor, width: int, *, align_corners: bool = F
 class Interpolate(nn.Module):
     """`interpolate` as a dimension match (the paper's).
 
-    What torch.compile makes of F.interpolate works out each channel's place anew for each token, and on a CPU takes
-    about twice as long as reading it from a table.
+    What torch.compile makes of F.interpolate works out each channel's place anew for each token, which is slow on a
+    CPU: compiled, the places are read from a table.
     """
 
     _lower_D: torch.Tensor
