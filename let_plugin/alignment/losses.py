@@ -127,7 +127,7 @@ def alignment_of(entry: LossEntry, options: Mapping[str, Any]) -> AlignmentLoss:
 
 def cosine(student_BLD: torch.Tensor, target_BLD: torch.Tensor) -> torch.Tensor:
     """Negative cosine similarity, -<a, t> / (|a| |t|), per token (LET, arXiv 2602.05393)."""
-    return -(_normalise(student_BLD)[0] * _normalise(target_BLD)[0]).sum(dim=-1)
+    return -(_normalise(student_BLD) * _normalise(target_BLD)).sum(dim=-1)
 
 
 def negative_cosine(student_BLD: torch.Tensor, target_BLD: torch.Tensor, coefficient: torch.Tensor) -> Alignment:
@@ -136,8 +136,7 @@ def negative_cosine(student_BLD: torch.Tensor, target_BLD: torch.Tensor, coeffic
     With c = <a, t> / (|a| |t|), the gradient with respect to a is -(t / (|a| |t|) - c a / |a|^2), and with respect to t
     the same with the two exchanged. The three sums over channels are independent, which makes them one pass.
     """
-    student_norm_BL1 = student_BLD.norm(dim=-1, keepdim=True).clamp_min(_EPS)
-    target_norm_BL1 = target_BLD.norm(dim=-1, keepdim=True).clamp_min(_EPS)
+    student_norm_BL1, target_norm_BL1 = _norm(student_BLD), _norm(target_BLD)
     product_BL1 = (student_BLD * target_BLD).sum(dim=-1, keepdim=True)
     cosine_BL1 = product_BL1 / student_norm_BL1 / target_norm_BL1
     across_BL1 = coefficient / student_norm_BL1 / target_norm_BL1
@@ -156,7 +155,7 @@ def mse(student_BLD: torch.Tensor, target_BLD: torch.Tensor, *, normalize: bool 
     """
     if normalize:
         scale = student_BLD.shape[-1] ** 0.5  # of a vector whose root mean square is 1
-        student_BLD, target_BLD = _normalise(student_BLD)[0] * scale, _normalise(target_BLD)[0] * scale
+        student_BLD, target_BLD = _normalise(student_BLD) * scale, _normalise(target_BLD) * scale
     return (student_BLD - target_BLD).square().mean(dim=-1)
 
 
@@ -197,7 +196,7 @@ def relational(student_BLD: torch.Tensor, target_BLD: torch.Tensor, *, stride: i
     """
     if not stride >= 1:
         raise ValueError("stride must be at least 1")
-    u_BMD, v_BMD = (_normalise(hidden_BLD[:, ::stride])[0] for hidden_BLD in (student_BLD, target_BLD))
+    u_BMD, v_BMD = (_normalise(hidden_BLD[:, ::stride]) for hidden_BLD in (student_BLD, target_BLD))
     counts_BM = target_BLD[:, ::stride].ne(0).any(dim=-1)
     difference_BMM = u_BMD @ u_BMD.detach().mT - v_BMD @ v_BMD.mT
     before_BMM = counts_BM[:, None, :].expand_as(difference_BMM).tril()
@@ -262,9 +261,12 @@ def _between_others(loss_BM: torch.Tensor, stride: int, length: int) -> torch.Te
     return F.pad(loss_BM[..., None], (0, stride - 1)).flatten(1)[:, :length]
 
 
-def _normalise(hidden_BLD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    norm_BL1 = hidden_BLD.norm(dim=-1, keepdim=True).clamp_min(_EPS)
-    return hidden_BLD / norm_BL1, norm_BL1
+def _norm(hidden_BLD: torch.Tensor) -> torch.Tensor:
+    return hidden_BLD.norm(dim=-1, keepdim=True).clamp_min(_EPS)
+
+
+def _normalise(hidden_BLD: torch.Tensor) -> torch.Tensor:
+    return hidden_BLD / _norm(hidden_BLD)
 
 
 def _standardise(hidden_BLD: torch.Tensor) -> torch.Tensor:
