@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
-from let_plugin.errors import ConfigError, listing
+from let_plugin.config.errors import ConfigError, listing
 
 if TYPE_CHECKING:
     from torchtitan.trainer import Trainer
@@ -61,14 +61,14 @@ def _run(
     on_built: "Callable[[Trainer], None] | None",
     on_loaded: "Callable[[Trainer.Config], None] | None",
 ) -> None:
-    from let_plugin import toml_config
+    from let_plugin.config import load as toml_config
 
     modes = {"--check", "--print-config"}
     mode = modes.intersection(argv)
     argv = [arg for arg in argv if arg not in modes]
     path, runtime = toml_config.read_runtime(argv)
 
-    from let_plugin import host  # imports torch: not before `--help` and plain mistakes have been dealt with
+    from let_plugin.runtime import host  # imports torch: not before `--help` and plain mistakes have been dealt with
 
     host.set_up(runtime.device)
     if "--print-config" in mode:
@@ -78,7 +78,8 @@ def _run(
     if on_loaded is not None:
         on_loaded(loaded.config)
 
-    from let_plugin import data, preflight
+    from let_plugin.preflight import checks as preflight
+    from let_plugin.runtime import data
 
     data.register()
     report = loaded.apply(preflight.run)
@@ -94,7 +95,7 @@ def train(config: "Trainer.Config", on_built: "Callable[[Trainer], None] | None"
     from torchtitan.observability import structured_logger
     from torchtitan.tools.logging import init_logger
 
-    from let_plugin import host
+    from let_plugin.runtime import host
 
     init_logger()
     structured_logger.init_structured_logger(

@@ -18,13 +18,12 @@ from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
-from let_plugin import plan
 from let_plugin.alignment.tap import TARGET_KWARG
-from let_plugin.batch_extras import take_extras
-from let_plugin.config import LetConfig, RuntimeConfig
-from let_plugin.guidance import METRIC_OF_TARGET, Guidance
-from let_plugin.metrics import Disagreement, JsonlLogger, Progress
-from let_plugin.stopping import Stopping
+from let_plugin.config import LetConfig, RuntimeConfig, plan
+from let_plugin.guidance.guidance import METRIC_OF_TARGET, Guidance
+from let_plugin.guidance.metrics import Disagreement, JsonlLogger, Progress
+from let_plugin.guidance.stopping import Stopping
+from let_plugin.runtime.batch_extras import take_extras
 from let_plugin.teacher.base import Teacher
 
 # A mixin's attributes and `super()` calls are those of the trainer that it is mixed into.

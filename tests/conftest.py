@@ -1,6 +1,6 @@
 import pytest
 
-from let_plugin import host
+from let_plugin.runtime import host
 
 # Unit tests build torchtitan's parts in this process: it has to be set up before they are imported.
 host.set_up("cpu")

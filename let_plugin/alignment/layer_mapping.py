@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, Protocol
 
-from let_plugin.registry import Registry
+from let_plugin.alignment.registry import Registry
 
 # The teacher's layer of that name: what enters its first block.
 EMBEDDING: Literal["embedding"] = "embedding"

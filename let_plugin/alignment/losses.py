@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 
-from let_plugin.registry import Registry
+from let_plugin.alignment.registry import Registry
 
 # Smallest norm that is divided by, as in torch.nn.functional.cosine_similarity.
 _EPS = 1e-8

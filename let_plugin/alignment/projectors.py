@@ -1,7 +1,7 @@
 """How one model's width becomes the other's.
 
 A dimension match is a module from [B, L, E] to [B, L, D]; it stands on the teacher's side or on the student's. One with
-parameters learns: `let_plugin.learned` owns its weights, and calls it with them.
+parameters learns: `let_plugin.guidance.learned` owns its weights, and calls it with them.
 
 Shape legend: B batch, L sequence, E width in, D width out, H hidden width.
 """
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from let_plugin.registry import Registry
+from let_plugin.alignment.registry import Registry
 
 
 class DimensionMatch(Protocol):
@@ -192,7 +192,7 @@ class Orthogonal(nn.Module):
 
 
 class FittedMatch(nn.Module, ABC):
-    """A match that learns without a gradient: `let_plugin.fitted` refits its weight [D, E] in closed form."""
+    """A match that learns without a gradient: `let_plugin.guidance.fitted` refits its weight [D, E] in closed form."""
 
     weight: nn.Parameter
     refit_every: int

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
-from let_plugin.registry import Registry
+from let_plugin.alignment.registry import Registry
 
 
 class Schedule(Protocol):

@@ -5,9 +5,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from let_plugin import toml_config
 from let_plugin.bench.rows import command_line
-from let_plugin.errors import ConfigError, Problem, listing
+from let_plugin.config import load as toml_config
+from let_plugin.config.errors import ConfigError, Problem, listing
 
 _PROGRAM = "let-bench"
 
@@ -119,7 +119,7 @@ def _set_up(args: argparse.Namespace, overrides: list[str]) -> None:
     """Before torchtitan is imported."""
     _, runtime = toml_config.read_runtime([str(args.config), *overrides])
 
-    from let_plugin import host
+    from let_plugin.runtime import host
 
     host.set_up(runtime.device)
 
@@ -138,10 +138,10 @@ def _print(measure: Callable[[], str]) -> None:
 def _converge(args: argparse.Namespace, overrides: list[str], command: str) -> None:
     _set_up(args, overrides)
 
-    from let_plugin.baselines.data_selection import parse_model
-    from let_plugin.baselines.methods import Resources
-    from let_plugin.bench import converge
-    from let_plugin.bench.convergence_plan import Options
+    from let_plugin.bench.converge import run as converge
+    from let_plugin.bench.converge.data_selection import parse_model
+    from let_plugin.bench.converge.methods import Resources
+    from let_plugin.bench.converge.plan import Options
 
     large_teacher = None if args.large_teacher is None else parse_model(args.large_teacher, "--large-teacher")
     options = Options(
@@ -168,8 +168,8 @@ def _converge(args: argparse.Namespace, overrides: list[str], command: str) -> N
 def _throughput(args: argparse.Namespace, overrides: list[str], command: str) -> None:
     _set_up(args, overrides)
 
-    from let_plugin.bench import throughput
-    from let_plugin.bench.cases import Steps
+    from let_plugin.bench.throughput import run as throughput
+    from let_plugin.bench.throughput.cases import Steps
 
     options = throughput.Options(
         cases=args.cases,
@@ -260,7 +260,7 @@ def _add_eval(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]")
 def _eval(args: argparse.Namespace, overrides: list[str], command: str) -> None:
     _, runtime = toml_config.read_runtime([str(args.config), *overrides])
 
-    from let_plugin import host
+    from let_plugin.runtime import host
 
     host.set_up(runtime.device)  # before torchtitan is imported
 

@@ -13,10 +13,11 @@ from typing import Any
 from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 
-from let_plugin import data, toml_config
 from let_plugin.bench import hf_export, rows
 from let_plugin.bench.page.downstream_section import KIND
-from let_plugin.errors import ConfigError, Problem
+from let_plugin.config import load as toml_config
+from let_plugin.config.errors import ConfigError, Problem
+from let_plugin.runtime import data
 
 # The paper's nine (arXiv 2602.05393), one-shot, by lm-eval's names.
 TASKS = (

@@ -15,8 +15,8 @@ from torchtitan.models.llama3.state_dict_adapter import Llama3StateDictAdapter
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.trainer import Trainer
 
-from let_plugin import dcp_files
-from let_plugin.errors import ConfigError, Problem
+from let_plugin.config.errors import ConfigError, Problem
+from let_plugin.runtime import dcp_files
 
 _HEAD = "lm_head.weight"
 _ROPE_TYPES = {"none": "default", "llama": "llama3"}

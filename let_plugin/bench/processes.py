@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-from let_plugin.errors import Problem
+from let_plugin.config.errors import Problem
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

@@ -21,7 +21,7 @@ import tomli
 
 import let_plugin
 from let_plugin.bench.statistics import quantiles
-from let_plugin.errors import ConfigError, Problem
+from let_plugin.config.errors import ConfigError, Problem
 
 Row = Mapping[str, Any]
 

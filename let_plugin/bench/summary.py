@@ -6,8 +6,8 @@ from pathlib import Path
 from let_plugin.bench import rows
 from let_plugin.bench.rows import Row
 from let_plugin.bench.statistics import Estimate, median, paired_ratio
-from let_plugin.bench.suite import complete_rounds
-from let_plugin.report import break_even
+from let_plugin.bench.throughput.suite import complete_rounds
+from let_plugin.preflight.report import break_even
 
 _MIB = 2**20
 FLOP_BOUND = "FLOP bound: 1 + N_T / (3 N_S), in distillation with the teacher's head and the student's once more"

@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from let_plugin.bench import convergence_table, curves, rows, summary
-from let_plugin.errors import ConfigError, Problem
+from let_plugin.bench import rows, summary
+from let_plugin.bench.converge import curves
+from let_plugin.bench.converge import table as convergence_table
+from let_plugin.config.errors import ConfigError, Problem
 
 
 def text(files: Sequence[Path]) -> str:

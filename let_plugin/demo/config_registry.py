@@ -15,8 +15,8 @@ from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.trainer import Trainer
 
 from let_plugin.demo import TEACHER, TOKENIZER
-from let_plugin.models import llama_spec
-from let_plugin.teacher.titan import register_teacher_spec
+from let_plugin.runtime.models import llama_spec
+from let_plugin.teacher.titan.source import register_teacher_spec
 
 _VOCAB_SIZE = 4096  # of the demo's tokenizer
 

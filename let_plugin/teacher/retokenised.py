@@ -13,11 +13,11 @@ import torch
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.trainer import Trainer
 
-from let_plugin.errors import ConfigError, Problem
+from let_plugin.config.errors import ConfigError, Problem
 from let_plugin.teacher.base import Teacher, TeacherInfo, TeacherSource
 from let_plugin.teacher.states import StateProvider, States
-from let_plugin.teacher.token_alignment import Retokeniser
-from let_plugin.token_bytes import token_bytes
+from let_plugin.tokens.alignment import Retokeniser
+from let_plugin.tokens.token_bytes import token_bytes
 
 # How many of the student's tokens, at least, a trial looks at.
 _TRIAL_TOKENS = 16_384

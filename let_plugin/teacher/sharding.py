@@ -17,7 +17,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.context_parallel import prepare_context_parallel_input
 from torchtitan.trainer import Trainer
 
-from let_plugin.errors import ConfigError, Problem
+from let_plugin.config.errors import ConfigError, Problem
 
 # Plain tensors and FSDP2: the teacher needs no annotations, and runs outside the student's SPMD context.
 SPMD_BACKEND = "partial_dtensor"

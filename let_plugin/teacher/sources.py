@@ -3,7 +3,7 @@
 import os
 
 from let_plugin.config import TeacherConfig
-from let_plugin.errors import ConfigError, Problem
+from let_plugin.config.errors import ConfigError, Problem
 from let_plugin.teacher.base import TeacherSource
 
 
@@ -13,11 +13,11 @@ def open_teacher(config: TeacherConfig) -> TeacherSource:
     Each kind of teacher is imported when it is asked for: `transformers` and `gguf` are optional dependencies.
     """
     if config.tiktoken:
-        from let_plugin.teacher.vocabulary import rank_file_options
+        from let_plugin.tokens.vocabulary import rank_file_options
 
         rank_file_options(config)  # also where nothing asks for the tokenizer
     if config.spec:
-        from let_plugin.teacher.titan import TitanTeacherSource
+        from let_plugin.teacher.titan.source import TitanTeacherSource
 
         return TitanTeacherSource(config)
     if not config.path:
@@ -29,9 +29,9 @@ def open_teacher(config: TeacherConfig) -> TeacherSource:
             )
         )
     if config.path.endswith(".gguf") or (os.path.isfile(config.path) and not config.path.endswith(".safetensors")):
-        from let_plugin.teacher.gguf import GGUFTeacherSource
+        from let_plugin.teacher.hf.gguf import GGUFTeacherSource
 
         return GGUFTeacherSource(config)
-    from let_plugin.teacher.hf import HFTeacherSource
+    from let_plugin.teacher.hf.source import HFTeacherSource
 
     return HFTeacherSource(config)

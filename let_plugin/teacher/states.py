@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from let_plugin.batch_extras import MakeExtras
+from let_plugin.runtime.batch_extras import MakeExtras
 from let_plugin.teacher.base import Teacher
 
 

@@ -7,8 +7,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 
-from let_plugin import data
 from let_plugin.demo import TOKENIZER
+from let_plugin.runtime import data
 from tests.support import config_registry as tiny
 from tests.support import jobs, reference
 from tests.support.data_loaders import GlobalOrderDataLoader

@@ -78,7 +78,7 @@ def test_methods_that_need_something_first(tmp_path, tiny_config):
     # The teacher is the demo's: what the random reference does not know, it does.
     teacher = ["--let.teacher.spec", "demo_teacher", "--let.teacher.path", ""]
     selection = [tiny_config, "--reference", f"{{spec = 'tiny_teacher', path = '{reference}', {known}}}", "--out", kept]
-    jobs.run("let_plugin.baselines.data_selection", *selection, *data, *teacher)
+    jobs.run("let_plugin.bench.converge.data_selection", *selection, *data, *teacher)
 
     args = ["converge", tiny_config, *data, "--methods", "miniplm", "kd_large", "--seeds", "0"]
     args += ["--selected-text", kept, "--large-teacher", "{spec = 'demo_teacher'}", "--training.steps", "2"]
@@ -101,7 +101,7 @@ def test_a_run_of_two_processes_is_profiled(tmp_path, tiny_config):
     out, request = tmp_path / "result.json", tmp_path / "request.json"
     content = {"config": str(tiny_config), "warmup": 1, "total": 4, "is_active": True, "profile": True}
     request.write_text(json.dumps(content | {"out": str(out)}))
-    jobs.run("let_plugin.bench.measure", request, processes=2, OMP_NUM_THREADS="1")
+    jobs.run("let_plugin.bench.throughput.measure", request, processes=2, OMP_NUM_THREADS="1")
     result = json.loads(out.read_text())
     assert result["tokens_per_step"] == 2 * 4 * 64 and len(result["step_seconds"]) == 3
     in_teacher = ("matrix products", "attention", "all else")

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from let_plugin import host
-from let_plugin.baselines.controls import randomise_weights
 from let_plugin.config import TeacherConfig
+from let_plugin.guidance.controls import randomise_weights
+from let_plugin.runtime import host
 from let_plugin.teacher.base import Teacher
 from let_plugin.teacher.sources import open_teacher
 from tests.support import config_registry as _specs  # noqa: F401  (registers the demo's teacher)

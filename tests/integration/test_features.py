@@ -75,7 +75,7 @@ def features(exported):
 @pytest.fixture(scope="module")
 def features_of_two_ranks(folder, config):
     args = [config, "--out", folder / "2", "--rows-per-shard", "2", *RUN, "--training.local_batch_size", "2"]
-    jobs.run("let_plugin.teacher.export", *args, processes=2, **ONE_THREAD)
+    jobs.run("let_plugin.preflight.export", *args, processes=2, **ONE_THREAD)
     return folder / "2"
 
 
@@ -164,7 +164,7 @@ def test_one_process_and_a_killed_one_write_what_two_write(folder, config, featu
     killed = jobs.run("tests.support.killed_export", 9, *args, check=False, **ONE_THREAD)
     assert killed.returncode == -signal.SIGKILL
     assert len(list(out.glob("rows-*"))) == 4
-    jobs.run("let_plugin.teacher.export", *args, **ONE_THREAD)
+    jobs.run("let_plugin.preflight.export", *args, **ONE_THREAD)
     contents = [{path.name: path.read_bytes() for path in f.iterdir()} for f in (out, features_of_two_ranks)]
     assert contents[0] == contents[1] and len(contents[0]) == 7
 

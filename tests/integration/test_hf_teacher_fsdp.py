@@ -13,11 +13,11 @@ import torch
 
 pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
 
-from let_plugin import host
 from let_plugin.alignment.layer_mapping import EMBEDDING
 from let_plugin.config import TeacherConfig
-from let_plugin.teacher.hf import HFTeacherSource
-from let_plugin.teacher.hf_trunk import HFTeacher
+from let_plugin.runtime import host
+from let_plugin.teacher.hf.source import HFTeacherSource
+from let_plugin.teacher.hf.trunk import HFTeacher
 from tests.support import jobs
 
 

@@ -15,15 +15,15 @@ import torch.distributed.checkpoint as dcp
 
 pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
 
-from let_plugin import host
 from let_plugin.config import TeacherConfig
-from let_plugin.errors import ConfigError
-from let_plugin.models import llama_spec
+from let_plugin.config.errors import ConfigError
+from let_plugin.runtime import host
+from let_plugin.runtime.models import llama_spec
 from let_plugin.teacher import quantization
 from let_plugin.teacher.base import Teacher
-from let_plugin.teacher.safetensors_files import read_headers
+from let_plugin.teacher.hf.safetensors_files import read_headers
 from let_plugin.teacher.sources import open_teacher
-from let_plugin.teacher.titan import register_teacher_spec
+from let_plugin.teacher.titan.source import register_teacher_spec
 from tests.support import gguf_files, jobs
 
 NUM_BLOCKS = 24

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from let_plugin.demo import TOKENIZER
-from let_plugin.teacher.token_alignment import Retokeniser
+from let_plugin.tokens.alignment import Retokeniser
 from tests.integration.test_strategies import LAYOUTS
 from tests.support import jobs, reference, tokenizer_kinds
 from tests.support.config_registry import STUDENT, TEACHER

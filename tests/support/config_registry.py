@@ -1,9 +1,9 @@
 """torchtitan configuration functions for tests: `base = "tests.support.tiny"`."""
 
+from let_plugin.bench.paper import config_registry as paper
 from let_plugin.demo import config_registry as demo
-from let_plugin.models import llama_spec
-from let_plugin.paper import config_registry as paper
-from let_plugin.teacher.titan import TEACHER_SPECS, register_teacher_spec
+from let_plugin.runtime.models import llama_spec
+from let_plugin.teacher.titan.source import TEACHER_SPECS, register_teacher_spec
 from tests.support.data_loaders import GlobalOrderDataLoader
 
 STUDENT = {"num_layers": 4, "num_heads": 2}

@@ -2,8 +2,8 @@
 
 import argparse
 
-from let_plugin.teacher import export
-from let_plugin.teacher.export_plan import Plan
+from let_plugin.preflight import export
+from let_plugin.preflight.export_plan import Plan
 
 
 def arguments(*argv):
@@ -19,7 +19,7 @@ def plan_of(config, *argv, num_processes=1):
 
 def run(config, *argv):
     """Exports on the process group, of one process, that is there; returns the manifest."""
-    from let_plugin.teacher.export_rows import export as export_rows
+    from let_plugin.preflight.export_rows import export as export_rows
 
     plan = plan_of(config, *argv)
     plan.check_folder()

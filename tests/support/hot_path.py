@@ -15,7 +15,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from let_plugin import data, host, toml_config
+from let_plugin.config import load as toml_config
+from let_plugin.runtime import data, host
 
 READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__")
 

@@ -7,14 +7,14 @@ import os
 import signal
 import sys
 
-from let_plugin import host
-from let_plugin.teacher import export
+from let_plugin.preflight import export
+from let_plugin.runtime import host
 
 
 def main():
     num_rows, *argv = sys.argv[1:]
     host.set_up("cpu")
-    from let_plugin.teacher.shards import ShardWriter
+    from let_plugin.teacher.stored.shards import ShardWriter
 
     add, left = ShardWriter.add, int(num_rows)
 

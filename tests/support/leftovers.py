@@ -10,14 +10,19 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from let_plugin.alignment.tap import AlignmentTap
-from let_plugin.guidance import Guidance
-from let_plugin.learned import LearnedProjector
+from let_plugin.guidance.guidance import Guidance
+from let_plugin.guidance.learned import LearnedProjector
 from let_plugin.teacher.base import Teacher
 
 # What the alignment makes, wherever it is kept.
 OURS = "let_plugin.alignment.projectors", "let_plugin.alignment.running_mean", "let_plugin.alignment.tap"
-OURS += "let_plugin.guidance", "let_plugin.learned", "let_plugin.fitted", "let_plugin.auxiliary_head"
-OURS += "let_plugin.teacher.states", "let_plugin.teacher.retokenised", "let_plugin.baselines.distillation"
+OURS += (
+    "let_plugin.guidance.guidance",
+    "let_plugin.guidance.learned",
+    "let_plugin.guidance.fitted",
+    "let_plugin.guidance.auxiliary_head",
+)
+OURS += "let_plugin.teacher.states", "let_plugin.teacher.retokenised", "let_plugin.guidance.distillation"
 
 
 class Leftovers:

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
-from let_plugin import data, host, toml_config
+from let_plugin.config import load as toml_config
+from let_plugin.runtime import data, host
 from tests.support.probe import full
 
 

@@ -19,7 +19,8 @@ from importlib.machinery import PathFinder
 import torch
 from torch.distributed.tensor import DTensor
 
-from let_plugin import data, host, train
+from let_plugin import train
+from let_plugin.runtime import data, host
 
 
 def full(tensor):

@@ -8,7 +8,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from let_plugin.demo import TOKENIZER
-from let_plugin.token_bytes import token_bytes
+from let_plugin.tokens.token_bytes import token_bytes
 
 EOS = "<|endoftext|>"
 

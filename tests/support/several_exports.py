@@ -6,7 +6,7 @@ python -m tests.support.several_exports ARGUMENTS         a list in JSON: what `
 import json
 import sys
 
-from let_plugin.teacher import export
+from let_plugin.preflight import export
 
 
 def main():

@@ -5,7 +5,7 @@ import math
 import random
 
 from let_plugin.bench import rows
-from let_plugin.bench.curves import KIND, Point, Run
+from let_plugin.bench.converge.curves import KIND, Point, Run
 
 MIB = 2**20
 NUM_STUDENT_PARAMS = 1_000_000

@@ -12,7 +12,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 from let_plugin.demo import TEXT, TOKENIZER
-from let_plugin.token_bytes import token_bytes
+from let_plugin.tokens.token_bytes import token_bytes
 
 SPACE = "\u2581"
 SMOLLM2 = Path(__file__).parents[2] / "assets/smollm2"

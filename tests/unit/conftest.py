@@ -6,11 +6,11 @@ import torch
 from torch.distributed.elastic.utils.distributed import get_free_port
 from torchtitan.components.loss import IGNORE_INDEX
 
-from let_plugin import data, host
 from let_plugin.config import LetConfig, TeacherConfig
 from let_plugin.demo import TOKENIZER
-from let_plugin.models import llama_spec
-from let_plugin.teacher.titan import TEACHER_SPECS, register_teacher_spec
+from let_plugin.runtime import data, host
+from let_plugin.runtime.models import llama_spec
+from let_plugin.teacher.titan.source import TEACHER_SPECS, register_teacher_spec
 from let_plugin.trainer import with_let
 from tests.support.config_registry import tiny
 

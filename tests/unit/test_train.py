@@ -8,7 +8,7 @@ import pytest
 import tomli
 
 from let_plugin import train
-from let_plugin.errors import ConfigError, Problem
+from let_plugin.config.errors import ConfigError, Problem
 from tests.support import jobs
 
 MISTAKES = """

@@ -13,8 +13,8 @@ from torchtitan.models.common.decoder import Decoder
 from let_plugin.alignment.tap import TARGET_KWARG
 from let_plugin.config import PairConfig, TeacherConfig
 from let_plugin.demo import TOKENIZER
-from let_plugin.guidance import Guidance
-from let_plugin.metrics import Disagreement
+from let_plugin.guidance.guidance import Guidance
+from let_plugin.guidance.metrics import Disagreement
 from tests.support import jobs
 from tests.support.config_registry import VOCAB_SIZE
 from tests.support.fields import set_all

@@ -7,7 +7,7 @@ from pathlib import Path
 from let_plugin.bench import rows
 from let_plugin.bench.page import convergence_section, downstream_section, parts, throughput_section
 from let_plugin.bench.page.parts import Row, Section
-from let_plugin.errors import ConfigError, Problem
+from let_plugin.config.errors import ConfigError, Problem
 
 PAGE = "index.html"
 _TEMPLATE = "page.html.jinja"

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from let_plugin.baselines.methods import CONTROLS
-from let_plugin.bench import curves
-from let_plugin.bench.convergence_table import diverged_with
-from let_plugin.bench.curves import BASELINE, CHOICE, DIVERGED, Axis, Loss, Run, diverged_seeds
+from let_plugin.bench.converge import curves
+from let_plugin.bench.converge.curves import BASELINE, CHOICE, DIVERGED, Axis, Loss, Run, diverged_seeds
+from let_plugin.bench.converge.methods import CONTROLS
+from let_plugin.bench.converge.table import diverged_with
 from let_plugin.bench.page import figures
 from let_plugin.bench.page.figures import Mark, Series
 from let_plugin.bench.page.parts import (
@@ -25,7 +25,7 @@ from let_plugin.bench.page.parts import (
     plural,
 )
 from let_plugin.bench.statistics import Estimate, mean, paired_difference, paired_ratio, step_at_loss
-from let_plugin.errors import ConfigError, Problem
+from let_plugin.config.errors import ConfigError, Problem
 
 _LOSSES: dict[Loss, str] = {"test_loss": "test split", "validation_loss": "validation split"}
 _COSTS: dict[Axis, str] = {"tokens": "training tokens", "flops": "FLOPs", "seconds": "wall-clock seconds"}

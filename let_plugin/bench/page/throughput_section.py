@@ -21,7 +21,7 @@ from let_plugin.bench.page.parts import (
     plural,
 )
 from let_plugin.bench.statistics import Estimate, Line, median, regression
-from let_plugin.report import break_even
+from let_plugin.preflight.report import break_even
 
 KINDS = ("throughput", "profile")
 

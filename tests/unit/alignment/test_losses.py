@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from let_plugin.alignment.losses import LOSSES, LossEntry, alignment_of, get_loss, negative_cosine, register_loss
-from let_plugin.errors import ConfigError
+from let_plugin.config.errors import ConfigError
 
 SHAPES = [(1, 1, 1), (2, 3, 5), (3, 17, 64), (1, 129, 33)]
 CASES = [

@@ -47,7 +47,7 @@ def weights_of(match):
 
 
 def projection(match):
-    """As in `let_plugin.plan`: from states, weights and the gradient of the result to the result and its gradients."""
+    """As in `let_plugin.config.plan`: from states, weights and upstream gradient to the result and its gradients."""
 
     def project(hidden_BLE, weights, gradient_BLD):
         def call(hidden_BLE, weights):

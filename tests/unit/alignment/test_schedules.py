@@ -15,7 +15,7 @@ from let_plugin.alignment.schedules import (
     register_schedule,
     with_warmup,
 )
-from let_plugin.errors import ConfigError
+from let_plugin.config.errors import ConfigError
 
 NAMES = ["constant", "cosine", "exponential", "hard_stop", "linear"]
 

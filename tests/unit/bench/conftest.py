@@ -2,8 +2,8 @@
 
 import pytest
 
-from let_plugin.baselines.methods import Resources
-from let_plugin.bench.convergence_plan import Options
+from let_plugin.bench.converge.methods import Resources
+from let_plugin.bench.converge.plan import Options
 
 TOML = """\
 base = "tests.support.tiny"
@@ -25,7 +25,7 @@ steps = 1
 
 @pytest.fixture
 def config_file(tmp_path, monkeypatch):
-    from let_plugin import data
+    from let_plugin.runtime import data
 
     monkeypatch.setenv("WORLD_SIZE", "1")
     data.register()

@@ -3,7 +3,7 @@
 import pytest
 
 from let_plugin.bench import evaluation
-from let_plugin.errors import ConfigError
+from let_plugin.config.errors import ConfigError
 
 
 def test_scores_by_metric_without_what_is_no_score():

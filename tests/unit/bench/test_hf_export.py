@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from let_plugin import host
 from let_plugin.bench import hf_export
+from let_plugin.config.errors import ConfigError
 from let_plugin.demo import TOKENIZER
-from let_plugin.errors import ConfigError
-from let_plugin.models import Llama3RopeScaling, llama_spec
+from let_plugin.runtime import host
+from let_plugin.runtime.models import Llama3RopeScaling, llama_spec
 from tests.support.config_registry import tiny, tiny_qwen3
 
 transformers = pytest.importorskip("transformers", reason="pip install let-plugin[eval]")

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from let_plugin.bench import rows
-from let_plugin.errors import ConfigError
+from let_plugin.config.errors import ConfigError
 from tests.support import jobs
 
 CONFIG = 'base = "tests.support.tiny"\n[let]\nenable = true\n'
@@ -72,7 +72,7 @@ def test_results_do_not_make_a_checkout_dirty_and_code_does(clone, tmp_path):
     assert second["dirty"] is False and second["commit"] != first["commit"] and second["code"] == first["code"]
     changed = []
     for text in ("", "x = 1\n"):
-        with (clone / "let_plugin/errors.py").open("a") as file:
+        with (clone / "let_plugin/config/errors.py").open("a") as file:
             file.write(f"{text}\n")
         changed.append(provenance_in(clone, tmp_path))
     assert all(origin["dirty"] for origin in changed)

@@ -3,7 +3,7 @@
 import pytest
 
 from let_plugin.bench import cli, rows, summary, tables
-from let_plugin.errors import ConfigError
+from let_plugin.config.errors import ConfigError
 from tests.support import synthetic_rows
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
+from let_plugin.config.errors import ConfigError
 from let_plugin.demo import TEXT, TOKENIZER, prepare
-from let_plugin.errors import ConfigError
 
 SPLITS = {"train", "validation", "test"}
 

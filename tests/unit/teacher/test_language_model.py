@@ -11,8 +11,8 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 
 from let_plugin.config import TeacherConfig
+from let_plugin.config.errors import ConfigError
 from let_plugin.demo import TEACHER
-from let_plugin.errors import ConfigError
 from let_plugin.teacher import language_model
 from let_plugin.teacher.language_model import loss_sums
 from let_plugin.teacher.sources import open_teacher

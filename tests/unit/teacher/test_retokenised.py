@@ -7,14 +7,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from torchtitan.components.loss import IGNORE_INDEX
 
-from let_plugin import preflight
-from let_plugin.batch_extras import take_extras
 from let_plugin.config import TokenAlignmentConfig
+from let_plugin.config.errors import ConfigError
 from let_plugin.demo import TOKENIZER
-from let_plugin.errors import ConfigError
-from let_plugin.guidance import Guidance
+from let_plugin.guidance.guidance import Guidance
+from let_plugin.preflight import checks as preflight
+from let_plugin.runtime.batch_extras import take_extras
 from tests.support import tokenizer_kinds as kinds
-from tests.unit.test_guidance import run_student, valid_tokens
+from tests.unit.guidance.test_guidance import run_student, valid_tokens
 
 
 @pytest.fixture

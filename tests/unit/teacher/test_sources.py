@@ -5,8 +5,8 @@ import sys
 import pytest
 
 from let_plugin.config import TeacherConfig
+from let_plugin.config.errors import ConfigError
 from let_plugin.demo import TEACHER
-from let_plugin.errors import ConfigError
 from let_plugin.teacher.sources import open_teacher
 
 
@@ -29,7 +29,7 @@ def test_options_of_a_rank_file_are_checked_though_nothing_may_read_it():
 
 def test_a_spec_is_torchtitans_with_its_own_path_or_another():
     from let_plugin.demo import config_registry  # noqa: F401  registers it
-    from let_plugin.teacher.titan import TitanTeacherSource
+    from let_plugin.teacher.titan.source import TitanTeacherSource
 
     source = open_teacher(TeacherConfig(spec="demo_teacher"))
     assert isinstance(source, TitanTeacherSource)
@@ -39,7 +39,7 @@ def test_a_spec_is_torchtitans_with_its_own_path_or_another():
 
 def test_a_folder_is_transformers():
     pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
-    from let_plugin.teacher.hf import HFTeacherSource
+    from let_plugin.teacher.hf.source import HFTeacherSource
 
     assert isinstance(open_teacher(TeacherConfig(path=TEACHER)), HFTeacherSource)
 
@@ -68,7 +68,8 @@ def test_a_safetensors_file_is_told_from_its_folder(tmp_path):
 
 def test_torchtitans_teachers_need_no_optional_dependency(monkeypatch):
     from let_plugin.demo import config_registry  # noqa: F401  registers it
-    from let_plugin.teacher import sources, titan
+    from let_plugin.teacher import sources
+    from let_plugin.teacher.titan import source as titan
 
     for name in ("transformers", "gguf"):
         monkeypatch.setitem(sys.modules, name, None)  # importing it fails

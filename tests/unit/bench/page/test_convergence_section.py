@@ -4,7 +4,7 @@ import pytest
 
 from let_plugin.bench import rows
 from let_plugin.bench.page import convergence_section
-from let_plugin.errors import ConfigError
+from let_plugin.config.errors import ConfigError
 from tests.support import synthetic_rows
 from tests.support.synthetic_rows import finding, line
 

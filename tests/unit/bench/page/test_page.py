@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 
 from let_plugin.bench import cli, page
-from let_plugin.errors import ConfigError
+from let_plugin.config.errors import ConfigError
 from tests.support import synthetic_rows
 
 HOSTILE = '<script>alert("x")</script> & $\\frac{1}{2}$'

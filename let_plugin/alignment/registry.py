@@ -1,0 +1,61 @@
+"""Name -> object, strictly: a duplicate is an error, an unknown name suggests the nearest one.
+
+Third-party packages add entries through the Python entry points of the registry's group, which are loaded when a
+name is first looked up, so that importing `let_plugin` stays cheap.
+"""
+
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+from typing import Generic, TypeVar
+
+from let_plugin.config.errors import ConfigError, Problem, suggest
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """A named collection of objects that TOML keys select from.
+
+    Args:
+        kind: What the entries are, for error messages ("teacher spec").
+        group: The entry-point group whose entries are added on first look-up.
+    """
+
+    def __init__(self, kind: str, group: str) -> None:
+        self.kind = kind
+        self.group = group
+        self._entries: dict[str, T] = {}
+        self._entry_points_loaded = False
+
+    def register(self, name: str, entry: T) -> T:
+        """Adds `entry` under `name` and returns it; ValueError if the name is taken."""
+        if name in self._entries:
+            raise ValueError(f"{self.kind} {name!r} is registered already; choose another name")
+        self._entries[name] = entry
+        return entry
+
+    def get(self, name: str, *, key: str) -> T:
+        """The entry called `name`; ConfigError that names the field `key` if there is none."""
+        self._load_entry_points()
+        if name not in self._entries:
+            raise ConfigError(Problem(key, f"unknown {self.kind}; {suggest(name, self._entries)}", name))
+        return self._entries[name]
+
+    def unregister(self, name: str) -> None:
+        """Removes an entry, for tests; KeyError if there is none."""
+        del self._entries[name]
+
+    def __contains__(self, name: str) -> bool:
+        self._load_entry_points()
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        self._load_entry_points()
+        return iter(sorted(self._entries))
+
+    def _load_entry_points(self) -> None:
+        if self._entry_points_loaded:
+            return
+        self._entry_points_loaded = True
+        for entry_point in entry_points(group=self.group):
+            self.register(entry_point.name, entry_point.load())

@@ -1,0 +1,105 @@
+"""torchtitan configuration functions of the paper's scale: `base = "let_plugin.bench.paper.llama_1_4b_smollm"`.
+
+The paper (arXiv 2602.05393) trains LLaMA-architecture students on The Pile with small public teachers, and states
+neither their dimensions nor learning rate, batch and sequence length. What is chosen here, and in the TOML files in
+train_configs/paper/ that overlay it, `docs/paper_scale.md` gives reasons for. There is one function for each pair of a
+size and a vocabulary, since the student is trained on its teacher's tokenizer.
+"""
+
+from typing import Any
+
+from torchtitan.components.checkpointer import CheckpointManager
+from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
+from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
+from torchtitan.components.validate import Validator
+from torchtitan.config import CompileConfig, DebugConfig, TrainingConfig
+from torchtitan.distributed.activation_checkpoint import SelectiveAC
+from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
+from torchtitan.models.common.config_utils import decoder_vocab_size
+from torchtitan.trainer import Trainer
+
+from let_plugin.runtime.models import llama_spec
+
+# Depth and width of Pythia-1.4B (arXiv 2304.01373, table 1) with LLaMA's SwiGLU, its width 8/3 of the model's, rounded
+# up to a multiple of 128.
+_1_4B = {"dim": 2048, "num_layers": 24, "num_heads": 16, "hidden_dim": 5504}
+# Llama-3.2-3B. OpenLLaMA-3B, the other well-known LLaMA of that size, has heads of width 100, which attention kernels
+# pad to 128; here they are 128 wide.
+_3B = {"dim": 3072, "num_layers": 28, "num_heads": 24, "num_kv_heads": 8, "hidden_dim": 8192}
+# LLaMA-7B (arXiv 2302.13971, table 2).
+_7B = {"dim": 4096, "num_layers": 32, "num_heads": 32, "hidden_dim": 11_008}
+
+# Rows of the teacher's own embedding. Those of OPT and Pythia are padded: their tokenizers have 50,265 and 50,277 ids.
+_OPT, _PYTHIA, _SMOLLM, _LLAMA3 = 50_272, 50_304, 49_152, 128_256
+
+_SEQ_LEN = 2048
+
+
+def llama_1_4b_opt() -> Trainer.Config:
+    """A student of 1.4 billion parameters with OPT's vocabulary."""
+    return _config("1.4B_opt", _1_4B, _OPT)
+
+
+def llama_1_4b_pythia() -> Trainer.Config:
+    """A student of 1.4 billion parameters with Pythia's vocabulary."""
+    return _config("1.4B_pythia", _1_4B, _PYTHIA)
+
+
+def llama_1_4b_smollm() -> Trainer.Config:
+    """A student of 1.4 billion parameters with SmolLM's vocabulary."""
+    return _config("1.4B_smollm", _1_4B, _SMOLLM)
+
+
+def llama_3b_opt() -> Trainer.Config:
+    """A student of 3.1 billion parameters with OPT's vocabulary."""
+    return _config("3B_opt", _3B, _OPT)
+
+
+def llama_3b_pythia() -> Trainer.Config:
+    """A student of 3.1 billion parameters with Pythia's vocabulary."""
+    return _config("3B_pythia", _3B, _PYTHIA)
+
+
+def llama_3b_smollm() -> Trainer.Config:
+    """A student of 3.1 billion parameters with SmolLM's vocabulary."""
+    return _config("3B_smollm", _3B, _SMOLLM)
+
+
+def llama_7b_llama3() -> Trainer.Config:
+    """A student of 7.5 billion parameters with Llama 3's vocabulary."""
+    return _config("7B_llama3", _7B, _LLAMA3)
+
+
+def _config(flavor: str, dimensions: dict[str, Any], vocab_size: int) -> Trainer.Config:
+    """What all runs have in common. Batch, steps and learning rate are in the TOML files."""
+    model_spec = llama_spec(
+        flavor,
+        **dimensions,
+        vocab_size=vocab_size,
+        max_seq_len=_SEQ_LEN,
+        # As Hugging Face's Llama. The alignment's gradient scales as 1/|h|, and torchtitan's 1.0 makes h large.
+        embedding_init_std=0.02,
+    )
+    return Trainer.Config(
+        model_spec=model_spec,
+        loss=ChunkedLossWrapper.Config(
+            loss_fn=CrossEntropyLoss.Config(global_vocab_size=decoder_vocab_size(model_spec))
+        ),
+        optimizer=default_adamw(),
+        lr_scheduler=LRSchedulersContainer.Config(decay_type="cosine", min_lr_factor=0.1),
+        # Without CUDA graphs also where LET is off: a run and its baseline are to differ in LET alone.
+        training=TrainingConfig(seq_len=_SEQ_LEN, disable_cuda_graphs=True),
+        activation_checkpoint=SelectiveAC.Config(),
+        compile=CompileConfig(enable=True),
+        dataloader=HuggingFaceTextDataLoader.Config(dataset="pile_train"),
+        validator=Validator.Config(
+            enable=True,
+            freq=500,
+            steps=20,
+            dataloader=HuggingFaceTextDataLoader.Config(dataset="pile_validation", infinite=False),
+        ),
+        metrics=MetricsProcessor.Config(log_freq=10, enable_tensorboard=True),
+        checkpoint=CheckpointManager.Config(enable=True, interval=1000),
+        debug=DebugConfig(seed=0),
+    )

@@ -1,0 +1,82 @@
+"""Options of what a name selects: a TOML table becomes the keyword-only arguments of a function or class, checked."""
+
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
+
+from let_plugin.config.errors import ConfigError, Problem, suggest
+
+
+def bind(function: Callable[..., Any], options: dict[str, Any], *, key: str) -> Callable[..., Any]:
+    """`function` with `options` for its keyword-only arguments.
+
+    Calling the result raises a ConfigError for a value that `function` refuses with a ValueError, whose message begins
+    with the option's name.
+
+    Args:
+        function: A function, or a class for the arguments of its constructor.
+        options: Name -> value.
+        key: The table that the options come from, for messages.
+
+    Raises:
+        ConfigError: For each option that `function` does not have, or whose value has the wrong type.
+    """
+    types = option_types(function)
+    problems = []
+    values = {}
+    for name, value in options.items():
+        if name not in types:
+            problems.append(Problem(f"{key}.{name}", f"no such option; {suggest(name, types)}", value))
+            continue
+        try:
+            values[name] = _checked(value, types[name])
+        except TypeCheckError as error:
+            problems.append(Problem(f"{key}.{name}", str(error), value))
+    if problems:
+        raise ConfigError(problems)
+
+    @functools.wraps(function)
+    def bound(*args: Any, **kwargs: Any) -> Any:
+        with refusals(values, key=key):
+            return function(*args, **kwargs, **values)
+
+    return bound
+
+
+@contextmanager
+def refusals(options: dict[str, Any], *, key: str) -> Iterator[None]:
+    """Turns a ValueError whose message begins with the name of one of the `options` into a ConfigError."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        name, _, rest = str(error).partition(" ")
+        if name in options:
+            raise ConfigError(Problem(f"{key}.{name}", rest, options[name])) from error
+        raise ConfigError(Problem(key, str(error))) from error
+
+
+def option_types(function: Callable[..., Any]) -> dict[str, Any]:
+    """Name -> type of a function's keyword-only arguments, but for those that its caller gives."""
+    hints = typing.get_type_hints(
+        inspect.getattr_static(function, "__init__") if isinstance(function, type) else function
+    )
+    return {
+        name: hints.get(name, Any)
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty
+    }
+
+
+def _checked(value: Any, expected: Any) -> Any:
+    if expected is float and type(value) is int:
+        return float(value)
+    if expected is int and type(value) is bool:
+        raise TypeCheckError("is not an integer")
+    return check_type(value, expected, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)

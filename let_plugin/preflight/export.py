@@ -1,0 +1,113 @@
+"""`let-teacher export CONFIG.toml --out DIR`: writes the teacher's states that a training run is going to need.
+
+The teacher runs over the same rows, in the same batches, as it would beside the student, which is never built. Each
+data-parallel rank of the run to come has a stream of rows of its own; the processes of the export share the streams. An
+export that was interrupted goes on: it runs through the data again and leaves out what is stored.
+"""
+
+import argparse
+import os
+import sys
+from typing import Any
+
+from let_plugin.config.errors import ConfigError
+
+_DESCRIPTION = """\
+Runs the teacher of a training configuration once over the data of its first S_stop steps and writes its states to DIR.
+A run with let.teacher.features = "DIR" reads them and loads no teacher. On N processes: torchrun --nproc-per-node N -m
+let_plugin.preflight.export CONFIG.toml --out DIR. Further options (--section.key VALUE) override the configuration, as
+let-train takes them."""
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Adds `export` to the subcommands of a command line, which gives it what it does not know as `overrides`."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "export",
+        help="write the teacher's states of a run's data, so that the run needs no teacher",
+        description=_DESCRIPTION,
+        allow_abbrev=False,
+    )
+    _add_arguments(parser)
+    parser.set_defaults(run=run, takes_overrides=True)
+    return parser
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG.toml", help="the training configuration, as let-train takes it")
+    parser.add_argument("--out", metavar="DIR", help="where to; let.teacher.features if that is set")
+    parser.add_argument("--check", action="store_true", help="print the storage needed, and run nothing")
+    parser.add_argument(
+        "--encoding", metavar="NAME", default="bfloat16", help="bfloat16, float32, int8, pca or random (bfloat16)"
+    )
+    parser.add_argument("--width", type=int, metavar="W", help="channels that pca or random keep of each layer")
+    parser.add_argument("--fit-rows", type=int, default=64, metavar="N", help="rows that pca is fitted on (64)")
+    parser.add_argument("--seed", type=int, default=0, help="of random (0)")
+    parser.add_argument(
+        "--data-parallel-degree",
+        type=int,
+        metavar="N",
+        help="data-parallel ranks of the training run; the configuration's if it states them, else the number of "
+        "processes of the export",
+    )
+    parser.add_argument("--rows-per-shard", type=int, metavar="N", help="rows of a file (as fit in 64 MiB)")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line of this module alone; SystemExit with code 2 for bad input."""
+    parser = argparse.ArgumentParser(prog="let-teacher export", description=_DESCRIPTION, allow_abbrev=False)
+    _add_arguments(parser)
+    args, overrides = parser.parse_known_args(argv)
+    args.overrides = overrides
+    try:
+        run(args)
+    except ConfigError as error:
+        from let_plugin.train import exit_with
+
+        exit_with(error, "let-teacher export")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Exports, or prints what that would take. ConfigError for bad input, before anything is written.
+
+    Args:
+        args: As `_add_arguments` names them, and `overrides`, the configuration's options.
+    """
+    from let_plugin.config import load as toml_config
+
+    argv = [args.config, *args.overrides]
+    path, runtime = toml_config.read_runtime(argv)
+
+    from let_plugin.runtime import host
+
+    host.set_up(runtime.device)
+    loaded = toml_config.resolve(path, argv[1:])
+
+    from let_plugin.preflight.export_plan import Plan
+    from let_plugin.runtime import data
+
+    data.register()
+    plan = loaded.apply(lambda config: Plan.make(config, args, int(os.environ["WORLD_SIZE"])))
+    if os.environ["RANK"] == "0":
+        print(plan.report(), flush=True)
+    if args.check:
+        return
+    plan.check_folder()
+
+    import torch
+    from torchtitan.distributed import utils as dist_utils
+    from torchtitan.tools import utils
+    from torchtitan.tools.logging import init_logger
+
+    from let_plugin.preflight.export_rows import export
+
+    init_logger()
+    utils.device_module.set_device(utils.get_local_device())
+    dist_utils.init_distributed(plan.config.comm, base_folder=plan.config.dump_folder)
+    try:
+        export(plan)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,204 @@
+"""`let-teacher inspect PATH`: says what a teacher is, and how well it predicts a text.
+
+That its perplexity is what one expects of it shows that the right thing was loaded, and loaded right.
+"""
+
+import argparse
+import importlib
+import math
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from let_plugin.config import TeacherConfig
+from let_plugin.config.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    import torch
+
+    from let_plugin.teacher.base import TeacherInfo, TeacherSource
+    from let_plugin.tokens.text import TextTokenizer
+
+_MAX_SEQ_LEN = 1024  # of the documents that are read: longer ones are read in parts
+_MIB = 2**20
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Adds the subcommand `inspect`."""
+    description = "Says what a teacher is, what it costs, and how well it predicts a text."
+    parser = subparsers.add_parser("inspect", help="say what a teacher is", description=description)
+    parser.add_argument(
+        "path",
+        metavar="PATH",
+        nargs="?",
+        default="",
+        help="as let.teacher.path: folder, .gguf file or hub name; without it, what follows from --spec alone",
+    )
+    parser.add_argument("--spec", default="", metavar="NAME", help="as let.teacher.spec: torchtitan runs the teacher")
+    parser.add_argument(
+        "--import",
+        dest="modules",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="Python module that registers it",
+    )
+    parser.add_argument("--text", metavar="FILE", help="measure the loss on this .txt, .jsonl, .json or .parquet file")
+    parser.add_argument("--max-tokens", type=int, default=4096, metavar="N", help="of the text (default: 4096)")
+    parser.add_argument("--tokenizer", default="", metavar="FOLDER", help="folder of the teacher's tokenizer")
+    parser.add_argument(
+        "--tiktoken",
+        default="",
+        metavar="TABLE",
+        help="""as let.teacher.tiktoken, a table of TOML: '{vocabulary = "llama3.1"}'""",
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the teacher's maths")
+    parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="where it runs")
+    parser.add_argument("--trust-remote-code", action="store_true", help="as let.teacher.trust_remote_code")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Prints what there is to say. ConfigError for what cannot be read."""
+    from let_plugin.runtime import host
+
+    device = host.set_up(options.device)
+    for module in options.modules:
+        _import(module)
+    if options.max_tokens < 1:
+        raise ConfigError(Problem("--max-tokens", "must be at least 1", options.max_tokens))
+
+    config = TeacherConfig(
+        path=options.path,
+        spec=options.spec,
+        tokenizer_path=options.tokenizer,
+        tiktoken=_table(options.tiktoken),
+        trust_remote_code=options.trust_remote_code,
+    )
+    if options.spec:
+        from let_plugin.teacher.titan.source import describe_spec, with_spec_paths
+
+        config = with_spec_paths(config)
+        if not config.path:
+            _print(_describe(describe_spec(options.spec)))
+            _print({"weights": "none given: this is what follows from the spec"})
+            return
+    from let_plugin.teacher.sources import open_teacher
+    from let_plugin.tokens.text import read_tokenizer
+
+    source = open_teacher(config)
+    tokenizer = read_tokenizer(config)
+    _print(_describe(source.info))
+    _print(_describe_files(config.path))
+    _print({"tokenizer": str(tokenizer or "none there")})
+    if tokenizer is None:
+        if options.text:
+            message = "the teacher comes without a tokenizer; name a folder with its tokenizer.json or rank file"
+            raise ConfigError(Problem("--tokenizer", message, options.tokenizer))
+        _print({"loss": "not measured: it needs the tokenizer (--tokenizer FOLDER)"})
+        return
+    _print(_measure(source, tokenizer, options, device))
+
+
+def _table(text: str) -> dict[str, Any]:
+    """The option --tiktoken. ConfigError if it is no table."""
+    import tomli
+
+    try:
+        table: Any = tomli.loads(f"table = {text}")["table"] if text else {}
+    except tomli.TOMLDecodeError as error:
+        raise ConfigError(Problem("--tiktoken", f"not an inline table of TOML: {error}", text)) from error
+    if not isinstance(table, dict):
+        raise ConfigError(Problem("--tiktoken", """not a table; write '{vocabulary = "llama3.1"}'""", text))
+    return table
+
+
+def _import(module: str) -> None:
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(Problem("--import", f"cannot be imported: {error}", module)) from error
+
+
+def _print(lines: dict[str, str]) -> None:
+    for name, text in lines.items():
+        print(f"{name:<11}{text}", flush=True)
+
+
+def _describe(info: "TeacherInfo") -> dict[str, str]:
+    num_multiplied = info.num_trunk_params - info.num_embedding_params
+    heads = "" if info.num_heads is None else f", {info.num_heads} heads"
+    if info.num_kv_heads not in (None, info.num_heads):
+        heads += f" ({info.num_kv_heads} key-value)"
+    width = str(info.hidden_size)
+    if info.residual_size not in (None, info.hidden_size):
+        width += f" (inside: {info.residual_size})"
+    return {
+        "teacher": info.description,
+        "blocks": f"{info.num_layers} of width {width}{heads}",
+        "vocabulary": f"{info.vocab_size:,} rows",
+        "positions": "without a limit of its own" if info.max_seq_len is None else f"at most {info.max_seq_len:,}",
+        "trunk": f"{info.num_trunk_params:,} parameters: {info.num_embedding_params:,} in embeddings, "
+        f"{num_multiplied:,} that are multiplied",
+        "memory": f"of the trunk: {info.num_trunk_params * 2 / _MIB:,.1f} MiB in bfloat16, "
+        f"{info.num_trunk_params * 4 / _MIB:,.1f} MiB in float32",
+        "cost": f"{2 * num_multiplied / 1e9:.3g} GFLOPs per token, 2 for each parameter that is multiplied",
+    }
+
+
+def _describe_files(path: str) -> dict[str, str]:
+    if not os.path.exists(path):
+        return {"stored": "on the hub: give a local folder to see size, data types and licence"}
+    from let_plugin.preflight.weight_files import read_weight_files
+
+    files = read_weight_files(path)
+    dtypes = ", ".join(f"{dtype} ({count} tensors)" for dtype, count in files.dtypes.items())
+    return {
+        "stored": f"{files.format}, {files.num_bytes / _MIB:,.1f} MiB: {dtypes}",
+        "licence": files.licence,
+    }
+
+
+def _measure(
+    source: "TeacherSource", tokenizer: "TextTokenizer", options: argparse.Namespace, device: "torch.device"
+) -> dict[str, str]:
+    import torch
+
+    from let_plugin.teacher.language_model import loss_sums
+    from let_plugin.tokens.text import demo_text, read_documents
+
+    info = source.info
+    if tokenizer.max_id >= info.vocab_size:
+        message = f"it has ids up to {tokenizer.max_id}, the teacher {info.vocab_size} rows; it is not the teacher's"
+        raise ConfigError(Problem("--tokenizer", message, options.tokenizer))
+    documents = read_documents(options.text) if options.text else demo_text()
+    name = options.text or "the test split of the package's demo, since no --text is given"
+
+    seq_len = min(info.max_seq_len or _MAX_SEQ_LEN, _MAX_SEQ_LEN)
+    model = source.language_model(dtype=getattr(torch, options.dtype), device=device, seq_len=seq_len)
+    num_bytes = 0
+
+    def batches() -> Iterator[tuple[Any, None, Any]]:
+        nonlocal num_bytes
+        num_left = options.max_tokens
+        for document in documents:
+            if num_left <= 0:
+                return
+            ids, document_bytes = tokenizer.encode(document, max_tokens=num_left)
+            num_left -= max(len(ids) - 1, 0)
+            num_bytes += document_bytes
+            for start in range(0, len(ids) - 1, seq_len):
+                # One token is in two parts: the last label of one is the first input of the next.
+                part = torch.tensor([ids[start : start + seq_len + 1]])
+                yield part[:, :-1], None, part[:, 1:]
+
+    loss_sum, num_tokens = loss_sums(model, batches(), vocab_size=info.vocab_size, device=device).tolist()
+    if not num_tokens:
+        raise ConfigError(Problem("--text", "there is nothing in it to predict", options.text))
+    loss = loss_sum / num_tokens
+    bits = f"{loss_sum / math.log(2) / num_bytes:.4f}" if num_bytes else "no"
+    return {
+        "text": name,
+        "loss": f"{loss:.4f} nats per token, perplexity {math.exp(loss):.2f}, {bits} bits per byte, over "
+        f"{int(num_tokens):,} tokens and {num_bytes:,} bytes, in {options.dtype}",
+    }

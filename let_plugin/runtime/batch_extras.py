@@ -1,0 +1,71 @@
+"""What LET needs beside a batch's tokens is made where the batch is: in the data loader, in its workers if it has any.
+
+The loader's `collate_fn` is extended, so LET does not know the data set: rows arrive as they are, and what is made of
+them is a function of the batch alone. So there is no state to save, and a resumed run makes the same again.
+
+Shape legend: B batch, L sequence.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from let_plugin.config.errors import ConfigError, Problem
+
+# (a batch's "input" and, for packed documents, "positions", [B, L]; its labels [B, L]) -> name -> tensor [B, ...].
+# On the CPU, perhaps in a worker process.
+MakeExtras = Callable[[dict[str, torch.Tensor], torch.Tensor], dict[str, torch.Tensor]]
+
+_PREFIX = "let_extra_"
+
+
+class BatchExtras:
+    """Adds tensors to each batch of a data loader that has not begun to iterate.
+
+    Args:
+        loader: The student's.
+        make: What to add; see MakeExtras.
+
+    Raises:
+        ConfigError: If it is not a torch DataLoader.
+    """
+
+    def __init__(self, loader: Any, make: MakeExtras) -> None:
+        if not isinstance(loader, DataLoader):
+            message = "not a torch DataLoader, which can be told to make what LET needs beside the tokens"
+            raise ConfigError(Problem("dataloader", message, type(loader).__name__))
+        # Shared with the workers, which are started later.
+        self._is_on = torch.ones((), dtype=torch.bool).share_memory_()
+        self._collate = loader.collate_fn = _Collate(loader.collate_fn, make, self._is_on)
+
+    def stop(self) -> None:
+        """Batches that are made from now on are as they would be without; those that workers hold ready are not.
+
+        What makes them is let go of in this process; the loader keeps a function that passes batches on.
+        """
+        self._is_on.fill_(False)
+        self._collate.make = None
+
+
+def take_extras(input_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Removes what BatchExtras has added to a batch, if anything, and returns it by its own names."""
+    names = [name for name in input_dict if name.startswith(_PREFIX)]
+    return {name.removeprefix(_PREFIX): input_dict.pop(name) for name in names}
+
+
+class _Collate:
+    """A class rather than a closure: it has to be pickled where workers are not forked."""
+
+    def __init__(self, inner: Callable[[Any], Any], make: MakeExtras, is_on: torch.Tensor) -> None:
+        self._inner = inner
+        self.make: MakeExtras | None = make
+        self._is_on = is_on
+
+    def __call__(self, rows: Any) -> Any:
+        input_dict, labels_BL = self._inner(rows)
+        if not self._is_on or self.make is None:
+            return input_dict, labels_BL
+        extras = self.make(input_dict, labels_BL)
+        return {**input_dict, **{f"{_PREFIX}{name}": tensor for name, tensor in extras.items()}}, labels_BL

@@ -1,0 +1,139 @@
+"""LET's own state in a run's checkpoints.
+
+torchtitan loads a checkpoint before the first step, with everything that it holds. What LET keeps there is only known
+to be needed, and only exists, once that step is known: it is read then, from the checkpoint that the run has resumed
+from. A checkpoint without it, of plain torchtitan for one, is no error; one that holds the state of something else is.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.stateful import Stateful
+from torchtitan.components.checkpointer.base import TRAIN_STATE
+from torchtitan.components.checkpointer.dcp import CheckpointManager
+from torchtitan.tools import filesystem
+from torchtitan.tools.logging import logger
+from torchtitan.trainer import Trainer
+
+from let_plugin.config.errors import ConfigError, Problem
+from let_plugin.runtime import dcp_files
+
+
+class Identified(Stateful):
+    """A state that says what it is the state of, so that it cannot be taken for another of the same shape.
+
+    Args:
+        inner: Anything with `state_dict` and `load_state_dict`.
+        identity: What it is: the blocks and layers that it belongs to.
+    """
+
+    def __init__(self, inner: Any, identity: Sequence[int]) -> None:
+        self._inner = inner
+        self._identity = torch.tensor(identity)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self._inner.state_dict(), "identity": self._identity.clone()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """ValueError if it is the state of something else."""
+        if not torch.equal(state_dict["identity"], self._identity):
+            raise ValueError(f"it is that of {state_dict['identity'].tolist()}, not of {self._identity.tolist()}")
+        self._inner.load_state_dict({name: value for name, value in state_dict.items() if name != "identity"})
+
+
+def restore(name: str, stateful: Any, config: Trainer.Config, step: int) -> None:
+    """Reads the state called `name` from the checkpoint that the run has resumed from; warns if it has none.
+
+    Args:
+        name: Its name in `checkpointer.states`.
+        stateful: Anything with `state_dict` and `load_state_dict`.
+        config: The student's configuration.
+        step: The optimizer steps taken by then.
+
+    Raises:
+        ConfigError: If it is there, but is that of a run with other `[let]` settings.
+    """
+    checkpoint: Any = config.checkpoint
+    path = filesystem.join(_folder(config), f"step-{step}")
+    if not filesystem.isdir(path):
+        path = checkpoint.initial_load_path
+    if not read(name, stateful, path):
+        logger.warning(f"LET: {path} has no {name}: it starts afresh at step {step}")
+
+
+def read(name: str, stateful: Any, path: str) -> bool:
+    """Reads the state called `name` from the checkpoint at `path`; False if it has none. Needs no process group.
+
+    ConfigError as for `restore`.
+    """
+    reader = dcp_files.open_checkpoint(path)
+    try:
+        names = reader.read_metadata().state_dict_metadata
+    except (OSError, ValueError) as error:
+        raise ConfigError(Problem("let", f"the checkpoint {path} cannot be read: {error}")) from error
+    if not any(key.startswith(f"{name}.") for key in names):
+        return False
+    state = {name: stateful.state_dict()}
+    try:
+        # By this process alone: in a pipeline, the other stages may have no such state, and do not take part.
+        dcp_files.load(state, reader)
+        stateful.load_state_dict(state[name])
+    except (ValueError, CheckpointException) as error:  # the latter is no Exception, only a BaseException
+        first = str(error).strip().splitlines()[0]
+        message = f"the checkpoint {path} has a {name} of other settings ({first}); resume with those, or start afresh"
+        raise ConfigError(Problem("let", message)) from error
+    return True
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """The checkpoint that a run goes on from.
+
+    Attributes:
+        path: Its folder.
+        steps_taken: The optimizer steps taken by then.
+    """
+
+    path: str
+    steps_taken: int
+
+
+def find(config: Trainer.Config) -> Resumption | None:
+    """What torchtitan will resume from; None for a run that starts at step 0, with given weights or without.
+
+    Reads no weights. ConfigError if the checkpoint that the configuration asks for is not there or cannot be read.
+    """
+    settings: Any = config.checkpoint
+    if not settings.enable or settings.create_seed_checkpoint or not isinstance(settings, CheckpointManager.Config):
+        return None
+    folder, step = _folder(config), settings.load_step
+    if step == -1:
+        # torchtitan's own rule of what is a checkpoint; it asks nothing of the manager where the folder is given.
+        step = CheckpointManager._find_load_step(cast(Any, None), folder)
+    if step == -1:
+        key, path, model_only = "initial_load_path", settings.initial_load_path, settings.initial_load_model_only
+    else:
+        key, path, model_only = "load_step", filesystem.join(folder, f"step-{step}"), step == 0
+    if not path:
+        return None
+    if not filesystem.isdir(path):
+        raise ConfigError(Problem(f"checkpoint.{key}", f"there is no checkpoint {path}", getattr(settings, key)))
+    if model_only or TRAIN_STATE in settings.exclude_from_loading:
+        return None
+    state = {TRAIN_STATE: {"step": 0}}
+    try:
+        reader = dcp_files.open_checkpoint(path)
+        if f"{TRAIN_STATE}.step" not in reader.read_metadata().state_dict_metadata:
+            return None  # weights only: torchtitan says so
+        dcp_files.load(state, reader)
+    except (Exception, CheckpointException) as error:  # the latter is no Exception, only a BaseException
+        message = f"the checkpoint {path} cannot be read: {type(error).__name__}: {str(error).strip()}".splitlines()[0]
+        raise ConfigError(Problem(f"checkpoint.{key}", message, getattr(settings, key))) from error
+    return Resumption(path, state[TRAIN_STATE]["step"])
+
+
+def _folder(config: Trainer.Config) -> str:
+    return filesystem.join(config.dump_folder, config.checkpoint.folder)

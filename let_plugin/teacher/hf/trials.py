@@ -1,0 +1,135 @@
+"""Runs a `transformers` teacher over a few tokens, to see what its class and configuration do not tell.
+
+Shape legend: B batch, L sequence, E teacher width.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from let_plugin.config.errors import ConfigError, Problem
+from let_plugin.teacher.base import Teacher, TeacherInfo, num_blocks_to
+
+_PATH_KEY = "let.teacher.path"
+_LENGTH = 6  # tokens of a document
+
+
+@torch.no_grad()
+def cut(trunk: nn.Module, blocks: nn.ModuleList, info: TeacherInfo, layers: Sequence[int | str]) -> bool:
+    """Takes away the blocks behind the deepest layer of a trunk on the meta device.
+
+    In a family that runs its blocks in loops, a later block may come before an earlier one. Whether that is so is seen
+    from a run without values.
+
+    Returns:
+        Whether it was seen: a few families look at values as they run. Then `try_out` sees to it.
+
+    Raises:
+        ConfigError: If the states of the layers depend on blocks behind them.
+    """
+    num_blocks = num_blocks_to(layers)
+    if num_blocks == info.num_layers:
+        return True
+    with _order_of(blocks) as order:
+        try:
+            with torch.device("meta"):
+                _call(trunk, *_two_documents(info, torch.device("meta")))
+        except Exception:  # it asks for a value, and there is none
+            order.clear()
+    for layer in layers:
+        if layer in order:
+            last_call = len(order) - 1 - order[::-1].index(layer)
+            if any(block >= num_blocks for block in order[:last_call]):
+                raise _loops(info, layers)
+    del blocks[num_blocks:]
+    return bool(order)
+
+
+@torch.no_grad()
+def try_out(
+    teacher: Teacher,
+    blocks: nn.ModuleList,
+    info: TeacherInfo,
+    *,
+    layers: Sequence[int | str],
+    width: int,
+    in_order: bool,
+    device: torch.device,
+    path: str,
+) -> None:
+    """Runs a teacher that is loaded, on its device. Collective over the ranks that it is sharded over.
+
+    Two documents of 6 tokens in each of 2 rows, twice: milliseconds for a small teacher. A family that passes
+    `check_isolates_documents` but has other ways from token to token (a convolution, say) is caught here.
+
+    Args:
+        teacher: The teacher.
+        blocks: Those of its blocks that are there.
+        info: What is known of it.
+        layers: Those whose states it returns.
+        width: The width E that the states must have.
+        in_order: Whether it is to be refused unless each block runs once, in order.
+        device: This rank's device.
+        path: The checkpoint, for messages.
+
+    Raises:
+        ConfigError: If it does not run, has another width, or a document's states depend on the one before it.
+    """
+    tokens_BL, positions_BL = _two_documents(info, device)
+    changed_BL = tokens_BL.clone()
+    changed_BL[0, :_LENGTH] = (changed_BL[0, :_LENGTH] + 1) % info.vocab_size
+    try:
+        with _order_of(blocks) as order:
+            states_BLE = teacher(tokens_BL, positions_BL)
+        changed_BLE = teacher(changed_BL, positions_BL)
+    except Exception as error:  # whatever this family's code raises when it is given our arguments
+        message = f"{info.description} cannot run over packed documents: {error}"
+        raise ConfigError(Problem(_PATH_KEY, message, path)) from error
+    if in_order and order != list(range(len(blocks))):
+        raise _loops(info, layers)
+    if states_BLE.shape[-1] != width:
+        message = f"its states have width {states_BLE.shape[-1]}, its configuration says {width}"
+        raise ConfigError(Problem(_PATH_KEY, message, path))
+    # A masked token contributes exactly 0, but a mixture-of-experts layer groups tokens differently: hence a tolerance
+    # relative to the effect that the change has where it may have one.
+    effect = (changed_BLE - states_BLE)[0, :_LENGTH].float().norm()
+    leak = (changed_BLE - states_BLE)[0, _LENGTH:].float().norm()
+    if not leak <= 1e-2 * effect:
+        message = f"{info.description}: a document's states depend on the document before it; choose another teacher"
+        raise ConfigError(Problem(_PATH_KEY, message, path))
+
+
+@contextmanager
+def _order_of(blocks: nn.ModuleList) -> Iterator[list[int]]:
+    """The numbers of the blocks that run inside, call by call."""
+    order: list[int] = []
+
+    def note(number: int) -> Any:
+        return lambda *_: order.append(number)
+
+    handles = [block.register_forward_hook(note(i)) for i, block in enumerate(blocks)]
+    try:
+        yield order
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _call(trunk: nn.Module, tokens_BL: torch.Tensor, positions_BL: torch.Tensor) -> None:
+    from let_plugin.teacher.hf.attention import DocumentMask
+
+    trunk(input_ids=tokens_BL, position_ids=positions_BL, let_documents=DocumentMask(positions_BL), use_cache=False)
+
+
+def _two_documents(info: TeacherInfo, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """tokens_BL and positions_BL of two documents in each of 2 rows."""
+    tokens_BL = torch.arange(2 * _LENGTH, device=device).repeat(2, 1) % info.vocab_size
+    return tokens_BL, torch.arange(_LENGTH, device=device).repeat(2, 2)
+
+
+def _loops(info: TeacherInfo, layers: Sequence[int | str]) -> ConfigError:
+    message = f"{info.description}: the states of these layers depend on blocks behind them; choose its last layer"
+    return ConfigError(Problem("let.pairs", message, list(layers)))

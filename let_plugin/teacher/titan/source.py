@@ -1,0 +1,360 @@
+"""Teachers that are torchtitan models: built, parallelised and compiled by torchtitan's own code."""
+
+import copy
+import dataclasses
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.profiler import record_function
+from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.compile import apply_compile
+from torchtitan.models import _supported_models
+from torchtitan.models.common.attention import FlexAttention, VarlenAttention
+from torchtitan.models.common.decoder import Decoder
+from torchtitan.protocols.model_spec import ModelSpec
+from torchtitan.tools.utils import set_default_dtype
+from torchtitan.trainer import Trainer
+
+from let_plugin.alignment.registry import Registry
+from let_plugin.config import TeacherConfig
+from let_plugin.config.errors import ConfigError, Problem, suggest
+from let_plugin.runtime import host
+from let_plugin.teacher import quantization
+from let_plugin.teacher.base import (
+    MASK_RANGE,
+    LanguageModel,
+    Teacher,
+    TeacherInfo,
+    TeacherSource,
+    freeze,
+    keep_rng_state,
+    num_blocks_to,
+)
+from let_plugin.teacher.layers import LayerStates
+from let_plugin.teacher.sharding import SPMD_BACKEND, raise_together
+from let_plugin.teacher.titan.hf_config import check_agrees, read_hf_config
+from let_plugin.teacher.titan.specs import BUILT_IN_SPECS
+from let_plugin.teacher.titan.weights import TitanWeights
+from let_plugin.tokens import vocabulary
+from let_plugin.tokens.vocabulary import read_tokenizer, read_vocabulary
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherSpec:
+    """A torchtitan model that can be a teacher.
+
+    Attributes:
+        make_spec: Returns its ModelSpec. Called anew for every teacher, since torchtitan writes into a specification.
+        path: Folder of its weights; used where `let.teacher.path` is empty.
+        tokenizer_path: Folder of its tokenizer; used where `let.teacher.tokenizer_path` is empty.
+    """
+
+    make_spec: Callable[[], ModelSpec]
+    path: str = ""
+    tokenizer_path: str = ""
+
+
+TEACHER_SPECS: Registry[TeacherSpec] = Registry("teacher spec", "let_plugin.teacher_specs")
+
+
+def register_teacher_spec(
+    name: str, make_spec: Callable[[], ModelSpec], *, path: str = "", tokenizer_path: str = ""
+) -> None:
+    """Makes `let.teacher.spec = name` mean the torchtitan model that `make_spec()` describes (see TeacherSpec)."""
+    TEACHER_SPECS.register(name, TeacherSpec(make_spec=make_spec, path=path, tokenizer_path=tokenizer_path))
+
+
+for _name, _make in BUILT_IN_SPECS.items():
+    register_teacher_spec(_name, _make)
+
+
+class TitanTeacherSource(TeacherSource):
+    """A torchtitan ModelSpec and a folder with its weights: DCP, or safetensors through the spec's adapter."""
+
+    def __init__(self, config: TeacherConfig) -> None:
+        config = with_spec_paths(config)
+        quantization.check(config)
+        self._config = config
+        self._spec = _make_spec(config.spec)
+        self._weights = TitanWeights(config.path, self._spec, config.spec)
+        hf_config = read_hf_config(config.path)
+        if hf_config is not None:
+            check_agrees(hf_config, self._spec, name=config.spec)
+        self.info = describe(self._spec, f"{self._weights.format} from {config.path}")
+        self._weights.check(_meta_trunk(self._spec), self.info.num_layers)
+        max_positions = (hf_config or {}).get("max_position_embeddings")
+        if max_positions is not None and self.info.max_seq_len is not None:
+            # A spec may allow more than what the weights were trained for.
+            max_seq_len = min(max_positions, self.info.max_seq_len)
+            self.info = dataclasses.replace(self.info, max_seq_len=max_seq_len)
+
+    def vocabulary(self) -> dict[str, int] | None:
+        if self._config.tiktoken:
+            return vocabulary.described_vocabulary(self._config)
+        key = "let.teacher.tokenizer_path" if self._config.tokenizer_path else "let.teacher.path"
+        return read_vocabulary(self._config.tokenizer_path or self._config.path, key=key)
+
+    def tokenizer(self) -> Any | None:
+        if self._config.tiktoken:
+            return vocabulary.described_tokenizer(self._config)
+        key = "let.teacher.tokenizer_path" if self._config.tokenizer_path else "let.teacher.path"
+        return read_tokenizer(self._config.tokenizer_path or self._config.path, key=key)
+
+    def build(
+        self,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        config: Trainer.Config,
+        parallel_dims: ParallelDims,
+        layers: Sequence[int | str],
+        final_norm: bool,
+    ) -> Teacher:
+        # See sharding.py. A model that only runs forward must give its gathered parameters back after each use, which
+        # torchtitan's default does not do everywhere. Its states are whole on each rank: not sequence-parallel.
+        parallelism = ParallelismConfig(
+            data_parallel_replicate_degree=parallel_dims.dp_replicate,
+            data_parallel_shard_degree=parallel_dims.dp_shard,
+            tensor_parallel_degree=parallel_dims.tp,
+            enable_sequence_parallel=False,
+            fsdp_reshard_after_forward="always",
+            spmd_backend=parallel_dims.spmd_backend,
+        )
+        offloads = self._config.cpu_offload
+        training = dataclasses.replace(
+            config.training,
+            mixed_precision_param=str(dtype).removeprefix("torch."),
+            disable_cuda_graphs=True,
+            enable_cpu_offload=offloads,
+        )
+        compile_config = CompileConfig(**dataclasses.asdict(config.compile))
+        model_config: Any = self._spec.model
+        model_config.update_from_config(
+            config=Trainer.Config(
+                model_spec=self._spec, training=training, parallelism=parallelism, compile=compile_config
+            )
+        )
+        with keep_rng_state(device):
+            with torch.device("meta"), set_default_dtype(dtype):
+                model = _trunk(model_config.build())
+                _cut(model, layers, final_norm)
+            if compile_config.enable:
+                _compile_apart(model)
+            if self._config.quantization == "none":
+                model = self._spec.parallelize_fn(
+                    model,
+                    parallel_dims=parallel_dims,
+                    training=training,
+                    parallelism=parallelism,
+                    compile_config=compile_config,
+                    ac_config=None,
+                    dump_folder=config.dump_folder,
+                )
+                if isinstance(model, FSDPModule):
+                    model.set_reshard_after_forward(True)  # torchtitan leaves the root, with the norm, to the default
+            elif compile_config.enable and "model" in compile_config.components:
+                # Held whole: FSDP2, which torchtitan always applies, cannot hold int8 weights.
+                apply_compile(model, compile_config=compile_config, parallel_dims=parallel_dims)
+            model.to_empty(device="cpu" if offloads else device)
+            with torch.no_grad():
+                # The buffers (RoPE); the weights are overwritten below.
+                model.init_weights(buffer_device=device if offloads else None)
+            raise_together(self._weights.load(model), parallel_dims)
+            if self._config.quantization != "none":
+                quantization.quantize_linear(model)
+        student = config.model_spec.model if config.model_spec else None
+        teacher = TitanTeacher(model, layers, takes_student_masks=_makes_same_masks(model_config, student))
+        freeze(teacher)
+        return teacher
+
+    def language_model(self, *, dtype: torch.dtype, device: torch.device, seq_len: int) -> LanguageModel:
+        spec = dataclasses.replace(self._spec, model=copy.deepcopy(self._spec.model))  # torchtitan writes into it
+        model_config: Any = spec.model
+        training = TrainingConfig(seq_len=seq_len)
+        parallelism = ParallelismConfig(spmd_backend=SPMD_BACKEND)
+        model_config.update_from_config(
+            config=Trainer.Config(model_spec=spec, training=training, parallelism=parallelism)
+        )
+        with keep_rng_state(device):
+            with torch.device("meta"), set_default_dtype(dtype):
+                model = model_config.build()
+            model.to_empty(device=device)
+            with torch.no_grad():
+                model.init_weights(buffer_device=None)  # the buffers (RoPE), and ties the weights
+        if problems := self._weights.load(model):
+            raise ConfigError(problems)
+        freeze(model)
+        return TitanLanguageModel(model)
+
+
+class TitanTeacher(Teacher):
+    """The trunk of a torchtitan decoder, cut for some layers. Shape legend: B batch, L sequence, E teacher width.
+
+    Args:
+        model: The trunk.
+        layers: As in TeacherSource.build.
+        takes_student_masks: Whether the student's attention masks are those that the trunk would make.
+    """
+
+    def __init__(self, model: Any, layers: Sequence[int | str], *, takes_student_masks: bool) -> None:
+        super().__init__()
+        self.model = model
+        self._takes_student_masks = takes_student_masks
+        blocks = list(model.layers.values())
+        self._states = LayerStates(blocks, layers, output_layer=len(blocks) - 1)
+
+    def forward(
+        self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor | None, student_masks: Any = None
+    ) -> torch.Tensor:
+        if student_masks is not None and self._takes_student_masks:
+            arguments = positions_BL, student_masks
+        else:
+            with record_function(MASK_RANGE):
+                arguments = _positions_and_masks(self.model, tokens_BL, positions_BL)
+        return self._states.collect(lambda: self.model(tokens_BL, *arguments))
+
+
+class TitanLanguageModel:
+    """A whole torchtitan decoder: [B, L] to [B, L, V]."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.head: torch.nn.Module = model.lm_head
+
+    def __call__(self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor | None) -> torch.Tensor:
+        return self._model(tokens_BL, *_positions_and_masks(self._model, tokens_BL, positions_BL))
+
+
+def describe(spec: ModelSpec, where: str) -> TeacherInfo:
+    """Describes the trunk of a torchtitan specification, counted on the meta device.
+
+    Args:
+        spec: The specification, adapted to the host.
+        where: Of the weights: format and folder.
+    """
+    model_config: Any = spec.model
+    trunk = _meta_trunk(spec)
+    attention = model_config.first_attention
+    return TeacherInfo(
+        description=f"torchtitan {spec.name} {spec.flavor}, {where}",
+        hidden_size=model_config.dim,
+        num_layers=len(model_config.layers),
+        vocab_size=model_config.vocab_size,
+        max_seq_len=model_config.max_seq_len,
+        num_trunk_params=sum(p.numel() for p in trunk.parameters()),
+        num_embedding_params=sum(p.numel() for p in trunk.tok_embeddings.parameters()),
+        block_params=tuple(sum(p.numel() for p in block.parameters()) for block in trunk.layers.values()),
+        num_linear_params=quantization.num_linear_params(trunk),
+        block_linear_params=tuple(quantization.num_linear_params(block) for block in trunk.layers.values()),
+        num_heads=getattr(attention, "n_heads", None),
+        num_kv_heads=getattr(attention, "n_kv_heads", None),
+    )
+
+
+def describe_spec(name: str) -> TeacherInfo:
+    """Describes what `let.teacher.spec = name` means, without any weights. ConfigError if it means nothing."""
+    return describe(_make_spec(name), "no weights")
+
+
+def with_spec_paths(config: TeacherConfig) -> TeacherConfig:
+    """The same table with the paths that its spec brings along, where it has none of its own."""
+    spec = _find_spec(config.spec)
+    path, tokenizer_path = config.path or spec.path, config.tokenizer_path or spec.tokenizer_path
+    return dataclasses.replace(config, path=path, tokenizer_path=tokenizer_path)
+
+
+def _make_spec(name: str) -> ModelSpec:
+    spec = _find_spec(name).make_spec()
+    host.adapt_model_spec(spec)
+    return spec
+
+
+def _find_spec(name: str) -> TeacherSpec:
+    if name in TEACHER_SPECS:
+        return TEACHER_SPECS.get(name, key="let.teacher.spec")
+    model, colon, flavor = name.partition(":")
+    if not colon:
+        TEACHER_SPECS.get(name, key="let.teacher.spec")  # raises, with the nearest name
+    if model not in _supported_models:
+        raise ConfigError(
+            Problem("let.teacher.spec", f"torchtitan has no such model; {suggest(model, _supported_models)}", name)
+        )
+    module = importlib.import_module(f"torchtitan.models.{model}")
+    flavors = getattr(module, f"{model}_configs", None)
+    if flavors is not None and flavor not in flavors:
+        raise ConfigError(Problem("let.teacher.spec", f"{model} has no such flavor; {suggest(flavor, flavors)}", name))
+    return TeacherSpec(make_spec=lambda: module.model_registry(flavor))
+
+
+def _meta_trunk(spec: ModelSpec) -> Any:
+    model_config: Any = spec.model
+    with torch.device("meta"):
+        return _trunk(model_config.build())
+
+
+def _trunk(model: Any) -> Any:
+    """The model without its head, which is never run; tied weights live on in the embedding."""
+    model.lm_head = None
+    model.enable_weight_tying = False
+    return model
+
+
+def _cut(model: Any, layers: Sequence[int | str], final_norm: bool) -> None:
+    """Takes away what no layer needs, as from a pipeline stage: it returns the state of its deepest block."""
+    num_layers = len(model.layers)
+    for name in list(model.layers)[num_blocks_to(layers) :]:
+        del model.layers[name]
+    if not (final_norm and num_layers - 1 in layers):
+        model.norm = None
+
+
+class _Block:
+    """In front of the class of a compiled teacher's blocks: their `forward` with a code object of its own."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+def _compile_apart(model: Any) -> None:
+    """Keeps a student of the teacher's family compiled for its own shapes.
+
+    Dynamo remembers by code object which sizes have been different, and makes those symbols in what it compiles next:
+    after the teacher's blocks, the student's would be compiled for any width and any number of heads, and stay so after
+    the stop. (On a GPU such a run was seen to fail while FlexAttention was compiled, its scale a symbol.)
+    """
+    classes = {cls: type(cls.__name__, (_Block, cls), {}) for cls in map(type, model.layers.values())}
+    for block in model.layers.values():
+        block.__class__ = classes[type(block)]
+
+
+def _makes_same_masks(teacher: Any, student: Any) -> bool:
+    """Whether two models make the same attention masks of the same positions.
+
+    Args:
+        teacher: The configuration of a torchtitan decoder.
+        student: The configuration of any model.
+    """
+    if not isinstance(student, Decoder.Config):
+        return False
+    for name in ("get_attention_masks", "_create_flex_attention_mask_for_document", "_create_flex_attention_mask"):
+        # A model with masks of its own, such as sliding windows, overrides one of these.
+        if any(getattr(config._owner, name, None) is not getattr(Decoder, name) for config in (teacher, student)):
+            return False
+    inner = [getattr(config.first_attention, "inner_attention", None) for config in (teacher, student)]
+    return type(inner[0]) is type(inner[1]) and len({getattr(config, "block_size", None) for config in inner}) == 1
+
+
+def _positions_and_masks(
+    model: Any, tokens_BL: torch.Tensor, positions_BL: torch.Tensor | None
+) -> tuple[torch.Tensor | None, Any]:
+    """What a torchtitan decoder takes beside the tokens, so that no document sees another."""
+    inner_attention = getattr(model.config.first_attention, "inner_attention", None)
+    if not isinstance(inner_attention, (FlexAttention.Config, VarlenAttention.Config)):
+        return positions_BL, None
+    if positions_BL is None:  # one document per row; FlexAttention is not causal by itself
+        positions_BL = torch.arange(tokens_BL.shape[1], device=tokens_BL.device).expand_as(tokens_BL)
+    return positions_BL, model.get_attention_masks(positions=positions_BL)

@@ -1,0 +1,291 @@
+"""A teacher with another tokenizer: its tokens of the student's text, and which of its states each student token meets.
+
+What two tokenizers have in common are the bytes of the text. Here the student's tokens are turned into bytes, these are
+encoded anew, and a student token meets the last teacher token that ends at or before its own end: what that teacher
+token has seen is text that the student has seen as well.
+
+A row begins and ends anywhere in a document, in a word or in a character too, and a part of a word may be encoded in
+another way than the document was. So the word at such an edge is not encoded anew if its tokens are also the teacher's.
+With two equal tokenizers the result is therefore the student's own row.
+
+Shape legend: B batch, L the student's sequence, T the teacher's, N tokens of a document in the student's, M in the
+teacher's tokenizer.
+"""
+
+from collections.abc import Iterator
+from itertools import accumulate, groupby, pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from let_plugin.tokens.encoding import TextEncoder, Tokens, match_bytes, match_controls
+
+# In scripts without spaces the word at an edge has no end. After so many of the student's tokens any two letters are
+# one: what is merged on one side of them does not depend on the other ...
+_LONG_WORD = 16
+# ... and after so many anything is.
+_MAX_EDGE = 64
+
+
+class RowAlignment(NamedTuple):
+    """A row of the student's in the teacher's tokens.
+
+    Attributes:
+        tokens: The teacher's token ids, as many as it takes.
+        positions: Their positions, which start again with each document of the student's row.
+        index_L: For each student token the number of the teacher's token that it meets, int64; -1: none.
+        is_exact_L: Whether that token ends exactly where the student's does.
+    """
+
+    tokens: list[int]
+    positions: list[int]
+    index_L: np.ndarray
+    is_exact_L: np.ndarray
+
+
+class Retokeniser:
+    """Makes the teacher's batch out of the student's: a function of the batch alone, for the data loader's workers.
+
+    Only `encode` of the tokenizers is called, which starts no threads: it can run in forked processes.
+
+    Args:
+        student: The student's tokenizer: torchtitan's, `transformers`', `tokenizers`' or tiktoken's.
+        teacher: The teacher's, likewise. Beginning and end of a document are those that they name
+            (`bos_id` or `bos_token_id`, likewise eos), if they do.
+        teacher_seq_len: T. What does not fit into a row is cut off at its end.
+        exact: Whether only teacher tokens that end exactly where the student's end have states for it.
+
+    Raises:
+        ValueError: If a tokenizer's tokens do not say which bytes they stand for; it names the tokenizer's kind.
+    """
+
+    def __init__(self, student: Any, teacher: Any, *, teacher_seq_len: int, exact: bool = False) -> None:
+        self.teacher_seq_len = teacher_seq_len
+        self._exact = exact
+        self._student = Tokens(student)
+        self._teacher = Tokens(teacher)
+        self._encoder = TextEncoder(teacher, self._teacher)
+        self._controls = match_controls(self._student, self._teacher)
+        self._same = match_bytes(self._student.bytes, self._teacher.bytes)
+
+    def __call__(self, input_dict: dict[str, torch.Tensor], labels_BL: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the teacher needs beside a batch.
+
+        Args:
+            input_dict: "input", token ids [B, L]; for packed documents "positions" [B, L], of which 0 starts one.
+            labels_BL: Its labels: what follows each token. They tell whether a word goes on behind the row.
+
+        Returns:
+            int64. "teacher_tokens" [B, T]; "teacher_positions" [B, T], if the batch has positions, where the padding is
+            a document of its own; "teacher_index" [B, L]: the number, from 0 to T - 1, of the teacher's token whose
+            state each token of the student's meets, -1 if there is none.
+        """
+        tokens_BL = input_dict["input"]
+        positions_BL = input_dict.get("positions")
+        num_rows, length = tokens_BL.shape
+        teacher_tokens_BT = torch.zeros(num_rows, self.teacher_seq_len, dtype=torch.int64)
+        teacher_positions_BT = torch.zeros_like(teacher_tokens_BT)
+        index_BL = torch.empty(num_rows, length, dtype=torch.int64)
+        for b, row in enumerate(self.rows(input_dict, labels_BL)):
+            num_kept = min(len(row.tokens), self.teacher_seq_len)
+            teacher_tokens_BT[b, :num_kept] = torch.tensor(row.tokens[:num_kept], dtype=torch.int64)
+            teacher_positions_BT[b, :num_kept] = torch.tensor(row.positions[:num_kept], dtype=torch.int64)
+            teacher_positions_BT[b, num_kept:] = torch.arange(self.teacher_seq_len - num_kept)
+            has_state_L = (row.index_L < num_kept) & (row.is_exact_L | (not self._exact))
+            index_BL[b] = torch.from_numpy(np.where(has_state_L, row.index_L, -1))
+        extras = {"teacher_tokens": teacher_tokens_BT, "teacher_index": index_BL}
+        return extras if positions_BL is None else {**extras, "teacher_positions": teacher_positions_BT}
+
+    def rows(self, input_dict: dict[str, torch.Tensor], labels_BL: torch.Tensor) -> Iterator[RowAlignment]:
+        """The rows of a batch one by one, before they are cut and padded to T; arguments as in a call."""
+        tokens, labels = input_dict["input"].tolist(), labels_BL.tolist()
+        positions = input_dict["positions"].tolist() if "positions" in input_dict else [[0]] * len(tokens)
+        for row in zip(tokens, positions, labels, strict=True):
+            yield self._row(*row)
+
+    def _row(self, tokens: list[int], positions: list[int], labels: list[int]) -> RowAlignment:
+        starts = [0, *(i for i, position in enumerate(positions) if position == 0 and i > 0)]
+        teacher_tokens: list[int] = []
+        teacher_positions: list[int] = []
+        indices, exact = [], []
+        for start, stop in pairwise([*starts, len(tokens)]):
+            document = tokens[start:stop]
+            # What a row begins with may be the rest of a document.
+            ids, ends_M = self._document(document, labels[stop - 1], is_start=start > 0)
+            ends_N = self._student.lengths[document].cumsum()
+            index_N = last_ending_by(ends_N, ends_M)
+            exact.append((index_N >= 0) & (ends_M[index_N] == ends_N) if len(ends_M) else index_N >= 0)
+            indices.append(np.where(index_N >= 0, index_N + len(teacher_tokens), -1))
+            teacher_tokens += ids
+            first = positions[start]
+            teacher_positions += range(first, first + len(ids))
+        return RowAlignment(teacher_tokens, teacher_positions, np.concatenate(indices), np.concatenate(exact))
+
+    def _document(self, tokens: list[int], follower: int, *, is_start: bool) -> tuple[list[int], np.ndarray]:
+        """A document in the teacher's tokens: their ids, and the ends of their bytes in it, [M].
+
+        Args:
+            tokens: The student's tokens of it that are in the row.
+            follower: The token behind them, which may be no token's id.
+            is_start: Whether its first token is the document's, too.
+        """
+        ids: list[int] = []
+        ends: list[int] = []
+        end = i = 0
+        for is_control, group in groupby(tokens, self._student.is_control):
+            run = list(group)
+            if is_control:
+                for token in run:
+                    end += 1
+                    if token in self._controls:
+                        ids.append(self._controls[token])
+                        ends.append(end)
+            else:
+                is_last = i + len(run) == len(tokens)
+                text = _Text(
+                    [self._student.bytes[token] or b"" for token in run],
+                    starts=is_start if i == 0 else self._student.is_around_documents(tokens[i - 1]),
+                    is_cut_left=i == 0 and not is_start,
+                    is_cut_right=is_last and not self._student.is_control(follower),
+                    follower=self._student.bytes[follower] if is_last and follower >= 0 else None,
+                )
+                new_ids, new_ends = self._text(run, text)
+                ids += new_ids
+                ends += [end + e for e in new_ends]
+                end += sum(map(len, text.pieces))
+            i += len(run)
+        return ids, np.array(ends, dtype=np.int64)
+
+    def _text(self, tokens: list[int], text: "_Text") -> tuple[list[int], list[int]]:
+        """Ids and ends of a run of text."""
+        left, right = text.edges()
+        same = self._same[tokens]
+        if (same[:left] < 0).any():
+            left = 0
+        if (same[right:] < 0).any():
+            right = len(tokens)
+        ends_N = list(accumulate(map(len, text.pieces), initial=0))
+        ids: list[int] = []
+        ends: list[int] = []
+
+        def take(tokens: range) -> None:
+            """Those of the student's tokens that are also the teacher's."""
+            for k in tokens:
+                if same[k] >= 0:
+                    ids.append(int(same[k]))
+                    ends.append(ends_N[k + 1])
+
+        take(range(left))
+        is_broken = _broken(text.pieces[left:right])
+        for broken, group in groupby(range(left, right), lambda k: is_broken[k - left]):
+            inner = list(group)
+            start, stop = inner[0], inner[-1] + 1
+            if broken:
+                take(range(start, stop))
+                continue
+            data = b"".join(text.pieces[start:stop])
+            new_ids, new_ends = self._encode(data.decode(), starts=text.starts and start == 0)
+            ids += new_ids
+            ends += [ends_N[start] + e for e in new_ends]
+        take(range(right, len(tokens)))
+        return ids, ends
+
+    def _encode(self, text: str, *, starts: bool) -> tuple[list[int], list[int]]:
+        """Ids and ends of text that is encoded anew."""
+        # The space that the student's tokenizer has put in front of the document is not the document's. In front of a
+        # text that begins with a space, some tokenizers put none.
+        space = self._student.leading_space
+        rest = text.removeprefix(space)
+        if not (starts and text.startswith(space)) or (space and rest[:1] in ("", " ")):
+            return self._encoder(text, at_start=False)
+        ids, ends = self._encoder(rest, at_start=True)
+        return ids, [len(space) + e for e in ends]
+
+
+def last_ending_by(ends_N: np.ndarray, ends_M: np.ndarray) -> np.ndarray:
+    """For each of N tokens the last of M tokens that ends at or before its end, int64 [N]; -1 if there is none.
+
+    Args:
+        ends_N: Where the tokens end, in bytes, not decreasing.
+        ends_M: Likewise, of the other tokenizer's tokens of the same bytes.
+    """
+    return np.searchsorted(ends_M, ends_N, side="right") - 1
+
+
+class _Text(NamedTuple):
+    """A run of the student's text tokens.
+
+    Attributes:
+        pieces: Their bytes.
+        starts: Whether a document's text starts with it.
+        is_cut_left: Whether a word may go on before it.
+        is_cut_right: Whether one may go on behind it.
+        follower: The bytes of the token behind it, if known.
+    """
+
+    pieces: list[bytes]
+    starts: bool
+    is_cut_left: bool
+    is_cut_right: bool
+    follower: bytes | None
+
+    def edges(self) -> tuple[int, int]:
+        """The first token behind the word at the left edge, and the first one of the word at the right edge.
+
+        At an edge that cuts no word, 0 and the number of tokens. If all of it is at an edge, both are that number.
+        """
+        size = len(self.pieces)
+        left, right = 0, size
+        if self.is_cut_left:
+            left = self._edge(range(min(size, _MAX_EDGE) + 1), far=size)
+        if self.is_cut_right:
+            right = self._edge(range(size, max(0, size - _MAX_EDGE) - 1, -1), far=0)
+        return (left, right) if left <= right else (size, size)
+
+    def _edge(self, boundaries: range, *, far: int) -> int:
+        """The nearest of these boundaries at which a word begins, or between two letters if it is far away; else the
+        far end of the text, if it is among them; else the farthest one that cuts no character."""
+        for n, k in enumerate(boundaries):
+            if self._begins_word(k) or (n >= _LONG_WORD and self._is_between_letters(k)):
+                return k
+        if far in boundaries:
+            return far
+        inner = (k for k in reversed(boundaries) if 0 < k < len(self.pieces))
+        return next((k for k in inner if not b"\x80" <= self.pieces[k][:1] < b"\xc0"), boundaries[0])
+
+    def _is_between_letters(self, k: int) -> bool:
+        """Whether there are letters, or other characters beyond ASCII, before token k and at its beginning."""
+        if not 0 < k < len(self.pieces):
+            return False
+        before, behind = self.pieces[k - 1][-1:], self.pieces[k][:1]
+        return (before.isalpha() or before >= b"\x80") and (behind.isalpha() or behind >= b"\xc0")
+
+    def _begins_word(self, k: int) -> bool:
+        """Whether tokens begin at the boundary before token k in any tokenizer, whatever is on its other side.
+
+        They do where white space begins, and where its last space does, if it is one of the word's own token.
+        """
+        piece = self.pieces[k] if k < len(self.pieces) else self.follower
+        if not piece:
+            return False
+        if piece[:1] == b" " and piece[1:2].strip():
+            return True
+        return k > 0 and piece[:1].isspace() and not self.pieces[k - 1][-1:].isspace()
+
+
+def _broken(pieces: list[bytes]) -> list[bool]:
+    """Which tokens have a part of a character whose other parts are not there."""
+    data = b"".join(pieces)
+    is_broken = np.zeros(len(data), dtype=bool)
+    begin = 0
+    while True:
+        try:
+            data[begin:].decode()
+            break
+        except UnicodeDecodeError as error:
+            is_broken[begin + error.start : begin + error.end] = True
+            begin += error.end
+    if begin == 0:
+        return [False] * len(pieces)
+    return [bool(is_broken[i:j].any()) for i, j in pairwise(accumulate(map(len, pieces), initial=0))]

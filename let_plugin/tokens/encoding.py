@@ -1,0 +1,167 @@
+"""What two tokenizers need of each other: their tokens' bytes and roles, and text encoded with known ends.
+
+Shape legend: M tokens of a text.
+"""
+
+import json
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+from tiktoken import Encoding
+from tokenizers import Tokenizer
+
+from let_plugin.tokens.token_bytes import leading_space, token_bytes, unwrapped
+
+
+class Tokens:
+    """What is known of a tokenizer's tokens.
+
+    Attributes:
+        bytes: By id, the bytes of text that it stands for; None: a control token.
+        lengths: By id, their number; 1 for a control token, which takes a place of its own.
+        leading_space: What the tokenizer puts in front of a document.
+        names: Control token -> its text.
+        bos, eos: Begin and end of a document; None: the tokenizer does not say.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.bytes = token_bytes(tokenizer)
+        self.lengths = np.array([1 if value is None else len(value) for value in self.bytes], dtype=np.int64)
+        self.leading_space = leading_space(tokenizer).decode()
+        inner = unwrapped(tokenizer)
+        if isinstance(inner, Encoding):
+            self.names = {inner.encode_single_token(name): name for name in inner.special_tokens_set}
+        else:
+            self.names = {i: inner.id_to_token(i) or "" for i, value in enumerate(self.bytes) if value is None}
+        self.bos = _role(tokenizer, "bos")
+        self.eos = _role(tokenizer, "eos")
+
+    def is_control(self, token: int) -> bool:
+        return token >= 0 and self.bytes[token] is None
+
+    def is_around_documents(self, token: int) -> bool:
+        return token in (self.bos, self.eos)
+
+
+class TextEncoder:
+    """Encodes text with the teacher's tokenizer.
+
+    Text that looks like a special token is text, since the student has read it as such; but not to Unigram models,
+    which have those tokens among their pieces.
+    """
+
+    def __init__(self, tokenizer: Any, tokens: Tokens) -> None:
+        self._tokens = tokens
+        inner = unwrapped(tokenizer)
+        self._of_start: Encoding | Tokenizer = inner
+        self._of_rest: Encoding | Tokenizer = inner
+        if isinstance(inner, Tokenizer):
+            self._of_start = _plain(inner, adds_space=True)
+            self._of_rest = _plain(inner, adds_space=False)
+
+    def __call__(self, text: str, *, at_start: bool) -> tuple[list[int], list[int]]:
+        """Token ids, and where each ends, in bytes of `text`: at or behind the last byte that it was made of.
+
+        Args:
+            text: What to encode.
+            at_start: Whether a document starts with it. If so, the tokenizer may put a space in front.
+        """
+        tokenizer = self._of_start if at_start else self._of_rest
+        offsets: list[tuple[int, int]] = []
+        if isinstance(tokenizer, Encoding):
+            ids = tokenizer.encode_ordinary(text)
+        else:
+            tokenizer.encode_special_tokens = True  # set here, since a worker's copy of it has forgotten it
+            encoding = tokenizer.encode(text, add_special_tokens=False)
+            ids, offsets = encoding.ids, encoding.offsets
+        ends_M = self._tokens.lengths[ids].cumsum()
+        data = b"".join(self._tokens.bytes[i] or b"" for i in ids)
+        if data == text.encode():
+            return ids, ends_M.tolist()
+        prefix = self._tokens.leading_space if at_start else ""
+        if data == (prefix + text).encode():
+            return ids, np.maximum(ends_M - len(prefix), 0).tolist()
+        # The text has been normalised, or has unknown characters in it: the library keeps track of them.
+        if not offsets:
+            return [], []
+        byte_ends = np.array([0, *accumulate(len(character.encode()) for character in text)])
+        return ids, np.maximum.accumulate(byte_ends[_character_ends(offsets, len(text))]).tolist()
+
+
+def _character_ends(offsets: list[tuple[int, int]], length: int) -> list[int]:
+    """Where each token ends in a text of so many characters, from the library's offsets.
+
+    These name only the first of several characters that have been composed into one. The rest lies between a token and
+    the next one: it has been read with the former.
+    """
+    ends = [0] * len(offsets)
+    next_start, next_end = length, length
+    for k in reversed(range(len(offsets))):
+        start, end = offsets[k]
+        ends[k] = next_start if next_start >= end else next_end
+        next_start, next_end = start, ends[k]
+    return ends
+
+
+def _plain(tokenizer: Tokenizer, *, adds_space: bool) -> Tokenizer:
+    """A copy that encodes all of a text and nothing else; without `adds_space`, not even a space in front of it."""
+    state = json.loads(tokenizer.to_str())
+    # The processor of byte-level BPE takes white space out of the tokens' offsets.
+    state |= {"post_processor": None, "truncation": None, "padding": None}
+    if not adds_space:
+        for name in ("normalizer", "pre_tokenizer"):
+            state[name] = _without_space(state[name])
+    return Tokenizer.from_str(json.dumps(state))
+
+
+def _without_space(component: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A component of a tokenizer that puts nothing in front of a text."""
+    if component is None or component["type"] == "Prepend":
+        return None
+    changed = dict(component)
+    if changed["type"] == "Metaspace":
+        changed["prepend_scheme"] = "never"
+    elif changed["type"] == "ByteLevel":
+        changed["add_prefix_space"] = False
+    for name in ("normalizers", "pretokenizers"):
+        if name in changed:
+            parts = map(_without_space, changed[name])
+            changed[name] = [part for part in parts if part is not None]
+    return changed
+
+
+def _role(tokenizer: Any, role: str) -> int | None:
+    """The token of a role, "bos" or "eos", as torchtitan's or `transformers`' tokenizer names it."""
+    for name in (f"{role}_id", f"{role}_token_id"):
+        value = getattr(tokenizer, name, None)
+        if isinstance(value, int):
+            return value
+    return None
+
+
+def match_controls(student: Tokens, teacher: Tokens) -> dict[int, int]:
+    """The student's control tokens -> the teacher's of the same text or else of the same role."""
+    by_name = {name: i for i, name in teacher.names.items()}
+    result = {}
+    for i, name in student.names.items():
+        roles = (teacher.bos if i == student.bos else None, teacher.eos if i == student.eos else None)
+        match = next((t for t in (by_name.get(name), *roles) if t is not None), None)
+        if match is not None:
+            result[i] = match
+    return result
+
+
+def match_bytes(student: Sequence[bytes | None], teacher: Sequence[bytes | None]) -> np.ndarray:
+    """By the student's id, the teacher's of the same bytes, int64; -1: none.
+
+    Of several it is the one of the same id, or else the last: SentencePiece lists single bytes before its pieces.
+    """
+    by_bytes = {value: i for i, value in enumerate(teacher)}
+    result = np.full(len(student), -1, dtype=np.int64)
+    for i, value in enumerate(student):
+        if value is not None:
+            is_same = i < len(teacher) and teacher[i] == value
+            result[i] = i if is_same else by_bytes.get(value, -1)
+    return result

@@ -1,0 +1,60 @@
+"""A run under observation, in this process."""
+
+import dataclasses
+import json
+
+import pytest
+
+from let_plugin.bench.converge.observe import Observer
+from let_plugin.runtime.held_out import TwoSplitValidator
+from tests.support import jobs
+
+
+@pytest.fixture
+def config(config):
+    """Four steps, of which two with the teacher, evaluated at 1, 2 and 4."""
+    loader = config.validator.dataloader
+    test = dataclasses.replace(loader, dataset="let_demo_test")
+    config.validator = TwoSplitValidator.Config(enable=True, freq=2, steps=1, dataloader=loader, test=test)
+    return config
+
+
+def test_what_is_seen(trainer, tmp_path):
+    out = tmp_path / "result.json"
+    Observer(trainer, str(out)).start()
+    trainer.train()
+    result = json.loads(out.read_text())
+    curve = result["curve"]
+    assert curve["step"] == [1, 2, 4] and curve["active_steps"] == [1, 2, 2]
+    seconds = curve["seconds"]
+    assert 0 < seconds[0] < seconds[1] < seconds[2] < result["wall_seconds"]  # which has the evaluations in it
+    logged = [line for line in jobs.metrics(tmp_path / "out") if "validation_metrics/loss" in line]
+    assert curve["validation_loss"] == [line["validation_metrics/loss"] for line in logged]
+    assert curve["test_loss"] == [line["test_metrics/loss"] for line in logged]
+    assert result["peak_memory_bytes"].keys() == {"resident"} and result["peak_memory_bytes"]["resident"] > 2**20
+
+
+def test_the_peak_of_training_is_kept_and_that_of_an_evaluation_is_not(trainer, tmp_path, monkeypatch):
+    """torchtitan starts it anew at each logged step; here a stand-in counts what would be allocated."""
+    from let_plugin.bench.converge import observe
+
+    state = {"peak": 0}
+    monitor = trainer.metrics_processor.device_memory_monitor
+    monkeypatch.setattr(observe, "local_peak_memory", lambda device, module: {"allocated": state["peak"]})
+    monkeypatch.setattr(monitor, "reset_peak_stats", lambda: state.update(peak=0))
+    train_step, validate = trainer.train_step, trainer.validator.validate
+
+    def step(iterator):
+        state["peak"] = max(state["peak"], {1: 10, 2: 70, 3: 30, 4: 20}[trainer.step])
+        train_step(iterator)
+
+    def evaluate(model_parts, number):
+        state["peak"] = 1000
+        validate(model_parts, number)
+
+    monkeypatch.setattr(trainer, "train_step", step)
+    monkeypatch.setattr(trainer.validator, "validate", evaluate)
+    out = tmp_path / "result.json"
+    Observer(trainer, str(out)).start()
+    trainer.train()
+    assert json.loads(out.read_text())["peak_memory_bytes"] == {"allocated": 70}

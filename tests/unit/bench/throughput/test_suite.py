@@ -1,0 +1,156 @@
+"""What a suite still has to measure, from what is in its file; and the runs themselves in tests/integration."""
+
+import dataclasses
+import json
+import sys
+
+import pytest
+
+from let_plugin.bench import processes, rows
+from let_plugin.bench.throughput import suite
+from let_plugin.bench.throughput.suite import Run, complete_rounds, missing_rounds, suite_id
+
+LABELS = ["plain", "active", "stopped"]
+RUN = Run(
+    label="plain",
+    config='base = "x"\n',
+    seed=0,
+    warmup=2,
+    total=4,
+    is_active=False,
+    teacher=None,
+    details={"baseline": "plain"},
+)
+
+
+def measured(*rounds, suite="s", kind="throughput"):
+    return [{"kind": kind, "suite": suite, "pair": n, "label": label} for n, labels in rounds for label in labels]
+
+
+def test_a_new_suite_measures_everything():
+    assert missing_rounds([], "s", LABELS, 3) == [0, 1, 2]
+
+
+def test_a_suite_that_was_killed_goes_on_with_the_round_after():
+    """The round that was broken off is measured anew: what is compared is close in time."""
+    found = measured((0, LABELS), (1, LABELS), (2, LABELS[:2]))
+    assert complete_rounds(found, "s", LABELS) == [0, 1]
+    assert missing_rounds(found, "s", LABELS, 4) == [3, 4]
+    found += measured((3, LABELS), (4, LABELS))
+    assert complete_rounds(found, "s", LABELS) == [0, 1, 3, 4]
+    assert missing_rounds(found, "s", LABELS, 4) == []
+    assert missing_rounds(found, "s", LABELS, 5) == [5]  # more pairs than before
+    assert missing_rounds(found, "s", LABELS, 2) == []
+
+
+def test_other_rows_do_not_count():
+    found = measured((0, LABELS), suite="another") + measured((0, LABELS), kind="profile")
+    assert missing_rounds(found, "s", LABELS, 1) == [0]
+
+
+def test_what_makes_another_suite():
+    origin = rows.provenance()
+    same = suite_id([RUN], 1, origin | {"time": "later"})
+    assert suite_id([RUN], 1, origin) == same
+    others = [
+        suite_id([dataclasses.replace(RUN, config='base = "y"\n')], 1, origin),
+        suite_id([dataclasses.replace(RUN, warmup=3)], 1, origin),
+        suite_id([RUN, dataclasses.replace(RUN, label="active")], 1, origin),
+        suite_id([RUN], 2, origin),
+        suite_id([RUN], 1, origin, interleaved=True),
+        suite_id([RUN], 1, origin | {"code": "0000000"}),
+        suite_id([RUN], 1, origin | {"versions": {"torch": "9"}}),
+    ]
+    assert len({same, *others}) == 1 + len(others)
+
+
+FAKE_RUN = """\
+import json, os, socket, sys
+request = json.load(open(sys.argv[-1]))
+label = os.path.basename(request["config"])
+
+
+def step():
+    with open({order!r}, "a") as file:
+        file.write(label + "\\n")
+
+
+if request["turns"]:
+    host, port = request["turns"].split(":")
+    turns = socket.create_connection((host, int(port)))
+    turns.recv(1)
+    step()
+    turns.sendall(b".")
+    turns.recv(1)
+step()
+if os.path.exists({fail!r}):
+    sys.exit("out of luck")
+json.dump({{"device_name": "d", "num_threads": 1, "wall_seconds": 1.0, "step_seconds": [0.5, 0.5], "tokens_per_step": 8,
+           "peak_memory_bytes": {{"resident": 1}}, "peak_is_of_measured_steps": True}}, open(request["out"], "w"))
+"""
+
+
+@pytest.fixture
+def measure(tmp_path, monkeypatch):
+    """`suite.measure` with runs that take no time; returns the order in which they ran."""
+    order, fail, script = tmp_path / "order", tmp_path / "fail", tmp_path / "fake_run.py"
+    script.write_text(FAKE_RUN.format(order=str(order), fail=str(fail)))
+    real_popen = processes.subprocess.Popen
+
+    def popen(command, **kwargs):
+        if "let_plugin.bench.throughput.measure" in command:
+            command = [sys.executable, str(script), command[-1]]
+        return real_popen(command, **kwargs)
+
+    monkeypatch.setattr(processes.subprocess, "Popen", popen)
+    runs = [dataclasses.replace(RUN, label=label) for label in ("plain", "active")]
+    out = tmp_path / "rows.jsonl"
+
+    def measure(pairs, interleave=False):
+        order.write_text("")
+        settings = {"num_processes": 1, "out": out, "work": tmp_path / "work", "command": "x", "profile": False}
+        settings["interleave"] = interleave
+        try:
+            suite.measure(runs, pairs=pairs, **settings)
+        finally:
+            measure.order = order.read_text().split()
+        return measure.order
+
+    measure.fail, measure.out = fail, out
+    return measure
+
+
+def test_cases_run_in_turn_and_only_what_is_missing(measure, capsys):
+    assert measure(2) == ["plain-pair-1.toml", "active-pair-1.toml", "plain-pair-2.toml", "active-pair-2.toml"]
+    assert "[4/4] pair 2, active: 16 tokens/s, 0.500 s/step" in capsys.readouterr().out
+    found = rows.read(measure.out)
+    assert [(row["label"], row["pair"]) for row in found] == [("plain", 0), ("active", 0), ("plain", 1), ("active", 1)]
+    # Killed before the last row was written.
+    measure.out.write_text("".join(json.dumps(row) + "\n" for row in found[:3]))
+    assert measure(2) == ["plain-pair-3.toml", "active-pair-3.toml"]
+    assert rows.read(measure.out)[:3] == found[:3]
+    assert measure(2) == []
+    assert "has 2 of 2 pairs already" in capsys.readouterr().out
+
+
+def test_a_run_that_fails_says_why_and_leaves_what_was_measured(measure):
+    measure(1)
+    measure.fail.touch()
+    with pytest.raises(processes.RunFailedError, match="'plain' failed with exit code 1\nout of luck\nall of it: "):
+        measure(2)
+    assert len(rows.read(measure.out)) == 2
+
+
+def test_steps_in_turn(measure):
+    plain, active = "plain-pair-1.toml", "active-pair-1.toml"
+    order = measure(1, interleave=True)
+    assert sorted(order[:2]) == sorted(order[2:]) == [active, plain]
+    assert [(row["label"], row["pair"], row["interleaved"]) for row in rows.read(measure.out)] == [
+        ("plain", 0, True),
+        ("active", 0, True),
+    ]
+    measure.fail.touch()
+    with pytest.raises(processes.RunFailedError, match="failed with exit code 1\nout of luck\nall of it: "):
+        measure(2, interleave=True)
+    assert len(measure.order) == 3  # the first lap, and the one that failed
+    assert len(rows.read(measure.out)) == 2

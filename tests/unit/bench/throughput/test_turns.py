@@ -1,0 +1,109 @@
+"""Processes that take turns: the order, their ends, and one that dies."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+
+from let_plugin.bench.processes import RunFailedError, Running
+from let_plugin.bench.throughput.turns import take_turns
+
+# A run of so many steps, which notes each of them in a file.
+MODULE = """\
+import json, sys, time
+from let_plugin.bench.throughput.turns import Turn
+
+request = json.load(open(sys.argv[1]))
+if request["steps"] == 0:
+    sys.exit("out of luck")
+turn = Turn(request["turns"])
+for step in range(request["steps"]):
+    if step > 0:
+        turn.give_back()
+    turn.take()
+    time.sleep(0.05)  # if another one had the turn as well, it would be in between
+    with open(request["order"], "a") as file:
+        file.write(f"{request['name']}{step} begins\\n{request['name']}{step} ends\\n")
+    if step == request["dies_at"]:
+        sys.exit("died")
+json.dump(request["name"], open(request["out"], "w"))
+turn.end()
+time.sleep(0.2)
+with open(request["order"], "a") as file:
+    file.write(f"{request['name']} leaves\\n")
+"""
+
+
+@dataclass(frozen=True)
+class Request:
+    name: str
+    steps: int
+    dies_at: int
+    order: str
+    out: str
+    turns: str
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Takes turns among runs of the given steps, named a, b, ...; returns what came out, and the order."""
+    (tmp_path / "steps_of_a_run.py").write_text(MODULE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    order = tmp_path / "order"
+    order.touch()
+
+    def start(name, steps, dies_at, turns):
+        request = Request(name, steps, dies_at, str(order), str(tmp_path / f"{name}.json"), turns)
+        return Running("steps_of_a_run", request, what=name, num_processes=1)
+
+    def run(*steps, dies_at=-1):
+        try:
+            return take_turns(
+                [partial(start, name, number, dies_at) for name, number in zip("abc", steps, strict=False)]
+            )
+        finally:
+            run.order = order.read_text().splitlines()
+
+    return run
+
+
+def step(name):
+    return [f"{name} begins", f"{name} ends"]
+
+
+def laps(order, num_runs):
+    """The names of each lap's runs, in their order; every step has been alone."""
+    steps = [line.removesuffix(" begins") for line in order if line.endswith(" begins")]
+    assert [line for line in order if not line.endswith(" leaves")] == [line for name in steps for line in step(name)]
+    names = [name[0] for name in steps]
+    return [names[i : i + num_runs] for i in range(0, len(names), num_runs)]
+
+
+def test_one_step_at_a_time_and_each_lap_in_an_order_of_its_own(run):
+    assert run(6, 6, 6) == ["a", "b", "c"]
+    order = laps(run.order, 3)
+    assert len(order) == 6 and all(sorted(lap) == ["a", "b", "c"] for lap in order)
+    assert {lap[0] for lap in order} == {"a", "b", "c"}
+    # Who is at its end has left before the next one makes its step.
+    assert [line for line in run.order[-9:] if "leaves" in line or "begins" in line] == [
+        line for name in order[-1] for line in (f"{name}5 begins", f"{name} leaves")
+    ]
+
+
+def test_runs_of_different_lengths(run):
+    assert run(1, 3) == ["a", "b"]
+    assert sorted(laps(run.order, 2)[0]) == ["a", "b"]
+    assert run.order[-5:] == [*step("b1"), *step("b2"), "b leaves"]
+
+
+def test_a_run_that_does_not_get_to_its_first_step(run):
+    with pytest.raises(RunFailedError, match="'b' failed with exit code 1\nout of luck"):
+        run(2, 0)
+    assert run.order == []
+
+
+def test_a_run_that_dies_stops_the_others(run):
+    with pytest.raises(RunFailedError, match="'a' failed with exit code 1\ndied"):
+        run(3, 3, dies_at=1)
+    assert sorted(laps(run.order, 2)[0]) == ["a", "b"]
+    assert "a1 ends" in run.order and "a2 begins" not in run.order and "b2 begins" not in run.order

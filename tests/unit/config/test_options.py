@@ -1,0 +1,62 @@
+"""Options from TOML become keyword-only arguments, checked."""
+
+from typing import Literal
+
+import pytest
+
+from let_plugin.config import options
+from let_plugin.config.errors import ConfigError
+
+
+def function(step, *, stop_step, power: float = 2.0, mode: Literal["a", "b"] = "a", count: int = 1):
+    if power <= 0:
+        raise ValueError("power must be greater than 0")
+    if count > stop_step:
+        raise ValueError("the run is too short")
+    return step, stop_step, power, mode, count
+
+
+def with_ids(*, ids: dict[str, int] = {}):  # noqa: B006
+    return ids
+
+
+class Match:
+    def __init__(self, in_width: int, out_width: int, *, seed: int = 0):
+        self.args = in_width, out_width, seed
+
+
+def problems_of(call, *args, **kwargs):
+    with pytest.raises(ConfigError) as info:
+        call(*args, **kwargs)
+    return [str(problem) for problem in info.value.problems]
+
+
+def test_options_are_bound():
+    bound = options.bind(function, {"power": 3, "mode": "b"}, key="let.x")
+    assert bound(1, stop_step=2) == (1, 2, 3.0, "b", 1)
+    assert isinstance(bound(1, stop_step=2)[2], float)  # TOML's 3 where a number is wanted
+    assert options.bind(Match, {"seed": 5}, key="let.x")(2, 3).args == (2, 3, 5)
+
+
+def test_what_the_caller_gives_is_no_option():
+    assert set(options.option_types(function)) == {"power", "mode", "count"}
+    (problem,) = problems_of(options.bind, function, {"stop_step": 3}, key="let.x")
+    assert problem.startswith("let.x.stop_step = 3: no such option")
+
+
+def test_all_mistakes_at_once_each_with_its_key():
+    first, second, third = problems_of(options.bind, function, {"powr": 3, "mode": "c", "count": 1.5}, key="let.x")
+    assert first.startswith("let.x.powr = 3: no such option; did you mean 'power'?")
+    assert second.startswith("let.x.mode = 'c': ")
+    assert third.startswith("let.x.count = 1.5: ")
+    (element,) = problems_of(options.bind, with_ids, {"ids": {"a": 0, "b": "1"}}, key="let.x")
+    assert element.startswith("let.x.ids = {'a': 0, 'b': '1'}: ")
+    (boolean,) = problems_of(options.bind, function, {"count": True}, key="let.x")
+    assert boolean.startswith("let.x.count = True")
+
+
+def test_a_value_that_the_function_refuses():
+    bound = options.bind(function, {"power": -1.0}, key="let.x")
+    assert problems_of(bound, 0, stop_step=1) == ["let.x.power = -1.0: must be greater than 0"]
+    bound = options.bind(function, {"count": 3}, key="let.x")
+    assert problems_of(bound, 0, stop_step=1) == ["let.x: the run is too short"]

@@ -1,0 +1,106 @@
+"""Logit distillation, against plain PyTorch; `test_strategies.py` has it on several processes."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+
+from let_plugin.config import PairConfig, plan
+from let_plugin.config.errors import ConfigError
+from let_plugin.guidance.distillation import distillation
+from let_plugin.guidance.guidance import Guidance
+from let_plugin.runtime.models import llama_spec
+from let_plugin.teacher.titan.source import TEACHER_SPECS, register_teacher_spec
+from tests.support import reference
+from tests.support.config_registry import STUDENT
+from tests.support.probe import full
+
+SHAPE = {"dim": 32, "num_layers": 2, "num_heads": 2, "hidden_dim": 64}
+
+
+def logits(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+@pytest.mark.parametrize("shape", [(1, 2), (5, 7), (3, 65)])
+def test_value_and_gradient(shape, temperature):
+    """Per token t^2 sum_v p (log p - log q); its gradient with respect to the student's logits is t (q - p)."""
+    student_TV, teacher_TV = logits(*shape, seed=0).requires_grad_(), logits(*shape, seed=1)
+    upstream_T = torch.arange(1.0, shape[0] + 1)
+    losses_T = distillation(student_TV, teacher_TV, temperature=temperature)
+    (losses_T * upstream_T).sum().backward()
+    q, p = F.softmax(student_TV.detach() / temperature, -1), F.softmax(teacher_TV / temperature, -1)
+    for t in range(shape[0]):
+        pairs = zip(p[t].tolist(), q[t].tolist(), strict=True)
+        expected = temperature**2 * sum(a * (math.log(a) - math.log(b)) for a, b in pairs)
+        assert losses_T[t].item() == pytest.approx(expected, abs=1e-5)
+    torch.testing.assert_close(student_TV.grad, temperature * (q - p) * upstream_T[:, None], rtol=1e-4, atol=1e-6)
+
+
+def test_rows_of_one_vocabulary_alone_do_not_count():
+    student_TV, teacher_TV = logits(4, 9, seed=0), logits(4, 12, seed=1)
+    expected = distillation(student_TV, teacher_TV[:, :9])
+    torch.testing.assert_close(distillation(student_TV, teacher_TV), expected)
+
+
+def test_it_is_zero_only_where_both_agree():
+    student_TV = logits(4, 9, seed=0)
+    assert distillation(student_TV, student_TV + 3.0).abs().max() < 1e-5
+    assert (distillation(student_TV, logits(4, 9, seed=1)) > 1e-3).all()
+
+
+def expected(trainer, teacher_head_VE, states_BLE, batch, weight):
+    """Gradients of L_NLL + weight * KL of the predictions, and that divergence, in plain PyTorch."""
+    (part,) = trainer.model_parts
+    params = {name: full(p).requires_grad_() for name, p in part.named_parameters()}
+    inputs, labels_BL = batch
+    _, final_BLD = reference.llama(params, inputs["input"], inputs["positions"], **STUDENT)
+    logits_BLV = final_BLD @ params["lm_head.weight"].T
+    valid_BL = labels_BL != reference.IGNORE_INDEX
+    log_p, log_q = F.log_softmax(states_BLE @ teacher_head_VE.T / 2, -1), F.log_softmax(logits_BLV / 2, -1)
+    divergence = (4 * (log_p.exp() * (log_p - log_q)).sum(-1) * valid_BL).sum() / valid_BL.sum()
+    (F.cross_entropy(logits_BLV.flatten(0, 1), labels_BL.flatten()) + weight * divergence).backward()
+    return {name: p.grad for name, p in params.items()}, divergence.item()
+
+
+def test_the_students_predictions_are_drawn_to_the_teachers(config, parallel_dims, batch, request):
+    register_teacher_spec("with_head", lambda: llama_spec("with_head", **SHAPE, vocab_size=4096))
+    request.addfinalizer(lambda: TEACHER_SPECS.unregister("with_head"))
+    weights = random_weights(TEACHER_SPECS.get("with_head", key="").make_spec())
+    dcp.save(weights, checkpoint_id=config.dump_folder + "/teacher", no_dist=True)
+    config.let.target, config.let.temperature = "logits", 2.0
+    config.let.teacher.spec, config.let.teacher.path = "with_head", config.dump_folder + "/teacher"
+    trainer = request.getfixturevalue("trainer")
+    guidance = trainer.guidance = Guidance(trainer, 0)
+    states_BLE = guidance.teacher(batch[0]["input"], batch[0]["positions"])
+    gradients, divergence = expected(trainer, weights["lm_head.weight"], states_BLE, batch, 0.5)
+    trainer.step = 1
+    guidance.start_step(0.5, measures=True)
+    num_valid = (batch[1] != reference.IGNORE_INDEX).sum()
+    trainer.forward_backward_step(input_dict=batch[0], labels=batch[1], global_valid_tokens=num_valid)
+    for name, parameter in trainer.model_parts[0].named_parameters():
+        torch.testing.assert_close(full(parameter.grad), gradients[name], rtol=1e-4, atol=1e-6, msg=name)
+    metrics = guidance.metrics()
+    assert metrics["let/distillation_loss"] == pytest.approx(divergence, rel=1e-5)
+    assert {"let/teacher_tokens_per_second", "let/grad_cosine"} < metrics.keys() and "let/cosine" not in metrics
+    guidance.finish_step()
+
+
+def random_weights(spec):
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in spec.model.build().state_dict().items()}
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator) * shape[-1] ** -0.5 for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("pairs", [PairConfig(student=0)]), ("student_block", 1), ("temperature", 0.0)]
+)
+def test_what_has_no_meaning_there_is_refused(config, name, value):
+    config.let.target = "logits"
+    setattr(config.let, name, value)
+    with pytest.raises(ConfigError, match=f"let.{name}"):
+        plan.pairs(config, 2)

@@ -1,0 +1,127 @@
+"""The state of a projector that learns, in one process; `tests/integration` has it on several."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
+
+from let_plugin.alignment.projectors import LearnedLinear
+from let_plugin.config import ProjectorConfig
+from let_plugin.guidance.learned import PROJECTOR, LearnedProjector
+from let_plugin.runtime import checkpoint
+
+CPU = torch.device("cpu")
+
+
+class Part(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleDict({"0": nn.Linear(4, 4), "1": nn.Linear(4, 4)})
+
+
+@pytest.fixture
+def part():
+    torch.manual_seed(0)
+    return Part()
+
+
+def learned(part, config, **kwargs):
+    return LearnedProjector(LearnedLinear(3, 4), part, "1", config, sequence_parallel=True, device=CPU, **kwargs)
+
+
+def train(projector, steps, start=0):
+    for step in range(start, start + steps):
+        projector.start_step(0)
+        generator = torch.Generator().manual_seed(step)
+        for _ in range(2):  # microbatches
+            projector.accumulate({"weight": torch.randn(4, 3, generator=generator)})
+        projector.reduce()
+        projector.finish_step()
+
+
+def test_it_is_a_guest_of_the_student_and_in_no_state_dict(part, config):
+    keys, names = list(part.state_dict()), [name for name, _ in part.named_parameters()]
+    projector = learned(part, config)
+    assert list(part.state_dict()) == keys
+    added = {name for name, _ in part.named_parameters()} - set(names)  # where the student's clipping finds it
+    assert added == {f"{PROJECTOR}_0.weight"}
+    part.load_state_dict(part.state_dict(), strict=False)  # as torchtitan loads
+
+    projector.remove()
+    assert [name for name, _ in part.named_parameters()] == names
+    assert not part._state_dict_hooks and not list(part.buffers())
+
+
+def test_training_equals_a_plain_optimizer(part, config):
+    projector = learned(part, config)
+    weight = LearnedLinear(3, 4).weight
+    kwargs = config.optimizer.param_groups[0].optimizer_kwargs
+    optimizer = torch.optim.AdamW([weight], **{**kwargs, "lr": 0.0})
+    for step, factor in enumerate([0.5, 1.0]):  # warmup_steps = 2
+        generator = torch.Generator().manual_seed(step)
+        weight.grad = torch.randn(4, 3, generator=generator) + torch.randn(4, 3, generator=generator)
+        optimizer.param_groups[0]["lr"] = kwargs["lr"] * factor
+        optimizer.step()
+        train(projector, 1, start=step)
+        torch.testing.assert_close(part.get_parameter(f"{PROJECTOR}_0.weight"), weight)
+    projector.start_step(0)
+    assert torch.equal(projector.weights["weight"], part.get_parameter(f"{PROJECTOR}_0.weight"))
+
+
+def test_it_takes_the_settings_that_the_students_optimizer_has_for_its_name(part, config):
+    group = config.optimizer.param_groups[0]
+    biases = ParamGroupConfig(pattern=r"\.bias$", optimizer_name="AdamW", optimizer_kwargs={"lr": 1.0})
+    others = dataclasses.replace(group, optimizer_kwargs={**group.optimizer_kwargs, "lr": 0.25})
+    config.optimizer = OptimizersContainer.Config(param_groups=[biases, others])
+    (optimizer,) = learned(part, config)._optimizers
+    assert [len(g["params"]) for g in optimizer.param_groups] == [1]
+    assert optimizer.param_groups[0]["initial_lr"] == 0.25
+
+
+def test_saved_and_restored_it_trains_on_as_if_nothing_had_happened(part, config, tmp_path):
+    config.dump_folder = str(tmp_path)
+    one = learned(part, config)
+    train(one, 2)
+    dcp.save({one.name: one}, checkpoint_id=str(tmp_path / config.checkpoint.folder / "step-2"), no_dist=True)
+    train(one, 2, start=2)
+
+    part_again = Part()
+    again = learned(part_again, config)
+    checkpoint.restore(again.name, again, config, 2)
+    train(again, 2, start=2)
+    assert torch.equal(part_again.get_parameter(f"{PROJECTOR}_0.weight"), part.get_parameter(f"{PROJECTOR}_0.weight"))
+
+
+def test_a_checkpoint_without_a_projector_starts_it_afresh_and_says_so(part, config, tmp_path, caplog):
+    caplog.set_level("INFO")
+    config.dump_folder = str(tmp_path)
+    dcp.save({"x": torch.ones(2)}, checkpoint_id=str(tmp_path / config.checkpoint.folder / "step-2"), no_dist=True)
+    projector = learned(part, config)
+    checkpoint.restore(projector.name, projector, config, 2)
+    assert "starts afresh at step 2" in caplog.text
+    torch.testing.assert_close(part.get_parameter(f"{PROJECTOR}_0.weight"), LearnedLinear(3, 4).weight)
+
+
+def test_its_learning_rate_and_weight_decay_can_be_its_own(part, config):
+    kwargs = config.optimizer.param_groups[0].optimizer_kwargs
+    config.let.projector = ProjectorConfig(lr_multiplier=3.0, weight_decay=0.0)
+    (optimizer,) = learned(part, config)._optimizers
+    assert optimizer.param_groups[0]["initial_lr"] == 3 * kwargs["lr"]
+    assert optimizer.param_groups[0]["weight_decay"] == 0
+    assert kwargs["weight_decay"] > 0  # the student's
+
+
+def test_projectors_of_several_pairs_live_side_by_side(part, config):
+    keys = list(part.state_dict())
+    one, other = (learned(part, config, index=i) for i in (0, 3))
+    assert {n for n, _ in part.named_parameters() if n.startswith(PROJECTOR)} == {
+        f"{PROJECTOR}_0.weight",
+        f"{PROJECTOR}_3.weight",
+    }
+    assert list(part.state_dict()) == keys
+    one.remove()
+    other.remove()
+    assert list(part.state_dict()) == keys and not part._state_dict_hooks

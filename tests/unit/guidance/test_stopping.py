@@ -1,0 +1,105 @@
+"""When a run's alignment ends, on a real trainer of one process; `tests/integration` has it on several."""
+
+import pytest
+
+from let_plugin.config import AdaptiveStopConfig
+from let_plugin.guidance.stopping import ADAPTIVE_STOP, Stopping
+
+
+@pytest.fixture
+def config(config):
+    config.let.stop_step = 4
+    config.training.steps = 8
+    return config
+
+
+def test_without_a_criterion_the_step_is_the_one_that_was_chosen(trainer):
+    stopping = Stopping(trainer)
+    stopping.begin(0)
+    stopping.after_gradients(-1.0, 1)
+    stopping.after_validation(0.0, 1)
+    assert stopping.step == 4
+    assert not hasattr(trainer.checkpointer, "states")  # checkpoints are off: there is none to put anything into
+
+
+@pytest.mark.parametrize(("cosines", "expected"), [([-1, -1], 3), ([-1, 1], 4), ([-1, None, -1], 3), ([1, 1], 4)])
+def test_the_gradients_bring_it_forward(trainer, cosines, expected):
+    trainer.config.let.adaptive_stop = AdaptiveStopConfig(criterion="gradient", patience=2, smoothing=0.0)
+    stopping = Stopping(trainer)
+    for cosine in cosines:
+        stopping.after_gradients(cosine, 3)  # three steps have been taken: step 3, counted from 0, is the next
+    assert stopping.step == expected
+
+
+def test_it_never_comes_later_than_chosen(trainer):
+    trainer.config.let.adaptive_stop = AdaptiveStopConfig(criterion="gradient", patience=1)
+    stopping = Stopping(trainer)
+    stopping.after_gradients(-1.0, 6)
+    assert stopping.step == 4
+
+
+@pytest.mark.parametrize(("loss", "expected"), [(3.1, 4), (2.9, 1)])
+def test_the_held_out_loss_brings_it_forward(trainer, loss, expected):
+    settings = AdaptiveStopConfig(criterion="validation", patience=1, teacher_loss=3.0)
+    trainer.config.let.adaptive_stop = settings
+    stopping = Stopping(trainer)
+    stopping.after_gradients(-1.0, 1)  # not what it goes by
+    stopping.after_validation(loss, 1)
+    assert stopping.step == expected
+
+
+def test_its_state_is_part_of_the_runs_checkpoint(trainer):
+    trainer.config.checkpoint.enable = True
+    trainer.checkpointer.states = {}
+    trainer.config.let.adaptive_stop = AdaptiveStopConfig(criterion="gradient")
+    Stopping(trainer).begin(0)
+    assert set(trainer.checkpointer.states) == {ADAPTIVE_STOP}
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Counts the measurements of the teacher's loss, each of which says 3.0."""
+    calls = []
+    monkeypatch.setattr(
+        "let_plugin.guidance.stopping.measure_teacher_loss", lambda trainer: calls.append(trainer) or 3.0
+    )
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("criterion", "teacher_loss", "steps_taken", "num_measured"),
+    [
+        ("validation", None, 0, 1),
+        ("validation", 2.5, 0, 0),
+        ("validation", None, 4, 0),  # beyond the stop step
+        ("gradient", None, 0, 0),
+        ("none", None, 0, 0),
+    ],
+)
+def test_the_teachers_loss_is_measured_once_where_it_is_needed(
+    trainer, measured, criterion, teacher_loss, steps_taken, num_measured
+):
+    settings = AdaptiveStopConfig(criterion=criterion, patience=1, teacher_loss=teacher_loss)
+    trainer.config.let.adaptive_stop = settings
+    stopping = Stopping(trainer)
+    for _ in range(2):
+        stopping.begin(steps_taken)
+    assert len(measured) == num_measured
+    if num_measured:
+        stopping.after_validation(3.1, 1)
+        assert stopping.step == 4
+        stopping.after_validation(2.0, 2)
+        assert stopping.step == 2
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, 3.0), (2.5, 2.5)])
+def test_the_measured_loss_is_in_the_state_and_the_given_one_counts(trainer, measured, given, expected):
+    trainer.config.let.adaptive_stop = AdaptiveStopConfig(criterion="validation")
+    stopping = Stopping(trainer)
+    assert stopping.state_dict()["teacher_loss"].isnan()
+    stopping.begin(0)
+    trainer.config.let.adaptive_stop = AdaptiveStopConfig(criterion="validation", teacher_loss=given)
+    resumed = Stopping(trainer)
+    resumed.load_state_dict(stopping.state_dict())
+    resumed.begin(1)
+    assert resumed.teacher_loss == expected and len(measured) == 1

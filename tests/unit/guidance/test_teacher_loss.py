@@ -1,0 +1,115 @@
+"""The teacher's held-out loss in one process; `tests/integration/test_adaptive_stop.py` has it on several."""
+
+import dataclasses
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+from torchtitan.components.validate import Validator
+from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
+
+from let_plugin.config.errors import ConfigError
+from let_plugin.guidance.teacher_loss import is_measurable, measure_teacher_loss
+from let_plugin.teacher.titan.source import TitanTeacherSource
+from tests.support import config_registry as tiny
+from tests.support import reference
+
+
+@pytest.fixture(scope="module")
+def headed_teacher(tmp_path_factory, tiny_teacher):
+    """(folder of a DCP checkpoint of the tiny teacher with a head, its weights)."""
+    head_VE = torch.randn(tiny.VOCAB_SIZE, tiny.TEACHER_DIM, generator=torch.Generator().manual_seed(2)) / 4
+    weights = {**tiny_teacher[1], "lm_head.weight": head_VE}
+    folder = tmp_path_factory.mktemp("headed")
+    dcp.save(weights, checkpoint_id=str(folder), no_dist=True)
+    return folder, weights
+
+
+@pytest.fixture
+def config(config, headed_teacher):
+    config.let.teacher.path = str(headed_teacher[0])
+    loader = HuggingFaceTextDataLoader.Config(dataset="let_demo_validation", infinite=False)
+    config.validator = Validator.Config(enable=True, freq=2, steps=2, dataloader=loader)
+    return config
+
+
+def expected_loss(trainer, weights):
+    """In plain PyTorch, over the batches that torchtitan's validator gives the student."""
+    batches = []
+    validator = trainer.validator
+    inner = validator.post_dataloading_process
+
+    def record(input_dict, labels, model_parts):
+        batches.append((input_dict["input"].clone(), input_dict["positions"].clone(), labels.clone()))
+        return inner(input_dict, labels, model_parts)
+
+    validator.post_dataloading_process = record
+    validator.validate(trainer.model_parts, 1)
+    loss, num_tokens = 0.0, 0
+    for tokens_BL, positions_BL, labels_BL in batches:
+        _, states_BLE = reference.llama(weights, tokens_BL, positions_BL, **tiny.TEACHER)
+        logits_NV = (states_BLE @ weights["lm_head.weight"].T).flatten(0, 1)
+        loss += F.cross_entropy(logits_NV, labels_BL.flatten(), reduction="sum").item()
+        num_tokens += (labels_BL != -100).sum().item()
+    return loss / num_tokens, len(batches)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_it_is_that_of_plain_pytorch_on_the_validators_batches(trainer, headed_teacher, steps):
+    trainer.validator.config.steps = steps
+    expected, num_batches = expected_loss(trainer, headed_teacher[1])
+    assert num_batches == steps
+    assert measure_teacher_loss(trainer) == pytest.approx(expected, rel=1e-6)
+
+
+def test_all_of_the_data(trainer, headed_teacher):
+    trainer.validator.config.steps = -1
+    trainer.validator.dl_config = dataclasses.replace(trainer.validator.dl_config, infinite=False)
+    trainer.validator.local_batch_size = 128
+    expected, num_batches = expected_loss(trainer, headed_teacher[1])
+    assert num_batches > 1
+    assert measure_teacher_loss(trainer) == pytest.approx(expected, rel=1e-6)
+
+
+def test_nothing_is_left_of_it(trainer, monkeypatch):
+    load = TitanTeacherSource.language_model
+    kept = []
+
+    def record(self, **kwargs):
+        model = load(self, **kwargs)
+        kept.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(TitanTeacherSource, "language_model", record)
+    rng_state = torch.get_rng_state()
+    measure_teacher_loss(trainer)
+    gc.collect()
+    assert len(kept) == 1 and kept[0]() is None
+    assert torch.equal(torch.get_rng_state(), rng_state)
+
+
+def test_a_teacher_without_a_head_is_said(trainer, tiny_teacher):
+    trainer.config.let.teacher.path = str(tiny_teacher[0])
+    with pytest.raises(ConfigError, match=r"let\.teacher\.path.*lm_head\.weight"):
+        measure_teacher_loss(trainer)
+
+
+def test_a_validator_of_another_kind_is_told_from_torchtitans():
+    class Reader(Validator):
+        @dataclasses.dataclass(kw_only=True, slots=True)
+        class Config(Validator.Config):
+            pass
+
+    class Sampler(Validator):
+        @dataclasses.dataclass(kw_only=True, slots=True)
+        class Config(Validator.Config):
+            pass
+
+        def validate(self, model_parts, step):
+            pass
+
+    assert is_measurable(Validator.Config()) and is_measurable(Reader.Config())
+    assert not is_measurable(Sampler.Config())

@@ -1,0 +1,109 @@
+"""torchtitan's fake process group: one rank of many, in one process."""
+
+import math
+
+import pytest
+import torch
+import torchtitan.trainer
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+from torchtitan.config import CommConfig, ParallelismConfig
+from torchtitan.tools.logging import logger
+
+from let_plugin import train
+from let_plugin.config.errors import ConfigError
+from let_plugin.preflight import checks as preflight
+from let_plugin.preflight import dry_run
+from tests.support import jobs
+from tests.support.fields import set_all
+
+FAKE = CommConfig(mode="fake_backend")
+
+PLANS = {
+    "fsdp 32": [],
+    "hsdp 4 x 8": ["--parallelism.data_parallel_replicate_degree", "4"],
+    "fsdp 16 x tp 2": ["--parallelism.tensor_parallel_degree", "2"],
+}
+MESHES = {
+    "fsdp 32": "dp_replicate=1, dp_shard=32, cp=1, tp=1",
+    "hsdp 4 x 8": "dp_replicate=4, dp_shard=8, cp=1, tp=1",
+    "fsdp 16 x tp 2": "dp_replicate=1, dp_shard=16, cp=1, tp=2",
+}
+
+
+@pytest.fixture
+def fake_ranks(monkeypatch):
+    """The environment of a dry run of 32 ranks; whatever process group it makes is gone in the end."""
+    monkeypatch.setenv("NGPU", "32")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(torchtitan.trainer.time, "sleep", lambda seconds: None)  # "for other ranks to complete"
+    _clear_sharding_prop_cache()  # it keeps device meshes of earlier groups
+    handlers, level = logger.handlers[:], logger.level
+    yield
+    logger.handlers[:] = handlers  # torchtitan's writes to the output that pytest has captured, and closes
+    logger.setLevel(level)
+    _clear_sharding_prop_cache()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_student_of_the_paper_shrunk_trains_under_the_plan(plan, fake_ranks, tmp_path, tiny_teacher, capfd):
+    config = tmp_path / "run.toml"
+    text = jobs.TINY.format(folder=tmp_path / "out", teacher=tiny_teacher[0])
+    config.write_text(text.replace("tests.support.tiny", "tests.support.tiny_paper"))
+    options = ["--training.steps", "3", "--let.stop-step", "2", "--training.seq_len", "64", "--metrics.log_freq", "1"]
+    options += ["--training.local_batch_size", "2", "--comm.mode", "fake_backend"]
+    train.main([str(config), *options, *PLANS[plan]])
+    lines = jobs.metrics(tmp_path / "out")
+    assert [line["let/active"] for line in lines] == [1, 1, 0]
+    assert all(math.isfinite(line["let/cosine"]) for line in lines[:2])
+    printed = capfd.readouterr()
+    assert f"mesh with parallelism: pp=1, {MESHES[plan]}, ep=1" in printed.out + printed.err
+
+
+def test_outside_a_dry_run_the_ranks_are_the_jobs(monkeypatch):
+    monkeypatch.setenv("NGPU", "32")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert dry_run.world_size(CommConfig(), ParallelismConfig()) == 3
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "rank", "message"),
+    [
+        (None, "0", "NGPU=32 let-train"),
+        ("four", "0", "NGPU=32 let-train"),
+        ("0", "0", "NGPU=32 let-train"),
+        ("4", "4", "RANK is 4; of NGPU=4 ranks"),
+        ("4", "-1", "RANK is -1; of NGPU=4 ranks"),
+    ],
+)
+def test_an_environment_that_makes_no_sense(monkeypatch, num_ranks, rank, message):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.delenv("NGPU", raising=False)
+    if num_ranks is not None:
+        monkeypatch.setenv("NGPU", num_ranks)
+    with pytest.raises(ConfigError, match=rf"^comm\.mode = .*{message}"):
+        dry_run.world_size(FAKE, ParallelismConfig())
+
+
+def test_what_torch_cannot_do_in_a_dry_run(fake_ranks):
+    with pytest.raises(ConfigError, match=r"^comm\.mode = .*pipeline_parallel_degree = 1"):
+        dry_run.world_size(FAKE, ParallelismConfig(pipeline_parallel_degree=2))
+    with pytest.raises(ConfigError, match=r'^comm\.mode = .*"fake_backend" is the dry run'):
+        dry_run.world_size(CommConfig(mode="local_tensor"), ParallelismConfig())
+
+
+def test_preflight_takes_the_ranks_of_the_dry_run(config, fake_ranks):
+    set_all(config, comm__mode="fake_backend", parallelism__data_parallel_replicate_degree=4)
+    preflight.run(config)
+    set_all(config, parallelism__data_parallel_replicate_degree=5)
+    with pytest.raises(ConfigError, match="a multiple of 5 processes and there are 32"):
+        preflight.run(config)
+
+
+def test_preflight_says_what_is_wrong_with_a_dry_run_beside_all_else(config, fake_ranks):
+    set_all(config, comm__mode="fake_backend", parallelism__pipeline_parallel_degree=2, let__weight=-1.0)
+    with pytest.raises(ConfigError) as info:
+        preflight.run(config)
+    assert sorted(problem.key for problem in info.value.problems) == ["comm.mode", "let.weight"]

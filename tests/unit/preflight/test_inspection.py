@@ -1,0 +1,175 @@
+"""What `let-teacher inspect` says of each kind of teacher, and the number that it measures."""
+
+import json
+import math
+import re
+import shutil
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+
+from let_plugin.demo import TEACHER, TOKENIZER
+from let_plugin.preflight import teacher_cli as cli
+from let_plugin.preflight.export_plan import bytes_per_token
+from let_plugin.teacher.titan.specs import BUILT_IN_SPECS
+from tests.support import config_registry as tiny
+from tests.support.jobs import ROOT
+from tests.support.rank_files import EOS, write_demo
+
+TEXTS = ["A late train.", "The early bird catches the worm, or so they say in the north of England.", "É" * 40]
+
+
+@pytest.fixture
+def inspect(capsys):
+    """Function that runs the command and returns its exit status, and what it said of each thing."""
+
+    def inspect(*arguments):
+        status = cli.main(["inspect", *map(str, arguments), "--device", "cpu"])
+        lines = capsys.readouterr().out.splitlines()
+        return status, dict(line.split(maxsplit=1) for line in lines)
+
+    return inspect
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return path
+
+
+def measured(said):
+    pattern = r"([\d.]+) nats per token, perplexity ([\d.]+), ([\d.]+) bits per byte, over ([\d,]+) tokens and ([\d,]+)"
+    return [float(number.replace(",", "")) for number in re.search(pattern, said["loss"]).groups()]
+
+
+@pytest.mark.parametrize("spec", [(), ("--spec", "demo_teacher")], ids=["transformers", "torchtitan"])
+@torch.no_grad()
+def test_the_loss_is_that_of_plain_transformers(inspect, text_file, spec):
+    from let_plugin.demo import config_registry  # noqa: F401  registers it
+
+    transformers = pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
+    from tokenizers import Tokenizer
+
+    status, said = inspect(TEACHER, *spec, "--tokenizer", TOKENIZER, "--text", text_file)
+    assert status == 0
+    tokenizer = Tokenizer.from_file(f"{TOKENIZER}/tokenizer.json")
+    model = transformers.AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32).eval()
+    loss, num_tokens = 0.0, 0
+    for text in TEXTS:
+        ids = torch.tensor([[0, *tokenizer.encode(text).ids]])  # 0 begins a document
+        loss += F.cross_entropy(model(input_ids=ids[:, :-1]).logits[0], ids[0, 1:], reduction="sum").item()
+        num_tokens += ids.shape[1] - 1
+    num_bytes = sum(len(text.encode()) for text in TEXTS)
+    got_loss, perplexity, bits, got_tokens, got_bytes = measured(said)
+    assert (got_tokens, got_bytes) == (num_tokens, num_bytes)
+    assert got_loss == pytest.approx(loss / num_tokens, abs=2e-4)
+    assert perplexity == pytest.approx(math.exp(loss / num_tokens), rel=1e-3)
+    assert bits == pytest.approx(loss / math.log(2) / num_bytes, abs=2e-4)
+    assert said["text"] == str(text_file)
+    assert said["blocks"] == "4 of width 128, 2 heads"
+    assert said["trunk"] == "1,328,256 parameters: 524,288 in embeddings, 803,968 that are multiplied"
+    assert said["stored"] == "safetensors, 2.5 MiB: BF16 (38 tensors)"
+    assert said["tokenizer"] == "BPE, byte-level, 4,096 tokens"
+    assert said["licence"] == "cc-by-sa-4.0 (README.md)"
+
+
+def test_a_limit_on_the_tokens_and_the_demos_text(inspect):
+    pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
+    status, said = inspect(TEACHER, "--tokenizer", TOKENIZER, "--max-tokens", 500)
+    loss, _, _, num_tokens, num_bytes = measured(said)
+    assert (status, num_tokens) == (0, 500)
+    assert 1500 < num_bytes < 2100  # 3.54 bytes per token, by the demo's README
+    assert 3 < loss < 4.3  # 3.67 on the validation split
+    assert "test split of the package's demo" in said["text"]
+
+
+def test_a_rank_file_measures_as_the_tokenizer_json_of_the_same_vocabulary(inspect, tmp_path, capsys):
+    pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
+    write_demo(tmp_path)
+    table = f'{{pattern = "gpt2", special_tokens = {{"{EOS}" = 0}}, bos_token = "{EOS}", eos_token = "{EOS}"}}'
+    few = (TEACHER, "--max-tokens", 200, "--tokenizer")
+    status, said = inspect(*few, tmp_path, "--tiktoken", table)
+    assert (status, said["tokenizer"]) == (0, "tiktoken, byte-level, 4,096 tokens")
+    assert said["loss"] == inspect(*few, TOKENIZER)[1]["loss"]
+
+    for options, message in (
+        ([], "error: --tiktoken, pattern: "),
+        (["--tiktoken", '{vocabulary = "lama3"}'], "error: --tiktoken, vocabulary: unknown; did you mean 'llama3'?"),
+        (["--tiktoken", '{patern = "gpt2"}'], "error: --tiktoken, patern = 'gpt2': no such option"),
+        (["--tiktoken", "llama3"], "error: --tiktoken = 'llama3': not an inline table of TOML"),
+        (["--tiktoken", '"llama3"'], "error: --tiktoken = '\"llama3\"': not a table; write '{vocabulary = "),
+    ):
+        assert cli.main(["inspect", *map(str, few), str(tmp_path), *options]) == 2
+        assert capsys.readouterr().err.startswith(message)
+
+
+def test_a_spec_alone(inspect):
+    status, said = inspect("--spec", "smollm2-360m")
+    assert status == 0
+    assert said["blocks"] == "32 of width 960, 15 heads (5 key-value)"
+    assert said["weights"].startswith("none given")
+    assert "loss" not in said
+
+
+def test_a_torchtitan_checkpoint_without_a_tokenizer(inspect, tiny_teacher, text_file):
+    status, said = inspect(tiny_teacher[0], "--spec", "tiny_teacher")
+    assert status == 0
+    assert said["stored"].startswith("DCP") and said["stored"].endswith("float32 (20 tensors)")
+    assert (said["licence"], said["tokenizer"]) == ("not stated", "none there")
+    assert said["loss"].startswith("not measured")
+    status, said = inspect(tiny_teacher[0], "--spec", "tiny_teacher", "--text", text_file)
+    assert status == 2
+
+
+def test_a_torchtitan_checkpoint_with_a_head_that_knows_nothing(inspect, tiny_teacher, tmp_path, text_file):
+    weights = {**tiny_teacher[1], "lm_head.weight": torch.zeros(tiny.VOCAB_SIZE, tiny.TEACHER_DIM)}
+    dcp.save(weights, checkpoint_id=str(tmp_path / "dcp"), no_dist=True)
+    status, said = inspect(tmp_path / "dcp", "--spec", "tiny_teacher", "--tokenizer", TOKENIZER, "--text", text_file)
+    assert status == 0
+    assert measured(said)[0] == pytest.approx(math.log(tiny.VOCAB_SIZE), abs=1e-4)
+
+
+def test_a_tokenizer_of_another_model(inspect, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
+    config = transformers.LlamaConfig(
+        vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    shutil.copy(f"{TOKENIZER}/tokenizer.json", tmp_path)
+    assert inspect(tmp_path)[0] == 2
+
+
+def test_the_documentations_table_of_teachers_is_what_the_command_says(inspect):
+    text = (ROOT / "docs/teachers.md").read_text()
+    table = text.split("| `teacher.spec` | width |")[1].split("\n\n")[0]
+    rows = {name: cells.split(" | ") for name, cells in re.findall(r"^\| `([\w.-]+)` \| (.*) \|$", table, flags=re.M)}
+    assert rows.keys() == BUILT_IN_SPECS.keys()
+    for name, (*cells, licence) in rows.items():
+        status, said = inspect("--spec", name)
+        assert status == 0 and licence
+        width = cells[0]
+        parameters, embeddings = re.findall(r"[\d,]+", said["trunk"])[:2]
+        expected = [
+            *reversed(re.match(r"(\d+) of width (\d+),", said["blocks"]).groups()),
+            f"{parameters} ({embeddings})",
+            said["vocabulary"].removesuffix(" rows"),
+            said["positions"].removeprefix("at most "),
+            "{} / {}".format(*re.findall(r"[\d,.]+(?= MiB)", said["memory"])),
+            said["cost"].partition(" ")[0],
+            # Bytes per token are GB per billion tokens.
+            " / ".join(f"{bytes_per_token(encoding, int(width), None):,}" for encoding in ("bfloat16", "int8")),
+        ]
+        assert cells == expected, name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / "assets/smollm2").is_dir(), reason="make fetch-smollm2")
+def test_smollm2(inspect):
+    status, said = inspect(ROOT / "assets/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "--max-tokens", 400)
+    assert status == 0
+    assert said["licence"] == "apache-2.0 (general.license)"
+    assert said["stored"].endswith("Q4_1 (210 tensors), F32 (61 tensors), Q8_0 (1 tensors)")
+    assert 8 < measured(said)[1] < 27

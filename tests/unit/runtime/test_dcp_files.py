@@ -1,0 +1,189 @@
+"""Torch's checkpoints are read as torch reads them, and run no code."""
+
+import contextlib
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
+
+from let_plugin.bench import hf_export
+from let_plugin.bench.converge import stacking
+from let_plugin.config import TeacherConfig
+from let_plugin.config.errors import ConfigError
+from let_plugin.preflight import checks as preflight
+from let_plugin.preflight import teacher_cli as cli
+from let_plugin.preflight.weight_files import read_weight_files
+from let_plugin.runtime import checkpoint, dcp_files
+from let_plugin.teacher.titan.source import TitanTeacherSource
+
+
+class Creates:
+    """Its pickle creates a file when it is loaded."""
+
+    def __init__(self, path):
+        self._path = path
+
+    def __reduce__(self):
+        return open, (str(self._path), "w")
+
+
+@pytest.fixture
+def evidence(tmp_path):
+    """The path of a file that is not there, and must not be there after the test."""
+    path = tmp_path / "evidence"
+    yield path
+    assert not path.exists()
+
+
+def whole(evidence, described):
+    return Creates(evidence)
+
+
+def within(evidence, described):
+    described.planner_data = {"x": Creates(evidence)}
+    return described
+
+
+@pytest.fixture(params=[whole, within])
+def malicious(tiny_teacher, tmp_path, evidence, request):
+    """Folder of a teacher whose .metadata would create `evidence`."""
+    folder = shutil.copytree(tiny_teacher[0], tmp_path / "malicious")
+    described = dcp.FileSystemReader(folder).read_metadata()
+    (folder / ".metadata").write_bytes(pickle.dumps(request.param(evidence, described)))
+    return str(folder)
+
+
+REFUSED = r"\.metadata is not one that torch has written, or is damaged: it asks for (_io|io)\.open"
+
+
+def test_torch_itself_would_run_it(malicious, evidence):
+    """So the tests below test something."""
+    with contextlib.suppress(AttributeError):  # afterwards
+        dcp.FileSystemReader(malicious).read_metadata()
+    evidence.unlink()
+
+
+def test_the_reader_refuses(malicious):
+    with pytest.raises(ValueError, match=REFUSED):
+        dcp_files.open_checkpoint(malicious).read_metadata()
+
+
+@pytest.mark.parametrize("named", ["os.system", "torch.load", "torch.hub.load", "builtins.getattr", "torch.Tensor"])
+def test_what_it_asks_for_is_named(tmp_path, named):
+    module, _, name = named.rpartition(".")
+    (tmp_path / ".metadata").write_bytes(f"c{module}\n{name}\n.".encode())
+    with pytest.raises(ValueError, match=f"it asks for {named}"):
+        dcp_files.open_checkpoint(str(tmp_path)).read_metadata()
+
+
+def test_a_teacher_is_refused_when_it_is_opened(malicious, config):
+    config.let.teacher.path = malicious
+    for opens in (lambda: TitanTeacherSource(config.let.teacher), lambda: preflight.run(config)):
+        with pytest.raises(ConfigError, match=rf"let\.teacher\.path.*{REFUSED}"):
+            opens()
+
+
+def test_or_when_it_is_loaded(tiny_teacher, tmp_path, evidence):
+    """The file may have been exchanged since it was opened."""
+    folder = shutil.copytree(tiny_teacher[0], tmp_path / "teacher")
+    source = TitanTeacherSource(TeacherConfig(spec="tiny_teacher", path=str(folder)))
+    (folder / ".metadata").write_bytes(pickle.dumps(Creates(evidence)))
+    with pytest.raises(ConfigError, match=r"let\.teacher\.path.*cannot be read"):
+        source.language_model(dtype=torch.float32, device=torch.device("cpu"), seq_len=8)
+
+
+def test_inspect_refuses(malicious, capsys):
+    assert cli.main(["inspect", malicious, "--spec", "tiny_teacher", "--device", "cpu"]) == 2
+    assert "it asks for" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=REFUSED):
+        read_weight_files(malicious)
+
+
+def test_a_checkpoint_to_go_on_from_is_refused(malicious, config):
+    config.checkpoint.enable = True
+    config.checkpoint.initial_load_path = malicious
+    config.checkpoint.initial_load_model_only = False
+    with pytest.raises(ConfigError, match=rf"checkpoint\.initial_load_path.*{REFUSED}"):
+        checkpoint.find(config)
+    with pytest.raises(ConfigError, match=REFUSED):
+        checkpoint.read("own", None, malicious)
+
+
+def test_the_commands_that_read_a_checkpoint_refuse(malicious, config, tmp_path):
+    pytest.importorskip("transformers", reason="pip install let-plugin[eval]")
+    with pytest.raises(ConfigError, match=REFUSED):
+        stacking.stack({"layers.0.w": torch.Size([1])}, malicious)
+    with pytest.raises(ConfigError, match=REFUSED):
+        hf_export.export(config, malicious, tmp_path / "out")
+
+
+@pytest.mark.parametrize("wanted", [torch.zeros(2), 0.0])
+def test_values_run_no_code(tmp_path, evidence, wanted):
+    """What is no tensor is pickled in torch's files; a file may say so of what should be a tensor."""
+    dcp.save({"optimizer": {"lr": Creates(evidence)}}, checkpoint_id=str(tmp_path), no_dist=True)
+    state = {"optimizer": {"lr": wanted}}
+    with pytest.raises(CheckpointException, match="not a tensor there" if torch.is_tensor(wanted) else "Weights only"):
+        dcp_files.load(state, dcp_files.open_checkpoint(str(tmp_path)))
+
+
+@pytest.mark.parametrize("content", [b"", b"x", pickle.dumps(3), pickle.dumps(Metadata(3))])
+def test_what_is_no_metadata_is_refused(tmp_path, content):
+    (tmp_path / ".metadata").write_bytes(content)
+    with pytest.raises(ValueError, match=r"\.metadata is not one that torch has written, or is damaged"):
+        dcp_files.open_checkpoint(str(tmp_path)).read_metadata()
+
+
+# What torch has written
+
+
+@pytest.mark.parametrize("where", ["local", "memory://dcp_files"])
+def test_a_training_checkpoint_is_read_as_torch_reads_it(tmp_path, where):
+    """Weights of several data types, an optimizer's state with all its settings, and values that are no tensors."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.8, 0.99))
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    saved = {
+        "model": {**model.state_dict(), "half": torch.ones(2, dtype=torch.bfloat16), "step": torch.tensor(3)},
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": {"last_epoch": 3, "_last_lr": [0.5]},
+        "train_state": {"step": 3, "name": "x", "bytes": b"x", "nothing": None},
+        "channels": torch.ones(1, 2, 2, 2).to(memory_format=torch.channels_last),
+    }
+    path = str(tmp_path / "step-3") if where == "local" else where
+    dcp.save(saved, checkpoint_id=path, no_dist=True)
+    reader = dcp_files.open_checkpoint(path)
+    plain = dcp.FileSystemReader(path) if where == "local" else FsspecReader(path)
+    expected, got = plain.read_metadata(), reader.read_metadata()
+    assert (got.state_dict_metadata, got.storage_data, got.planner_data) == (
+        expected.state_dict_metadata,
+        expected.storage_data,
+        expected.planner_data,
+    )
+    state = torch.utils._pytree.tree_map(lambda x: torch.zeros_like(x) if torch.is_tensor(x) else type(x)(), saved)
+    dcp_files.load(state, reader)
+    flat, flat_saved = (torch.utils._pytree.tree_leaves_with_path(tree) for tree in (state, saved))
+    for (path, value), (same_path, expected_value) in zip(flat, flat_saved, strict=True):
+        assert path == same_path
+        assert torch.equal(value, expected_value) if torch.is_tensor(value) else value == expected_value
+
+
+def test_tensors_that_are_not_wholly_there(tmp_path):
+    weights = {"a": torch.ones(1000), "b": torch.ones(1000)}
+    dcp.save(weights, checkpoint_id=str(tmp_path), no_dist=True)
+    described = dcp_files.open_checkpoint(str(tmp_path)).read_metadata()
+    assert dcp_files.incomplete(described, weights, tmp_path) == {}
+    os.truncate(tmp_path / "__0_0.distcp", (tmp_path / "__0_0.distcp").stat().st_size - 1)
+    assert dcp_files.incomplete(described, weights, tmp_path) == {"b": "__0_0.distcp is truncated"}
+    assert dcp_files.incomplete(described, ["a"], tmp_path) == {}
+    described.state_dict_metadata["a"].size = torch.Size([1001])
+    assert dcp_files.incomplete(described, ["a"], tmp_path) == {"a": "its parts are not all there"}
+    described.storage_data.clear()
+    assert "says no place" in dcp_files.incomplete(described, ["b"], tmp_path)["b"]

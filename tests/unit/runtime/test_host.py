@@ -1,0 +1,267 @@
+"""The process in its job, and running on the CPU. Shape legend: B batch, L sequence, N heads, H head width."""
+
+import os
+import sys
+
+import pytest
+import torch
+import torchtitan.distributed.fsdp as fsdp
+import torchtitan.models.common.attention as attention
+from torch import nn
+from torchtitan.models import deepseek_v3, llama3, qwen3
+from torchtitan.models.common.attention import FlexAttention
+from torchtitan.tools import utils
+
+from let_plugin.runtime import host
+from let_plugin.runtime.models import llama_spec
+from tests.support import reference
+
+MIB = 2**20
+# Packed documents: 3 boundaries, at other places in each row; documents of one token too.
+POSITIONS_BL = torch.stack(
+    [torch.cat([torch.arange(n) for n in lengths]) for lengths in ([5, 1, 11], [16, 1], [2, 3, 12])]
+)
+
+
+def spec_of(attn_backend="flex", num_layers=3):
+    return llama_spec(
+        "test",
+        dim=16,
+        num_layers=num_layers,
+        num_heads=4,
+        num_kv_heads=2,
+        hidden_dim=24,
+        vocab_size=31,
+        attn_backend=attn_backend,
+    )
+
+
+# The process
+
+
+@pytest.fixture
+def outside_of_a_job(monkeypatch):
+    """The environment of a process that nothing like torchrun started."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that what set_up sets is undone, whether or not it was set before
+        monkeypatch.delenv(name)
+    return names
+
+
+def test_a_process_without_torchrun_becomes_a_job_of_its_own(outside_of_a_job):
+    assert host.set_up("cpu") == torch.device("cpu")
+    assert [os.environ[name] for name in outside_of_a_job[:-1]] == ["0", "0", "1", "1", "localhost"]
+    torch.distributed.init_process_group("gloo")  # reads the environment
+    try:
+        assert (torch.distributed.get_rank(), torch.distributed.get_world_size()) == (0, 1)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_port_that_the_user_chose_is_kept(outside_of_a_job, monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", "12345")
+    host.set_up("cpu")
+    assert os.environ["MASTER_PORT"] == "12345"
+
+
+def test_torchruns_environment_is_left_alone(outside_of_a_job, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    before = dict(os.environ)
+    host.set_up("cpu")
+    assert dict(os.environ) == before
+
+
+# torchtitan's device
+
+
+def test_every_copy_of_torchtitans_device_is_the_cpu():
+    assert isinstance(utils.device_module, host.CpuDeviceModule)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("torchtitan."):
+            assert vars(module).get("device_type", "cpu") == "cpu", name
+            assert vars(module).get("device_module", utils.device_module) is utils.device_module, name
+
+
+def test_setting_up_twice_patches_once():
+    def patched():
+        return utils.device_module, fsdp.disable_fsdp_gradient_division, attention._compiled_create_block_mask
+
+    before = patched()
+    host.set_up("cpu")
+    assert patched() == before
+
+
+def test_the_device_answers_what_torchtitan_asks():
+    device = utils.device_module
+    device.set_device(torch.device("cpu"))
+    assert (device.current_device(), device.device_count()) == (0, 1)
+    properties = device.get_device_properties(0)
+    assert properties.name == device.get_device_name() and properties.name.startswith("CPU (")
+    assert properties.total_memory > device.memory_stats()["reserved_bytes.all.peak"] > 10 * MIB
+    assert device.memory_stats()["num_ooms"] == 0
+    device.synchronize()
+    device.empty_cache()
+    assert device.Stream is torch.cpu.Stream  # what is not the CPU's own comes from torch
+
+
+def test_peak_memory_rises_with_an_allocation_and_can_be_reset():
+    device = host.CpuDeviceModule()
+
+    def peak():
+        return device.memory_stats()["active_bytes.all.peak"]
+
+    device.reset_peak_memory_stats()
+    if not device.peak_is_resettable:
+        pytest.skip("/proc/self/clear_refs cannot be written here")
+    before = peak()
+    memory = torch.ones(200 * MIB // 4)
+    assert peak() - before > 190 * MIB
+    del memory
+    assert peak() - before > 190 * MIB  # a peak, not the present
+    device.empty_cache()
+    device.reset_peak_memory_stats()
+    assert peak() - before < 50 * MIB
+
+
+def test_a_kernel_that_forbids_the_reset_keeps_the_peak_of_the_process(monkeypatch):
+    import builtins
+
+    real_open = builtins.open
+
+    def forbid(file, mode="r", **kwargs):
+        if file == "/proc/self/clear_refs":
+            raise PermissionError(file)
+        return real_open(file, mode, **kwargs)
+
+    monkeypatch.setattr(builtins, "open", forbid)
+    device = host.CpuDeviceModule()
+    before = device.memory_stats()["active_bytes.all.peak"]
+    device.reset_peak_memory_stats()
+    device.reset_peak_memory_stats()
+    assert device.memory_stats()["active_bytes.all.peak"] >= before
+
+
+def test_fsdp_reduces_with_a_plain_sum(parallel_dims):
+    """gloo has no PREMUL_SUM, with which FSDP2 would apply its gradient divide factor."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    for module in (*model, model):
+        fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+    fsdp.disable_fsdp_gradient_division(model)
+    for module in model:
+        group = module._get_fsdp_state()._fsdp_param_group
+        assert group.force_sum_reduction_for_comms
+        assert group.gradient_divide_factor == 1.0  # torchtitan's own part is still done
+
+
+# Attention
+
+
+@pytest.mark.parametrize("module", [llama3, qwen3, deepseek_v3], ids=lambda module: module.__name__.split(".")[-1])
+def test_flex_attention_is_replaced_everywhere_and_once(module):
+    spec = module.model_registry("debugmodel")
+    before = [(fqn, config) for fqn, config, _, _ in spec.traverse(FlexAttention.Config)]
+    assert before, "this model would not test anything"
+    before[0][1].block_size = 64  # not the default
+
+    host.adapt_model_spec(spec)
+
+    after = [(fqn, config) for fqn, config, _, _ in spec.traverse(FlexAttention.Config)]
+    assert [fqn for fqn, _ in after] == [fqn for fqn, _ in before]
+    for (_, old), (fqn, new) in zip(before, after, strict=True):
+        assert type(new) is not FlexAttention.Config and type(new)._owner.__name__ == "CpuAttention", fqn
+        assert (new.block_size, new.sharding_config) == (old.block_size, old.sharding_config)
+
+    host.adapt_model_spec(spec)
+    again = [config for _, config, _, _ in spec.traverse(FlexAttention.Config)]
+    assert all(one is other for one, (_, other) in zip(again, after, strict=True))
+
+
+def test_other_attention_is_left_alone():
+    spec = spec_of("varlen")
+    before = repr(spec)
+    host.adapt_model_spec(spec)
+    assert repr(spec) == before
+
+
+def test_a_built_model_has_the_cpus_attention_in_every_block():
+    spec = spec_of()
+    host.adapt_model_spec(spec)
+    with torch.device("meta"):
+        model = spec.model.build()
+    names = [type(layer.attention.inner_attention).__name__ for layer in model.layers.values()]
+    assert names == ["CpuAttention"] * 3
+
+
+def cpu_attention_and_mask():
+    """The attention module that torchtitan builds here, and the mask that it makes for POSITIONS_BL."""
+    spec = spec_of(num_layers=1)
+    host.adapt_model_spec(spec)
+    with torch.device("meta"):
+        model = spec.model.build()
+    return model.layers["0"].attention.inner_attention, model.get_attention_masks(positions=POSITIONS_BL)
+
+
+def test_the_dense_mask_is_what_the_positions_say():
+    _, mask_B1LL = cpu_attention_and_mask()
+    assert mask_B1LL.dtype == torch.bool
+    assert torch.equal(mask_B1LL, reference.document_mask(POSITIONS_BL))
+
+
+def plain_attention(q_BLNH, k_BLNH, v_BLNH, mask_B1LL, scale):
+    """softmax(q k^T * scale) v under the mask; every key/value head serves a group of query heads."""
+    group = q_BLNH.shape[2] // k_BLNH.shape[2]
+    k_BLNH, v_BLNH = k_BLNH.repeat_interleave(group, dim=2), v_BLNH.repeat_interleave(group, dim=2)
+    scores_BNLL = torch.einsum("blnh,bmnh->bnlm", q_BLNH, k_BLNH) * scale
+    return torch.einsum("bnlm,bmnh->blnh", scores_BNLL.masked_fill(~mask_B1LL, float("-inf")).softmax(-1), v_BLNH)
+
+
+@pytest.mark.parametrize("masked", [True, False], ids=["packed", "causal"])
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_attention_and_its_gradient_equal_a_plain_softmax(masked, num_kv_heads, scale):
+    module, mask_B1LL = cpu_attention_and_mask()
+    if not masked:
+        mask_B1LL = reference.document_mask(torch.arange(17).repeat(3, 1))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, upstream = (
+        torch.randn(3, 17, num_heads, 8, generator=generator) for num_heads in (4, num_kv_heads, num_kv_heads, 4)
+    )
+
+    def outputs_and_gradients(attend):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = attend(*inputs)
+        out.backward(upstream)
+        return [out.detach(), *(x.grad for x in inputs)]
+
+    got = outputs_and_gradients(
+        lambda *qkv: module(
+            *qkv, attention_masks=mask_B1LL if masked else None, scale=scale, enable_gqa=num_kv_heads != 4
+        )
+    )
+    expected = outputs_and_gradients(lambda *qkv: plain_attention(*qkv, mask_B1LL, scale or 8**-0.5))
+
+    for name, one, other in zip(("out", "q", "k", "v"), got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_document_sees_no_other():
+    module, mask_B1LL = cpu_attention_and_mask()
+    q, k, v = torch.randn(3, 3, 17, 4, 8, generator=torch.Generator().manual_seed(0))
+    before = module(q, k, v, attention_masks=mask_B1LL)
+    k[0, :5], v[0, :5] = 100.0, -100.0  # the first document of row 0
+    after = module(q, k, v, attention_masks=mask_B1LL)
+    assert not torch.equal(after[0, 1:5], before[0, 1:5])
+    assert torch.equal(after[0, 5:], before[0, 5:]) and torch.equal(after[1:], before[1:])
+
+
+@pytest.mark.parametrize("keyword", ["score_mod", "out_transform"])
+def test_what_the_cpu_has_no_kernel_for_is_refused(keyword):
+    module, mask_B1LL = cpu_attention_and_mask()
+    q = torch.randn(3, 17, 4, 8)
+    with pytest.raises(ValueError, match="needs an accelerator"):
+        module(q, q, q, attention_masks=mask_B1LL, **{keyword: lambda *args: args[0]})

@@ -1,0 +1,83 @@
+"""llama_spec: sizes and initial weights."""
+
+import pytest
+import torch
+
+from let_plugin.demo import config_registry as demo
+from let_plugin.runtime import host
+from let_plugin.runtime.models import llama_spec
+
+SHAPE = {"dim": 64, "num_layers": 3, "num_heads": 4, "hidden_dim": 96, "vocab_size": 512, "max_seq_len": 77}
+
+
+def build(device="meta", **options):
+    spec = llama_spec("test", **{**SHAPE, **options})
+    host.adapt_model_spec(spec)
+    with torch.device(device):
+        return spec.model.build()
+
+
+def num_parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("num_kv_heads", "kv_width"), [(None, 64), (4, 64), (2, 32), (1, 16)])
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameter_counts(num_kv_heads, kv_width, tied):
+    model = build(num_kv_heads=num_kv_heads, tie_embeddings=tied)
+    block = 2 * 64 * 64 + 2 * 64 * kv_width + 3 * 64 * 96 + 2 * 64  # wq, wo; wk, wv; w1, w2, w3; the norms
+    assert num_parameters(model) == 3 * block + 64 + (1 if tied else 2) * 512 * 64
+    assert (model.lm_head.weight is model.tok_embeddings.weight) == tied
+
+
+def test_flavor_and_options_arrive():
+    spec = llama_spec("mine", **SHAPE, rope_theta=5e5)
+    assert (spec.name, spec.flavor) == ("llama3", "mine")
+    assert spec.model.max_seq_len == 77
+    rope = spec.model.layers[0].attention.rope
+    assert (rope.theta, rope.dim, rope.max_seq_len) == (5e5, 16, 77)
+
+
+@pytest.mark.parametrize("embedding_std", [1.0, 0.02])
+@pytest.mark.parametrize("tied", [False, True])
+def test_initial_weights(tied, embedding_std):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build("cpu", tie_embeddings=tied, embedding_init_std=embedding_std)
+        model.init_weights(buffer_device=None)
+    weights = dict(model.named_parameters())
+    assert all(torch.isfinite(weight).all() for weight in weights.values())
+    # A tied matrix is initialised as a head: logits of a fresh model are small either way.
+    expected = 64**-0.5 if tied else embedding_std
+    assert weights["tok_embeddings.weight"].std().item() == pytest.approx(expected, rel=0.05)
+    assert model.lm_head.weight.std().item() == pytest.approx(64**-0.5, rel=0.05)
+    for name, weight in weights.items():
+        if name.endswith("norm.weight"):
+            assert weight.eq(1).all(), name
+    # Deeper blocks write less into the residual stream: 0.02 / sqrt(2 * (layer + 1)).
+    for layer in range(3):
+        std = weights[f"layers.{layer}.attention.wo.weight"].std().item()
+        assert std == pytest.approx(0.02 / (2 * (layer + 1)) ** 0.5, rel=0.05)
+
+
+def test_a_different_seed_gives_different_weights():
+    with torch.random.fork_rng():
+        weights = []
+        for seed in (0, 0, 1):
+            torch.manual_seed(seed)
+            model = build("cpu")
+            model.init_weights(buffer_device=None)
+            weights.append(model.layers["1"].feed_forward.w1.weight)
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize(
+    ("function", "millions"), [(demo.student, 7.2), (demo.teacher, 1.3), (demo.smollm2_student, 30)]
+)
+def test_the_demos_models_have_the_size_that_they_say(function, millions):
+    spec = function().model_spec
+    host.adapt_model_spec(spec)
+    with torch.device("meta"):
+        model = spec.model.build()
+    assert num_parameters(model) / 1e6 == pytest.approx(millions, rel=0.03)
+    assert f"{millions:g} million" in function.__doc__

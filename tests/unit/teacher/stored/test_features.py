@@ -1,0 +1,183 @@
+"""Stored states are read as they were written, by the runs that they are for, and by no other."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+
+from let_plugin.config import PairConfig, TeacherConfig
+from let_plugin.config.errors import ConfigError
+from let_plugin.guidance.guidance import Guidance
+from let_plugin.preflight import checks as preflight
+from let_plugin.runtime.batch_extras import take_extras
+from let_plugin.teacher.states import OnlineStates
+from let_plugin.teacher.stored.features import Features, StoredStates
+from tests.support import exports
+from tests.support.fields import set_all
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def folder(config, parallel_dims, tmp_path):
+    """An export of the two steps that the configuration aligns; the configuration then reads it."""
+    path = tmp_path / "features"
+    exports.run(config, "--out", path, "--encoding", "float32")
+    config.let.teacher = TeacherConfig(features=str(path))
+    return path
+
+
+def problems(config, **kwargs):
+    with pytest.raises(ConfigError) as info:
+        preflight.run(config, **kwargs)
+    return {problem.key: str(problem) for problem in info.value.problems}
+
+
+def test_a_run_that_it_is_for_is_reported(config, folder):
+    report = preflight.run(config)
+    assert f"states     {folder}: float32, 128 bytes per token, 0.0 MiB per local batch" in report
+    assert "cosine with the teacher's own states 1.00000 on average, 1.00000 at the first percentile" in report
+    assert "overhead   + 0.0% FLOPs: the states are read, no teacher runs" in report
+    assert "memory     + 0.1 MiB per rank while active: target 0.0 MiB, gradient 0.0 MiB, encoded states 0.0" in report
+
+
+def test_the_target_is_the_teachers_and_there_is_none(config, folder, trainer, tiny_teacher):
+    stored = Guidance(trainer, 0)
+    assert stored.teacher is None
+    batches = iter(trainer.dataloader)  # with what the guidance has told it to add
+    config.let.teacher = TeacherConfig(spec="tiny_teacher", path=str(tiny_teacher[0]))
+    online = Guidance(trainer, 0)
+    for _ in range(2):
+        input_dict, labels_BL = next(batches)
+        extras = take_extras(input_dict)
+        assert set(extras) == {"1.values"}
+        assert torch.equal(stored.target(input_dict, labels_BL, extras), online.target(input_dict, labels_BL))
+    # The third step's rows were not exported: an error, but only for whom they are to be aligned.
+    input_dict, labels_BL = next(batches)
+    extras = take_extras(input_dict)
+    with pytest.raises(ConfigError, match=r"let.teacher.features = .*: a row of the training data is not stored there"):
+        stored.target(input_dict, labels_BL, extras)
+
+
+def test_only_the_layers_that_are_asked_for_are_read(config, parallel_dims, tmp_path):
+    config.let.pairs = [PairConfig(student=0, teacher=0), PairConfig(student=1, teacher=1)]
+    exports.run(config, "--out", tmp_path / "features")
+    features = Features(str(tmp_path / "features"))
+    provider = StoredStates(features, [1], dtype=torch.float32, device=CPU)
+    batch, labels_BL = next(iter(config.dataloader.build(**loader_arguments(config))))
+    assert set(provider.make_extras(batch, labels_BL)) == {"1.values"}
+    both = StoredStates(features, [1, 0], dtype=torch.float32, device=CPU)
+    states = both.states(batch | both.make_extras(batch, labels_BL))
+    assert states.states_BLE.shape == (4, 64, 64) and states.states_BLE.dtype == torch.float32
+    alone = provider.states(batch | provider.make_extras(batch, labels_BL))
+    assert torch.equal(states.states_BLE[..., :32], alone.states_BLE)
+    assert states.num_tokens == 0
+
+
+def loader_arguments(config):
+    tokenizer = config.tokenizer.build(tokenizer_path=config.hf_assets_path)
+    return {"dp_world_size": 1, "dp_rank": 0, "tokenizer": tokenizer, "seq_len": 64, "local_batch_size": 4}
+
+
+def test_tokens_that_were_stored_without_a_state_have_none(config, parallel_dims, tmp_path, monkeypatch):
+    values = torch.ones(2, 3, 32)
+    values[0, 1] = 0
+
+    def known(folder):
+        features = Features(str(folder))
+        return StoredStates(features, [1], dtype=torch.float32, device=CPU).states({"1.values": values}).known_BL
+
+    exports.run(config, "--out", tmp_path / "all")
+    assert known(tmp_path / "all") is None
+
+    states = OnlineStates.states
+
+    def some(self, batch):
+        made = states(self, batch)
+        return made._replace(known_BL=batch["input"] % 2 == 0)
+
+    monkeypatch.setattr(OnlineStates, "states", some)
+    manifest = exports.run(config, "--out", tmp_path / "some")
+    assert 0 < manifest.result["fidelity"]["1"]["tokens"] < 512
+    assert known(tmp_path / "some").tolist() == [[True, False, True], [True, True, True]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "message"),
+    [
+        ({"training__seq_len": 32}, "training.seq_len", "= 32: .* was made with 64"),
+        ({"dataloader__ignore_every": 5}, "dataloader.ignore_every", "= 5: .* was made with 7"),
+        ({"dataloader__dataset": "let_demo_test"}, "dataloader.dataset", "was made with 'let_demo_train'"),
+        ({"let__teacher__dtype": "bfloat16"}, "let.teacher.dtype", "'bfloat16': .* was made with 'float32'"),
+        ({"let__teacher__final_norm": False}, "let.teacher.final_norm", "was made with True"),
+        ({"let__layer_mapping": "M2E"}, "let.teacher.features", r"teacher's layers \[1\], not of \[0\]"),
+        ({"let__stop_step": 3}, "let.teacher.features", r"2 steps; the alignment lasts 3; set let.stop_step = 2"),
+        ({"training__global_batch_size": 8}, "let.teacher.features", r"1 steps; the alignment lasts 2; set"),
+        ({"let__teacher__spec": "demo_teacher"}, "let.teacher.spec", "not the teacher whose states are in"),
+        ({"let__teacher__path": "org/other"}, "let.teacher.path", "org/other@unknown"),
+    ],
+)
+def test_a_run_that_it_is_not_for_is_refused(config, folder, changes, key, message):
+    set_all(config, **changes)
+    assert re.search(message, problems(config)[key])
+
+
+def test_other_degrees_and_tokenizers_are_refused_with_all_else_at_once(config, folder, tmp_path):
+    shutil.copytree(config.hf_assets_path, tmp_path / "tokenizer")
+    with (tmp_path / "tokenizer" / "tokenizer.json").open("a") as file:
+        file.write(" ")
+    set_all(config, hf_assets_path=str(tmp_path / "tokenizer"), let__stop_step=3)
+    found = problems(config, world_size=2)
+    assert set(found) == {"hf_assets_path", "parallelism", "let.teacher.features"}
+    assert "not the tokenizer" in found["hf_assets_path"]
+    assert "export again with --data-parallel-degree 2" in found["parallelism"]
+
+
+def test_what_is_wrong_in_itself_is_said_once(config, folder, tmp_path):
+    set_all(config, training__seq_len=0, training__local_batch_size=0, dataloader__dataset="let_demo_trian")
+    config.hf_assets_path = str(tmp_path / "none")
+    with pytest.raises(ConfigError) as info:
+        preflight.run(config)
+    keys = [problem.key for problem in info.value.problems]
+    assert sorted(keys) == ["dataloader.dataset", "hf_assets_path", "training.local_batch_size", "training.seq_len"]
+
+
+def test_what_changes_nothing_is_not_refused(config, folder, tiny_teacher):
+    set_all(config, let__stop_step=1, dataloader__num_workers=2, let__weight=2.0, debug__seed=5)
+    set_all(config, training__local_batch_size=2, training__global_batch_size=4)
+    set_all(config, let__teacher__spec="tiny_teacher", let__teacher__path=str(tiny_teacher[0]))
+    preflight.run(config)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: shutil.rmtree(folder), "no manifest.json there"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json cannot be read"),
+        (lambda folder: (folder / "manifest.json").write_text("[]"), "manifest.json cannot be read"),
+        (lambda folder: (folder / "manifest.json").write_text('{"format": 99}'), "in format 99, this version reads 1"),
+        (lambda folder: change(folder, result=None), "is not complete; run the same let-teacher export again"),
+        (lambda folder: change(folder, result={"fidelity": {}}), "lacks 'num_shards'"),
+        (lambda folder: next(folder.glob("rows-*")).unlink(), "there are 0 files of rows instead of 1"),
+    ],
+)
+def test_a_folder_that_is_not_a_whole_export_is_one_clear_error(config, folder, damage, message):
+    damage(folder)
+    found = problems(config)
+    assert list(found) == ["let.teacher.features"] and message in found["let.teacher.features"]
+
+
+def change(folder, **values):
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_a_projection_that_is_gone_is_one_clear_error(config, parallel_dims, tmp_path):
+    folder = tmp_path / "features"
+    exports.run(config, "--out", folder, "--encoding", "random", "--width", "8")
+    config.let.teacher = TeacherConfig(features=str(folder))
+    assert "random of 8 channels, 16 bytes per token" in preflight.run(config)
+    (folder / "projection.safetensors").write_bytes(b"")
+    assert "projection.safetensors cannot be read" in problems(config)["let.teacher.features"]

@@ -1,0 +1,78 @@
+"""What is the same has the same fingerprint, wherever it lies; what is not has another."""
+
+import shutil
+
+import pytest
+
+from let_plugin.config import TeacherConfig
+from let_plugin.demo import TEACHER, TOKENIZER
+from let_plugin.teacher.stored import fingerprints
+from tests.support.fields import set_all
+
+
+def test_a_teacher_is_its_files_not_their_place(tmp_path, tiny_teacher):
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_teacher[0], copy)
+    before = fingerprints.teacher(TeacherConfig(path=str(tiny_teacher[0]), spec="tiny_teacher"))
+    assert fingerprints.teacher(TeacherConfig(path=str(copy), spec="tiny_teacher")) == before
+    (copy / "notes.txt").write_text("not the teacher's")
+    assert fingerprints.teacher(TeacherConfig(path=str(copy))) == before
+    (shard,) = copy.glob("*.distcp")
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert fingerprints.teacher(TeacherConfig(path=str(copy))) != before
+
+
+def test_large_files_are_sampled_at_both_ends(tmp_path):
+    path = tmp_path / "model.gguf"
+    size = fingerprints._NUM_SAMPLES * fingerprints._SAMPLE_BYTES * 2
+    seen = set()
+    for change in (None, 0, size - 1):
+        content = bytearray(size)
+        if change is not None:
+            content[change] = 1
+        path.write_bytes(content)
+        seen.add(fingerprints.teacher(TeacherConfig(path=str(path))))
+    path.write_bytes(bytes(size + 1))
+    seen.add(fingerprints.teacher(TeacherConfig(path=str(path))))
+    assert len(seen) == 4
+
+
+def test_a_registered_spec_brings_its_weights():
+    import let_plugin.demo.config_registry  # noqa: F401
+
+    by_spec = fingerprints.teacher(TeacherConfig(spec="demo_teacher"))
+    assert by_spec == fingerprints.teacher(TeacherConfig(path=TEACHER))
+
+
+def test_what_is_not_on_this_machine_goes_by_its_name():
+    assert fingerprints.teacher(TeacherConfig(path="org/no-such-model")) == "org/no-such-model@unknown"
+
+
+def test_a_tokenizer_is_its_files(tmp_path):
+    before = fingerprints.tokenizer(TOKENIZER)
+    shutil.copy(f"{TOKENIZER}/tokenizer.json", tmp_path)
+    (tmp_path / "README.md").write_text("")
+    copied = fingerprints.tokenizer(str(tmp_path))
+    text = (tmp_path / "tokenizer.json").read_text()
+    (tmp_path / "tokenizer.json").write_text(text + " ")
+    assert fingerprints.tokenizer(str(tmp_path)) != copied and len(before) == 32
+
+
+@pytest.mark.parametrize("files", ["corpus.jsonl", "corpus/*.jsonl"])
+def test_the_loader_is_what_decides_the_rows(config, tmp_path, files):
+    def loader(folder, text="{}"):
+        (folder / files).parent.mkdir(parents=True, exist_ok=True)
+        (folder / files.replace("*", "a")).write_text(text)
+        set_all(config, dataloader__dataset="text_files", dataloader__dataset_path=str(folder / files))
+        return fingerprints.loader(config)
+
+    before = loader(tmp_path / "one")
+    assert loader(tmp_path / "two") == before
+    assert loader(tmp_path / "two", text="{} ") != before
+    loader(tmp_path / "one")
+    config.dataloader.num_workers = 3
+    assert fingerprints.loader(config) == before
+    config.dataloader.infinite = False
+    assert fingerprints.loader(config) != before

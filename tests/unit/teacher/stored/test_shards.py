@@ -1,0 +1,137 @@
+"""Rows are found by their content, whole or not at all."""
+
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from let_plugin.config.errors import ConfigError
+from let_plugin.teacher.stored.shards import KEY_BYTES, RowReader, Shard, ShardWriter, row_keys, shard_paths
+
+L, C = 6, 3
+
+
+def batch(*numbers):
+    tokens_BL = torch.tensor(numbers)[:, None] + torch.arange(L)
+    return {"input": tokens_BL, "positions": torch.arange(L).expand(len(numbers), L)}
+
+
+def states(number):
+    return {"0.values": torch.full((L, C), float(number)).bfloat16(), "0.scales": torch.full((L, 1), number + 0.5)}
+
+
+def write(folder, numbers, *, stream=0, rows_per_shard=2, finish=True):
+    writer = ShardWriter(folder, stream, rows_per_shard)
+    keys = row_keys(batch(*numbers))
+    for i in writer.new_rows(keys):
+        writer.add(keys[i], states(numbers[i]), {"0": torch.tensor([1.0, 0.5 + numbers[i] / 100])})
+    if finish:
+        writer.finish()
+    return writer
+
+
+def test_keys_are_those_of_tokens_and_positions():
+    rows = batch(1, 2, 1)
+    first, second, third = row_keys(rows)
+    assert first == third != second and len(first) == KEY_BYTES
+    without = row_keys({"input": rows["input"]})
+    packed = row_keys({**rows, "positions": torch.tensor([0, 1, 2, 0, 1, 2]).expand(3, L)})
+    assert len({first, without[0], packed[0]}) == 3
+    # A view has the key of what it shows, whatever lies between in memory.
+    wide = torch.stack([rows["input"], rows["input"] + 1], dim=-1)
+    assert row_keys({**rows, "input": wide[..., 0]}) == [first, second, third]
+
+
+def test_rows_come_back_in_any_order_from_all_streams(tmp_path):
+    write(tmp_path, [1, 2, 3, 4, 5])
+    write(tmp_path, [6, 7], stream=1)
+    assert len(shard_paths(tmp_path)) == 4 and len(shard_paths(tmp_path, 0)) == 3
+    reader = RowReader(tmp_path, ["0.values", "0.scales"])
+    for numbers in ([7, 1, 5, 5, 2], [3]):
+        columns, missing = reader.read(row_keys(batch(*numbers)))
+        assert missing == []
+        for name in ("0.values", "0.scales"):
+            assert torch.equal(columns[name], torch.stack([states(n)[name] for n in numbers]))
+
+
+def test_what_is_written_is_plain_safetensors(tmp_path):
+    write(tmp_path, [1, 2])
+    tensors = load_file(shard_paths(tmp_path)[0])
+    assert torch.equal(tensors["0.values"], torch.stack([states(n)["0.values"] for n in (1, 2)]))
+    assert tensors["keys"].shape == (2, KEY_BYTES)
+
+
+def test_rows_that_are_not_there_are_named_and_nothing_is_returned_for_them(tmp_path):
+    write(tmp_path, [1, 2, 3])
+    reader = RowReader(tmp_path, ["0.values"])
+    assert reader.read(row_keys(batch(3, 9, 1, 8))) == ({}, [1, 3])
+    assert RowReader(tmp_path / "none", ["0.values"]).read(row_keys(batch(1))) == ({}, [0])
+
+
+def test_a_row_is_stored_once(tmp_path):
+    writer = write(tmp_path, [1, 2, 1, 1, 3])
+    assert writer.num_rows == 3
+    assert sum(Shard(path).num_rows for path in shard_paths(tmp_path)) == 3
+
+
+def test_what_an_interrupted_writer_has_left_is_what_a_whole_one_writes(tmp_path):
+    whole, interrupted = tmp_path / "whole", tmp_path / "interrupted"
+    for folder in (whole, interrupted):
+        folder.mkdir()
+    write(whole, [1, 2, 3, 4, 5, 6, 7])
+    write(interrupted, [1, 2, 3, 4, 5], finish=False)  # 5 is lost
+    assert len(shard_paths(interrupted)) == 2
+    write(interrupted, [1, 2, 3, 4, 5, 6, 7])
+    files = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in (whole, interrupted)]
+    assert files[0] == files[1] and len(files[0]) == 4
+
+
+def test_a_deleted_file_is_written_again(tmp_path):
+    write(tmp_path, [1, 2, 3, 4, 5, 6])
+    before = [path.read_bytes() for path in shard_paths(tmp_path)]
+    shard_paths(tmp_path)[1].unlink()
+    write(tmp_path, [1, 2, 3, 4, 5, 6])
+    assert [path.read_bytes() for path in shard_paths(tmp_path)] == before
+
+
+def test_a_shard_knows_how_well_its_rows_are_stored(tmp_path):
+    write(tmp_path, [10, 20])
+    fidelity = Shard(shard_paths(tmp_path)[0]).metadata["fidelity"]["0"]
+    assert fidelity == {"tokens": 4, "mean": pytest.approx((1 + 0.6 + 1 + 0.7) / 4), "percentile_1": pytest.approx(0.6)}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[:5],
+        lambda content: content[:40],
+        lambda content: content[:-1],
+        lambda content: content + b"\0",
+        lambda content: b"\xff" * 8 + content[8:],
+        lambda content: content[:8] + b"{" * 20 + content[28:],
+        lambda content: content.replace(b"BF16", b"C128"),
+        lambda content: content.replace(b'"keys"', b'"kexs"'),
+    ],
+)
+def test_damage_is_one_clear_error(tmp_path, damage):
+    write(tmp_path, [1, 2])
+    (path,) = shard_paths(tmp_path)
+    path.write_bytes(damage(path.read_bytes()))
+    for use in (lambda: RowReader(tmp_path, ["0.values"]), lambda: ShardWriter(tmp_path, 0, 2)):
+        with pytest.raises(ConfigError, match=r"let.teacher.features = .*rows-00000-000000.safetensors is damaged \("):
+            use()
+
+
+def test_a_column_that_there_is_not_is_an_error(tmp_path):
+    write(tmp_path, [1])
+    with pytest.raises(ConfigError, match=r"it has no 1\.values"):
+        RowReader(tmp_path, ["0.values", "1.values"])
+
+
+def test_a_reader_can_go_to_a_worker_that_is_not_forked(tmp_path):
+    write(tmp_path, [1, 2])
+    reader = pickle.loads(pickle.dumps(RowReader(tmp_path, ["0.values"])))
+    columns, _ = reader.read(row_keys(batch(2)))
+    assert torch.equal(columns["0.values"][0], states(2)["0.values"])

@@ -1,0 +1,395 @@
+"""torchtitan teachers against plain PyTorch and transformers; and every mistake that their source has to report.
+
+Shape legend: B batch, L sequence, E teacher width.
+"""
+
+import dataclasses
+import importlib
+import shutil
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.tensor import DTensor
+from torchtitan.config import CompileConfig
+from torchtitan.models.common.attention import ScaledDotProductAttention, VarlenAttention
+
+from let_plugin.alignment.layer_mapping import EMBEDDING
+from let_plugin.config import TeacherConfig
+from let_plugin.config.errors import ConfigError
+from let_plugin.demo import TEACHER, TOKENIZER
+from let_plugin.runtime import host
+from let_plugin.runtime.models import llama_spec
+from let_plugin.teacher import quantization
+from let_plugin.teacher.titan.source import TEACHER_SPECS, TitanTeacherSource, describe_spec, register_teacher_spec
+from tests.support import config_registry as tiny
+from tests.support import jobs, reference
+
+LENGTHS = [[7, 12, 5], [1, 3, 20]]  # of the packed documents
+
+
+@pytest.fixture
+def build(config, parallel_dims):
+    """Function that builds the teacher of a spec and a folder in this process; of its last layer unless told."""
+
+    def build(path, spec="tiny_teacher", dtype=torch.float32, layers=None, final_norm=True, **fields):
+        source = TitanTeacherSource(TeacherConfig(spec=spec, path=str(path), **fields))
+        return source.build(
+            dtype=dtype,
+            device=torch.device("cpu"),
+            config=config,
+            parallel_dims=parallel_dims,
+            layers=[source.info.num_layers - 1] if layers is None else layers,
+            final_norm=final_norm,
+        )
+
+    return build
+
+
+def packed_batch():
+    """tokens_BL and positions_BL: 3 documents per row, other boundaries in each."""
+    tokens_BL = torch.randint(tiny.VOCAB_SIZE, (2, 24), generator=torch.Generator().manual_seed(1))
+    positions_BL = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in LENGTHS])
+    return tokens_BL, positions_BL
+
+
+def problem_of(function, *args, **kwargs):
+    with pytest.raises(ConfigError) as info:
+        function(*args, **kwargs)
+    (problem,) = info.value.problems
+    return problem
+
+
+def relative_difference(got, expected):
+    return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+# Hidden states
+
+
+@torch.no_grad()
+def test_states_of_a_torchtitan_checkpoint_equal_the_plain_reference(tiny_teacher, build):
+    path, weights = tiny_teacher
+    teacher = build(path)
+    tokens_BL, positions_BL = packed_batch()
+    _, expected_BLE = reference.llama(weights, tokens_BL, positions_BL, **tiny.TEACHER)
+    states_BLE = teacher(tokens_BL, positions_BL)
+    assert type(states_BLE) is torch.Tensor and states_BLE.shape == (2, 24, tiny.TEACHER_DIM)
+    assert relative_difference(states_BLE, expected_BLE) <= 1e-6
+
+
+@torch.no_grad()
+def test_states_of_safetensors_equal_those_of_transformers(build):
+    transformers = pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
+    model = transformers.AutoModel.from_pretrained(TEACHER, dtype=torch.float32).eval()
+    teacher = build("", spec="demo_teacher")
+    tokens_BL, positions_BL = packed_batch()
+    expected_BLE = model(input_ids=tokens_BL).last_hidden_state
+    torch.testing.assert_close(teacher(tokens_BL, None), expected_BLE, rtol=0, atol=1e-4)
+    states_BLE = teacher(tokens_BL, positions_BL)
+    for row, lengths in enumerate(LENGTHS):
+        for document in torch.arange(24).split(lengths):
+            alone_1LE = model(input_ids=tokens_BL[row : row + 1, document]).last_hidden_state
+            torch.testing.assert_close(states_BLE[row, document], alone_1LE[0], rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_document_does_not_see_the_others(tiny_teacher, build):
+    teacher = build(tiny_teacher[0])
+    tokens_BL, positions_BL = packed_batch()
+    before_BLE = teacher(tokens_BL, positions_BL)
+    tokens_BL[0, :7] = (tokens_BL[0, :7] + 1) % tiny.VOCAB_SIZE  # the first document of row 0
+    after_BLE = teacher(tokens_BL, positions_BL)
+    assert (after_BLE[0, :7] - before_BLE[0, :7]).abs().amax(-1).min() > 1e-2
+    assert torch.equal(after_BLE[0, 7:], before_BLE[0, 7:]) and torch.equal(after_BLE[1], before_BLE[1])
+
+
+def masks_of(model_config, positions_BL):
+    with torch.device("meta"):
+        model = model_config.build()
+    return model.get_attention_masks(positions=positions_BL)
+
+
+@torch.no_grad()
+def test_the_student_s_masks_serve_for_both_where_they_are_the_same(tiny_teacher, build, config):
+    path, _ = tiny_teacher
+    host.adapt_model_spec(config.model_spec)
+    teacher = build(path)
+    tokens_BL, positions_BL = packed_batch()
+    student_masks = masks_of(config.model_spec.model, positions_BL)
+    expected_BLE = teacher(tokens_BL, positions_BL)
+    assert torch.equal(teacher(tokens_BL, positions_BL, student_masks), expected_BLE)
+    # They are what is used: without boundaries between the documents, the states are others.
+    of_one_document = masks_of(config.model_spec.model, torch.arange(24).expand(2, 24))
+    states_BLE = teacher(tokens_BL, positions_BL, of_one_document)
+    assert relative_difference(states_BLE, expected_BLE) > 0.1
+
+    for inner_attention in (
+        dataclasses.replace(config.model_spec.model.first_attention.inner_attention, block_size=64),
+        VarlenAttention.Config(),
+        ScaledDotProductAttention.Config(),
+    ):
+        for layer in config.model_spec.model.layers:
+            layer.attention.inner_attention = inner_attention
+        assert torch.equal(build(path)(tokens_BL, positions_BL, of_one_document), expected_BLE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("flavor", ["gpt_oss:debugmodel", "muse_glimmer:debugmodel"])
+def test_a_student_with_masks_of_its_own_keeps_them_for_itself(tiny_teacher, build, config, flavor):
+    teacher = build(tiny_teacher[0])
+    tokens_BL, positions_BL = packed_batch()
+    expected_BLE = teacher(tokens_BL, positions_BL)
+    model, _, flavor = flavor.partition(":")
+    config.model_spec = importlib.import_module(f"torchtitan.models.{model}").model_registry(flavor)
+    assert torch.equal(build(tiny_teacher[0])(tokens_BL, positions_BL, object()), expected_BLE)
+
+
+@torch.no_grad()
+def test_bf16_states_are_near_the_fp32_ones(tiny_teacher, build):
+    batch = packed_batch()
+    states_BLE = build(tiny_teacher[0], dtype=torch.bfloat16)(*batch)
+    assert states_BLE.dtype == torch.bfloat16
+    assert 1e-4 < relative_difference(states_BLE, build(tiny_teacher[0])(*batch)) < 0.03
+
+
+# Layers
+
+
+@torch.no_grad()
+def test_an_offloaded_teacher_equals_the_plain_one(tiny_teacher, build):
+    path, _ = tiny_teacher
+    batch = packed_batch()
+    teacher = build(path, cpu_offload=True)
+    assert torch.equal(teacher(*batch), build(path)(*batch))
+    assert torch.equal(teacher(*batch), build(path)(*batch))
+    for parameter in teacher.parameters():  # gathered for each forward pass, and given back
+        assert isinstance(parameter, DTensor) and parameter.device.type == "cpu"
+    for module in (teacher.model, *teacher.model.layers.values()):
+        for group in module._get_fsdp_state()._fsdp_param_groups:
+            assert all(parameter.offload_to_cpu for parameter in group.fsdp_params)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@torch.no_grad()
+def test_an_int8_teacher_is_near_the_plain_one_and_smaller(build, config, compiled):
+    pytest.importorskip("torchao", reason="pip install torchao")
+    config.compile = CompileConfig(enable=compiled)
+    batch = packed_batch()
+    whole, small = build("", spec="demo_teacher"), build("", spec="demo_teacher", quantization="int8")
+    cosine_BL = torch.nn.functional.cosine_similarity(small(*batch), whole(*batch), dim=-1)
+    assert 0.99 < cosine_BL.min() < 1 - 1e-7
+    linear = quantization.num_linear_params(whole)
+    assert linear == TitanTeacherSource(TeacherConfig(spec="demo_teacher")).info.num_linear_params
+    saved = sum(map(quantization.num_bytes, whole.parameters())) - sum(map(quantization.num_bytes, small.parameters()))
+    assert 0.95 < saved / (3 * linear) <= 1  # 4 bytes have become 1, and a scale for each row
+    assert not any(p.requires_grad for p in small.parameters())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(tiny_teacher, tmp_path, build, value):
+    weights = {name: weight.clone() for name, weight in tiny_teacher[1].items()}
+    weights["layers.1.attention.wo.weight"][3, 5] = value
+    dcp.save(weights, checkpoint_id=str(tmp_path), no_dist=True)
+    problem = problem_of(build, tmp_path)
+    assert problem.key == "let.teacher.path"
+    assert "NaN or infinite values: layers.1.attention.wo.weight" in problem.message
+    build(tmp_path, layers=[0])  # what is not read cannot hurt
+
+
+def test_safetensors_that_are_not_finite_are_named(tmp_path, build):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(f"{TEACHER}/model.safetensors")
+    weights["model.layers.1.self_attn.q_proj.weight"][3, 5] = torch.nan
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    problem = problem_of(build, tmp_path, spec="demo_teacher")
+    assert problem.key == "let.teacher.path"
+    # By the name that it has in the torchtitan model.
+    assert "NaN or infinite values: layers.1.attention.qkv_linear.wq.weight" in problem.message
+
+
+def expected_states(weights, tokens_BL, positions_BL):
+    """By layer, without the final norm; and, as "final", with it."""
+    hidden, final_BLE = reference.llama(weights, tokens_BL, positions_BL, **tiny.TEACHER)
+    return {EMBEDDING: weights["tok_embeddings.weight"][tokens_BL], **dict(enumerate(hidden)), "final": final_BLE}
+
+
+def num_hooks(teacher):
+    """Hooks of this plugin; FSDP has its own."""
+    hooks = [
+        hook
+        for module in teacher.modules()
+        for hook in [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    ]
+    return sum("let_plugin" in getattr(hook, "__module__", "") for hook in hooks)
+
+
+@pytest.mark.parametrize(("layer", "num_blocks", "hooks"), [(EMBEDDING, 1, 1), (0, 1, 0), (1, 2, 0), ("final", 2, 0)])
+@torch.no_grad()
+def test_states_of_each_layer_equal_the_plain_reference(tiny_teacher, build, layer, num_blocks, hooks):
+    path, weights = tiny_teacher
+    final_norm = layer == "final"
+    layers = [1 if final_norm else layer]
+    teacher = build(path, layers=layers, final_norm=final_norm)
+    batch = packed_batch()
+    states_BLE = teacher(*batch)
+    assert relative_difference(states_BLE, expected_states(weights, *batch)[layer]) <= 1e-6
+    assert num_hooks(teacher) == hooks
+    assert len(teacher.model.layers) == num_blocks
+    assert (teacher.model.norm is not None) == final_norm
+    info = TitanTeacherSource(TeacherConfig(spec="tiny_teacher", path=str(path))).info
+    num_params = sum(p.numel() for p in teacher.parameters()) + (0 if final_norm else tiny.TEACHER_DIM)
+    assert num_params == info.num_params_to(layers) == info.num_trunk_params - sum(info.block_params[num_blocks:])
+    assert states_BLE.shape[-1] == info.width(layers[0], final_norm)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("final_norm", [False, True])
+@pytest.mark.parametrize("layers", [[1, EMBEDDING, 0], [0, EMBEDDING]])
+@torch.no_grad()
+def test_several_layers_in_the_order_asked_for(tiny_teacher, build, config, layers, final_norm, compiled):
+    path, weights = tiny_teacher
+    config.compile = CompileConfig(enable=compiled, components=["model"], backend="aot_eager")
+    teacher = build(path, layers=layers, final_norm=final_norm)
+    batch = packed_batch()
+    by_layer = expected_states(weights, *batch)
+    expected_BLE = torch.cat([by_layer["final" if layer == 1 and final_norm else layer] for layer in layers], -1)
+    for _ in range(2):  # compiled in the first
+        assert relative_difference(teacher(*batch), expected_BLE) <= 1e-6
+
+
+@torch.no_grad()
+def test_the_blocks_behind_the_deepest_layer_are_not_read(tiny_teacher, tmp_path, build):
+    weights = {
+        k: torch.full_like(v, torch.nan) if k.startswith(("layers.1.", "norm.")) else v
+        for k, v in tiny_teacher[1].items()
+    }
+    dcp.save(weights, checkpoint_id=str(tmp_path), no_dist=True)
+    batch = packed_batch()
+    assert torch.equal(build(tmp_path, layers=[0])(*batch), build(tiny_teacher[0], layers=[0])(*batch))
+    assert "layers.1." in problem_of(build, tmp_path, layers=[1]).message
+
+
+@torch.no_grad()
+def test_states_of_each_layer_of_safetensors_equal_those_of_transformers(build):
+    transformers = pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
+    model = transformers.AutoModel.from_pretrained(TEACHER, dtype=torch.float32).eval()
+    tokens_BL, _ = packed_batch()
+    expected = model(input_ids=tokens_BL, output_hidden_states=True).hidden_states
+    layers = [EMBEDDING, *range(len(expected) - 1)]
+    states_BLE = build("", spec="demo_teacher", layers=layers)(tokens_BL, None)
+    torch.testing.assert_close(states_BLE, torch.cat(expected, -1), rtol=0, atol=1e-4)
+
+
+# What is built
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_built_teacher_is_frozen_and_headless(tiny_teacher, build, dtype):
+    teacher = build(tiny_teacher[0], dtype=dtype)
+    parameters = dict(teacher.named_parameters())
+    assert sum(p.numel() for p in parameters.values()) == sum(w.numel() for w in tiny_teacher[1].values())
+    assert not [name for name in parameters if "lm_head" in name]
+    assert all(p.dtype == dtype and not p.requires_grad for p in parameters.values())
+    assert not [name for name, module in teacher.named_modules() if module.training]
+    assert not teacher(*packed_batch()).requires_grad
+
+
+def test_the_weights_are_the_checkpoints(tiny_teacher, build):
+    teacher = build(tiny_teacher[0])
+    state_dict = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in teacher.model.state_dict().items()}
+    assert jobs.relative_difference(state_dict, tiny_teacher[1]) == 0
+
+
+@pytest.mark.parametrize("spec", ["tiny_teacher", "demo_teacher"])
+def test_building_leaves_the_random_numbers_and_the_default_dtype(tiny_teacher, build, spec):
+    rng_state = torch.get_rng_state()
+    build(tiny_teacher[0] if spec == "tiny_teacher" else "", spec=spec, dtype=torch.bfloat16)
+    assert torch.equal(torch.get_rng_state(), rng_state)
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_building_leaves_the_students_configuration(tiny_teacher, build, config):
+    before = repr(config)
+    build(tiny_teacher[0])
+    assert repr(config) == before
+
+
+def test_info(tiny_teacher):
+    path, weights = tiny_teacher
+    info = TitanTeacherSource(TeacherConfig(spec="tiny_teacher", path=str(path))).info
+    assert info.description == f"torchtitan llama3 tiny_teacher, DCP from {path}"
+    assert (info.hidden_size, info.num_layers, info.vocab_size) == (32, 2, 4096)
+    assert info.max_seq_len == 131_072
+    assert info.num_trunk_params == sum(w.numel() for w in weights.values())
+    assert info.num_embedding_params == 4096 * 32
+
+
+def test_info_of_a_tied_teacher_counts_the_embedding_once():
+    from safetensors.torch import load_file
+
+    source = TitanTeacherSource(TeacherConfig(spec="demo_teacher"))
+    weights = load_file(f"{TEACHER}/model.safetensors")
+    assert source.info.num_trunk_params == sum(w.numel() for w in weights.values())
+
+
+def test_vocabulary(tiny_teacher):
+    fields = {"spec": "tiny_teacher", "path": str(tiny_teacher[0])}
+    assert TitanTeacherSource(TeacherConfig(**fields)).vocabulary() is None
+    vocabulary = TitanTeacherSource(TeacherConfig(**fields, tokenizer_path=TOKENIZER)).vocabulary()
+    assert len(vocabulary) == 4096
+    assert TitanTeacherSource(TeacherConfig(spec="demo_teacher")).vocabulary() == vocabulary  # brings its own path
+
+
+@pytest.mark.parametrize("key", ["path", "tokenizer_path"])
+def test_damaged_tokenizer(tiny_teacher, tmp_path, key):
+    folder = shutil.copytree(tiny_teacher[0], tmp_path / "teacher")
+    (folder / "tokenizer.json").write_text("{")
+    fields = {"spec": "tiny_teacher", "path": str(tiny_teacher[0]), key: str(folder)}
+    problem = problem_of(TitanTeacherSource(TeacherConfig(**fields)).vocabulary)
+    assert (problem.key, problem.value) == (f"let.teacher.{key}", str(folder))
+    assert "tokenizer.json" in problem.message
+
+
+# Names
+
+
+def test_an_unknown_spec_suggests(tiny_teacher):
+    problem = problem_of(TitanTeacherSource, TeacherConfig(spec="tiny_teachr", path=str(tiny_teacher[0])))
+    assert (problem.key, problem.value) == ("let.teacher.spec", "tiny_teachr")
+    assert "did you mean 'tiny_teacher'?" in problem.message
+
+
+def test_torchtitans_own_models_by_name():
+    info = describe_spec("llama3:1B")
+    assert (info.hidden_size, info.num_layers, info.vocab_size) == (2048, 16, 128_256)
+    # Llama 3.2 1B has 1,235,814,400 parameters, the head tied to the embedding.
+    assert info.num_trunk_params == 1_235_814_400
+    assert info.num_embedding_params == 128_256 * 2048
+
+
+@pytest.mark.parametrize(
+    ("spec", "suggestion"), [("llama3:1b", "'1B'"), ("llama3:", "valid names: 1B"), ("lama3:1B", "'llama3'")]
+)
+def test_a_bad_model_or_flavor_suggests(tiny_teacher, spec, suggestion):
+    problem = problem_of(TitanTeacherSource, TeacherConfig(spec=spec, path=str(tiny_teacher[0])))
+    assert (problem.key, problem.value) == ("let.teacher.spec", spec)
+    assert suggestion in problem.message
+
+
+def test_a_spec_is_made_anew_for_every_teacher(tiny_teacher):
+    """torchtitan writes into a specification."""
+    made = []
+
+    def make_spec():
+        made.append(llama_spec("counted", dim=32, num_layers=2, num_heads=2, hidden_dim=64, vocab_size=4096))
+        return made[-1]
+
+    register_teacher_spec("counted", make_spec)
+    try:
+        for _ in range(2):
+            TitanTeacherSource(TeacherConfig(spec="counted", path=str(tiny_teacher[0])))
+    finally:
+        TEACHER_SPECS.unregister("counted")
+    assert len(made) == 2

@@ -1,0 +1,243 @@
+"""What is wrong with the files of a torchtitan teacher is said when it is opened, with the tensors' names."""
+
+import dataclasses
+import shutil
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torchtitan.models.llama3.state_dict_adapter import Llama3StateDictAdapter
+
+from let_plugin.config import TeacherConfig
+from let_plugin.config.errors import ConfigError
+from let_plugin.demo import TEACHER
+from let_plugin.preflight import checks as preflight
+from let_plugin.teacher.titan.source import TEACHER_SPECS, TitanTeacherSource
+from let_plugin.teacher.titan.weights import TitanWeights
+
+FILE = "model.safetensors"
+
+
+def problems_of(path, spec="tiny_teacher"):
+    """What opening the teacher complains about."""
+    with pytest.raises(ConfigError) as info:
+        TitanTeacherSource(TeacherConfig(spec=spec, path=str(path)))
+    for problem in info.value.problems:
+        assert (problem.key, problem.value) == ("let.teacher.path", str(path))
+        assert "Traceback" not in problem.message and "\n" not in problem.message
+    return [problem.message for problem in info.value.problems]
+
+
+def problem_of(path, spec="tiny_teacher"):
+    (message,) = problems_of(path, spec)
+    return message
+
+
+@pytest.fixture
+def safetensors(tmp_path):
+    """A copy of the demo's teacher, to damage."""
+    return shutil.copytree(TEACHER, tmp_path / "teacher")
+
+
+@pytest.fixture
+def dcp_folder(tiny_teacher, tmp_path):
+    """A copy of the tiny teacher, to damage."""
+    return shutil.copytree(tiny_teacher[0], tmp_path / "teacher")
+
+
+def write_safetensors(folder, weights):
+    save_file(weights, folder / FILE, metadata={"format": "pt"})
+
+
+def cut(file, num_bytes):
+    file.write_bytes(file.read_bytes()[:num_bytes])
+
+
+# Folders
+
+
+@pytest.mark.parametrize(("path", "message"), [("", "set it to the folder"), ("absent", "no such folder")])
+def test_no_weights(tmp_path, path, message):
+    assert message in problem_of(path and tmp_path / path)
+
+
+def test_a_folder_of_something_else(tmp_path):
+    (tmp_path / "pytorch_model.bin").touch()
+    assert "neither a torchtitan checkpoint (DCP) nor *.safetensors" in problem_of(tmp_path)
+
+
+def test_a_config_json_of_another_model(safetensors):
+    file = safetensors / "config.json"
+    file.write_text(file.read_text().replace("10000.0", "500000.0"))
+    with pytest.raises(ConfigError) as info:
+        TitanTeacherSource(TeacherConfig(spec="demo_teacher", path=str(safetensors)))
+    (problem,) = info.value.problems
+    assert (problem.key, problem.value) == ("let.teacher.spec", "demo_teacher")
+    assert "rope_theta = 500000.0, the spec 10000.0" in problem.message
+
+
+# Files
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda file: cut(file, -500), "__0_0.distcp is truncated"),
+        (lambda file: cut(file, 5000), "and 12 more; fetch"),
+        (lambda file: file.unlink(), "__0_0.distcp is missing"),
+    ],
+)
+def test_tensors_that_are_not_wholly_in_a_torchtitan_checkpoint_are_named(dcp_folder, damage, message):
+    (file,) = dcp_folder.glob("*.distcp")
+    damage(file)
+    said = problem_of(dcp_folder)
+    assert "tensors that are not wholly there: " in said and message in said
+    assert "layers.1.ffn_norm.weight (" in said or "layers.0." in said
+
+
+def test_damaged_metadata(dcp_folder):
+    (dcp_folder / ".metadata").write_bytes(b"x")
+    assert ".metadata is not one that torch has written, or is damaged" in problem_of(dcp_folder)
+
+
+@pytest.mark.parametrize("num_bytes", [-100, -2_000_000])
+def test_tensors_that_are_not_wholly_in_a_safetensors_file_are_named(safetensors, num_bytes):
+    cut(safetensors / FILE, num_bytes)
+    assert f"{FILE} is truncated: it lacks (part of) model." in problem_of(safetensors, "demo_teacher")
+
+
+@pytest.mark.parametrize("num_bytes", [20, 0])
+def test_safetensors_without_their_header(safetensors, num_bytes):
+    cut(safetensors / FILE, num_bytes)
+    assert f"{FILE} is truncated, or is not a safetensors file" in problem_of(safetensors, "demo_teacher")
+
+
+def test_files_of_any_name_are_read_and_all_that_an_index_names_must_be_there(safetensors):
+    weights = load_file(safetensors / FILE)
+    (safetensors / FILE).unlink()
+    for i in range(2):
+        save_file(dict(list(weights.items())[i::2]), safetensors / f"part-{i}.safetensors")
+    TitanTeacherSource(TeacherConfig(spec="demo_teacher", path=str(safetensors)))
+    index = '{"weight_map": {"model.norm.weight": "part-2.safetensors"}}'
+    (safetensors / "model.safetensors.index.json").write_text(index)
+    assert "part-2.safetensors is missing" in problem_of(safetensors, "demo_teacher")
+
+
+# Tensors
+
+
+@pytest.mark.parametrize("wrong", [None, (32, 72), (64, 32), torch.int32, "no tensor"])
+def test_missing_or_misshapen_weights_of_a_torchtitan_checkpoint_are_named(tiny_teacher, tmp_path, wrong):
+    name = "layers.1.feed_forward.w2.weight"
+    weights = {k: v for k, v in tiny_teacher[1].items() if k != name}
+    message = f"lacks tensors that the spec asks for: {name}"
+    if isinstance(wrong, tuple):
+        weights[name], message = torch.zeros(wrong), f"{name} (file {wrong}, spec (32, 64))"
+    elif isinstance(wrong, torch.dtype):
+        weights[name], message = torch.zeros(32, 64, dtype=wrong), f"{name} (file torch.int32, spec torch.float32)"
+    elif wrong is not None:
+        weights[name] = wrong
+    dcp.save(weights, checkpoint_id=str(tmp_path), no_dist=True)
+    assert message in problem_of(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [None, (360, 128), (128, 352)])
+def test_missing_or_misshapen_safetensors_are_named(safetensors, shape):
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights = {k: v for k, v in load_file(safetensors / FILE).items() if k != name}
+    message = f"lacks tensors that the spec asks for: {name}"
+    if shape:
+        weights[name], message = torch.zeros(shape), f"{name} (file {shape}, spec (352, 128))"
+    write_safetensors(safetensors, weights)
+    assert message in problem_of(safetensors, "demo_teacher")
+
+
+@pytest.mark.parametrize("spec", ["tiny_teacher", "demo_teacher"])
+def test_a_checkpoint_with_more_blocks_than_the_spec_is_refused(tiny_teacher, tmp_path, spec):
+    """It would load, as another model: the blocks below the missing ones, and a norm that never saw their output."""
+    if spec == "tiny_teacher":
+        surplus = {"layers.2.ffn_norm.weight": torch.ones(32)}
+        dcp.save(tiny_teacher[1] | surplus, checkpoint_id=tmp_path, no_dist=True)
+    else:
+        surplus = {"model.layers.4.mlp.up_proj.weight": torch.ones(352, 128)}
+        write_safetensors(tmp_path, load_file(f"{TEACHER}/{FILE}") | surplus)
+    assert "the checkpoint has" in problem_of(tmp_path, spec)
+
+
+def test_a_training_checkpoint_with_optimizer_and_head_is_a_teacher(tiny_teacher, tmp_path):
+    extra = {"lm_head.weight": torch.ones(4096, 32), "optimizer.state.norm.weight.exp_avg": torch.ones(32), "step": 3}
+    dcp.save({**tiny_teacher[1], **extra}, checkpoint_id=str(tmp_path), no_dist=True)
+    TitanTeacherSource(TeacherConfig(spec="tiny_teacher", path=str(tmp_path)))
+
+
+def test_tensors_that_the_spec_has_no_place_for_are_refused(safetensors):
+    """Biases, say: without them it would be another model. Rotary frequencies follow from the configuration."""
+    weights = load_file(safetensors / FILE) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(32)}
+    write_safetensors(safetensors, weights)
+    TitanTeacherSource(TeacherConfig(spec="demo_teacher", path=str(safetensors)))
+    write_safetensors(safetensors, weights | {"model.layers.1.self_attn.q_proj.bias": torch.ones(128)})
+    message = problem_of(safetensors, "demo_teacher")
+    assert "tensors that the spec knows nothing of: model.layers.1.self_attn.q_proj.bias" in message
+
+
+def test_all_that_is_wrong_is_said_at_once_and_by_the_preflight_check(tiny_teacher, tmp_path, config):
+    """`let-train --check` ends here: before anything is built."""
+    weights = {k: v for k, v in tiny_teacher[1].items() if k != "norm.weight"}
+    weights |= {"layers.0.attention_norm.weight": torch.ones(31), "layers.1.attention.wo.bias": torch.ones(32)}
+    dcp.save(weights, checkpoint_id=str(tmp_path / "teacher"), no_dist=True)
+    (file,) = (tmp_path / "teacher").glob("*.distcp")
+    cut(file, 5000)
+    config.let.teacher.path = str(tmp_path / "teacher")
+    with pytest.raises(ConfigError) as info:
+        preflight.run(config)
+    lacking, misshapen, surplus, truncated = (problem.message for problem in info.value.problems)
+    assert "norm.weight" in lacking
+    assert "layers.0.attention_norm.weight (file (31,), spec (32,))" in misshapen
+    assert "layers.1.attention.wo.bias" in surplus
+    assert "(__0_0.distcp is truncated)" in truncated
+
+
+def test_truncated_safetensors_are_refused_by_the_preflight_check(safetensors, config):
+    cut(safetensors / FILE, -100)
+    config.let.teacher.spec, config.let.teacher.path = "demo_teacher", str(safetensors)
+    with pytest.raises(ConfigError, match=r"let\.teacher\.path.*lacks \(part of\) model\."):
+        preflight.run(config)
+
+
+# Adapters
+
+
+class ForTheWholeModel(Llama3StateDictAdapter):
+    """One that cannot translate a block alone, and reads files in its own way."""
+
+    num_read = 0
+
+    class Reader(HuggingFaceStorageReader):
+        def read_data(self, plan, planner):
+            ForTheWholeModel.num_read += len(plan.items)
+            return super().read_data(plan, planner)
+
+    def from_hf(self, hf_state_dict):
+        hf_state_dict["model.embed_tokens.weight"]
+        return super().from_hf(hf_state_dict)
+
+    def get_hf_storage_reader(self, path, from_quantized=False):
+        return self.Reader(path)
+
+
+def test_an_adapter_that_needs_the_whole_model_gets_it(safetensors):
+    states = []
+    spec = TEACHER_SPECS.get("demo_teacher", key="").make_spec()
+    for adapter in (Llama3StateDictAdapter, ForTheWholeModel):
+        own = dataclasses.replace(spec, state_dict_adapter=adapter)
+        model = spec.model.build()
+        model.lm_head = None  # the file has none
+        weights = TitanWeights(str(safetensors), own, "demo_teacher")
+        weights.check(model, len(model.layers))
+        assert weights.load(model) == []
+        states.append(model.state_dict())
+    assert ForTheWholeModel.num_read == len(load_file(safetensors / FILE))
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name])
