@@ -14,7 +14,7 @@ from let_plugin.alignment.layer_mapping import EMBEDDING, LayerPair
 from let_plugin.config import LetConfig, TeacherConfig, plan
 from let_plugin.runtime import host
 from let_plugin.teacher.base import TeacherInfo, num_blocks_to
-from let_plugin.teacher.retokenised import Trial, teacher_seq_len
+from let_plugin.teacher.retokenized import Trial, teacher_seq_len
 from let_plugin.teacher.sharding import sequence_shards, teacher_parallel_dims
 from let_plugin.teacher.stored.features import Features
 
@@ -292,7 +292,7 @@ def _describe_token_alignment(config: Trainer.Config, teacher: TeacherInfo, tria
             f"{trial.aligned:.1%} of the tokens have a state of the teacher's, {trial.exact:.1%} one of the same end",
             f"{seq_len} tokens are {trial.mean_length:.0f} of the teacher's, {trial.max_length} at most, "
             f"with room for {length} (let.token_alignment.teacher_seq_len)",
-            f"{trial.tokens_per_second:,.0f} tokens/s are retokenised by each worker (dataloader.num_workers)",
+            f"{trial.tokens_per_second:,.0f} tokens/s are retokenized by each worker (dataloader.num_workers)",
         ]
     )
 

@@ -11,7 +11,7 @@ from let_plugin.alignment.projectors import FittedMatch
 from let_plugin.config import LetConfig, plan
 from let_plugin.config.errors import ConfigError, Problem
 from let_plugin.teacher.base import TeacherInfo, TeacherSource
-from let_plugin.teacher.retokenised import Trial, retokeniser, teacher_seq_len, try_out
+from let_plugin.teacher.retokenized import Trial, retokenizer, teacher_seq_len, try_out
 from let_plugin.teacher.stored.features import Features
 from let_plugin.tokens.vocabulary import WithoutSpecialTokens, compare_vocabularies
 
@@ -110,8 +110,8 @@ def try_token_alignment(config: Trainer.Config, source: TeacherSource, can_read_
     if not can_read_data:
         return None
     student = config.tokenizer.build(tokenizer_path=config.hf_assets_path)
-    retokenise = retokeniser(config, student, source)
-    return try_out(config, student, retokenise) if os.environ["RANK"] == "0" else None
+    retokenize = retokenizer(config, student, source)
+    return try_out(config, student, retokenize) if os.environ["RANK"] == "0" else None
 
 
 def check_vocabulary(student: dict[str, int], source: TeacherSource, let: LetConfig) -> str:

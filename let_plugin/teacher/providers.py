@@ -7,7 +7,7 @@ import torch
 
 from let_plugin.config import TeacherConfig, plan
 from let_plugin.teacher.base import TeacherSource
-from let_plugin.teacher.retokenised import RetokenisedStates, retokeniser, teacher_config
+from let_plugin.teacher.retokenized import RetokenizedStates, retokenizer, teacher_config
 from let_plugin.teacher.sources import open_teacher
 from let_plugin.teacher.states import OnlineStates, StateProvider
 from let_plugin.teacher.stored.features import Features, StoredStates
@@ -48,7 +48,7 @@ def make_provider(
         return StoredStates(source, layers, dtype=plan.teacher_dtype(config), device=device)
     make_batches = None
     if config.let.token_alignment.enable:
-        make_batches = retokeniser(config, student_tokenizer, source)
+        make_batches = retokenizer(config, student_tokenizer, source)
     teacher = source.build(
         dtype=plan.teacher_dtype(config),
         device=device,
@@ -57,4 +57,4 @@ def make_provider(
         layers=layers,
         final_norm=config.let.teacher.final_norm,
     )
-    return OnlineStates(teacher) if make_batches is None else RetokenisedStates(teacher, make_batches)
+    return OnlineStates(teacher) if make_batches is None else RetokenizedStates(teacher, make_batches)

@@ -44,7 +44,7 @@ class RowAlignment(NamedTuple):
     is_exact_L: np.ndarray
 
 
-class Retokeniser:
+class Retokenizer:
     """Makes the teacher's batch out of the student's: a function of the batch alone, for the data loader's workers.
 
     Only `encode` of the tokenizers is called, which starts no threads: it can run in forked processes.

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from let_plugin.demo import TOKENIZER
-from let_plugin.tokens.alignment import Retokeniser
+from let_plugin.tokens.alignment import Retokenizer
 from tests.integration.test_strategies import LAYOUTS
 from tests.support import jobs, reference, tokenizer_kinds
 from tests.support.config_registry import STUDENT, TEACHER
@@ -41,13 +41,13 @@ def test_gradients_weights_and_metrics_equal_the_reference(uninterrupted, tiny_t
 
     probe, metrics = uninterrupted
     student, teacher = (HuggingFaceTokenizer(tokenizer_path=str(path)) for path in (TOKENIZER, tokenizer_folder))
-    retokeniser = Retokeniser(student, teacher, teacher_seq_len=TEACHER_SEQ_LEN)
+    retokenizer = Retokenizer(student, teacher, teacher_seq_len=TEACHER_SEQ_LEN)
 
-    def retokenise(batch):
-        extras = retokeniser({"input": batch[0], "positions": batch[1]}, batch[2])
+    def retokenize(batch):
+        extras = retokenizer({"input": batch[0], "positions": batch[1]}, batch[2])
         return extras["teacher_tokens"], extras["teacher_positions"], extras["teacher_index"]
 
-    shapes = {"student_shape": STUDENT, "teacher_shape": TEACHER, "block": 0, "retokenise": retokenise}
+    shapes = {"student_shape": STUDENT, "teacher_shape": TEACHER, "block": 0, "retokenize": retokenize}
     steps, weights = reference.train(
         probe["initial"], tiny_teacher[1], probe["batches"], probe["lrs"], weight=0.5, stop_step=4, **shapes
     )
@@ -58,7 +58,7 @@ def test_gradients_weights_and_metrics_equal_the_reference(uninterrupted, tiny_t
     assert [line["let/cosine"] for line in active] == pytest.approx([s["cosine"] for s in steps[:4]], abs=1e-6)
     for line, batch in zip(active, probe["batches"], strict=False):
         counts_BL = batch[2] != reference.IGNORE_INDEX
-        fraction = (counts_BL & (retokenise(batch)[2] >= 0)).sum() / counts_BL.sum()
+        fraction = (counts_BL & (retokenize(batch)[2] >= 0)).sum() / counts_BL.sum()
         assert line["let/aligned_fraction"] == pytest.approx(fraction.item()) and fraction > 0.9
     assert "let/aligned_fraction" not in metrics[-1]
 

@@ -22,7 +22,7 @@ OURS += (
     "let_plugin.guidance.fitted",
     "let_plugin.guidance.auxiliary_head",
 )
-OURS += "let_plugin.teacher.states", "let_plugin.teacher.retokenised", "let_plugin.guidance.distillation"
+OURS += "let_plugin.teacher.states", "let_plugin.teacher.retokenized", "let_plugin.guidance.distillation"
 
 
 class Leftovers:

@@ -63,11 +63,11 @@ def rotate(x_BLNH, positions_BL, theta):
 
 
 def let_loss(
-    student, teacher, batch, *, student_shape, teacher_shape, block, weight, projector_DE=None, retokenise=None
+    student, teacher, batch, *, student_shape, teacher_shape, block, weight, projector_DE=None, retokenize=None
 ):
     """L_NLL, L_NLL + lambda * L_align and the mean cosine of a batch [B, L], each over its number of valid tokens.
 
-    `retokenise`, for a teacher with another tokenizer: batch -> the teacher's tokens and positions [B, T], and which of
+    `retokenize`, for a teacher with another tokenizer: batch -> the teacher's tokens and positions [B, T], and which of
     them each token meets [B, L], -1: none. The mean cosine is then that of the tokens that meet one.
 
     And how the gradients of the two losses with respect to the block's output agree: (cosine, ratio of norms).
@@ -79,10 +79,10 @@ def let_loss(
     nll = F.cross_entropy(logits_BLV.flatten(0, 1), labels_BL.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
     counts_BL = valid_BL
     with torch.no_grad():
-        if retokenise is None:
+        if retokenize is None:
             _, target_BLE = llama(teacher, tokens_BL, positions_BL, **teacher_shape)
         else:
-            *teacher_batch, index_BL = retokenise(batch)
+            *teacher_batch, index_BL = retokenize(batch)
             _, states_BTE = llama(teacher, *teacher_batch, **teacher_shape)
             target_BLE = torch.stack([states[index] for states, index in zip(states_BTE, index_BL, strict=True)])
             counts_BL = valid_BL & (index_BL >= 0)

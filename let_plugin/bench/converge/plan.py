@@ -24,7 +24,7 @@ from let_plugin.config.load import Loaded
 from let_plugin.preflight import checks as preflight
 from let_plugin.preflight.report import Student
 from let_plugin.runtime.held_out import TwoSplitValidator
-from let_plugin.teacher.retokenised import teacher_seq_len
+from let_plugin.teacher.retokenized import teacher_seq_len
 from let_plugin.teacher.stored.features import Features, Manifest
 
 LET = "let"

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 from let_plugin.demo import TOKENIZER
-from let_plugin.tokens.alignment import Retokeniser, last_ending_by
+from let_plugin.tokens.alignment import Retokenizer, last_ending_by
 from let_plugin.tokens.token_bytes import token_bytes
 from tests.support import tokenizer_kinds as kinds
 from tests.support.tokenizer_kinds import KINDS, MULTILINGUAL, SPACE
@@ -26,9 +26,9 @@ MIXED = st.lists(st.sampled_from([*MULTILINGUAL, *(t[:200] for t in kinds.docume
 PAIRS = [(s, t) for s in KINDS for t in KINDS if s != t]
 
 
-def retokenise(student, teacher, batch, **options):
+def retokenize(student, teacher, batch, **options):
     length = batch[0]["input"].shape[1]
-    return Retokeniser(student, teacher, **{"teacher_seq_len": 4 * length, **options})(*batch)
+    return Retokenizer(student, teacher, **{"teacher_seq_len": 4 * length, **options})(*batch)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def special_tokens(kind):
 @functools.cache
 def of_pair(student, teacher):
     student, teacher = KINDS[student](), KINDS[teacher]()
-    return Retokeniser(student, teacher, teacher_seq_len=1), token_bytes(student), token_bytes(teacher)
+    return Retokenizer(student, teacher, teacher_seq_len=1), token_bytes(student), token_bytes(teacher)
 
 
 @settings(deadline=None, max_examples=60)
@@ -74,8 +74,8 @@ def of_pair(student, teacher):
 def test_no_state_has_seen_text_that_its_token_has_not(pair, texts, skip, length):
     tokens, positions, labels = kinds.row(KINDS[pair[0]](), texts, length, skip)
     assume(tokens)
-    retokenise, values, teacher_values = of_pair(*pair)
-    (aligned,) = retokenise.rows(*kinds.batch((tokens, positions, labels)))
+    retokenize, values, teacher_values = of_pair(*pair)
+    (aligned,) = retokenize.rows(*kinds.batch((tokens, positions, labels)))
     last = -1
     for i, index in enumerate(aligned.index_L):
         if index < 0:
@@ -98,14 +98,14 @@ SMOLLM2 = pytest.param(
 def test_equal_tokenizers_give_the_students_own_row(kind):
     """Wherever it is cut: in words, runs of spaces and digits, and characters."""
     tokenizer = KINDS[kind]() if kind in KINDS else Tokenizer.from_file(str(kinds.SMOLLM2 / "tokenizer.json"))
-    retokenise = Retokeniser(tokenizer, tokenizer, teacher_seq_len=LENGTH)
+    retokenize = Retokenizer(tokenizer, tokenizer, teacher_seq_len=LENGTH)
 
     @settings(deadline=None, max_examples=25)
     @given(texts=MIXED, skip=st.integers(0, 300))
     def check(texts, skip):
         tokens, positions, labels = kinds.row(tokenizer, texts, LENGTH, skip)
         assume(tokens)
-        extras = retokenise(*kinds.batch((tokens, positions, labels)))
+        extras = retokenize(*kinds.batch((tokens, positions, labels)))
         length = len(tokens)
         assert extras["teacher_tokens"][0, :length].tolist() == tokens
         assert extras["teacher_positions"][0, :length].tolist() == positions
@@ -147,7 +147,7 @@ def documents(tokenizer, *texts):
 def test_by_hand():
     student, teacher = small("the", " cat"), small("he", " ca")
     batch = documents(student, "x", "the cat sat")
-    extras = Retokeniser(student, teacher, teacher_seq_len=14)(*batch)
+    extras = Retokenizer(student, teacher, teacher_seq_len=14)(*batch)
     expected = of(teacher, "x") + of(teacher, "the cat sat")  # x | t he | _ca t | _ s a t
     assert extras["teacher_tokens"].tolist() == [expected + [0] * (14 - len(expected))]
     assert extras["teacher_positions"].tolist() == [[0, *range(len(expected) - 1), *range(14 - len(expected))]]
@@ -160,15 +160,15 @@ def test_a_token_without_a_state_and_tokens_of_another_end():
     student, teacher = small(), small("the", "cat")
     batch = documents(student, "x", "the cat ")
     #                                                              x   t   h  e  _   c   a  t  _
-    assert retokenise(student, teacher, batch)["teacher_index"].tolist() == [[0, -1, -1, 1, 2, 2, 2, 3, 4]]
-    exact = retokenise(student, teacher, batch, exact=True)
+    assert retokenize(student, teacher, batch)["teacher_index"].tolist() == [[0, -1, -1, 1, 2, 2, 2, 3, 4]]
+    exact = retokenize(student, teacher, batch, exact=True)
     assert exact["teacher_index"].tolist() == [[0, -1, -1, 1, 2, -1, -1, 3, 4]]
 
 
 def test_a_character_that_the_teacher_composes_ends_with_its_last_part():
     student, teacher = small(), KINDS["NFC"]()
     tokens, positions, labels = kinds.row(student, ["x", " e\u0301 a"], 9, 0)
-    (row,) = Retokeniser(student, teacher, teacher_seq_len=1).rows(*kinds.batch((tokens, positions, labels)))
+    (row,) = Retokenizer(student, teacher, teacher_seq_len=1).rows(*kinds.batch((tokens, positions, labels)))
     read = [seen(token_bytes(teacher), row.tokens[1 : i + 1]) if i > 0 else None for i in row.index_L]
     # x, space, e, and the two bytes of the accent: only with the second of them may it have been read
     assert read[:4] == [None, *["" if row.index_L[1] > 0 else None] * 3] and read[4] == "\u00e9"
@@ -176,7 +176,7 @@ def test_a_character_that_the_teacher_composes_ends_with_its_last_part():
 
 def test_what_does_not_fit_is_not_aligned():
     student, teacher = small("the"), small()
-    extras = retokenise(student, teacher, documents(student, "x", "the the"), teacher_seq_len=4)
+    extras = retokenize(student, teacher, documents(student, "x", "the the"), teacher_seq_len=4)
     assert extras["teacher_tokens"].tolist() == [[ord(c) for c in "xthe"]]
     assert extras["teacher_index"].tolist() == [[0, 3, -1, -1]]
 
@@ -194,7 +194,7 @@ def test_control_tokens(special, roles, expected):
     teacher = small("ab", special=special)
     batch = documents(student, "<begin>ab", "<begin>ab")
     student_with_roles, teacher_with_roles = Roles(student, bos="<begin>"), Roles(teacher, **roles)
-    extras = Retokeniser(student_with_roles, teacher_with_roles, teacher_seq_len=6)(*batch)
+    extras = Retokenizer(student_with_roles, teacher_with_roles, teacher_seq_len=6)(*batch)
     ab = of(teacher, "ab")
     if expected is None:
         assert extras["teacher_tokens"].tolist() == [[*ab, *ab, 0, 0, 0, 0]]
@@ -208,7 +208,7 @@ def test_control_tokens(special, roles, expected):
 def test_text_that_looks_like_a_control_token_is_text():
     teacher = kinds.llama2()
     assert teacher.encode("a <s> b").ids.count(1) == 1
-    extras = retokenise(small(), teacher, documents(small(), "x", "a <s> b"))
+    extras = retokenize(small(), teacher, documents(small(), "x", "a <s> b"))
     assert 1 not in extras["teacher_tokens"].tolist()[0]
 
 
@@ -217,7 +217,7 @@ def test_a_character_that_the_row_cuts():
     teacher = kinds.metaspace()
     tokens = [*"\U0001f600 the".encode()[2:], *" the\U0001f600".encode()[:-1]]
     batch = kinds.batch((tokens, list(range(len(tokens))), [-1] * len(tokens)))
-    (row,) = Retokeniser(small(), teacher, teacher_seq_len=9).rows(*batch)
+    (row,) = Retokenizer(small(), teacher, teacher_seq_len=9).rows(*batch)
     ids = [teacher.token_to_id(token) for token in ("<0x98>", "<0x80>")]
     assert row.tokens[:2] == ids and row.index_L.tolist()[:2] == [0, 1]
     assert teacher.id_to_token(row.tokens[-1]) == "<0x98>" and row.index_L[-1] == len(row.tokens) - 1
@@ -227,16 +227,16 @@ def test_without_positions_a_row_is_one_document():
     student = small("ab", special=["<end>"])
     input_dict, labels_BL = documents(student, "ab<end>ab")
     del input_dict["positions"]
-    extras = retokenise(student, student, (input_dict, labels_BL), teacher_seq_len=3)
+    extras = retokenize(student, student, (input_dict, labels_BL), teacher_seq_len=3)
     assert sorted(extras) == ["teacher_index", "teacher_tokens"]
     assert extras["teacher_tokens"].equal(input_dict["input"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_copy_in_another_process_does_the_same(kind):
-    retokenise = Retokeniser(kinds.demo(), KINDS[kind](), teacher_seq_len=128)
+    retokenize = Retokenizer(kinds.demo(), KINDS[kind](), teacher_seq_len=128)
     batch = kinds.random_rows(kinds.demo(), [*MULTILINGUAL, *kinds.documents(20)], LENGTH, 8)
-    extras, of_copy = retokenise(*batch), pickle.loads(pickle.dumps(retokenise))(*batch)
+    extras, of_copy = retokenize(*batch), pickle.loads(pickle.dumps(retokenize))(*batch)
     assert all(torch.equal(extras[name], of_copy[name]) for name in extras)
     assert (extras["teacher_index"] >= 0).float().mean() > 0.8
 
@@ -245,7 +245,7 @@ def test_begin_and_end_as_torchtitan_reads_them(tmp_path):
     student = HuggingFaceTokenizer(tokenizer_path=TOKENIZER)
     teacher = kinds.write(kinds.byte_level(), tmp_path, bos="<|begin|>", eos="<|end|>")
     batch = kinds.random_rows(kinds.demo(), kinds.documents(20), LENGTH, 4, begin=student.bos_id)
-    extras = retokenise(student, teacher, batch)
+    extras = retokenize(student, teacher, batch)
     begins = batch[0]["input"] == student.bos_id
     assert begins.any()
     met = extras["teacher_tokens"].take_along_dim(extras["teacher_index"].clamp(min=0), dim=1)

@@ -16,24 +16,24 @@ from torchtitan.trainer import Trainer
 from let_plugin.config.errors import ConfigError, Problem
 from let_plugin.teacher.base import Teacher, TeacherInfo, TeacherSource
 from let_plugin.teacher.states import StateProvider, States
-from let_plugin.tokens.alignment import Retokeniser
+from let_plugin.tokens.alignment import Retokenizer
 from let_plugin.tokens.token_bytes import token_bytes
 
 # How many of the student's tokens, at least, a trial looks at.
 _TRIAL_TOKENS = 16_384
 
 
-class RetokenisedStates(StateProvider):
+class RetokenizedStates(StateProvider):
     """The teacher runs on its own tokens of the student's text, which the data loader makes.
 
     Args:
-        teacher: Built for sequences of the retokeniser's length.
-        retokeniser: Makes its batches.
+        teacher: Built for sequences of the retokenizer's length.
+        retokenizer: Makes its batches.
     """
 
-    def __init__(self, teacher: Teacher, retokeniser: Retokeniser) -> None:
+    def __init__(self, teacher: Teacher, retokenizer: Retokenizer) -> None:
         self.teacher = teacher
-        self.make_extras = retokeniser
+        self.make_extras = retokenizer
 
     def states(self, batch: Mapping[str, torch.Tensor], student_masks: Any = None) -> States:
         tokens_BT, index_BL = batch["teacher_tokens"], batch["teacher_index"]
@@ -43,7 +43,7 @@ class RetokenisedStates(StateProvider):
         return States(states_BLE, index_BL >= 0, tokens_BT.numel())
 
 
-def retokeniser(config: Trainer.Config, student: Any, source: TeacherSource) -> Retokeniser:
+def retokenizer(config: Trainer.Config, student: Any, source: TeacherSource) -> Retokenizer:
     """What makes the teacher's batches of the student's.
 
     Args:
@@ -69,7 +69,7 @@ def retokeniser(config: Trainer.Config, student: Any, source: TeacherSource) -> 
     if problems:
         raise ConfigError(problems)
     length = teacher_seq_len(config, source.info)
-    return Retokeniser(student, teacher, teacher_seq_len=length, exact=options.ends == "equal")
+    return Retokenizer(student, teacher, teacher_seq_len=length, exact=options.ends == "equal")
 
 
 def teacher_seq_len(config: Trainer.Config, teacher: TeacherInfo) -> int:
@@ -98,7 +98,7 @@ class Trial:
         exact: Share of them with a teacher token that ends exactly where they end.
         mean_length, max_length: The teacher's tokens of a row.
         num_rows: How many rows.
-        tokens_per_second: The student's tokens that one process has retokenised in a second.
+        tokens_per_second: The student's tokens that one process has retokenized in a second.
     """
 
     aligned: float
@@ -109,8 +109,8 @@ class Trial:
     tokens_per_second: float
 
 
-def try_out(config: Trainer.Config, student: Any, retokenise: Retokeniser) -> Trial:
-    """Retokenises the first batches of the student's data, as the first data-parallel rank gets them.
+def try_out(config: Trainer.Config, student: Any, retokenize: Retokenizer) -> Trial:
+    """Retokenizes the first batches of the student's data, as the first data-parallel rank gets them.
 
     ConfigError if they cannot be read, or too few of their tokens have a state.
     """
@@ -134,9 +134,9 @@ def try_out(config: Trainer.Config, student: Any, retokenise: Retokeniser) -> Tr
     if not batches:
         raise ConfigError(Problem("dataloader", "has no batch to try the teacher's tokenizer on"))
     started = time.perf_counter()
-    made = [retokenise(*batch)["teacher_index"] for batch in batches]
+    made = [retokenize(*batch)["teacher_index"] for batch in batches]
     seconds = time.perf_counter() - started
-    rows = [row for batch in batches for row in retokenise.rows(*batch)]
+    rows = [row for batch in batches for row in retokenize.rows(*batch)]
     counts = torch.cat([labels_BL.flatten() for _, labels_BL in batches]) != IGNORE_INDEX
     is_exact = torch.from_numpy(np.concatenate([row.is_exact_L for row in rows]))
     lengths = [len(row.tokens) for row in rows]
@@ -153,7 +153,7 @@ def try_out(config: Trainer.Config, student: Any, retokenise: Retokeniser) -> Tr
         message = (
             f"only {trial.aligned:.1%} of the tokens of the first {trial.num_rows} rows have a state of the teacher's "
             f"(one of its tokens ends where they end for {trial.exact:.1%}; the longest row has {trial.max_length} of "
-            f"its tokens, let.token_alignment.teacher_seq_len is {retokenise.teacher_seq_len}). Take a teacher whose "
+            f"its tokens, let.token_alignment.teacher_seq_len is {retokenize.teacher_seq_len}). Take a teacher whose "
             "tokenizer is closer, or lower this"
         )
         raise ConfigError(Problem("let.token_alignment.min_fraction", message, least))
