@@ -12,8 +12,6 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torchtitan.components.metrics import _get_metrics_rank
-from torchtitan.distributed.cudagraph import cudagraph_teardown, wrap_with_cuda_graph
 from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
@@ -23,6 +21,7 @@ from let_plugin.config import LetConfig, RuntimeConfig, plan
 from let_plugin.guidance.guidance import METRIC_OF_TARGET, Guidance
 from let_plugin.guidance.metrics import Disagreement, JsonlLogger, Progress
 from let_plugin.guidance.stopping import Stopping
+from let_plugin.runtime import upstream
 from let_plugin.runtime.batch_extras import take_extras
 from let_plugin.teacher.base import Teacher
 
@@ -56,13 +55,9 @@ class LetTrainerMixin(_Base):
         self._progress = Progress(config.training.steps)
         self._disagreement = Disagreement()
 
-        metrics_rank = _get_metrics_rank(
-            parallel_dims=self.parallel_dims, pp_schedule=config.parallelism.pipeline_parallel_schedule
-        )
-        logs = torch.distributed.get_rank() == metrics_rank
         self.metrics_processor.logger = JsonlLogger(
             self.metrics_processor.logger,
-            os.path.join(config.dump_folder, "metrics.jsonl") if logs else None,
+            os.path.join(config.dump_folder, "metrics.jsonl") if upstream.logs_on_this_rank(self) else None,
             self._metrics,
             lambda loss, step: self.stopping.after_validation(loss, step) if self.let.enable else None,
         )
@@ -124,8 +119,7 @@ class LetTrainerMixin(_Base):
         self.guidance = None
         if not self.config.training.disable_cuda_graphs:
             # The captured step has the tap in it, and an input that is no longer there.
-            cudagraph_teardown()
-            self.fwd_bwd_fn = wrap_with_cuda_graph(self._forward_backward_body)
+            upstream.recapture_cuda_graph(self)
         gc.collect()  # torchtitan has switched off the automatic collection; FSDP's modules are in cycles
         utils.device_module.empty_cache()
         end = "is freed" if self.let.stop_action == "free" else "has moved to CPU memory"

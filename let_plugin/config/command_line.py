@@ -1,7 +1,6 @@
 """The command line's options on top of a configuration: tyro takes them, and its complaints become Problems."""
 
 import contextlib
-import functools
 import io
 import re
 import sys
@@ -14,21 +13,12 @@ from let_plugin.config.errors import Problem
 from let_plugin.config.overlay import Overlay
 
 if TYPE_CHECKING:
-    from torchtitan.config import ConfigManager
     from torchtitan.trainer import Trainer
 
 SOURCE = "command line"
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _RULE = re.compile(r"[-─]{5,}")
-
-
-@functools.cache
-def manager() -> "ConfigManager":
-    """torchtitan's own loader; making it registers torchtitan's rules for tyro."""
-    from torchtitan.config import ConfigManager
-
-    return ConfigManager()
 
 
 def apply(config: "Trainer.Config", cli: Sequence[str], prog: str) -> tuple["Trainer.Config", list[Problem]]:
@@ -105,9 +95,9 @@ def keys(cli: Sequence[str]) -> set[str]:
 def _parse(config: "Trainer.Config", args: Sequence[str], prog: str) -> "Trainer.Config":
     """ValueError with tyro's message, or AssertionError of a __post_init__, if tyro does not take `args`."""
     import tyro
-    from torchtitan.config.manager import custom_registry
 
-    manager()
+    from let_plugin.runtime import upstream
+
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
@@ -116,7 +106,7 @@ def _parse(config: "Trainer.Config", args: Sequence[str], prog: str) -> "Trainer
                 prog=prog,
                 args=args,
                 default=config,
-                registry=custom_registry,
+                registry=upstream.tyro_registry(),
                 # Else an option that follows a choice (activation-checkpoint:full) would count as the choice's own.
                 config=(tyro.conf.CascadeSubcommandArgs,),
             )

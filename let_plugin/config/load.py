@@ -222,6 +222,7 @@ def _load_base(base: Any, source: str) -> "Trainer.Config":
 
     from torchtitan.trainer import Trainer
 
+    from let_plugin.runtime import upstream
     from let_plugin.trainer import with_let
 
     for name in _COMMON_MODULES:
@@ -234,7 +235,7 @@ def _load_base(base: Any, source: str) -> "Trainer.Config":
     if not module or not function:
         raise ConfigError(Problem("base", _BASE_FORMAT, base, source))
     try:
-        config, _ = command_line.manager()._load_config(["--module", module, "--config", function])
+        config = upstream.load_base(module, function)
         if isinstance(config, Trainer.Config):
             return config if hasattr(config, "let") else with_let(config)
         message = f"returns a {type(config).__qualname__}, not the configuration of a torchtitan Trainer"
@@ -252,11 +253,9 @@ def _diagnose(module_name: str, function: str) -> str | None:
 
     torchtitan takes every ImportError for a missing module, those from inside a user's module too.
     """
-    from torchtitan.experiments import _supported_experiments
-    from torchtitan.models import _supported_models
+    from let_plugin.runtime.upstream import SHORT_MODULES
 
-    supported = _supported_models | _supported_experiments
-    if module_name in supported:
+    if module_name in SHORT_MODULES:
         packages = ("torchtitan.models", "torchtitan.experiments", "torchtitan.experiments.rl.examples")
         candidates = [f"{package}.{module_name}.config_registry" for package in packages]
     else:
@@ -270,7 +269,7 @@ def _diagnose(module_name: str, function: str) -> str | None:
             if missing is None or not f"{candidate}.".startswith(f"{missing}."):
                 return f"importing {candidate} failed: {error}"
     if module is None:
-        return f"no module {module_name!r} (nor {candidates[0]!r}); {suggest(module_name, supported)}"
+        return f"no module {module_name!r} (nor {candidates[0]!r}); {suggest(module_name, SHORT_MODULES)}"
     functions = _config_functions(module)
     value = getattr(module, function, None)
     if not callable(value):

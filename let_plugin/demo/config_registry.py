@@ -3,19 +3,22 @@
 The TOML files in train_configs/ overlay these.
 """
 
-from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
 from torchtitan.components.metrics import MetricsProcessor
-from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
 from torchtitan.components.validate import Validator
 from torchtitan.config import DebugConfig, TrainingConfig
-from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
 from torchtitan.models.common.config_utils import decoder_vocab_size
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.trainer import Trainer
 
 from let_plugin.demo import TEACHER, TOKENIZER
 from let_plugin.runtime.models import llama_spec
+from let_plugin.runtime.upstream import (
+    CheckpointManager,
+    HuggingFaceTextDataLoader,
+    LRSchedulersContainer,
+    default_adamw,
+)
 from let_plugin.teacher.titan.source import register_teacher_spec
 
 _VOCAB_SIZE = 4096  # of the demo's tokenizer

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
-from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.trainer import Trainer
 
 from let_plugin.config import ProjectorConfig
+from let_plugin.runtime.upstream import OptimizersContainer
 
 # Name of the module on the student, and of the state in a checkpoint; that of a pair ends in its number.
 PROJECTOR = "let_projector"

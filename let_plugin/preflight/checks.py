@@ -12,7 +12,6 @@ from typing import Any
 
 from torchtitan.components.loss import ChunkedLossWrapper
 from torchtitan.distributed import ParallelDims
-from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataLoader
 from torchtitan.trainer import Trainer
 
 from let_plugin.alignment.layer_mapping import LayerPair
@@ -23,6 +22,7 @@ from let_plugin.preflight import dry_run, teacher_checks
 from let_plugin.preflight.report import Student, report, report_auxiliary, report_ended
 from let_plugin.runtime import checkpoint, data
 from let_plugin.runtime.held_out import TwoSplitValidator
+from let_plugin.runtime.upstream import DATASETS, HuggingFaceTextDataLoader
 from let_plugin.teacher.providers import open_source
 from let_plugin.teacher.stored.features import Features
 

@@ -7,19 +7,18 @@ from. A checkpoint without it, of plain torchtitan for one, is no error; one tha
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.stateful import Stateful
-from torchtitan.components.checkpointer.base import TRAIN_STATE
-from torchtitan.components.checkpointer.dcp import CheckpointManager
 from torchtitan.tools import filesystem
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
 from let_plugin.config.errors import ConfigError, Problem
 from let_plugin.runtime import dcp_files
+from let_plugin.runtime.upstream import TRAIN_STATE, CheckpointManager, latest_checkpoint_step
 
 
 class Identified(Stateful):
@@ -111,8 +110,7 @@ def find(config: Trainer.Config) -> Resumption | None:
         return None
     folder, step = _folder(config), settings.load_step
     if step == -1:
-        # torchtitan's own rule of what is a checkpoint; it asks nothing of the manager where the folder is given.
-        step = CheckpointManager._find_load_step(cast(Any, None), folder)
+        step = latest_checkpoint_step(folder)
     if step == -1:
         key, path, model_only = "initial_load_path", settings.initial_load_path, settings.initial_load_model_only
     else:

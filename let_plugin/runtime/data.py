@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset, IterableDataset, load_dataset
-from torchtitan.hf_datasets import DatasetConfig
-from torchtitan.hf_datasets.text_datasets import DATASETS
 
 from let_plugin.config.errors import ConfigError, Problem
 from let_plugin.demo import TEXT
+from let_plugin.runtime.upstream import DATASETS, DatasetConfig
 
 # File name ending -> loader of the `datasets` library. Compressed files (.gz, .xz, .zst) are read as they are.
 _LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}

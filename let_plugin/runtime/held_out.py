@@ -4,9 +4,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
-from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.validate import Validator
-from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
+
+from let_plugin.runtime.upstream import BaseDataLoader, HuggingFaceTextDataLoader
 
 TEST_LOSS = "test_metrics/loss"
 

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torchtitan.distributed import ParallelDims
-from torchtitan.distributed.context_parallel import prepare_context_parallel_input
 from torchtitan.trainer import Trainer
 
 from let_plugin.config.errors import ConfigError, Problem
+from let_plugin.runtime import upstream
 
 # Plain tensors and FSDP2: the teacher needs no annotations, and runs outside the student's SPMD context.
 SPMD_BACKEND = "partial_dtensor"
@@ -157,16 +157,8 @@ def _sequence_part(config: Trainer.Config, student: ParallelDims, device: torch.
     """Indices of the positions that this rank's block output covers, cut as torchtitan cuts the student's inputs."""
     index_L = torch.arange(config.training.seq_len, device=device)
     if student.cp_enabled:
-        kwargs: dict[str, Any] = {"positions": index_L[None]}
-        prepare_context_parallel_input(
-            index_L[None],
-            index_L[None],
-            kwargs,
-            student.get_mesh("cp"),
-            device,
-            config.parallelism.context_parallel_load_balancer,
-        )
-        index_L = kwargs["positions"][0]
+        load_balancer = config.parallelism.context_parallel_load_balancer
+        index_L = upstream.context_parallel_part(index_L, student.get_mesh("cp"), load_balancer)
     if student.tp_enabled and config.parallelism.enable_sequence_parallel:
         index_L = index_L.chunk(student.tp)[student.get_mesh("tp").get_local_rank()]
     return index_L.contiguous()

@@ -135,7 +135,7 @@ def select(config: Any, reference: TeacherConfig, out: Path, keep: float) -> dic
 
 
 def _check(config: Any, out: Path, keep: float) -> None:
-    from torchtitan.hf_datasets.text_datasets import DATASETS
+    from let_plugin.runtime.upstream import DATASETS
 
     problems = []
     if not 0 < keep < 1:
@@ -168,7 +168,7 @@ def _check_vocabulary(student_tokenizer: Any, source: Any, option: TeacherConfig
 
 def _texts(config: Any) -> Iterator[str]:
     """The documents, in the order of the corpus."""
-    from torchtitan.hf_datasets.text_datasets import DATASETS
+    from let_plugin.runtime.upstream import DATASETS
 
     entry = DATASETS[config.dataloader.dataset]
     for sample in entry.loader(config.dataloader.dataset_path or entry.path):

@@ -8,18 +8,21 @@ size and a vocabulary, since the student is trained on its teacher's tokenizer.
 
 from typing import Any
 
-from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
 from torchtitan.components.metrics import MetricsProcessor
-from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
 from torchtitan.components.validate import Validator
 from torchtitan.config import CompileConfig, DebugConfig, TrainingConfig
 from torchtitan.distributed.activation_checkpoint import SelectiveAC
-from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
 from torchtitan.models.common.config_utils import decoder_vocab_size
 from torchtitan.trainer import Trainer
 
 from let_plugin.runtime.models import llama_spec
+from let_plugin.runtime.upstream import (
+    CheckpointManager,
+    HuggingFaceTextDataLoader,
+    LRSchedulersContainer,
+    default_adamw,
+)
 
 # Depth and width of Pythia-1.4B (arXiv 2304.01373, table 1) with LLaMA's SwiGLU, its width 8/3 of the model's, rounded
 # up to a multiple of 128.

@@ -10,11 +10,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from torchtitan.hf_datasets.text_datasets import DATASETS
 from torchtitan.trainer import Trainer
 
 from let_plugin.config import TeacherConfig
 from let_plugin.runtime import data
+from let_plugin.runtime.upstream import DATASETS
 
 _TEACHER_ENDINGS = (".safetensors", ".gguf", ".distcp", ".metadata")
 _TOKENIZER_FILES = (

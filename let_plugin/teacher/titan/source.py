@@ -12,7 +12,6 @@ from torch.profiler import record_function
 from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.compile import apply_compile
-from torchtitan.models import _supported_models
 from torchtitan.models.common.attention import FlexAttention, VarlenAttention
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.protocols.model_spec import ModelSpec
@@ -22,7 +21,7 @@ from torchtitan.trainer import Trainer
 from let_plugin.alignment.registry import Registry
 from let_plugin.config import TeacherConfig
 from let_plugin.config.errors import ConfigError, Problem, suggest
-from let_plugin.runtime import host
+from let_plugin.runtime import host, upstream
 from let_plugin.teacher import quantization
 from let_plugin.teacher.base import (
     MASK_RANGE,
@@ -279,9 +278,9 @@ def _find_spec(name: str) -> TeacherSpec:
     model, colon, flavor = name.partition(":")
     if not colon:
         TEACHER_SPECS.get(name, key="let.teacher.spec")  # raises, with the nearest name
-    if model not in _supported_models:
+    if model not in upstream.MODELS:
         raise ConfigError(
-            Problem("let.teacher.spec", f"torchtitan has no such model; {suggest(model, _supported_models)}", name)
+            Problem("let.teacher.spec", f"torchtitan has no such model; {suggest(model, upstream.MODELS)}", name)
         )
     module = importlib.import_module(f"torchtitan.models.{model}")
     flavors = getattr(module, f"{model}_configs", None)
