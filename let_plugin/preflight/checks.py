@@ -270,8 +270,6 @@ def _check_dataset(key: str, loader: Any) -> None:
     path = loader.dataset_path or entry.path
     if entry.loader is data.load_text_files:
         data.find_text_files(path, key=f"{key}.dataset_path")
-    elif isinstance(entry.loader, data.PileStream):
-        entry.loader.check(path, key=key)
     elif loader.dataset_path and path.startswith((".", "/")) and not os.path.exists(path):
         raise ConfigError(Problem(f"{key}.dataset_path", "no such file or folder", path))
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from let_plugin.config import TeacherConfig
 from let_plugin.config.errors import ConfigError, Problem
-from let_plugin.demo import TEXT
 from let_plugin.runtime import data
 from let_plugin.tokens.tiktoken import TikTokenTokenizer
 from let_plugin.tokens.vocabulary import described_tokenizer
@@ -88,7 +87,7 @@ def read_tokenizer(config: TeacherConfig) -> TextTokenizer | None:
 
 def demo_text() -> Iterable[str]:
     """The demo's test split, summaries of Wikipedia articles, on which nothing was trained or chosen."""
-    return data.load_text_files(TEXT["test"])["text"]
+    return data.load_text_files(data.TEXT["test"])["text"]
 
 
 def read_documents(path: str) -> Iterable[str]:

@@ -33,8 +33,6 @@ EXCEPTIONS = {
     ("config/load.py", "let_plugin.trainer"),
     ("alignment/registry.py", "let_plugin.config"),
     ("preflight/export.py", "let_plugin.train"),
-    ("runtime/data.py", "let_plugin.demo"),
-    ("tokens/text.py", "let_plugin.demo"),
     ("tokens/text.py", "let_plugin.teacher"),
 }
 

@@ -90,9 +90,9 @@ def test_a_folder_whose_name_looks_like_a_pattern(tmp_path):
 
 def test_registering_twice_is_safe():
     data.register()
-    before = dict(DATASETS)
+    before = set(DATASETS)
     data.register()
-    assert before == DATASETS
+    assert before == set(DATASETS)
     assert {"text_files", "let_demo_train", "let_demo_test", "pile_train", "pile_validation"} <= set(DATASETS)
 
 
@@ -122,7 +122,7 @@ def test_torchtitans_loader_reads_the_demos_text():
 
 
 def pile(folder):
-    """A copy of The Pile, so to speak: two files to train on and one for validation."""
+    """Files as a copy of The Pile has them: two to train on and one for validation."""
     zstandard = pytest.importorskip("zstandard")
     (folder / "train").mkdir(parents=True)
     for name in ("train/00", "train/01", "val", "test"):
@@ -133,37 +133,23 @@ def pile(folder):
 
 def test_the_pile_is_streamed_from_a_local_copy(tmp_path):
     path = pile(tmp_path / "pile")
-    training = data.PileStream("train")(path)
+    data.register()
+    training = DATASETS["pile_train"].loader(path)
     assert isinstance(training, datasets.IterableDataset)
     assert [sample["text"] for sample in training] == [f"train/0{file} {i}" for file in range(2) for i in range(3)]
-    assert [sample["text"] for sample in data.PileStream("validation")(path)] == [f"val {i}" for i in range(3)]
+    assert [sample["text"] for sample in DATASETS["pile_validation"].loader(path)] == [f"val {i}" for i in range(3)]
     assert not list((tmp_path / "cache").rglob("*.arrow"))
     tokenizer, tokens, _ = batch_of("pile_validation", path)
     first = tokenizer.encode("val 0", add_bos=True, add_eos=True)[:-1]
     assert tokens[: len(first)] == first
 
 
-def test_a_pile_that_the_hub_does_not_give(monkeypatch):
+@pytest.mark.parametrize("path", [data.PILE, "empty"])
+def test_a_pile_that_cannot_be_read(path, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    message = rf"^dataloader\.dataset_path = '{data.PILE}': no val\.jsonl\.zst .*give a copy"
-    with pytest.raises(ConfigError, match=message):
-        data.PileStream("validation")(data.PILE)
-
-
-@pytest.mark.parametrize(
-    ("path", "message"),
-    [("half", "the folder has no val"), ("none", "neither a folder"), ("../none", "neither a folder")],
-)
-def test_a_local_pile_that_is_not_there(tmp_path, monkeypatch, path, message):
-    pile(tmp_path / "half")
-    (tmp_path / "half/val.jsonl.zst").unlink()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=rf"^validator\.dataloader\.dataset_path = '{path}': {message}.*give a copy"):
-        data.PileStream("validation").check(path, key="validator.dataloader")
-
-
-def test_the_pile_needs_zstandard(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"^a\.key\.dataset = .*pip install let-plugin\[pile\]"):
-        data.PileStream("train").check(str(tmp_path), key="a.key")
+    (tmp_path / "empty").mkdir()
+    data.register()
+    with pytest.raises(ConfigError, match=rf"^dataloader\.dataset_path = '{path}': no val\.jsonl\.zst .*give a folder"):
+        DATASETS["pile_validation"].loader(path)
