@@ -183,7 +183,8 @@ def test_without_a_network_the_report_says_what_is_missing(monkeypatch, load):
 
 
 def test_a_local_copy_of_the_pile_is_looked_for(load, tmp_path):
-    options = ["--dataloader.dataset_path", str(tmp_path), "--validator.dataloader.dataset_path", str(tmp_path)]
+    absent = str(tmp_path / "absent")
+    options = ["--dataloader.dataset_path", absent, "--validator.dataloader.dataset_path", absent]
     with pytest.raises(ConfigError) as info:
         preflight.run(load("1_4b_opt_125m", *options))
     keys = sorted(problem.key for problem in info.value.problems)
