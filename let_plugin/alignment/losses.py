@@ -93,9 +93,9 @@ def register_loss(
     LOSSES.register(name, LossEntry(function, closed_form, needs_whole_sequence))
 
 
-def get_loss(name: str, *, key: str) -> LossEntry:
-    """The loss called `name`; ConfigError that names the field `key` if there is none."""
-    entry = LOSSES.get(name, key=key)
+def get_loss(name: str) -> LossEntry:
+    """The loss called `name`; LookupError that suggests the nearest one if there is none."""
+    entry = LOSSES.get(name)
     return entry if isinstance(entry, LossEntry) else LossEntry(entry)
 
 

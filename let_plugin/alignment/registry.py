@@ -4,11 +4,10 @@ Third-party packages add entries through the Python entry points of the registry
 name is first looked up, so that importing `let_plugin` stays cheap.
 """
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
-
-from let_plugin.config.errors import ConfigError, Problem, suggest
 
 T = TypeVar("T")
 
@@ -34,11 +33,11 @@ class Registry(Generic[T]):
         self._entries[name] = entry
         return entry
 
-    def get(self, name: str, *, key: str) -> T:
-        """The entry called `name`; ConfigError that names the field `key` if there is none."""
+    def get(self, name: str) -> T:
+        """The entry called `name`; LookupError that suggests the nearest one if there is none."""
         self._load_entry_points()
         if name not in self._entries:
-            raise ConfigError(Problem(key, f"unknown {self.kind}; {suggest(name, self._entries)}", name))
+            raise LookupError(f"unknown {self.kind} {name!r}; {suggest(name, self._entries)}")
         return self._entries[name]
 
     def unregister(self, name: str) -> None:
@@ -59,3 +58,11 @@ class Registry(Generic[T]):
         self._entry_points_loaded = True
         for entry_point in entry_points(group=self.group):
             self.register(entry_point.name, entry_point.load())
+
+
+def suggest(name: str, valid: Iterable[str]) -> str:
+    """The remedy for an unknown name: the nearest valid one if there is one, then all of them."""
+    names = sorted(set(valid))
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    did_you_mean = f"did you mean {near[0]!r}? " if near else ""
+    return f"{did_you_mean}valid names: {', '.join(names) or '(none)'}"

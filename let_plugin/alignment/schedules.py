@@ -39,9 +39,9 @@ def register_schedule(name: str, function: Schedule, *, default_stop_fraction: f
     SCHEDULES.register(name, ScheduleEntry(function, default_stop_fraction))
 
 
-def get_schedule(name: str, *, key: str) -> ScheduleEntry:
-    """The schedule called `name`; ConfigError that names the field `key` if there is none."""
-    entry = SCHEDULES.get(name, key=key)
+def get_schedule(name: str) -> ScheduleEntry:
+    """The schedule called `name`; LookupError that suggests the nearest one if there is none."""
+    entry = SCHEDULES.get(name)
     return entry if isinstance(entry, ScheduleEntry) else ScheduleEntry(entry)
 
 

@@ -1,10 +1,13 @@
 """One clear error for bad input: every mistake at once, each with its field, its value and the remedy."""
 
-import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+from let_plugin.alignment.registry import suggest as suggest
+
+T = TypeVar("T")
 
 _ABSENT = object()
 
@@ -47,12 +50,12 @@ def listing(error: ConfigError, program: str) -> str:
     return "\n".join([heading, *(f"  {problem}" for problem in error.problems)])
 
 
-def suggest(name: str, valid: Iterable[str]) -> str:
-    """The remedy for an unknown name: the nearest valid one if there is one, then all of them."""
-    names = sorted(set(valid))
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    did_you_mean = f"did you mean {near[0]!r}? " if near else ""
-    return f"{did_you_mean}valid names: {', '.join(names) or '(none)'}"
+def lookup(get: Callable[[str], T], name: str, *, key: str) -> T:
+    """`get(name)` of a registry; ConfigError that names the field `key` if there is no such entry."""
+    try:
+        return get(name)
+    except LookupError as error:
+        raise ConfigError(Problem(key, str(error), name)) from error
 
 
 def mentions(message: str, key: str) -> bool:

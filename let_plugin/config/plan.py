@@ -16,7 +16,7 @@ from let_plugin.alignment.losses import Alignment, AlignmentLoss, LossEntry, ali
 from let_plugin.alignment.projectors import DIMENSION_MATCHES
 from let_plugin.alignment.schedules import Schedule, ScheduleEntry, get_schedule, with_warmup
 from let_plugin.config import LetConfig, options
-from let_plugin.config.errors import ConfigError, Problem
+from let_plugin.config.errors import ConfigError, Problem, lookup
 
 if TYPE_CHECKING:
     from torchtitan.config import CompileConfig
@@ -146,7 +146,7 @@ def layer_pairs(config: "Trainer.Config", teacher_depth: int | None) -> list[Lay
         pairs = [LayerPair(pair.student, pair.teacher, pair.weight) for pair in let.pairs]
         keys = [f"let.pairs.{i}" for i in range(len(pairs))]
         return _resolved(pairs, keys, depth, teacher_depth)
-    mapping = LAYER_MAPPINGS.get(let.layer_mapping, key="let.layer_mapping")
+    mapping = lookup(LAYER_MAPPINGS.get, let.layer_mapping, key="let.layer_mapping")
     bound = options.bind(mapping, let.layer_mapping_options, key="let.layer_mapping_options")
     pairs = list(bound(depth, depth if teacher_depth is None else teacher_depth))
     if let.student_block is not None:
@@ -222,7 +222,7 @@ def dimension_match(let: LetConfig) -> Callable[[int, int], nn.Module]:
 
     ConfigError for an unknown name or a bad option, now or when it is called.
     """
-    make = DIMENSION_MATCHES.get(let.dimension_match, key="let.dimension_match")
+    make = lookup(DIMENSION_MATCHES.get, let.dimension_match, key="let.dimension_match")
     bound = options.bind(make, let.dimension_match_options, key="let.dimension_match_options")
     if let.projector.side == "teacher":
         return bound
@@ -239,7 +239,7 @@ def loss(let: LetConfig) -> AlignmentLoss:
 
 def loss_entry(let: LetConfig) -> LossEntry:
     """What is registered under `let.loss`. ConfigError for an unknown name."""
-    return get_loss(let.loss, key="let.loss")
+    return lookup(get_loss, let.loss, key="let.loss")
 
 
 def alignment(
@@ -297,7 +297,7 @@ def alignment(
 
 
 def _schedule_entry(let: LetConfig) -> ScheduleEntry:
-    return get_schedule(let.schedule, key="let.schedule")
+    return lookup(get_schedule, let.schedule, key="let.schedule")
 
 
 def _resolved(

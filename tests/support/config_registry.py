@@ -69,7 +69,7 @@ def tiny_float8():
 def demo_teacher():
     """The demo's teacher as a student: a model that has learnt something."""
     config = tiny()
-    config.model_spec = TEACHER_SPECS.get("demo_teacher", key="spec").make_spec()
+    config.model_spec = TEACHER_SPECS.get("demo_teacher").make_spec()
     return config
 
 

@@ -31,7 +31,6 @@ EXCEPTIONS = {
     ("teacher/export.py", "let_plugin.preflight"),
     # A loaded configuration builds the trainer with LET mixed in.
     ("config/load.py", "let_plugin.trainer"),
-    ("alignment/registry.py", "let_plugin.config"),
     ("preflight/export.py", "let_plugin.train"),
     ("tokens/text.py", "let_plugin.teacher"),
 }

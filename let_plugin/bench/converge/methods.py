@@ -26,7 +26,7 @@ from torchtitan.trainer import Trainer
 
 from let_plugin.alignment.registry import Registry
 from let_plugin.config import LetConfig, TeacherConfig
-from let_plugin.config.errors import ConfigError, Problem
+from let_plugin.config.errors import ConfigError, Problem, lookup
 
 SALT_FRACTION = 0.17
 CONTROLS = ("labels", "random_teacher", "shuffled_targets")  # of LET, at its weight: what it does without knowledge
@@ -79,7 +79,7 @@ def configure(config: Trainer.Config, name: str, weight: float | None, resources
         weight: Its weight, if it has one; None: its untuned one.
         resources: What it may need.
     """
-    method = METHODS.get(name, key="--methods")
+    method = lookup(METHODS.get, name, key="--methods")
     method.configure(config, resources)
     if method.weight != "none":
         untuned = config.let.weight if method.untuned_weight is None else method.untuned_weight

@@ -19,7 +19,7 @@ from let_plugin.bench.processes import launch_problems, slug
 from let_plugin.bench.throughput.costs import active_cost, step_flops
 from let_plugin.config import load as toml_config
 from let_plugin.config import plan
-from let_plugin.config.errors import ConfigError, Problem
+from let_plugin.config.errors import ConfigError, Problem, lookup
 from let_plugin.config.load import Loaded
 from let_plugin.preflight import checks as preflight
 from let_plugin.preflight.report import Student
@@ -86,7 +86,7 @@ class Options:
 def parse(name: str) -> tuple[str, float | None]:
     """The method and the weight of name or name@weight. ConfigError if there is no such method."""
     method, at, text = name.partition("@")
-    found = METHODS.get(method, key="--methods")
+    found = lookup(METHODS.get, method, key="--methods")
     if not at:
         return method, None
     try:
@@ -131,8 +131,10 @@ class Planner:
         """The methods whose weight is chosen out of the grid. LET's is also that of its controls."""
         if not self._options.weights:
             return []
-        open_ = [METHODS.get(method, key="--methods").weight for method, weight in self.entries() if weight is None]
-        own = [m for m, w in self.entries() if w is None and METHODS.get(m, key="--methods").weight == "own"]
+        open_ = [
+            lookup(METHODS.get, method, key="--methods").weight for method, weight in self.entries() if weight is None
+        ]
+        own = [m for m, w in self.entries() if w is None and lookup(METHODS.get, m, key="--methods").weight == "own"]
         return list(dict.fromkeys([*([LET] if "let" in open_ else []), *own]))
 
     def tuning_runs(self) -> list[Run]:
@@ -142,7 +144,7 @@ class Planner:
         """(method, weight) of the results, each once, in the order in which they were asked for."""
         cells = []
         for method, weight in self.entries():
-            kind = METHODS.get(method, key="--methods").weight
+            kind = lookup(METHODS.get, method, key="--methods").weight
             if kind != "none" and weight is None:
                 weight = chosen.get(LET if kind == "let" else method, self._configured(method).let.weight)
             cells.append((method, weight))
@@ -152,7 +154,7 @@ class Planner:
         """A run. The planner's checks have passed."""
         config = self._configured(method, weight)
         config.debug.seed = seed
-        variant_of = METHODS.get(method, key="--methods").variant
+        variant_of = lookup(METHODS.get, method, key="--methods").variant
         variant = "" if variant_of is None else variant_of(self._options.resources)
         name = f"{slug(label(method, weight, variant))}-seed-{seed}"
         config.dump_folder = str(self._options.work / "dump" / name)

@@ -11,6 +11,7 @@ from let_plugin.alignment.registry import Registry
 from let_plugin.bench.converge import methods
 from let_plugin.bench.converge.methods import Resources
 from let_plugin.bench.throughput.random_teacher import RandomTeacher
+from let_plugin.config.errors import lookup
 
 PLAIN = "plain"
 
@@ -126,7 +127,7 @@ def matrix(
         size += f" length {length}" if len(seq_lens) > 1 else ""
         others = [name for name in dict.fromkeys(cases) if name != PLAIN]
         for name in [PLAIN, *others]:
-            sizes = teachers if CASES.get(name, key="--cases").has_teacher else [(None, None)]
+            sizes = teachers if lookup(CASES.get, name, key="--cases").has_teacher else [(None, None)]
             for share, teacher in sizes:
                 label = f"{name}{'' if share is None else f' {100 * share:g}%'}{size}"
                 variants.append(Variant(name, batch, length, teacher, share, label))
@@ -176,7 +177,7 @@ def configure(
         let.teacher = type(let.teacher)(
             spec=variant.teacher.name, path=weights, check_vocabulary=False, dtype=let.teacher.dtype
         )
-    CASES.get(variant.case, key="--cases").configure(config, steps)
+    lookup(CASES.get, variant.case, key="--cases").configure(config, steps)
     if states:
         let.teacher = replace(let.teacher, features=states, spec="", path="")
     return config

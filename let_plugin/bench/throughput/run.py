@@ -18,7 +18,7 @@ from let_plugin.bench.throughput.cases import CASES, PLAIN, Steps, Variant
 from let_plugin.bench.throughput.costs import active_cost
 from let_plugin.config import load as toml_config
 from let_plugin.config import plan
-from let_plugin.config.errors import ConfigError, Problem
+from let_plugin.config.errors import ConfigError, Problem, lookup
 from let_plugin.config.load import Loaded
 from let_plugin.preflight import checks as preflight
 from let_plugin.preflight.report import Cost, Student
@@ -81,7 +81,7 @@ class Options:
         ]
         for name in self.cases:
             try:
-                CASES.get(name, key="--cases")
+                lookup(CASES.get, name, key="--cases")
             except ConfigError as error:
                 problems += error.problems
         problems += launch_problems(self.out, self.work)
@@ -166,7 +166,7 @@ def plan_runs(loaded: Loaded, options: Options) -> list[suite.Run]:
     runs = []
     for variant in variants:
         config = configured(variant)
-        case = CASES.get(variant.case, key="--cases")
+        case = lookup(CASES.get, variant.case, key="--cases")
         if case.reads_states:
             folder = stored_states.make(
                 text(config),

@@ -13,6 +13,7 @@ from typing import Any
 from torchtitan.trainer import Trainer
 
 from let_plugin.config import TeacherConfig
+from let_plugin.config.errors import lookup
 from let_plugin.runtime import data
 from let_plugin.runtime.upstream import DATASETS
 
@@ -41,7 +42,7 @@ def teacher(config: TeacherConfig) -> str:
     if config.spec and not path:
         from let_plugin.teacher.titan.source import TEACHER_SPECS
 
-        path = TEACHER_SPECS.get(config.spec, key="let.teacher.spec").path
+        path = lookup(TEACHER_SPECS.get, config.spec, key="let.teacher.spec").path
     if os.path.isfile(path):
         return _digest([Path(path)], names=False)
     if not os.path.isdir(path):

@@ -20,7 +20,7 @@ from torchtitan.trainer import Trainer
 
 from let_plugin.alignment.registry import Registry
 from let_plugin.config import TeacherConfig
-from let_plugin.config.errors import ConfigError, Problem, suggest
+from let_plugin.config.errors import ConfigError, Problem, lookup, suggest
 from let_plugin.runtime import host, upstream
 from let_plugin.teacher import quantization
 from let_plugin.teacher.base import (
@@ -274,10 +274,10 @@ def _make_spec(name: str) -> ModelSpec:
 
 def _find_spec(name: str) -> TeacherSpec:
     if name in TEACHER_SPECS:
-        return TEACHER_SPECS.get(name, key="let.teacher.spec")
+        return lookup(TEACHER_SPECS.get, name, key="let.teacher.spec")
     model, colon, flavor = name.partition(":")
     if not colon:
-        TEACHER_SPECS.get(name, key="let.teacher.spec")  # raises, with the nearest name
+        lookup(TEACHER_SPECS.get, name, key="let.teacher.spec")  # raises, with the nearest name
     if model not in upstream.MODELS:
         raise ConfigError(
             Problem("let.teacher.spec", f"torchtitan has no such model; {suggest(model, upstream.MODELS)}", name)

@@ -8,7 +8,7 @@ LETTERS = [f"{teacher}2{student}" for teacher in "LM" for student in "EML"]
 
 
 def mapping(name, *depths, **options):
-    return LAYER_MAPPINGS.get(name, key="let.layer_mapping")(*depths, **options)
+    return LAYER_MAPPINGS.get(name)(*depths, **options)
 
 
 @pytest.mark.parametrize(

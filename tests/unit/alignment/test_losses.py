@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 
 from let_plugin.alignment.losses import LOSSES, LossEntry, alignment_of, get_loss, negative_cosine, register_loss
-from let_plugin.config.errors import ConfigError
 
 SHAPES = [(1, 1, 1), (2, 3, 5), (3, 17, 64), (1, 129, 33)]
 CASES = [
@@ -129,7 +128,7 @@ def test_losses_and_gradients_equal_the_formula(name, options, shape, dtype, tol
     hidden = [x_BLD.requires_grad_() for x_BLD in hidden]
     exact = [x_BLD.detach().double().requires_grad_() for x_BLD in hidden]
 
-    loss_BL = get_loss(name, key="let.loss").function(*hidden, **options)
+    loss_BL = get_loss(name).function(*hidden, **options)
 
     expected_BL = reference(name, options, *exact, counts_BL)
     assert loss_BL.shape == shape[:2] and loss_BL.dtype == dtype
@@ -146,7 +145,7 @@ def test_losses_and_gradients_equal_the_formula(name, options, shape, dtype, tol
 def test_an_alignment_is_the_weighted_gradient_and_the_sum_of_cosines(name, options, shape, dtype, tolerance):
     *hidden, counts_BL = batch(shape, dtype)
     exact = [x_BLD.double().requires_grad_() for x_BLD in hidden]
-    align = alignment_of(get_loss(name, key="let.loss"), options)
+    align = alignment_of(get_loss(name), options)
     with torch.no_grad():  # as in the tap
         got = align(*hidden, counts_BL, torch.tensor(0.37))
 
@@ -164,7 +163,7 @@ def test_an_alignment_is_the_weighted_gradient_and_the_sum_of_cosines(name, opti
 @all_losses
 def test_tokens_that_do_not_count_have_no_gradient(name, options):
     *hidden, counts_BL = batch((2, 9, 8))
-    got = alignment_of(get_loss(name, key="let.loss"), options)(*hidden, counts_BL, torch.tensor(1.0))
+    got = alignment_of(get_loss(name), options)(*hidden, counts_BL, torch.tensor(1.0))
     assert not counts_BL.all()
     assert got.gradient_BLD[~counts_BL].eq(0).all() and got.target_gradient_BLD[~counts_BL].eq(0).all()
 
@@ -175,7 +174,7 @@ def test_zeros_and_equal_states_give_finite_losses_and_gradients(name, options, 
     zeros_BLD, other_BLD = torch.zeros(1, 9, 4, dtype=dtype), torch.randn(1, 9, 4).to(dtype)
     for pair in itertools.product((zeros_BLD, other_BLD), repeat=2):
         hidden = [x_BLD.clone().requires_grad_() for x_BLD in pair]
-        loss_BL = get_loss(name, key="let.loss").function(*hidden, **options)
+        loss_BL = get_loss(name).function(*hidden, **options)
         assert loss_BL.isfinite().all()
         assert all(g_BLD.isfinite().all() for g_BLD in gradients(loss_BL, torch.ones(1, 9), *hidden))
 
@@ -183,7 +182,7 @@ def test_zeros_and_equal_states_give_finite_losses_and_gradients(name, options, 
 @all_losses
 def test_no_gradient_depends_on_a_later_token_or_another_row(name, options):
     *hidden, counts_BL = batch((3, 17, 8))
-    align = alignment_of(get_loss(name, key="let.loss"), options)
+    align = alignment_of(get_loss(name), options)
     before_BLD = align(*hidden, counts_BL, torch.tensor(0.3)).gradient_BLD
     student_BLD, target_BLD, _ = batch((3, 17, 8), seed=1)
     for at in range(17):
@@ -198,7 +197,7 @@ def test_no_gradient_depends_on_a_later_token_or_another_row(name, options):
 @all_losses
 def test_a_small_step_against_the_gradient_lowers_the_loss(name, options):
     student_BLD, target_BLD, counts_BL = batch((2, 49, 16))
-    entry = get_loss(name, key="let.loss")
+    entry = get_loss(name)
     gradient_BLD = alignment_of(entry, options)(student_BLD, target_BLD, counts_BL, torch.tensor(1.0)).gradient_BLD
 
     def total(student_BLD):
@@ -209,7 +208,7 @@ def test_a_small_step_against_the_gradient_lowers_the_loss(name, options):
 
 @all_losses
 def test_compiled_equals_eager(name, options):
-    align = alignment_of(get_loss(name, key="let.loss"), options)
+    align = alignment_of(get_loss(name), options)
     with torch.no_grad():
         *hidden, counts_BL = batch((2, 19, 16))
         eager = align(*hidden, counts_BL, torch.tensor(0.1))
@@ -220,7 +219,7 @@ def test_compiled_equals_eager(name, options):
 
 def test_two_options_of_one_loss_can_both_be_compiled():
     for alpha in (2.0, 3.0, 4.0):
-        align = alignment_of(get_loss("logsum", key="let.loss"), {"alpha": alpha})
+        align = alignment_of(get_loss("logsum"), {"alpha": alpha})
         *arguments, counts_BL = batch((2, 5, 16))
         eager = align(*arguments, counts_BL, torch.tensor(0.1))
         compiled = torch.compile(align, fullgraph=True, backend="aot_eager")(*arguments, counts_BL, torch.tensor(0.1))
@@ -242,13 +241,13 @@ def test_the_closed_form_of_zero_vectors_and_zero_weight_is_zero():
 
 def test_the_normalised_mse_is_a_cosine_in_disguise():
     student_BLD, target_BLD = torch.randn(2, 3, 16), torch.randn(2, 3, 16)
-    got_BL = get_loss("mse", key="").function(student_BLD, target_BLD, normalize=True)
+    got_BL = get_loss("mse").function(student_BLD, target_BLD, normalize=True)
     torch.testing.assert_close(got_BL, 2 - 2 * F.cosine_similarity(student_BLD, target_BLD, dim=-1))
 
 
 def test_the_relational_loss_sums_to_about_the_same_at_every_stride():
     student_BLD, target_BLD = torch.randn(4, 512, 8), torch.randn(4, 512, 8)
-    function = get_loss("relational", key="").function
+    function = get_loss("relational").function
     every, some = (function(student_BLD, target_BLD, stride=stride) for stride in (1, 4))
     assert some.sum().item() == pytest.approx(every.sum().item(), rel=0.1)
     assert some.view(4, -1, 4)[..., 1:].eq(0).all()
@@ -257,7 +256,7 @@ def test_the_relational_loss_sums_to_about_the_same_at_every_stride():
 def test_cka_ignores_rotations_scales_and_offsets():
     student_BLD = torch.randn(2, 33, 6)
     rotation_DD = torch.linalg.qr(torch.randn(9, 6)).Q
-    function = get_loss("cka", key="").function
+    function = get_loss("cka").function
     # The offset is a thousand times the rest: sums over states that are not centred would lose all digits.
     turned_BLD = 3 * student_BLD @ rotation_DD.T + 1000
     torch.testing.assert_close(
@@ -270,7 +269,7 @@ def test_cka_ignores_rotations_scales_and_offsets():
 def test_cka_teaches_no_projector_of_later_tokens():
     """The gradient to the targets is causal, too; that of `relational` is not, which only a projector sees."""
     *hidden, counts_BL = batch((2, 17, 8))
-    align = alignment_of(get_loss("cka", key="let.loss"), {"stride": 1})
+    align = alignment_of(get_loss("cka"), {"stride": 1})
     before_BLD = align(*hidden, counts_BL, torch.tensor(0.3)).target_gradient_BLD
     student_BLD, target_BLD, _ = batch((2, 17, 8), seed=1)
     changed = [torch.cat([x[:, :9], y[:, 9:]], 1) for x, y in zip(hidden, (student_BLD, target_BLD), strict=True)]
@@ -282,13 +281,13 @@ def test_cka_teaches_no_projector_of_later_tokens():
 @pytest.mark.parametrize(("number", "expected"), [(32, 0.94), (256, 0.67)])
 def test_the_cka_of_fewer_tokens_than_channels_says_little(number, expected):
     """As docs/strategies.md says: of white noise it would be 0 for many."""
-    loss_BL = get_loss("cka", key="").function(torch.randn(2, number, 512), torch.randn(2, number, 512), stride=1)
+    loss_BL = get_loss("cka").function(torch.randn(2, number, 512), torch.randn(2, number, 512), stride=1)
     assert 1 - loss_BL[:, -1].mean().item() / (number - 1) == pytest.approx(expected, abs=0.01)
 
 
 def test_cka_pulls_as_much_at_the_end_of_a_row_as_in_its_middle():
     student_BLD, target_BLD, counts_BL = torch.randn(8, 512, 8), torch.randn(8, 512, 8), torch.ones(8, 512)
-    align = alignment_of(get_loss("cka", key="let.loss"), {"stride": 1})
+    align = alignment_of(get_loss("cka"), {"stride": 1})
     norm_L = align(student_BLD, target_BLD, counts_BL, torch.tensor(1.0)).gradient_BLD.norm(dim=-1).mean(0)
     assert norm_L[384:].mean().item() == pytest.approx(norm_L[128:256].mean().item(), rel=0.5)
 
@@ -308,15 +307,15 @@ def test_cka_pulls_as_much_at_the_end_of_a_row_as_in_its_middle():
 def test_a_bad_option_is_an_error_before_the_first_step(name, options):
     (option,) = options
     with pytest.raises(ValueError, match=rf"^{option} must be "):
-        alignment_of(get_loss(name, key="let.loss"), options)
+        alignment_of(get_loss(name), options)
 
 
 def test_the_registered_losses():
     assert list(LOSSES) == ["cka", "cosine", "logsum", "mse", "relational", "smooth_l1"]
-    assert get_loss("cosine", key="let.loss").closed_form is negative_cosine
-    assert [name for name in LOSSES if get_loss(name, key="").needs_whole_sequence] == ["cka", "relational"]
-    with pytest.raises(ConfigError, match=r"let\.loss.*did you mean 'cosine'"):
-        get_loss("cosin", key="let.loss")
+    assert get_loss("cosine").closed_form is negative_cosine
+    assert [name for name in LOSSES if get_loss(name).needs_whole_sequence] == ["cka", "relational"]
+    with pytest.raises(LookupError, match=r"did you mean 'cosine'"):
+        get_loss("cosin")
 
 
 def scaled(student_BLD, target_BLD, *, scale: float = 2.0):
@@ -335,7 +334,7 @@ def registered():
 def test_an_entry_point_may_be_a_plain_function(registered):
     LOSSES.register("scaled", scaled)
     registered.append("scaled")
-    entry = get_loss("scaled", key="let.loss")
+    entry = get_loss("scaled")
     assert entry == LossEntry(scaled, closed_form=None, needs_whole_sequence=False)
     student_BLD, target_BLD, counts_BL = batch((2, 3, 5))
     got = alignment_of(entry, {"scale": 3.0})(student_BLD, target_BLD, counts_BL, torch.tensor(0.5))
@@ -348,7 +347,7 @@ def test_a_closed_form_is_that_of_the_loss_without_options(registered):
 
     register_loss("scaled", scaled, closed_form=closed_form, needs_whole_sequence=True)
     registered.append("scaled")
-    entry = get_loss("scaled", key="let.loss")
+    entry = get_loss("scaled")
     assert entry.needs_whole_sequence
     arguments = (*batch((2, 3, 5)), torch.tensor(0.5))
     assert alignment_of(entry, {})(*arguments).gradient_BLD == 7

@@ -39,7 +39,7 @@ def start_afresh():
 
 
 def make(name, in_width, out_width, options):
-    return DIMENSION_MATCHES.get(name, key="let.dimension_match")(in_width, out_width, **options)
+    return DIMENSION_MATCHES.get(name)(in_width, out_width, **options)
 
 
 def weights_of(match):
@@ -310,14 +310,14 @@ def test_the_registered_matches_and_one_of_ones_own():
     assert list(DIMENSION_MATCHES) == ["interpolate", "linear", "mlp", "orthogonal", "procrustes", "truncate_or_pad"]
     register_dimension_match("own", TruncateOrPad)
     try:
-        assert DIMENSION_MATCHES.get("own", key="let.dimension_match") is TruncateOrPad
+        assert DIMENSION_MATCHES.get("own") is TruncateOrPad
     finally:
         DIMENSION_MATCHES.unregister("own")
 
 
 @pytest.mark.parametrize(("in_width", "out_width"), [(5, 8), (8, 5), (6, 6)])
 def test_procrustes_starts_as_the_interpolation_and_no_orthogonal_map_does_better(in_width, out_width):
-    match = DIMENSION_MATCHES.get("procrustes", key="")(in_width, out_width, refit_every=7)
+    match = DIMENSION_MATCHES.get("procrustes")(in_width, out_width, refit_every=7)
     generator = torch.Generator().manual_seed(0)
     given = torch.randn(40, in_width, generator=generator)
     wanted = torch.randn(40, out_width, generator=generator)
@@ -338,4 +338,4 @@ def test_procrustes_starts_as_the_interpolation_and_no_orthogonal_map_does_bette
 
 def test_procrustes_refuses_to_refit_never():
     with pytest.raises(ValueError, match=r"^refit_every must be"):
-        DIMENSION_MATCHES.get("procrustes", key="")(4, 4, refit_every=0)
+        DIMENSION_MATCHES.get("procrustes")(4, 4, refit_every=0)

@@ -6,7 +6,7 @@ import pytest
 
 from let_plugin.alignment import registry as registry_module
 from let_plugin.alignment.registry import Registry
-from let_plugin.config.errors import ConfigError
+from let_plugin.config.errors import ConfigError, lookup
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def registry():
 
 def test_register_and_get(registry):
     assert registry.register("red", 1) == 1
-    assert registry.get("red", key="let.colour") == 1
+    assert registry.get("red") == 1
     assert "red" in registry
     assert "blue" not in registry
 
@@ -31,14 +31,16 @@ def test_duplicate_is_an_error_and_keeps_the_first(registry):
     registry.register("red", 1)
     with pytest.raises(ValueError, match="colour 'red' is registered already"):
         registry.register("red", 2)
-    assert registry.get("red", key="k") == 1
+    assert registry.get("red") == 1
 
 
 def test_unknown_name_suggests(registry):
     registry.register("green", 1)
-    with pytest.raises(ConfigError) as info:
-        registry.get("grene", key="let.colour")
-    assert str(info.value) == "let.colour = 'grene': unknown colour; did you mean 'green'? valid names: green"
+    message = r"unknown colour 'grene'; did you mean 'green'\? valid names: green$"
+    with pytest.raises(LookupError, match=message):
+        registry.get("grene")
+    with pytest.raises(ConfigError, match=rf"^let\.colour = 'grene': {message}"):
+        lookup(registry.get, "grene", key="let.colour")
 
 
 def test_unregister(registry):
@@ -59,6 +61,6 @@ def test_entry_points_are_loaded_once_and_only_when_asked_for(registry, monkeypa
     monkeypatch.setattr(registry_module, "entry_points", entry_points)
     registry.register("red", 1)
     assert groups == []
-    assert registry.get("pi", key="k") == pytest.approx(3.14159, abs=1e-5)
+    assert registry.get("pi") == pytest.approx(3.14159, abs=1e-5)
     assert list(registry) == ["pi", "red"]
     assert groups == ["let_plugin.test_colours"]

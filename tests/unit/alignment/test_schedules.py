@@ -15,7 +15,6 @@ from let_plugin.alignment.schedules import (
     register_schedule,
     with_warmup,
 )
-from let_plugin.config.errors import ConfigError
 
 NAMES = ["constant", "cosine", "exponential", "hard_stop", "linear"]
 
@@ -53,14 +52,14 @@ def test_the_exponential_refuses_what_it_cannot_fall_to(final):
 
 @all_schedules
 def test_a_schedule_of_length_zero_is_zero(name):
-    schedule = get_schedule(name, key="").function
+    schedule = get_schedule(name).function
     assert schedule(0, stop_step=0) == with_warmup(schedule, 3)(0, stop_step=0) == 0
 
 
 @all_schedules
 @given(step=st.integers(0, 10**6), stop_step=st.integers(0, 10**6))
 def test_every_schedule_falls_from_one_to_zero(name, step, stop_step):
-    schedule = get_schedule(name, key="").function
+    schedule = get_schedule(name).function
     value = schedule(step, stop_step=stop_step)
     assert 0 <= value <= 1
     assert (value == 0) == (step >= stop_step)
@@ -71,7 +70,7 @@ def test_every_schedule_falls_from_one_to_zero(name, step, stop_step):
 @all_schedules
 @given(step=st.integers(0, 10**6), stop_step=st.integers(0, 10**6), warmup_steps=st.integers(0, 10**6))
 def test_a_warmed_up_schedule_rises_to_its_first_value_and_then_follows(name, step, stop_step, warmup_steps):
-    schedule = get_schedule(name, key="").function
+    schedule = get_schedule(name).function
     warmed_up = with_warmup(schedule, warmup_steps)
     value = warmed_up(step, stop_step=stop_step)
     assert math.isfinite(value) and 0 <= value <= 1
@@ -87,7 +86,7 @@ def test_a_warmed_up_schedule_rises_to_its_first_value_and_then_follows(name, st
 @given(stop_step=st.integers(0, 40), warmup_steps=st.integers(0, 40), resumed_at=st.integers(0, 40))
 def test_a_resumed_run_sees_the_values_of_one_that_never_stopped(name, stop_step, warmup_steps, resumed_at):
     def values(steps):
-        schedule = with_warmup(get_schedule(name, key="").function, warmup_steps)
+        schedule = with_warmup(get_schedule(name).function, warmup_steps)
         return [schedule(step, stop_step=stop_step) for step in steps]
 
     assert values(range(50))[resumed_at:] == values(range(resumed_at, 50))
@@ -101,18 +100,18 @@ def test_no_warmup_is_the_schedule_itself():
 
 def test_the_registered_schedules():
     assert list(SCHEDULES) == NAMES
-    fractions = {name: get_schedule(name, key="").default_stop_fraction for name in NAMES}
+    fractions = {name: get_schedule(name).default_stop_fraction for name in NAMES}
     assert fractions == {**dict.fromkeys(NAMES, 0.5), "constant": 1.0}
-    with pytest.raises(ConfigError, match=r"let\.schedule.*did you mean 'linear'"):
-        get_schedule("liner", key="let.schedule")
+    with pytest.raises(LookupError, match=r"did you mean 'linear'"):
+        get_schedule("liner")
 
 
 def test_a_schedule_of_ones_own_and_one_from_an_entry_point():
     register_schedule("whole", linear, default_stop_fraction=1.0)
     SCHEDULES.register("plain", linear)
     try:
-        assert get_schedule("whole", key="") == ScheduleEntry(linear, default_stop_fraction=1.0)
-        assert get_schedule("plain", key="") == ScheduleEntry(linear, default_stop_fraction=0.5)
+        assert get_schedule("whole") == ScheduleEntry(linear, default_stop_fraction=1.0)
+        assert get_schedule("plain") == ScheduleEntry(linear, default_stop_fraction=0.5)
     finally:
         SCHEDULES.unregister("whole")
         SCHEDULES.unregister("plain")

@@ -69,7 +69,7 @@ def expected(trainer, teacher_head_VE, states_BLE, batch, weight):
 def test_the_students_predictions_are_drawn_to_the_teachers(config, parallel_dims, batch, request):
     register_teacher_spec("with_head", lambda: llama_spec("with_head", **SHAPE, vocab_size=4096))
     request.addfinalizer(lambda: TEACHER_SPECS.unregister("with_head"))
-    weights = random_weights(TEACHER_SPECS.get("with_head", key="").make_spec())
+    weights = random_weights(TEACHER_SPECS.get("with_head").make_spec())
     dcp.save(weights, checkpoint_id=config.dump_folder + "/teacher", no_dist=True)
     config.let.target, config.let.temperature = "logits", 2.0
     config.let.teacher.spec, config.let.teacher.path = "with_head", config.dump_folder + "/teacher"

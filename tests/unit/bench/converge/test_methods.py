@@ -36,7 +36,7 @@ def test_each_passes_the_checks(config, name):
     assert config.let.weight == {"rkd": 1.0, "salt": 1.0, "kd_large": 1.0}.get(name, 0.1 if is_plain else 0.5)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if METHODS.get(name, key="").weight != "none"])
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS.get(name).weight != "none"])
 def test_another_weight_is_all_that_it_changes(config, name):
     other = copy.deepcopy(config)
     configure(config, name, None, RESOURCES)

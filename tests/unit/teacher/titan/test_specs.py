@@ -30,7 +30,7 @@ SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "orig
 @pytest.mark.parametrize(("name", "num_params"), NUM_PARAMS.items())
 def test_a_name_is_enough(name, num_params):
     assert name in TEACHER_SPECS  # without an import by the user
-    spec = TEACHER_SPECS.get(name, key="let.teacher.spec").make_spec()
+    spec = TEACHER_SPECS.get(name).make_spec()
     host.adapt_model_spec(spec)
     info = describe(spec, "nowhere")
     assert info.num_trunk_params == num_params

@@ -229,7 +229,7 @@ class ForTheWholeModel(Llama3StateDictAdapter):
 
 def test_an_adapter_that_needs_the_whole_model_gets_it(safetensors):
     states = []
-    spec = TEACHER_SPECS.get("demo_teacher", key="").make_spec()
+    spec = TEACHER_SPECS.get("demo_teacher").make_spec()
     for adapter in (Llama3StateDictAdapter, ForTheWholeModel):
         own = dataclasses.replace(spec, state_dict_adapter=adapter)
         model = spec.model.build()
