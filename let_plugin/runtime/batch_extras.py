@@ -1,7 +1,7 @@
-"""What LET needs beside a batch's tokens is made where the batch is: in the data loader, in its workers if it has any.
+"""Additional tensors of a batch (the teacher's own tokens, stored states), made in the data loader or its workers.
 
-The loader's `collate_fn` is extended, so LET does not know the data set: rows arrive as they are, and what is made of
-them is a function of the batch alone. So there is no state to save, and a resumed run makes the same again.
+The loader's `collate_fn` is extended, so LET does not depend on the data set. The extras are a function of the batch
+alone: there is no state to save, and a resumed run makes the same again.
 
 Shape legend: B batch, L sequence.
 """
@@ -25,11 +25,11 @@ class BatchExtras:
     """Adds tensors to each batch of a data loader that has not begun to iterate.
 
     Args:
-        loader: The student's.
-        make: What to add; see MakeExtras.
+        loader: The student's data loader.
+        make: Makes the tensors to add; see MakeExtras.
 
     Raises:
-        ConfigError: If it is not a torch DataLoader.
+        ConfigError: If the loader is not a torch DataLoader.
     """
 
     def __init__(self, loader: Any, make: MakeExtras) -> None:
@@ -41,16 +41,13 @@ class BatchExtras:
         self._collate = loader.collate_fn = _Collate(loader.collate_fn, make, self._is_on)
 
     def stop(self) -> None:
-        """Batches that are made from now on are as they would be without; those that workers hold ready are not.
-
-        What makes them is let go of in this process; the loader keeps a function that passes batches on.
-        """
+        """Ends it: new batches have no extras (those that workers hold ready still do), and `make` is released."""
         self._is_on.fill_(False)
         self._collate.make = None
 
 
 def take_extras(input_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Removes what BatchExtras has added to a batch, if anything, and returns it by its own names."""
+    """Removes the tensors that BatchExtras has added to a batch, if any, and returns them by their own names."""
     names = [name for name in input_dict if name.startswith(_PREFIX)]
     return {name.removeprefix(_PREFIX): input_dict.pop(name) for name in names}
 

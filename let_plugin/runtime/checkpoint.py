@@ -1,8 +1,8 @@
 """LET's own state in a run's checkpoints.
 
-torchtitan loads a checkpoint before the first step, with everything that it holds. What LET keeps there is only known
-to be needed, and only exists, once that step is known: it is read then, from the checkpoint that the run has resumed
-from. A checkpoint without it, of plain torchtitan for one, is no error; one that holds the state of something else is.
+torchtitan loads a checkpoint before the first step. LET's own state exists only once that step is known, and is read
+then, from the checkpoint that the run resumed from. A checkpoint without it (of plain torchtitan) is not an error; one
+with the state of other settings is.
 """
 
 from collections.abc import Sequence
@@ -22,11 +22,11 @@ from let_plugin.runtime.upstream import TRAIN_STATE, CheckpointManager, latest_c
 
 
 class Identified(Stateful):
-    """A state that says what it is the state of, so that it cannot be taken for another of the same shape.
+    """A state that is saved with the blocks and layers that it belongs to, and refuses that of others.
 
     Args:
         inner: Anything with `state_dict` and `load_state_dict`.
-        identity: What it is: the blocks and layers that it belongs to.
+        identity: The numbers of the blocks and layers.
     """
 
     def __init__(self, inner: Any, identity: Sequence[int]) -> None:
@@ -53,7 +53,7 @@ def restore(name: str, stateful: Any, config: Trainer.Config, step: int) -> None
         step: The optimizer steps taken by then.
 
     Raises:
-        ConfigError: If it is there, but is that of a run with other `[let]` settings.
+        ConfigError: If the state is that of a run with other `[let]` settings.
     """
     checkpoint: Any = config.checkpoint
     path = filesystem.join(_folder(config), f"step-{step}")
@@ -101,9 +101,9 @@ class Resumption:
 
 
 def find(config: Trainer.Config) -> Resumption | None:
-    """What torchtitan will resume from; None for a run that starts at step 0, with given weights or without.
+    """The checkpoint that torchtitan will resume from; None for a run that starts at step 0. Reads no weights.
 
-    Reads no weights. ConfigError if the checkpoint that the configuration asks for is not there or cannot be read.
+    ConfigError if the checkpoint that the configuration asks for is missing or cannot be read.
     """
     settings: Any = config.checkpoint
     if not settings.enable or settings.create_seed_checkpoint or not isinstance(settings, CheckpointManager.Config):

@@ -1,8 +1,7 @@
 """Torch's distributed checkpoints (DCP), read without running code from them.
 
-Torch itself unpickles the file `.metadata`, and what is no tensor, and a pickle can run any code. Here `.metadata` is
-read by an unpickler that knows nothing but torch's descriptions of tensors, and everything else as torch reads
-tensors (`weights_only`).
+torch itself unpickles the file `.metadata` and every value that is not a tensor, and a pickle can run any code. Here
+`.metadata` is read by an unpickler that knows only torch's descriptions of tensors, and values by `weights_only`.
 """
 
 import io
@@ -40,7 +39,7 @@ _KNOWN: dict[tuple[str, str], Any] = {
     **{("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): _LAYOUTS.__getitem__,
-    # Where the checkpoint was written, which nothing asks for; Python 3.13 names the module otherwise.
+    # The path where the checkpoint was written; Python 3.13 has another name for the module.
     **{
         (module, f"{system}Path"): getattr(pathlib, f"Pure{system}Path")
         for module in ("pathlib", "pathlib._local")
@@ -52,8 +51,8 @@ _KNOWN: dict[tuple[str, str], Any] = {
 def open_checkpoint(path: str) -> dcp.FileSystemReader:
     """A reader of the checkpoint at `path`, a folder or an fsspec URL.
 
-    Its `read_metadata` runs no code from the file, and raises ValueError if the file is damaged or asks for anything
-    but what torch writes there; OSError if there is none.
+    Its `read_metadata` runs no code from the file. It raises ValueError if the file is damaged or names anything that
+    torch does not write there, OSError if there is no file.
     """
     return _RemoteReader(path) if filesystem.is_remote(path) else _LocalReader(path)
 
@@ -61,20 +60,13 @@ def open_checkpoint(path: str) -> dcp.FileSystemReader:
 def load(state_dict: dict[str, Any], reader: dcp.StorageReader) -> None:
     """Fills `state_dict` in place from `reader`, in this process alone; runs no code from the files.
 
-    CheckpointException, which is no Exception but a BaseException, for what is missing or of another kind or shape.
+    Raises CheckpointException (a BaseException, not an Exception) for what is missing or of another kind or shape.
     """
     dcp.load(state_dict, storage_reader=reader, planner=_SafePlanner(), no_dist=True)
 
 
 def incomplete(described: Metadata, names: Iterable[str], folder: Path) -> dict[str, str]:
-    """Those of the tensors `names` that are not wholly in the checkpoint's files, and for each what is wrong.
-
-    Args:
-        described: What the checkpoint in `folder` says of itself.
-        names: Tensors that it has.
-        folder: A local folder.
-    """
-    sizes: dict[str, int] = {}
+    """Tensor name -> what is wrong with it, for those of `names` that are not completely in the files of `folder`."""
     problems = {}
     for name in names:
         tensor: Any = described.state_dict_metadata[name]
@@ -82,12 +74,10 @@ def incomplete(described: Metadata, names: Iterable[str], folder: Path) -> dict[
             stored = described.storage_data.get(MetadataIndex(name, chunk.offsets))
             if stored is None:
                 problems[name] = "of which .metadata says no place"
-                continue
-            file = stored.relative_path
-            if file not in sizes:
-                sizes[file] = (folder / file).stat().st_size if (folder / file).is_file() else -1
-            if stored.offset + stored.length > sizes[file]:
-                problems[name] = f"{file} is missing" if sizes[file] < 0 else f"{file} is truncated"
+            elif not (file := folder / stored.relative_path).is_file():
+                problems[name] = f"{file.name} is missing"
+            elif stored.offset + stored.length > file.stat().st_size:
+                problems[name] = f"{file.name} is truncated"
         if sum(math.prod(chunk.sizes) for chunk in tensor.chunks) < math.prod(tensor.size):
             problems[name] = "its parts are not all there"
     return problems
@@ -102,8 +92,6 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _ReadsMetadata:
-    """Mixed into torch's readers."""
-
     def read_metadata(self: Any, *args: Any, **kwargs: Any) -> Metadata:
         path = self._get_metadata_path(kwargs.get("rank"))
         with self.fs.create_stream(path, "rb") as file:
@@ -121,8 +109,6 @@ class _RemoteReader(_ReadsMetadata, FsspecReader):
 
 
 class _SafePlanner(DefaultLoadPlanner):
-    """Reads what is no tensor without running code, too; and only where no tensor is asked for."""
-
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         name = read_item.dest_index.fqn
         if isinstance(self.state_dict[name], torch.Tensor):

@@ -1,4 +1,4 @@
-"""Validation on two splits at once: one that choices are made on, and one that results are read on."""
+"""Validation on two splits at once: one for choices (validation) and one for results (test)."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,11 +12,11 @@ TEST_LOSS = "test_metrics/loss"
 
 
 class TwoSplitValidator(Validator):
-    """torchtitan's validator, and after it the same on the test split.
+    """torchtitan's validator, run on the validation split and then on the test split.
 
     Attributes:
-        losses: (validation, test) of the last call, in nats per valid token, as torchtitan's validator has them: with
-            pipeline parallelism only the last stage's ranks know them.
+        losses: (validation, test) of the last call, in nats per valid token. As with torchtitan's own validator, only
+            the ranks of a pipeline's last stage know them.
     """
 
     dl_config: Any
@@ -54,7 +54,7 @@ class TwoSplitValidator(Validator):
 
 
 class _Catcher:
-    """Takes what the validator hands to the metrics processor."""
+    """Stands in for the metrics processor and keeps the loss."""
 
     def __init__(self) -> None:
         self.ntokens_since_last_log = 0

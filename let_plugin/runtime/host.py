@@ -1,11 +1,10 @@
-"""Runs torchtitan on this host: the process's place in the job, and execution on the CPU.
+"""Prepares the process: its rank in the job, and execution on the CPU.
 
-torchtitan 0.3.0 assumes an accelerator. This is the only module that patches it, and with an accelerator it patches
-nothing. On the CPU, what differs from an accelerator is:
+torchtitan 0.3.0 assumes an accelerator. This is the only module that patches it, and only without one. On the CPU:
 
-* the device module that torchtitan talks to (memory statistics are the process's resident memory);
-* gloo has no PREMUL_SUM, so FSDP2 reduces with a plain sum;
-* parameters that are offloaded to CPU memory are not pinned there, for which a driver is needed;
+* torchtitan gets a device module whose memory statistics are those of the process's resident memory;
+* FSDP2 reduces with a plain sum, because gloo has no PREMUL_SUM;
+* parameters that are offloaded to CPU memory are not pinned, which would need a driver;
 * FlexAttention has no backward on the CPU: attention runs as SDPA under the same mask, made dense. Packed documents
   stay isolated exactly as FlexAttention isolates them.
 
@@ -20,6 +19,7 @@ import platform
 import resource
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,12 +36,9 @@ _KIB = 1024
 
 
 def set_up(device: Literal["auto", "cpu"] = "auto") -> torch.device:
-    """Prepares this process: its rank, and, where there is no accelerator or it is not wanted, the CPU.
+    """Prepares this process and returns the device type of the run: an accelerator, if there is one, or the CPU.
 
-    Without torchrun the process becomes a job of its own (rank 0 of 1); no environment variable is needed.
-
-    Returns:
-        The type of device that the run will use.
+    Without torchrun the process becomes rank 0 of 1; no environment variable is needed.
     """
     _set_single_process_environment()
     accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -52,7 +49,7 @@ def set_up(device: Literal["auto", "cpu"] = "auto") -> torch.device:
 
 
 def adapt_model_spec(spec: "ModelSpec") -> None:
-    """Replaces, in place, what a model specification asks for and the CPU cannot do. No-op with an accelerator."""
+    """Replaces FlexAttention in a model specification, in place, on the CPU. No-op with an accelerator."""
     from torchtitan.models.common.attention import FlexAttention
     from torchtitan.tools import utils
 
@@ -138,7 +135,7 @@ def _dense_mask(
 def _with_dense_masks(cp_shard: Callable[..., Any]) -> Callable[..., Any]:
     """torchtitan cuts attention masks that are described in blocks; dense ones, [B, 1, Q, KV], are cut here.
 
-    A rank keeps its own queries, and sees the keys of all ranks, one rank's after the other's.
+    A rank keeps its own queries and sees the keys of all ranks, in the order of the ranks.
     """
 
     def shard(
@@ -156,17 +153,9 @@ def _with_dense_masks(cp_shard: Callable[..., Any]) -> Callable[..., Any]:
     return shard
 
 
-_cpu_attention: Any = None
-
-
+@functools.cache
 def _cpu_attention_class() -> Any:
-    """FlexAttention's stand-in on the CPU. Made on first use: torchtitan is not imported before `set_up`."""
-    global _cpu_attention
-    if _cpu_attention is not None:
-        return _cpu_attention
-
-    from dataclasses import dataclass
-
+    """FlexAttention's replacement on the CPU. Made on first use: torchtitan is not imported before `set_up`."""
     from torchtitan.models.common.attention import FlexAttention
 
     class CpuAttention(FlexAttention):
@@ -209,17 +198,14 @@ def _cpu_attention_class() -> Any:
                 spmd.assert_type(out_BLNH, spmd.get_local_type(q_BLNH), get_partition_spec(q_BLNH))
             return out_BLNH
 
-    _cpu_attention = CpuAttention
-    return _cpu_attention
+    return CpuAttention
 
 
 class CpuDeviceModule:
-    """The part of `torch.cuda`'s interface that torchtitan uses, for the CPU.
-
-    Memory is the process's resident memory, in bytes.
+    """The part of `torch.cuda`'s interface that torchtitan uses. Memory is resident memory of the process, in bytes.
 
     Attributes:
-        peak_is_resettable: Whether the kernel lets the peak start anew, as far as is known by now.
+        peak_is_resettable: Whether the kernel allows a reset of the peak; True until it has refused one.
     """
 
     def __init__(self) -> None:
@@ -257,7 +243,7 @@ class CpuDeviceModule:
         }
 
     def reset_peak_memory_stats(self, device: Any = None) -> None:
-        """Resets the peak to the present, where the kernel allows it (Linux: /proc/self/clear_refs)."""
+        """Resets the peak to the present value, where the kernel allows it (Linux: /proc/self/clear_refs)."""
         if not self.peak_is_resettable:
             return
         try:

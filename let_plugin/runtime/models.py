@@ -1,7 +1,8 @@
-"""Llama-architecture models in sizes that torchtitan's own flavours do not offer, out of torchtitan's parts."""
+"""Llama models of any size, built from torchtitan's parts."""
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch.nn as nn
 from torchtitan.distributed.pipeline_parallel import pipeline_llm
@@ -18,10 +19,10 @@ _INIT_STD = 0.02
 
 @dataclass(frozen=True, kw_only=True)
 class Llama3RopeScaling:
-    """How Llama 3.1 and 3.2 stretch their rotary frequencies; the names are those of Hugging Face's config.json.
+    """The rotary frequency scaling of Llama 3.1 and 3.2, with the names of Hugging Face's config.json.
 
     Attributes:
-        factor: What the low frequencies are divided by.
+        factor: Divisor of the low frequencies.
         low_freq_factor: A wavelength above `original_max_position_embeddings` / this one is a low frequency.
         high_freq_factor: A wavelength below `original_max_position_embeddings` / this one stays as it is.
         original_max_position_embeddings: Sequence length before the stretching, in tokens.
@@ -50,10 +51,10 @@ def llama_spec(
     embedding_init_std: float = 1.0,
     attn_backend: str = "flex",
 ) -> ModelSpec:
-    """A llama3-type ModelSpec of the given size, initialised as torchtitan initialises its own.
+    """A llama3-type ModelSpec of the given size, initialized as torchtitan initializes its own.
 
     Args:
-        flavor: The name that logs show.
+        flavor: Name of the size, for logs.
         dim: Width D of the residual stream.
         num_layers: Number of blocks.
         num_heads: Attention heads; each `dim // num_heads` wide.
@@ -61,71 +62,38 @@ def llama_spec(
         vocab_size: Rows of the token embedding.
         num_kv_heads: Key/value heads (grouped-query attention); None: `num_heads`.
         rope_theta: Base of the rotary embedding.
-        rope_scaling: Llama 3.1's scaling of it; None: none.
+        rope_scaling: Llama 3.1's frequency scaling; None: no scaling.
         max_seq_len: Longest sequence in tokens.
-        norm_eps: What the RMS norms add to the mean square.
+        norm_eps: Epsilon of the RMS norms.
         tie_embeddings: Share the token embedding with the language-model head.
-        embedding_init_std: Standard deviation of the token embedding at initialisation (1: torchtitan's).
+        embedding_init_std: Standard deviation of the token embedding at initialization (1: torchtitan's).
         attn_backend: torchtitan's name of the attention implementation.
     """
-    norm_init = {"weight": nn.init.ones_}
-    linear_init = {"weight": partial(nn.init.trunc_normal_, std=_INIT_STD), "bias": nn.init.zeros_}
-    head_std = dim**-0.5
-
-    embedding_init = skip_param_init if tie_embeddings else partial(nn.init.normal_, std=embedding_init_std)
-
     rope = ComplexRoPE.Config(dim=dim // num_heads, max_seq_len=max_seq_len, theta=rope_theta)
     if rope_scaling is not None:
         rope.scaling, rope.scaling_factor = "llama", rope_scaling.factor
         rope.low_freq_factor, rope.high_freq_factor = rope_scaling.low_freq_factor, rope_scaling.high_freq_factor
         rope.original_max_position_embeddings = rope_scaling.original_max_position_embeddings
-
-    def norm() -> RMSNorm.Config:
-        return RMSNorm.Config(normalized_shape=dim, eps=norm_eps, param_init=norm_init)
-
-    def block(layer_id: int) -> Llama3TransformerBlock.Config:
-        depth_init = {
-            "weight": partial(nn.init.trunc_normal_, std=depth_scaled_std(_INIT_STD, layer_id)),
-            "bias": nn.init.zeros_,
-        }
-        return Llama3TransformerBlock.Config(
-            attention_norm=norm(),
-            ffn_norm=norm(),
-            attention=make_gqa_config(
-                dim=dim,
-                n_heads=num_heads,
-                n_kv_heads=num_kv_heads,
-                wqkv_param_init=linear_init,
-                wo_param_init=depth_init,
-                inner_attention=get_attention_config(attn_backend),
-                fuse_qkv=True,
-                rope=rope,  # copied for each block
-            ),
-            feed_forward=make_ffn_config(
-                dim=dim, hidden_dim=hidden_dim, w1_param_init=linear_init, w2w3_param_init=depth_init
-            ),
-        )
-
+    attention = {"n_heads": num_heads, "n_kv_heads": num_kv_heads, "rope": rope}  # copies of it, one for each block
+    embedding_init = skip_param_init if tie_embeddings else partial(nn.init.normal_, std=embedding_init_std)
+    head_std = dim**-0.5
     model = Llama3Model.Config(
         dim=dim,
         vocab_size=vocab_size,
         enable_weight_tying=tie_embeddings,
         tok_embeddings=Embedding.Config(
-            num_embeddings=vocab_size,
-            embedding_dim=dim,
-            param_init={"weight": embedding_init},
+            num_embeddings=vocab_size, embedding_dim=dim, param_init={"weight": embedding_init}
         ),
-        norm=norm(),
+        norm=_norm(dim, norm_eps),
         lm_head=Linear.Config(
-            in_features=dim,
-            out_features=vocab_size,
-            param_init={
-                "weight": partial(nn.init.trunc_normal_, std=head_std, a=-3 * head_std, b=3 * head_std),
-                "bias": nn.init.zeros_,
-            },
+            in_features=dim, out_features=vocab_size, param_init=_init(head_std, a=-3 * head_std, b=3 * head_std)
         ),
-        layers=[block(i) for i in range(num_layers)],
+        layers=[_block(i, dim, hidden_dim, norm_eps, attn_backend, attention) for i in range(num_layers)],
     )
+    return _spec(flavor, model)
+
+
+def _spec(flavor: str, model: Llama3Model.Config) -> ModelSpec:
     return ModelSpec(
         name="llama3",
         flavor=flavor,
@@ -135,3 +103,32 @@ def llama_spec(
         post_optimizer_build_fn=None,
         state_dict_adapter=Llama3StateDictAdapter,
     )
+
+
+def _block(
+    layer_id: int, dim: int, hidden_dim: int, norm_eps: float, attn_backend: str, attention: dict[str, Any]
+) -> Llama3TransformerBlock.Config:
+    linear_init, depth_init = _init(_INIT_STD), _init(depth_scaled_std(_INIT_STD, layer_id))
+    return Llama3TransformerBlock.Config(
+        attention_norm=_norm(dim, norm_eps),
+        ffn_norm=_norm(dim, norm_eps),
+        attention=make_gqa_config(
+            dim=dim,
+            wqkv_param_init=linear_init,
+            wo_param_init=depth_init,
+            inner_attention=get_attention_config(attn_backend),
+            fuse_qkv=True,
+            **attention,
+        ),
+        feed_forward=make_ffn_config(
+            dim=dim, hidden_dim=hidden_dim, w1_param_init=linear_init, w2w3_param_init=depth_init
+        ),
+    )
+
+
+def _norm(dim: int, eps: float) -> RMSNorm.Config:
+    return RMSNorm.Config(normalized_shape=dim, eps=eps, param_init={"weight": nn.init.ones_})
+
+
+def _init(std: float, **bounds: Any) -> dict[str, Any]:
+    return {"weight": partial(nn.init.trunc_normal_, std=std, **bounds), "bias": nn.init.zeros_}
