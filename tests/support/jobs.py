@@ -1,15 +1,20 @@
 """Runs real jobs in processes of their own, as users do."""
 
+import atexit
+import functools
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+
+from tests.support import fork_server
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,30 +35,72 @@ teacher.tokenizer_path = "let_plugin/demo/assets/tokenizer"
 
 
 def environment(**extra):
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    env = {k: v for k, v in os.environ.items() if k not in _OF_TORCHRUN}
     # One thread: the models are tiny, and pytest-xdist's workers run jobs side by side.
     env.setdefault("OMP_NUM_THREADS", "1")
     return {**env, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **extra}
 
 
-def command(module, *args, processes=1, torchrun=False):
-    """The command line that runs `module`, under torchrun if asked for or if there is more than one process."""
-    if processes == 1 and not torchrun:
-        return [sys.executable, "-m", module, *map(str, args)]
-    # --standalone: torchrun itself takes a port that is free, and keeps it.
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [*run, "-m", module, *map(str, args)]
+_OF_TORCHRUN = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+# Variables that are read when a job runs. All others may be read when something is imported.
+_LATE = {"OMP_NUM_THREADS", "PROBE_KILL_AT_STEP"}
+_TIMEOUT = 900.0
 
 
-def run(module, *args, processes=1, check=True, torchrun=False, **env):
-    own_command = command(module, *args, processes=processes, torchrun=torchrun)
-    result = subprocess.run(own_command, cwd=ROOT, env=environment(**env), capture_output=True, text=True)
+def run(module, *args, processes=1, check=True, fresh=False, torchrun=False, **env):
+    """Runs `python -m module args` from the root of the repository, and waits for it.
+
+    Args:
+        module: What to run.
+        *args: Its arguments.
+        processes: How many of them, with the environment that torchrun gives them. If one fails, the others are ended.
+        check: Whether a failure is one of the test.
+        fresh: In a new interpreter, and not in one that is forked off with all imported (tests/support/fork_server.py).
+            More than one start under torchrun. Implied by a variable that is read early.
+        torchrun: `fresh`, and under torchrun even if alone.
+        **env: Environment variables.
+
+    Returns:
+        A `subprocess.CompletedProcess`; of several processes, with the exit code of the first that failed.
+    """
+    if fresh or torchrun or env.keys() - _LATE:
+        command = [sys.executable]
+        if torchrun or processes > 1:
+            # --standalone: torchrun itself takes a port that is free, and keeps it.
+            command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        command += ["-m", module, *map(str, args)]
+        result = subprocess.run(
+            command, cwd=ROOT, env=environment(**env), capture_output=True, text=True, timeout=_TIMEOUT
+        )
+    else:
+        result = _run_forked(module, [*map(str, args)], processes, environment(**env))
     if check:
         assert result.returncode == 0, _report(result)
     return result
 
 
-_CRASH = re.compile(r"exitcode: -(6|11)\b")  # SIGABRT or SIGSEGV, as torchrun reports them
+def _run_forked(module, args, processes, env):
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: f"{folder}/{name}" for name in ("stdout", "stderr")}
+        request = {"module": module, "args": args, "processes": processes, "env": env, "cwd": str(ROOT)}
+        answer = _fork_server().run({**request, **files, "timeout": _TIMEOUT})
+        stdout, stderr = (Path(file).read_text(errors="replace") for file in files.values())
+    codes = answer["codes"]
+    if answer["code"] < 0 or (processes > 1 and any(codes)):
+        stderr += "\n".join(["", *(f"rank {rank} exitcode: {code}" for rank, code in enumerate(codes))])
+    result = subprocess.CompletedProcess([module, *args], answer["code"], stdout, stderr)
+    assert not answer["timed_out"], _report(result)
+    return result
+
+
+@functools.cache
+def _fork_server():
+    client = fork_server.Client(ROOT, environment())
+    atexit.register(client.close)
+    return client
+
+
+_CRASH = re.compile(r"exitcode: -(6|11)\b")  # SIGABRT or SIGSEGV, as torchrun reports them and this file
 
 
 def _report(result):
@@ -102,7 +149,7 @@ def train_many(folder, cases, processes):
     for can_run_again in (True, False):
         left = [row for row in rows if not Path(row["out"]).exists()]
         listed.write_text(json.dumps(left))
-        result = run("tests.support.matrix", listed, processes=processes, torchrun=True, check=False, **threads)
+        result = run("tests.support.matrix", listed, processes=processes, check=False, **threads)
         # As the Makefile's RERUN, without those that have been run.
         if not (can_run_again and _CRASH.search(result.stderr)):
             break
