@@ -44,12 +44,8 @@ def test_it_is_read_from_a_remote_file_system(config):
 
 def test_or_from_the_one_that_the_run_has_started_from(config, tmp_path):
     config.checkpoint.initial_load_path = str(tmp_path / "elsewhere")
-    assert same(read_after_writing(config, tmp_path / "elsewhere"), written(tmp_path / "elsewhere"))
-
-
-def read_after_writing(config, folder):
-    written(folder)
-    return read(config)
+    expected = written(tmp_path / "elsewhere")
+    assert same(read(config), expected)
 
 
 def test_a_checkpoint_without_it_is_said_and_changes_nothing(config, tmp_path, caplog):

@@ -18,7 +18,6 @@ from let_plugin.config import TeacherConfig
 from let_plugin.config.errors import ConfigError
 from let_plugin.preflight import checks as preflight
 from let_plugin.preflight import teacher_cli as cli
-from let_plugin.preflight.weight_files import read_weight_files
 from let_plugin.runtime import checkpoint, dcp_files
 from let_plugin.teacher.titan.source import TitanTeacherSource
 
@@ -69,9 +68,28 @@ def test_torch_itself_would_run_it(malicious, evidence):
     evidence.unlink()
 
 
-def test_the_reader_refuses(malicious):
+def test_every_reader_refuses(malicious, config, capsys, tmp_path):
     with pytest.raises(ValueError, match=REFUSED):
         dcp_files.open_checkpoint(malicious).read_metadata()
+
+    config.let.teacher.path = malicious
+    config.checkpoint.enable = True
+    config.checkpoint.initial_load_path = malicious
+    config.checkpoint.initial_load_model_only = False
+    teacher, resumed = r"let\.teacher\.path", r"checkpoint\.initial_load_path"
+    for key, reads in (
+        (teacher, lambda: TitanTeacherSource(config.let.teacher)),
+        (teacher, lambda: preflight.run(config)),
+        (resumed, lambda: checkpoint.find(config)),
+        ("let", lambda: checkpoint.read("own", None, malicious)),
+        ("", lambda: stacking.stack({"layers.0.w": torch.Size([1])}, malicious)),
+        ("", lambda: hf_export.export(config, malicious, tmp_path / "out")),
+    ):
+        with pytest.raises(ConfigError, match=rf"{key}.*{REFUSED}"):
+            reads()
+
+    assert cli.main(["inspect", malicious, "--spec", "tiny_teacher", "--device", "cpu"]) == 2
+    assert "it asks for" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("named", ["os.system", "torch.load", "torch.hub.load", "builtins.getattr", "torch.Tensor"])
@@ -82,45 +100,13 @@ def test_what_it_asks_for_is_named(tmp_path, named):
         dcp_files.open_checkpoint(str(tmp_path)).read_metadata()
 
 
-def test_a_teacher_is_refused_when_it_is_opened(malicious, config):
-    config.let.teacher.path = malicious
-    for opens in (lambda: TitanTeacherSource(config.let.teacher), lambda: preflight.run(config)):
-        with pytest.raises(ConfigError, match=rf"let\.teacher\.path.*{REFUSED}"):
-            opens()
-
-
-def test_or_when_it_is_loaded(tiny_teacher, tmp_path, evidence):
+def test_a_teacher_is_refused_when_it_is_loaded(tiny_teacher, tmp_path, evidence):
     """The file may have been exchanged since it was opened."""
     folder = shutil.copytree(tiny_teacher[0], tmp_path / "teacher")
     source = TitanTeacherSource(TeacherConfig(spec="tiny_teacher", path=str(folder)))
     (folder / ".metadata").write_bytes(pickle.dumps(Creates(evidence)))
     with pytest.raises(ConfigError, match=r"let\.teacher\.path.*cannot be read"):
         source.language_model(dtype=torch.float32, device=torch.device("cpu"), seq_len=8)
-
-
-def test_inspect_refuses(malicious, capsys):
-    assert cli.main(["inspect", malicious, "--spec", "tiny_teacher", "--device", "cpu"]) == 2
-    assert "it asks for" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match=REFUSED):
-        read_weight_files(malicious)
-
-
-def test_a_checkpoint_to_go_on_from_is_refused(malicious, config):
-    config.checkpoint.enable = True
-    config.checkpoint.initial_load_path = malicious
-    config.checkpoint.initial_load_model_only = False
-    with pytest.raises(ConfigError, match=rf"checkpoint\.initial_load_path.*{REFUSED}"):
-        checkpoint.find(config)
-    with pytest.raises(ConfigError, match=REFUSED):
-        checkpoint.read("own", None, malicious)
-
-
-def test_the_commands_that_read_a_checkpoint_refuse(malicious, config, tmp_path):
-    pytest.importorskip("transformers", reason="pip install let-plugin[eval]")
-    with pytest.raises(ConfigError, match=REFUSED):
-        stacking.stack({"layers.0.w": torch.Size([1])}, malicious)
-    with pytest.raises(ConfigError, match=REFUSED):
-        hf_export.export(config, malicious, tmp_path / "out")
 
 
 @pytest.mark.parametrize("wanted", [torch.zeros(2), 0.0])
