@@ -17,55 +17,44 @@ class Rows(IterableDataset):
             yield {"input": torch.full((3,), i)}, torch.full((3,), i + 1)
 
 
-def twice(input_dict, labels_BL):
-    return {"twice": 2 * input_dict["input"] + labels_BL.sum(dim=-1, keepdim=True)}
+class Twice:
+    def __call__(self, input_dict, labels_BL):
+        return {"twice": 2 * input_dict["input"] + labels_BL.sum(dim=-1, keepdim=True)}
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_extras_are_those_of_their_batch_and_end(num_workers):
     loader = StatefulDataLoader(Rows(), batch_size=2, num_workers=num_workers)
-    extras = BatchExtras(loader, twice)
+    make = Twice()
+    extras = BatchExtras(loader, make)
+    left = weakref.ref(make)
+    del make
     seen = []
     for n, (input_dict, labels_BL) in enumerate(loader):
         taken = take_extras(input_dict)
         assert list(input_dict) == ["input"]
         if taken:
-            assert torch.equal(taken["twice"], twice(input_dict, labels_BL)["twice"])
+            assert torch.equal(taken["twice"], Twice()(input_dict, labels_BL)["twice"])
         seen.append(bool(taken))
         if n == 0:
+            assert left() is not None
             extras.stop()
+            assert left() is None
     assert seen[0] and not seen[-1] and len(seen) == 4
 
 
-def test_what_makes_them_is_let_go_of():
-    class Make:
-        def __call__(self, input_dict, labels_BL):
-            return {}
-
-    loader = StatefulDataLoader(Rows(), batch_size=2)
-    make = Make()
-    extras = BatchExtras(loader, make)
-    batches = iter(loader)
-    next(batches)
-    left = weakref.ref(make)
-    extras.stop()
-    del make
-    assert left() is None
-    assert len(list(batches)) == 3
-
-
 def test_the_state_of_the_loader_is_that_of_a_plain_one():
-    def states(with_extras):
+    def state(with_extras):
         loader = StatefulDataLoader(Rows(), batch_size=2)
         if with_extras:
-            BatchExtras(loader, twice)
+            BatchExtras(loader, Twice())
         batches = iter(loader)
         next(batches)
         return loader.state_dict()
 
-    assert states(True) == states(False)
+    assert state(True) == state(False)
 
 
 def test_another_kind_of_loader_is_refused():
     with pytest.raises(ConfigError, match="dataloader = 'list': not a torch DataLoader"):
-        BatchExtras([], twice)
+        BatchExtras([], Twice())

@@ -10,15 +10,22 @@ from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.hf_datasets.text_datasets import DATASETS, HuggingFaceTextDataLoader
 
 from let_plugin.config.errors import ConfigError
-from let_plugin.demo import TOKENIZER
 from let_plugin.runtime import data
 
 LINES = "".join(json.dumps({"text": text, "title": "not read"}) + "\n" for text in ("one", "zwei"))
+CONTENTS = {
+    "gz": gzip.compress(LINES.encode()),
+    "xz": lzma.compress(LINES.encode()),
+    "txt": b"one\nzwei\n",
+    "json": LINES.encode(),
+    "jsonl": LINES.encode(),
+}
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    data.register()
 
 
 def write(folder, name):
@@ -27,14 +34,8 @@ def write(folder, name):
     path = folder / name
     if name.endswith(".parquet"):
         datasets.Dataset.from_dict({"text": ["one", "zwei"]}).to_parquet(path)
-    elif name.endswith(".gz"):
-        path.write_bytes(gzip.compress(LINES.encode()))
-    elif name.endswith(".xz"):
-        path.write_bytes(lzma.compress(LINES.encode()))
-    elif name.endswith(".txt"):
-        path.write_text("one\nzwei\n")
     else:
-        path.write_text(LINES)
+        path.write_bytes(CONTENTS[name.rsplit(".", 1)[1]])
     return path
 
 
@@ -82,60 +83,37 @@ def test_documents_without_text(tmp_path):
         data.load_text_files(str(tmp_path / "a.jsonl"))
 
 
-def test_registering_twice_is_safe():
-    data.register()
-    before = set(DATASETS)
-    data.register()
-    assert before == set(DATASETS)
-    assert {"text_files", "let_demo_train", "let_demo_test", "pile_train", "pile_validation"} <= set(DATASETS)
-
-
-def batch_of(dataset, path=None):
-    data.register()
+def assert_first_tokens(dataset, path, documents):
+    """torchtitan's loader makes its first row of the tokens of these documents."""
+    tokenizer = HuggingFaceTokenizer(tokenizer_path=data.TOKENIZER)
     config = HuggingFaceTextDataLoader.Config(dataset=dataset, dataset_path=path)
-    tokenizer = HuggingFaceTokenizer(tokenizer_path=TOKENIZER)
     loader = config.build(dp_world_size=1, dp_rank=0, tokenizer=tokenizer, seq_len=16, local_batch_size=1)
     inputs, labels = next(iter(loader))
-    return tokenizer, inputs["input"][0].tolist(), labels[0].tolist()
+    encoded = [tokenizer.encode(text, add_bos=True, add_eos=True) for text in documents]
+    tokens, next_tokens = ([t for d in encoded for t in d[part]][:16] for part in (slice(-1), slice(1, None)))
+    assert inputs["input"][0, : len(tokens)].tolist() == tokens
+    assert labels[0, : len(tokens)].tolist() == next_tokens
 
 
-def test_torchtitans_loader_reads_text_files(tmp_path):
+def test_torchtitans_loader_reads_text_files_and_the_demos_text(tmp_path):
     path = write(tmp_path / "text", "a.jsonl")
-    tokenizer, tokens, labels = batch_of("text_files", str(path))
-    documents = [tokenizer.encode(text, add_bos=True, add_eos=True) for text in ("one", "zwei")] * 4  # again and again
-    assert tokens == [token for document in documents for token in document[:-1]][:16]
-    assert labels == [token for document in documents for token in document[1:]][:16]
-
-
-def test_torchtitans_loader_reads_the_demos_text():
+    assert_first_tokens("text_files", str(path), ["one", "zwei"] * 4)  # again and again
     with lzma.open(data.TEXT["validation"], "rt") as file:
-        text = json.loads(next(file))["text"]
-    tokenizer, tokens, _ = batch_of("let_demo_validation")
-    assert tokens == tokenizer.encode(text, add_bos=True, add_eos=True)[:16]
-    assert len(text) > 100
-
-
-def pile(folder):
-    """Files as a copy of The Pile has them: two to train on and one for validation."""
-    zstandard = pytest.importorskip("zstandard")
-    (folder / "train").mkdir(parents=True)
-    for name in ("train/00", "train/01", "val", "test"):
-        lines = "".join(json.dumps({"text": f"{name} {i}", "meta": {"pile_set_name": "-"}}) + "\n" for i in range(3))
-        (folder / f"{name}.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
-    return str(folder)
+        assert_first_tokens("let_demo_validation", None, [json.loads(next(file))["text"]])
 
 
 def test_the_pile_is_streamed_from_a_local_copy(tmp_path):
-    path = pile(tmp_path / "pile")
-    data.register()
+    zstandard = pytest.importorskip("zstandard")
+    (tmp_path / "pile/train").mkdir(parents=True)
+    for name in ("train/00", "train/01", "val", "test"):
+        lines = "".join(json.dumps({"text": f"{name} {i}"}) + "\n" for i in range(3))
+        (tmp_path / f"pile/{name}.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
+    path = str(tmp_path / "pile")
     training = DATASETS["pile_train"].loader(path)
     assert isinstance(training, datasets.IterableDataset)
     assert [sample["text"] for sample in training] == [f"train/0{file} {i}" for file in range(2) for i in range(3)]
-    assert [sample["text"] for sample in DATASETS["pile_validation"].loader(path)] == [f"val {i}" for i in range(3)]
     assert not list((tmp_path / "cache").rglob("*.arrow"))
-    tokenizer, tokens, _ = batch_of("pile_validation", path)
-    first = tokenizer.encode("val 0", add_bos=True, add_eos=True)[:-1]
-    assert tokens[: len(first)] == first
+    assert_first_tokens("pile_validation", path, ["val 0", "val 1", "val 2"])
 
 
 @pytest.mark.parametrize("path", [data.PILE, "empty"])
@@ -144,6 +122,5 @@ def test_a_pile_that_cannot_be_read(path, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    data.register()
     with pytest.raises(ConfigError, match=rf"^dataloader\.dataset_path = '{path}': no val\.jsonl\.zst .*give a folder"):
         DATASETS["pile_validation"].loader(path)

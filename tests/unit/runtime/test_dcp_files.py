@@ -40,21 +40,14 @@ def evidence(tmp_path):
     assert not path.exists()
 
 
-def whole(evidence, described):
-    return Creates(evidence)
-
-
-def within(evidence, described):
-    described.planner_data = {"x": Creates(evidence)}
-    return described
-
-
-@pytest.fixture(params=[whole, within])
+@pytest.fixture(params=["whole", "within"])
 def malicious(tiny_teacher, tmp_path, evidence, request):
     """Folder of a teacher whose .metadata would create `evidence`."""
     folder = shutil.copytree(tiny_teacher[0], tmp_path / "malicious")
     described = dcp.FileSystemReader(folder).read_metadata()
-    (folder / ".metadata").write_bytes(pickle.dumps(request.param(evidence, described)))
+    described.planner_data = {"x": Creates(evidence)}
+    content = Creates(evidence) if request.param == "whole" else described
+    (folder / ".metadata").write_bytes(pickle.dumps(content))
     return str(folder)
 
 
