@@ -40,14 +40,8 @@ class TeacherConfig:
 
     tokenizer_path: str = ""
     """
-    Folder with the teacher's tokenizer.json or tiktoken rank file. Empty: the teacher's own folder, or the GGUF file
-    itself.
-    """
-
-    tiktoken: dict[str, Any] = field(default_factory=dict)
-    """
-    What a tiktoken rank file of the teacher's does not say itself: `vocabulary`, or `pattern`, `special_tokens`,
-    `bos_token`, `eos_token`; `rank_file`, where it is in that folder. As in `[tokenizer] type = "TikTokenTokenizer"`.
+    Folder with the teacher's tokenizer.json, or Llama-3's tokenizer.model. Empty: the teacher's own folder, or the GGUF
+    file itself.
     """
 
     check_vocabulary: bool = True
@@ -165,20 +159,11 @@ class TokenAlignmentConfig:
     align each of the student's tokens with the teacher's last one that ends at or before it. See docs/teachers.md.
     """
 
-    ends: Literal["at_or_before", "equal"] = "at_or_before"
-    """
-    "equal": only with one that ends exactly where the student's token does; a token without one is not aligned.
-    """
-
     teacher_seq_len: int | None = None
     """
     Tokens of the teacher per row of `training.seq_len` of the student's. What does not fit is cut off and not aligned.
     Not given: a quarter more than the student's, rounded up to a multiple of 16, or the teacher's longest sequence.
     """
-
-    min_fraction: float = 0.5
-    """Share of the tokens that must have a state of the teacher's, in a trial on the first rows at start-up."""
-
 
 @dataclass(kw_only=True, slots=True)
 class LetConfig:

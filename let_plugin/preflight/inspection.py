@@ -1,13 +1,13 @@
 """`let-teacher inspect PATH`: says what a teacher is, and how well it predicts a text.
 
-That its perplexity is what one expects of it shows that the right thing was loaded, and loaded right.
+A loss that is what one expects of the teacher shows that the right weights were loaded, and loaded correctly.
 """
 
 import argparse
 import importlib
 import math
-import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from let_plugin.config import TeacherConfig
@@ -17,9 +17,8 @@ if TYPE_CHECKING:
     import torch
 
     from let_plugin.teacher.base import TeacherInfo, TeacherSource
-    from let_plugin.tokens.text import TextTokenizer
 
-_MAX_SEQ_LEN = 1024  # of the documents that are read: longer ones are read in parts
+_MAX_SEQ_LEN = 1024  # longer documents are read in parts
 _MIB = 2**20
 
 
@@ -27,31 +26,14 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Adds the subcommand `inspect`."""
     description = "Says what a teacher is, what it costs, and how well it predicts a text."
     parser = subparsers.add_parser("inspect", help="say what a teacher is", description=description)
-    parser.add_argument(
-        "path",
-        metavar="PATH",
-        nargs="?",
-        default="",
-        help="as let.teacher.path: folder, .gguf file or hub name; without it, what follows from --spec alone",
-    )
+    path_help = "as let.teacher.path: folder, .gguf file or hub name; without it, what follows from --spec alone"
+    parser.add_argument("path", metavar="PATH", nargs="?", default="", help=path_help)
     parser.add_argument("--spec", default="", metavar="NAME", help="as let.teacher.spec: torchtitan runs the teacher")
-    parser.add_argument(
-        "--import",
-        dest="modules",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="Python module that registers it",
-    )
+    import_help = "Python module that registers the spec"
+    parser.add_argument("--import", dest="modules", action="append", default=[], metavar="MODULE", help=import_help)
     parser.add_argument("--text", metavar="FILE", help="measure the loss on this .txt, .jsonl, .json or .parquet file")
     parser.add_argument("--max-tokens", type=int, default=4096, metavar="N", help="of the text (default: 4096)")
     parser.add_argument("--tokenizer", default="", metavar="FOLDER", help="folder of the teacher's tokenizer")
-    parser.add_argument(
-        "--tiktoken",
-        default="",
-        metavar="TABLE",
-        help="""as let.teacher.tiktoken, a table of TOML: '{vocabulary = "llama3.1"}'""",
-    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the teacher's maths")
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto", help="where it runs")
     parser.add_argument("--trust-remote-code", action="store_true", help="as let.teacher.trust_remote_code")
@@ -64,15 +46,16 @@ def run(options: argparse.Namespace) -> None:
 
     device = host.set_up(options.device)
     for module in options.modules:
-        _import(module)
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ConfigError(Problem("--import", f"cannot be imported: {error}", module)) from error
     if options.max_tokens < 1:
         raise ConfigError(Problem("--max-tokens", "must be at least 1", options.max_tokens))
-
     config = TeacherConfig(
         path=options.path,
         spec=options.spec,
         tokenizer_path=options.tokenizer,
-        tiktoken=_table(options.tiktoken),
         trust_remote_code=options.trust_remote_code,
     )
     if options.spec:
@@ -84,40 +67,18 @@ def run(options: argparse.Namespace) -> None:
             _print({"weights": "none given: this is what follows from the spec"})
             return
     from let_plugin.teacher.sources import open_teacher
-    from let_plugin.tokens.text import read_tokenizer
 
     source = open_teacher(config)
-    tokenizer = read_tokenizer(config)
+    tokenizer = source.tokenizer()
     _print(_describe(source.info))
-    _print(_describe_files(config.path))
-    _print({"tokenizer": str(tokenizer or "none there")})
-    if tokenizer is None:
-        if options.text:
-            message = "the teacher comes without a tokenizer; name a folder with its tokenizer.json or rank file"
-            raise ConfigError(Problem("--tokenizer", message, options.tokenizer))
-        _print({"loss": "not measured: it needs the tokenizer (--tokenizer FOLDER)"})
-        return
-    _print(_measure(source, tokenizer, options, device))
-
-
-def _table(text: str) -> dict[str, Any]:
-    """The option --tiktoken. ConfigError if it is no table."""
-    import tomli
-
-    try:
-        table: Any = tomli.loads(f"table = {text}")["table"] if text else {}
-    except tomli.TOMLDecodeError as error:
-        raise ConfigError(Problem("--tiktoken", f"not an inline table of TOML: {error}", text)) from error
-    if not isinstance(table, dict):
-        raise ConfigError(Problem("--tiktoken", """not a table; write '{vocabulary = "llama3.1"}'""", text))
-    return table
-
-
-def _import(module: str) -> None:
-    try:
-        importlib.import_module(module)
-    except ImportError as error:
-        raise ConfigError(Problem("--import", f"cannot be imported: {error}", module)) from error
+    if tokenizer is not None:
+        _print({"tokenizer": f"{len(tokenizer.get_vocab()):,} tokens"})
+        _print(_measure(source, tokenizer, options, device))
+    elif options.text:
+        message = "the teacher comes without a tokenizer; name a folder with its tokenizer.json"
+        raise ConfigError(Problem("--tokenizer", message, options.tokenizer))
+    else:
+        _print({"tokenizer": "none there", "loss": "not measured: it needs the tokenizer (--tokenizer FOLDER)"})
 
 
 def _print(lines: dict[str, str]) -> None:
@@ -146,34 +107,21 @@ def _describe(info: "TeacherInfo") -> dict[str, str]:
     }
 
 
-def _describe_files(path: str) -> dict[str, str]:
-    if not os.path.exists(path):
-        return {"stored": "on the hub: give a local folder to see size, data types and licence"}
-    from let_plugin.preflight.weight_files import read_weight_files
-
-    files = read_weight_files(path)
-    dtypes = ", ".join(f"{dtype} ({count} tensors)" for dtype, count in files.dtypes.items())
-    return {
-        "stored": f"{files.format}, {files.num_bytes / _MIB:,.1f} MiB: {dtypes}",
-        "licence": files.licence,
-    }
-
-
 def _measure(
-    source: "TeacherSource", tokenizer: "TextTokenizer", options: argparse.Namespace, device: "torch.device"
+    source: "TeacherSource", tokenizer: Any, options: argparse.Namespace, device: "torch.device"
 ) -> dict[str, str]:
     import torch
 
+    from let_plugin.demo import TEXT
+    from let_plugin.runtime import data
     from let_plugin.teacher.language_model import loss_sums
-    from let_plugin.tokens.text import demo_text, read_documents
 
     info = source.info
-    if tokenizer.max_id >= info.vocab_size:
-        message = f"it has ids up to {tokenizer.max_id}, the teacher {info.vocab_size} rows; it is not the teacher's"
+    if (max_id := max(tokenizer.get_vocab().values())) >= info.vocab_size:
+        message = f"it has ids up to {max_id}, the teacher {info.vocab_size} rows; it is not the teacher's"
         raise ConfigError(Problem("--tokenizer", message, options.tokenizer))
-    documents = read_documents(options.text) if options.text else demo_text()
+    documents = read_documents(options.text) if options.text else data.load_text_files(TEXT["test"])["text"]
     name = options.text or "the test split of the package's demo, since no --text is given"
-
     seq_len = min(info.max_seq_len or _MAX_SEQ_LEN, _MAX_SEQ_LEN)
     model = source.language_model(dtype=getattr(torch, options.dtype), device=device, seq_len=seq_len)
     num_bytes = 0
@@ -184,7 +132,7 @@ def _measure(
         for document in documents:
             if num_left <= 0:
                 return
-            ids, document_bytes = tokenizer.encode(document, max_tokens=num_left)
+            ids, document_bytes = encode_document(tokenizer, document, max_tokens=num_left)
             num_left -= max(len(ids) - 1, 0)
             num_bytes += document_bytes
             for start in range(0, len(ids) - 1, seq_len):
@@ -202,3 +150,46 @@ def _measure(
         "loss": f"{loss:.4f} nats per token, perplexity {math.exp(loss):.2f}, {bits} bits per byte, over "
         f"{int(num_tokens):,} tokens and {num_bytes:,} bytes, in {options.dtype}",
     }
+
+
+def encode_document(tokenizer: Any, text: str, *, max_tokens: int) -> tuple[list[int], int]:
+    """Token ids of (the beginning of) a document, and how many bytes of text all but the first of them stand for.
+
+    A document begins with the tokenizer's own beginning-of-sequence token, if it has one, and ends without any.
+    """
+    from let_plugin.tokens.encoding import role_id
+
+    inner = getattr(tokenizer, "tokenizer", tokenizer)  # torchtitan's wrap that of a library
+    if hasattr(inner, "encode_ordinary"):
+        ids = tokenizer.encode(text)
+    else:
+        ids = inner.encode(text, add_special_tokens=False)
+        ids = list(getattr(ids, "ids", ids))
+
+    def num_bytes(ids: list[int]) -> int:
+        return len(inner.decode(ids).encode()) if ids else 0
+
+    bos = role_id(tokenizer, "bos")
+    num_first = 0 if bos is not None else 1  # predicted from nothing: not at all
+    size = len(text.encode())
+    if len(ids) > max_tokens + num_first:
+        ids = ids[: max_tokens + num_first]
+        size = num_bytes(ids)
+    return ([] if bos is None else [bos]) + ids, size - num_bytes(ids[:num_first])
+
+
+def read_documents(path: str) -> Iterable[str]:
+    """The documents of a file: a .txt file is one; the others have one per line or row, in the field "text".
+
+    ConfigError, naming --text, if it cannot be read.
+    """
+    from let_plugin.runtime import data
+
+    try:
+        data.find_text_files(path, key="--text")
+        if path.endswith(".txt"):
+            return [Path(path).read_text(encoding="utf-8")]
+        return data.load_text_files(path)["text"]
+    except Exception as error:  # the datasets library has types of its own for a damaged file
+        reason = error.problems[0].message if isinstance(error, ConfigError) else f"cannot be read: {error}"
+        raise ConfigError(Problem("--text", reason, path)) from error

@@ -13,7 +13,7 @@ from let_plugin.config.errors import ConfigError, Problem
 from let_plugin.teacher.base import TeacherInfo, TeacherSource
 from let_plugin.teacher.retokenized import Trial, retokenizer, teacher_seq_len, try_out
 from let_plugin.teacher.stored.features import Features
-from let_plugin.tokens.vocabulary import WithoutSpecialTokens, compare_vocabularies
+from let_plugin.tokens.vocabulary import compare_vocabularies
 
 
 def check_dimension_match(config: Trainer.Config, pairs: Sequence[LayerPair], teacher: TeacherInfo) -> None:
@@ -102,10 +102,6 @@ def check_features(
 
 def try_token_alignment(config: Trainer.Config, source: TeacherSource, can_read_data: bool) -> Trial | None:
     """Whether the two tokenizers can be matched and, on rank 0, how well the first rows of the data are."""
-    options = config.let.token_alignment
-    if not 0 <= options.min_fraction <= 1:
-        message = "must be between 0 and 1"
-        raise ConfigError(Problem("let.token_alignment.min_fraction", message, options.min_fraction))
     teacher_seq_len(config, source.info)
     if not can_read_data:
         return None
@@ -124,7 +120,7 @@ def check_vocabulary(student: dict[str, int], source: TeacherSource, let: LetCon
         raise ConfigError(
             Problem(
                 "let.teacher.tokenizer_path",
-                f"the {whose}'s tokenizer has no vocabulary to compare (no tokenizer.json or tiktoken rank file); "
+                f"the {whose}'s tokenizer has no vocabulary to compare (no tokenizer.json); "
                 "name the teacher's folder here, or set let.teacher.check_vocabulary = false if the two are known to "
                 "be the same",
                 let.teacher.tokenizer_path,
@@ -142,7 +138,4 @@ def check_vocabulary(student: dict[str, int], source: TeacherSource, let: LetCon
                 let.teacher.path,
             )
         )
-    if isinstance(teacher, WithoutSpecialTokens):
-        agree = "the student's tokenizer and the teacher's agree on ordinary tokens; its file tells no special ones"
-        return f"{agree} (let.teacher.tiktoken can)"
     return "the student's tokenizer and the teacher's agree token by token"

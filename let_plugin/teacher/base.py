@@ -142,13 +142,14 @@ class TeacherSource(ABC):
 
     info: TeacherInfo
 
-    @abstractmethod
+    def tokenizer(self) -> Any | None:
+        """The teacher's tokenizer, of torchtitan's or `transformers`' kind; None if it comes without one."""
+        return None
+
     def vocabulary(self) -> dict[str, int] | None:
         """Token -> id of the teacher's tokenizer, special tokens included; None if it comes without one."""
-
-    def tokenizer(self) -> Any | None:
-        """The tokenizer itself: torchtitan's or `transformers`', which name the ends of a document; None as above."""
-        return None
+        tokenizer = self.tokenizer()
+        return None if tokenizer is None else tokenizer.get_vocab()
 
     @abstractmethod
     def build(

@@ -12,10 +12,6 @@ def open_teacher(config: TeacherConfig) -> TeacherSource:
 
     Each kind of teacher is imported when it is asked for: `transformers` and `gguf` are optional dependencies.
     """
-    if config.tiktoken:
-        from let_plugin.tokens.vocabulary import rank_file_options
-
-        rank_file_options(config)  # also where nothing asks for the tokenizer
     if config.spec:
         from let_plugin.teacher.titan.source import TitanTeacherSource
 

@@ -54,15 +54,13 @@ class Retokenizer:
         teacher: The teacher's, likewise. Beginning and end of a document are those that they name
             (`bos_id` or `bos_token_id`, likewise eos), if they do.
         teacher_seq_len: T. What does not fit into a row is cut off at its end.
-        exact: Whether only teacher tokens that end exactly where the student's end have states for it.
 
     Raises:
         ValueError: If a tokenizer's tokens do not say which bytes they stand for; it names the tokenizer's kind.
     """
 
-    def __init__(self, student: Any, teacher: Any, *, teacher_seq_len: int, exact: bool = False) -> None:
+    def __init__(self, student: Any, teacher: Any, *, teacher_seq_len: int) -> None:
         self.teacher_seq_len = teacher_seq_len
-        self._exact = exact
         self._student = Tokens(student)
         self._teacher = Tokens(teacher)
         self._encoder = TextEncoder(teacher, self._teacher)
@@ -92,8 +90,7 @@ class Retokenizer:
             teacher_tokens_BT[b, :num_kept] = torch.tensor(row.tokens[:num_kept], dtype=torch.int64)
             teacher_positions_BT[b, :num_kept] = torch.tensor(row.positions[:num_kept], dtype=torch.int64)
             teacher_positions_BT[b, num_kept:] = torch.arange(self.teacher_seq_len - num_kept)
-            has_state_L = (row.index_L < num_kept) & (row.is_exact_L | (not self._exact))
-            index_BL[b] = torch.from_numpy(np.where(has_state_L, row.index_L, -1))
+            index_BL[b] = torch.from_numpy(np.where(row.index_L < num_kept, row.index_L, -1))
         extras = {"teacher_tokens": teacher_tokens_BT, "teacher_index": index_BL}
         return extras if positions_BL is None else {**extras, "teacher_positions": teacher_positions_BT}
 

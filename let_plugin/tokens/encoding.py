@@ -35,8 +35,8 @@ class Tokens:
             self.names = {inner.encode_single_token(name): name for name in inner.special_tokens_set}
         else:
             self.names = {i: inner.id_to_token(i) or "" for i, value in enumerate(self.bytes) if value is None}
-        self.bos = _role(tokenizer, "bos")
-        self.eos = _role(tokenizer, "eos")
+        self.bos = role_id(tokenizer, "bos")
+        self.eos = role_id(tokenizer, "eos")
 
     def is_control(self, token: int) -> bool:
         return token >= 0 and self.bytes[token] is None
@@ -132,7 +132,7 @@ def _without_space(component: dict[str, Any] | None) -> dict[str, Any] | None:
     return changed
 
 
-def _role(tokenizer: Any, role: str) -> int | None:
+def role_id(tokenizer: Any, role: str) -> int | None:
     """The token of a role, "bos" or "eos", as torchtitan's or `transformers`' tokenizer names it."""
     for name in (f"{role}_id", f"{role}_token_id"):
         value = getattr(tokenizer, name, None)

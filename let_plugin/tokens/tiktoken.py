@@ -1,7 +1,14 @@
-"""A tokenizer for torchtitan that reads a tiktoken rank file of this machine, such as Llama-3's tokenizer.model."""
+"""A tokenizer for torchtitan that reads a tiktoken rank file, such as Llama-3's tokenizer.model.
 
+A rank file has one `token rank` per line, the token in base64. A token's rank is its id, and the order in which pairs
+are merged. The file does not say how text is split before that, nor which special tokens there are. Both are options;
+of Llama-3's file, which is recognized by its SHA-256, they are known.
+"""
+
+import base64
+import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,26 +16,45 @@ from tiktoken import Encoding
 from torchtitan.components.tokenizer import BaseTokenizer
 
 from let_plugin.config.errors import ConfigError, Problem, suggest
-from let_plugin.tokens import rank_files
-from let_plugin.tokens.rank_files import KNOWN, RankFile, SpecialTokens
+from let_plugin.tokens.token_bytes import byte_level
 
-_FOLDER_KEY = "hf_assets_path"
-# tiktoken's regular expressions overflow their stack in longer runs of white space (seen at a million characters); the
-# number is that of Llama-3's own code, so that the ids are the same.
+# Of Meta's llama-models, models/llama3/tokenizer.py.
+LLAMA3_SHA256 = "82e9d31979e92ab929cd544440f129d9ecd797b69e327f80f17e1c50d5551b55"
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_LLAMA3_NAMES = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id", 9: "eot_id"}
+
+_NAMES = ("tokenizer.model", "tiktoken.model")
+_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d{1,9}")
+# tiktoken's regular expressions overflow their stack in runs of about a million characters. The limit is that of
+# Llama-3's own code, so that the ids are the same.
 _MAX_RUN = 25_000
 _LONG_RUN = re.compile(rf"(?<!\S)\S{{{_MAX_RUN + 1},}}|(?<!\s)\s{{{_MAX_RUN + 1},}}")
-# Something of every kind that the patterns tell apart.
+# Something of every kind that a pattern may tell apart.
 _SAMPLE = "It's \u00c9t\u00e9 12345,\t\u4f60\u597d e\u0301  \u00a0\r\n \u0000#/ \U0001f600\n\n  "
+
+
+def llama3_special_tokens() -> dict[str, int]:
+    """Token -> id of Llama-3's 256 special tokens; those without a use are numbered."""
+    tokens, num_reserved = {}, 0
+    for i in range(256):
+        name = _LLAMA3_NAMES.get(i)
+        if name is None:
+            name, num_reserved = f"reserved_special_token_{num_reserved}", num_reserved + 1
+        tokens[f"<|{name}|>"] = 128_000 + i
+    return tokens
 
 
 class TikTokenTokenizer(BaseTokenizer):
     """Byte-level BPE by tiktoken.
 
-    Text is text: what looks like a special token in it becomes ordinary tokens. Any text comes back from `decode`, but
+    Text is text: what looks like a special token in it becomes ordinary tokens. `decode` gives any text back, except
     for lone surrogates, which become U+FFFD.
 
     Args:
-        config: Its table in the configuration, `[tokenizer]`.
+        config: The `[tokenizer]` table.
         tokenizer_path: Folder with the rank file.
 
     Raises:
@@ -43,62 +69,55 @@ class TikTokenTokenizer(BaseTokenizer):
         tiktoken.model).
         """
 
-        vocabulary: str = ""
-        """
-        The published vocabulary that the file is: "llama3", "llama3.1", "gpt2", "p50k_base", "cl100k_base" or
-        "o200k_base". It brings all that follows. Empty: told by the file's SHA-256.
-        """
-
         pattern: str = ""
-        """How a text is split first: the name of a vocabulary that splits so, or a regular expression of tiktoken's."""
+        """Regular expression whose matches are the pieces of a text. Empty: Llama-3's, for Llama-3's file."""
 
         special_tokens: dict[str, int] = field(default_factory=dict)
-        """
-        Token -> id. Empty: the vocabulary's if it is named above, else those in tokenizer_config.json beside the file
-        (`added_tokens_decoder`), else those of the vocabulary that the file is.
-        """
+        """Token -> id. Empty: Llama-3's, for Llama-3's file."""
 
         bos_token: str | None = None
-        """The special token that begins a document; "": none does. Not given: as the special tokens say."""
+        """The special token that begins a document; "": none. Not given: Llama-3's, with its special tokens."""
 
         eos_token: str | None = None
-        """The special token that ends a document. Not given: as the special tokens say."""
+        """The special token that ends a document. Not given: Llama-3's, with its special tokens."""
 
     def __init__(self, config: Config, *, tokenizer_path: str) -> None:
         super().__init__()
-        file = _rank_file(config, tokenizer_path)
-        pattern = _pattern(config, file)
-        special = _special_tokens(config, file)
+        if config.rank_file:
+            path, key = Path(tokenizer_path, config.rank_file), "tokenizer.rank_file"
+        else:
+            path, key = _find(tokenizer_path), "hf_assets_path"
+        ranks, is_llama3 = _read(path, key)
+        pattern = _pattern(config, path, is_llama3)
+        special, bos, eos = _special_tokens(config, path, ranks, is_llama3)
         try:
-            self.tokenizer = Encoding(
-                file.path.name, pat_str=pattern, mergeable_ranks=file.ranks, special_tokens=dict(special.ids)
-            )
+            self.tokenizer = Encoding(path.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         except ValueError as error:
             raise ConfigError(Problem("tokenizer.pattern", f"not a regular expression: {error}", pattern)) from error
-        self._vocabulary = rank_files.vocabulary(file.ranks, special.ids)
-        self.bos_token, self.eos_token = special.bos_token, special.eos_token
-        self.bos_id = None if special.bos_token is None else special.ids[special.bos_token]
-        self.eos_id = None if special.eos_token is None else special.ids[special.eos_token]
+        self._vocabulary = {byte_level(token): rank for token, rank in ranks.items()} | special
+        self.bos_token, self.eos_token = bos, eos
+        self.bos_id = None if bos is None else special[bos]
+        self.eos_id = special[eos]
         if self.decode(self.encode(_SAMPLE)) != _SAMPLE:
-            message = "loses text: what it does not match would be left out; let it match every character"
+            message = "loses text that it does not match; it must match every character"
             raise ConfigError(Problem("tokenizer.pattern", message, pattern))
 
     def encode(self, text: str, *, add_bos: bool = False, add_eos: bool = False) -> list[int]:
-        """The ids of `text`, between those that begin and end a document if asked for (and if there are such)."""
+        """The ids of `text`, with those that begin and end a document if asked for (and if there are such)."""
         ids = [self.bos_id] if add_bos and self.bos_id is not None else []
         for piece in _without_long_runs(text):
             ids += self.tokenizer.encode_ordinary(piece)
-        return [*ids, self.eos_id] if add_eos and self.eos_id is not None else ids
+        return [*ids, self.eos_id] if add_eos else ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text; bytes that are not UTF-8 become U+FFFD. KeyError for an id that there is not."""
+        """The text; bytes that are not UTF-8 become U+FFFD. KeyError for an unknown id."""
         if skip_special_tokens:
             token_ids = [i for i in token_ids if not self.tokenizer.is_special_token(i)]
         return self.tokenizer.decode(list(token_ids))
 
     @property
     def vocab_size(self) -> int:
-        """The largest id, and one: what an embedding needs. Fewer tokens than that if there are gaps."""
+        """The largest id plus one: what an embedding needs. There are fewer tokens if there are gaps."""
         return self.tokenizer.n_vocab
 
     def get_vocab_size(self) -> int:
@@ -106,82 +125,85 @@ class TikTokenTokenizer(BaseTokenizer):
         return self.vocab_size
 
     def get_vocab(self) -> dict[str, int]:
-        """Token -> id, special tokens included, as in the tokenizer.json of the same vocabulary."""
+        """Token -> id, special tokens included, written as in the tokenizer.json of the same vocabulary."""
         return self._vocabulary
 
 
-def _rank_file(config: TikTokenTokenizer.Config, folder: str) -> RankFile:
-    if config.rank_file:
-        return rank_files.read(Path(folder, config.rank_file), key="tokenizer.rank_file")
-    path = rank_files.find(folder, key="tokenizer.rank_file")
-    if path is None:
+def rank_files(folder: str) -> list[Path]:
+    """The rank files in `folder`. SentencePiece calls its files tokenizer.model too: these are left out."""
+    found = []
+    for path in sorted(Path(folder).glob("*")):
+        if path.is_file() and path.name in _NAMES:
+            with path.open("rb") as file:
+                if _LINE.fullmatch(file.readline(4096).rstrip(b"\r\n")):
+                    found.append(path)
+        elif path.is_file() and path.suffix == ".tiktoken":
+            found.append(path)
+    return found
+
+
+def _find(folder: str) -> Path:
+    found = rank_files(folder)
+    if not found:
         message = "no tiktoken rank file there (*.tiktoken, tokenizer.model or tiktoken.model); name it by rank_file"
-        raise ConfigError(Problem(_FOLDER_KEY, f"{message} in [tokenizer]", folder))
-    return rank_files.read(path, key=_FOLDER_KEY)
+        raise ConfigError(Problem("hf_assets_path", f"{message} in [tokenizer]", folder))
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        message = f"more than one tiktoken rank file in {folder} ({names}): name one, or keep one"
+        raise ConfigError(Problem("tokenizer.rank_file", message))
+    return found[0]
 
 
-def _known_as(config: TikTokenTokenizer.Config, file: RankFile) -> list[str]:
-    """The names of the published vocabulary that the file is said to be, or is."""
-    if not config.vocabulary:
-        return file.known_as
-    if config.vocabulary not in KNOWN:
-        raise ConfigError(Problem("tokenizer.vocabulary", f"unknown; {suggest(config.vocabulary, KNOWN)}"))
-    wanted = KNOWN[config.vocabulary].num_ranks
-    if len(file.ranks) != wanted:
-        message = f"has {wanted:,} tokens in its file, and {file.path} has {len(file.ranks):,}"
-        raise ConfigError(Problem("tokenizer.vocabulary", message, config.vocabulary))
-    return [config.vocabulary]
+def _read(path: Path, key: str) -> tuple[dict[bytes, int], bool]:
+    """Token -> rank, and whether it is Llama-3's file. ConfigError of the field `key` if it is missing or damaged."""
+    # Not by tiktoken.load, which goes by a copy that it keeps of each path: an edited file would be read as it was.
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(Problem(key, f"cannot be read: {error.strerror}", str(path))) from error
+    lines = [line for line in content.splitlines() if line]
+    ranks: dict[bytes, int] = {}
+    message = ""
+    for line in lines:
+        try:
+            if not _LINE.fullmatch(line):
+                raise ValueError
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError:
+            message = f'{line[:40].decode(errors="replace")!r} is not "token in base64, space, rank"'
+            break
+    num_bytes = sum(bytes([byte]) in ranks for byte in range(256))
+    if not message and not len(lines) == len(ranks) == len(set(ranks.values())):
+        message = "it has a token or a rank twice"
+    if not message and num_bytes < 256:
+        message = f"{256 - num_bytes} of the 256 single bytes are not in it"
+    if message:
+        raise ConfigError(Problem(key, f"not a tiktoken rank file: {message}", str(path)))
+    return ranks, hashlib.sha256(content).hexdigest() == LLAMA3_SHA256
 
 
-def _pattern(config: TikTokenTokenizer.Config, file: RankFile) -> str:
-    if config.pattern in KNOWN:
-        return KNOWN[config.pattern].pattern
-    if re.fullmatch(r"[\w.-]+", config.pattern):  # as a regular expression, it would match itself
-        message = f"no vocabulary of that name; {suggest(config.pattern, KNOWN)}; or a regular expression"
-        raise ConfigError(Problem("tokenizer.pattern", message, config.pattern))
-    if config.pattern:
-        return config.pattern
-    known = _known_as(config, file)
-    if not known:
-        message = f"{file.path} does not say how text is split before tokens are looked for: name a vocabulary that"
-        message = f"{message} splits so ({', '.join(sorted(KNOWN))}), or give the regular expression"
-        raise ConfigError(Problem("tokenizer.pattern", message))
-    return KNOWN[known[0]].pattern
+def _pattern(config: TikTokenTokenizer.Config, path: Path, is_llama3: bool) -> str:
+    if config.pattern or is_llama3:
+        return config.pattern or LLAMA3_PATTERN
+    message = f"{path} does not say how text is split before tokens are looked for: give the regular expression"
+    raise ConfigError(Problem("tokenizer.pattern", message))
 
 
-def _special_tokens(config: TikTokenTokenizer.Config, file: RankFile) -> SpecialTokens:
-    """The special tokens, checked against the file."""
-    known = _known_as(config, file)
-    if config.special_tokens:
-        special: SpecialTokens | None = SpecialTokens(config.special_tokens)
-    elif config.vocabulary:
-        special = KNOWN[known[0]].special_tokens
-    else:
-        special = file.special_tokens()
-    if special is None:
-        if known:
-            message = (
-                f"name one of {', '.join(known)}: {file.path} is the file of each, and their special tokens differ"
-            )
-            raise ConfigError(Problem("tokenizer.vocabulary", message))
-        message = f"{file.path} names none: give a table, token = id, or tokenizer_config.json beside it"
+def _special_tokens(
+    config: TikTokenTokenizer.Config, path: Path, ranks: dict[bytes, int], is_llama3: bool
+) -> tuple[dict[str, int], str | None, str]:
+    """Token -> id, and which of them begin and end a document. ConfigError if they do not fit the ranks."""
+    ids, bos, eos = dict(config.special_tokens), config.bos_token, config.eos_token
+    if not ids and is_llama3:
+        ids = llama3_special_tokens()
+        bos = "<|begin_of_text|>" if bos is None else bos
+        eos = eos or "<|end_of_text|>"
+    if not ids:
+        message = f"{path} names none: give a table, token = id"
         raise ConfigError(Problem("tokenizer.special_tokens", message))
-    _check_ids(special.ids, file)
-    bos_token = special.bos_token if config.bos_token is None else config.bos_token or None
-    eos_token = special.eos_token if config.eos_token is None else config.eos_token or None
-    for name, token in (("bos_token", bos_token), ("eos_token", eos_token)):
-        if token is not None and token not in special.ids:
-            message = f"not a special token; {suggest(token, special.ids)}"
-            raise ConfigError(Problem(f"tokenizer.{name}", message, token))
-    if eos_token is None:
-        message = f"missing: which of the special tokens ends a document? {suggest('end of text', special.ids)}"
-        raise ConfigError(Problem("tokenizer.eos_token", message))
-    return SpecialTokens(special.ids, bos_token, eos_token)
-
-
-def _check_ids(ids: Mapping[str, int], file: RankFile) -> None:
-    taken = {rank: repr(token) for token, rank in file.ranks.items()}
-    ordinary = set(rank_files.vocabulary(file.ranks, {}))
+    taken = {rank: repr(token) for token, rank in ranks.items()}
+    ordinary = {byte_level(token) for token in ranks}
     problems = []
     for token, i in ids.items():
         key = f"tokenizer.special_tokens.{token}"
@@ -190,14 +212,22 @@ def _check_ids(ids: Mapping[str, int], file: RankFile) -> None:
         elif not 0 <= i < 2**31:
             problems.append(Problem(key, "must be an id, 0 or more", i))
         elif not token or token in ordinary:
-            problems.append(Problem(key, f"there is an ordinary token of that name in {file.path}", i))
+            problems.append(Problem(key, f"there is an ordinary token of that name in {path}", i))
         taken.setdefault(i, repr(token))
+    for name, role in (("bos_token", bos), ("eos_token", eos)):
+        if role and role not in ids:
+            problems.append(Problem(f"tokenizer.{name}", f"not a special token; {suggest(role, ids)}", role))
+    if not eos:
+        message = f"missing: which of the special tokens ends a document? {suggest('end of text', ids)}"
+        problems.append(Problem("tokenizer.eos_token", message))
     if problems:
         raise ConfigError(problems)
+    assert eos
+    return ids, bos or None, eos
 
 
 def _without_long_runs(text: str) -> Iterator[str]:
-    """The text in pieces none of which has more than 25,000 characters of white space, or of others, in a row."""
+    """The text in pieces, none with more than 25,000 characters of white space, or of others, in a row."""
     start = 0
     if len(text) > _MAX_RUN:
         for run in _LONG_RUN.finditer(text):

@@ -5,12 +5,14 @@ import json
 import shutil
 from pathlib import Path
 
+from tiktoken_ext import openai_public
 from tokenizers import Tokenizer
 
 from let_plugin.demo import TOKENIZER
 from let_plugin.tokens.token_bytes import token_bytes
 
 EOS = "<|endoftext|>"
+GPT2_PATTERN = openai_public.r50k_pat_str
 
 
 def demo_tokenizer():
@@ -26,30 +28,17 @@ def demo_ranks():
     return {token: i for i, token in enumerate(token_bytes(demo_tokenizer())) if token is not None}
 
 
-def write_demo(folder, name="demo.tiktoken", *, tell_special_tokens=False):
-    """The demo's vocabulary as a rank file in `folder`, alone, or with a tokenizer_config.json that goes with it."""
+def write_demo(folder, name="demo.tiktoken"):
+    """The demo's vocabulary as a rank file in `folder`."""
     path = Path(folder, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(lines_of(demo_ranks()))
-    if tell_special_tokens:
-        config = {
-            "added_tokens_decoder": {"0": {"content": EOS, "special": True}},
-            "bos_token": EOS,
-            "eos_token": {"content": EOS},
-        }
-        path.with_name("tokenizer_config.json").write_text(json.dumps(config))
     return path
 
 
 def write_small(folder, size=1000):
-    """The first tokens of the demo's vocabulary alone: a tokenizer that cuts text finer.
-
-    `folder`/ranks has a rank file and nothing else, `folder`/json the tokenizer.json of the same vocabulary.
-    """
-    (folder / "ranks").mkdir(parents=True)
-    (folder / "json").mkdir()
-    ranks = {token: rank for token, rank in demo_ranks().items() if rank < size}
-    (folder / "ranks/small.tiktoken").write_text(lines_of(ranks))
+    """`folder`/json gets the first tokens of the demo's vocabulary alone: a tokenizer that cuts text finer."""
+    (folder / "json").mkdir(parents=True)
     content = json.loads(Path(TOKENIZER, "tokenizer.json").read_text())
     vocabulary = {token: i for token, i in content["model"]["vocab"].items() if i < size}
     merges = [pair for pair in content["model"]["merges"] if "".join(pair) in vocabulary]

@@ -31,8 +31,7 @@ from let_plugin.teacher.hf.trunk import (
     teacher_info,
 )
 from let_plugin.teacher.hf.weights import Fit
-from let_plugin.tokens import vocabulary
-from let_plugin.tokens.hf_tokenizers import open_tokenizer_path, read_tokenizer_path
+from let_plugin.tokens.vocabulary import open_tokenizer
 
 if TYPE_CHECKING:
     from torchtitan.distributed import ParallelDims
@@ -64,20 +63,10 @@ class GGUFTeacherSource(TeacherSource):
         self._fit = _read(config.path, "weights", lambda folder, name: fit_gguf(os.path.realpath(config.path), trunk))
         self._fit.check(trunk, self.info.num_layers, config.path)
 
-    def vocabulary(self) -> dict[str, int]:
-        """Token -> id, from `tokenizer_path` if given, or else of the file's own tokenizer."""
-        if self._teacher_config.tiktoken:
-            return vocabulary.described_vocabulary(self._teacher_config)
-        if self._teacher_config.tokenizer_path:
-            return read_tokenizer_path(self._teacher_config.tokenizer_path)
-        return load_tokenizer(self._teacher_config.path).get_vocab()
-
     def tokenizer(self) -> Any:
         """From `tokenizer_path` if given, or else the file's own."""
-        if self._teacher_config.tiktoken:
-            return vocabulary.described_tokenizer(self._teacher_config)
-        if path := self._teacher_config.tokenizer_path:
-            return open_tokenizer_path(path)
+        if self._teacher_config.tokenizer_path:
+            return open_tokenizer(self._teacher_config)
         return _read(self._teacher_config.path, "tokenizer", _load_tokenizer)
 
     def build(

@@ -27,14 +27,7 @@ from let_plugin.teacher.hf.trunk import (
     make_whole_trunk,
     teacher_info,
 )
-from let_plugin.tokens.hf_tokenizers import (
-    open_tokenizer,
-    open_tokenizer_path,
-    read_tokenizer_path,
-    read_vocabulary_of,
-    vocabulary_with_transformers,
-)
-from let_plugin.tokens.vocabulary import described_tokenizer, described_vocabulary
+from let_plugin.tokens.vocabulary import open_tokenizer
 
 if TYPE_CHECKING:
     from torchtitan.distributed import ParallelDims
@@ -76,27 +69,8 @@ class HFTeacherSource(TeacherSource):
         if self._is_local:
             self._fit = self._check_fit(config.path)
 
-    def vocabulary(self) -> dict[str, int] | None:
-        """Token -> id, from `tokenizer_path` or the teacher's folder (see read_vocabulary); None if there is none.
-
-        Other formats go through `transformers`' AutoTokenizer. ConfigError if `tokenizer_path` holds no tokenizer, or
-        a tokenizer cannot be read.
-        """
-        if self._teacher_config.tiktoken:
-            return described_vocabulary(self._teacher_config)
-        if self._teacher_config.tokenizer_path:
-            return read_tokenizer_path(self._teacher_config.tokenizer_path)
-        if self._is_local:
-            return read_vocabulary_of(self._teacher_config.path, _PATH_KEY)
-        return vocabulary_with_transformers(self._teacher_config.path, _PATH_KEY)
-
     def tokenizer(self) -> Any | None:
-        """From the same files as the vocabulary."""
-        if self._teacher_config.tiktoken:
-            return described_tokenizer(self._teacher_config)
-        if path := self._teacher_config.tokenizer_path:
-            return open_tokenizer_path(path)
-        return open_tokenizer(self._teacher_config.path, _PATH_KEY)
+        return open_tokenizer(self._teacher_config)
 
     def build(
         self,

@@ -38,8 +38,7 @@ from let_plugin.teacher.sharding import SPMD_BACKEND, raise_together
 from let_plugin.teacher.titan.hf_config import check_agrees, read_hf_config
 from let_plugin.teacher.titan.specs import BUILT_IN_SPECS
 from let_plugin.teacher.titan.weights import TitanWeights
-from let_plugin.tokens import vocabulary
-from let_plugin.tokens.vocabulary import read_tokenizer, read_vocabulary
+from let_plugin.tokens.vocabulary import open_tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,17 +90,8 @@ class TitanTeacherSource(TeacherSource):
             max_seq_len = min(max_positions, self.info.max_seq_len)
             self.info = dataclasses.replace(self.info, max_seq_len=max_seq_len)
 
-    def vocabulary(self) -> dict[str, int] | None:
-        if self._config.tiktoken:
-            return vocabulary.described_vocabulary(self._config)
-        key = "let.teacher.tokenizer_path" if self._config.tokenizer_path else "let.teacher.path"
-        return read_vocabulary(self._config.tokenizer_path or self._config.path, key=key)
-
     def tokenizer(self) -> Any | None:
-        if self._config.tiktoken:
-            return vocabulary.described_tokenizer(self._config)
-        key = "let.teacher.tokenizer_path" if self._config.tokenizer_path else "let.teacher.path"
-        return read_tokenizer(self._config.tokenizer_path or self._config.path, key=key)
+        return open_tokenizer(self._config)
 
     def build(
         self,

@@ -48,7 +48,7 @@ def test_an_unknown_command_or_option(arguments):
 
 
 def test_help_is_cheap_and_the_module_can_be_run():
-    code = "import sys; from let_plugin.teacher import cli; print({'torch', 'transformers'} & set(sys.modules))"
+    code = "import sys; import let_plugin.preflight.teacher_cli; print({'torch', 'transformers'} & set(sys.modules))"
     run = {"cwd": ROOT, "env": {**os.environ, "PYTHONPATH": str(ROOT)}, "text": True}
     assert subprocess.check_output([sys.executable, "-c", code], **run).strip() == "set()"
     output = subprocess.check_output(

@@ -16,7 +16,6 @@ from let_plugin.preflight.export_plan import bytes_per_token
 from let_plugin.teacher.titan.specs import BUILT_IN_SPECS
 from tests.support import config_registry as tiny
 from tests.support.jobs import ROOT
-from tests.support.rank_files import EOS, write_demo
 
 TEXTS = ["A late train.", "The early bird catches the worm, or so they say in the north of England.", "É" * 40]
 
@@ -71,9 +70,7 @@ def test_the_loss_is_that_of_plain_transformers(inspect, text_file, spec):
     assert said["text"] == str(text_file)
     assert said["blocks"] == "4 of width 128, 2 heads"
     assert said["trunk"] == "1,328,256 parameters: 524,288 in embeddings, 803,968 that are multiplied"
-    assert said["stored"] == "safetensors, 2.5 MiB: BF16 (38 tensors)"
-    assert said["tokenizer"] == "BPE, byte-level, 4,096 tokens"
-    assert said["licence"] == "cc-by-sa-4.0 (README.md)"
+    assert said["tokenizer"] == "4,096 tokens"
 
 
 def test_a_limit_on_the_tokens_and_the_demos_text(inspect):
@@ -84,26 +81,6 @@ def test_a_limit_on_the_tokens_and_the_demos_text(inspect):
     assert 1500 < num_bytes < 2100  # 3.54 bytes per token, by the demo's README
     assert 3 < loss < 4.3  # 3.67 on the validation split
     assert "test split of the package's demo" in said["text"]
-
-
-def test_a_rank_file_measures_as_the_tokenizer_json_of_the_same_vocabulary(inspect, tmp_path, capsys):
-    pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
-    write_demo(tmp_path)
-    table = f'{{pattern = "gpt2", special_tokens = {{"{EOS}" = 0}}, bos_token = "{EOS}", eos_token = "{EOS}"}}'
-    few = (TEACHER, "--max-tokens", 200, "--tokenizer")
-    status, said = inspect(*few, tmp_path, "--tiktoken", table)
-    assert (status, said["tokenizer"]) == (0, "tiktoken, byte-level, 4,096 tokens")
-    assert said["loss"] == inspect(*few, TOKENIZER)[1]["loss"]
-
-    for options, message in (
-        ([], "error: --tiktoken, pattern: "),
-        (["--tiktoken", '{vocabulary = "lama3"}'], "error: --tiktoken, vocabulary: unknown; did you mean 'llama3'?"),
-        (["--tiktoken", '{patern = "gpt2"}'], "error: --tiktoken, patern = 'gpt2': no such option"),
-        (["--tiktoken", "llama3"], "error: --tiktoken = 'llama3': not an inline table of TOML"),
-        (["--tiktoken", '"llama3"'], "error: --tiktoken = '\"llama3\"': not a table; write '{vocabulary = "),
-    ):
-        assert cli.main(["inspect", *map(str, few), str(tmp_path), *options]) == 2
-        assert capsys.readouterr().err.startswith(message)
 
 
 def test_a_spec_alone(inspect):
@@ -117,8 +94,7 @@ def test_a_spec_alone(inspect):
 def test_a_torchtitan_checkpoint_without_a_tokenizer(inspect, tiny_teacher, text_file):
     status, said = inspect(tiny_teacher[0], "--spec", "tiny_teacher")
     assert status == 0
-    assert said["stored"].startswith("DCP") and said["stored"].endswith("float32 (20 tensors)")
-    assert (said["licence"], said["tokenizer"]) == ("not stated", "none there")
+    assert said["tokenizer"] == "none there"
     assert said["loss"].startswith("not measured")
     status, said = inspect(tiny_teacher[0], "--spec", "tiny_teacher", "--text", text_file)
     assert status == 2
@@ -170,6 +146,4 @@ def test_the_documentations_table_of_teachers_is_what_the_command_says(inspect):
 def test_smollm2(inspect):
     status, said = inspect(ROOT / "assets/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "--max-tokens", 400)
     assert status == 0
-    assert said["licence"] == "apache-2.0 (general.license)"
-    assert said["stored"].endswith("Q4_1 (210 tensors), F32 (61 tensors), Q8_0 (1 tensors)")
     assert 8 < measured(said)[1] < 27

@@ -22,11 +22,6 @@ def test_no_teacher():
     assert "a folder in Hugging Face format, a hub name or a .gguf file" in problem.message
 
 
-def test_options_of_a_rank_file_are_checked_though_nothing_may_read_it():
-    problem = problem_of(path="org/name", check_vocabulary=False, tiktoken={"vocabluary": "llama3"})
-    assert problem.key == "let.teacher.tiktoken.vocabluary" and "did you mean 'vocabulary'?" in problem.message
-
-
 def test_a_spec_is_torchtitans_with_its_own_path_or_another():
     from let_plugin.demo import config_registry  # noqa: F401  registers it
     from let_plugin.teacher.titan.source import TitanTeacherSource

@@ -161,8 +161,8 @@ def test_a_token_without_a_state_and_tokens_of_another_end():
     batch = documents(student, "x", "the cat ")
     #                                                              x   t   h  e  _   c   a  t  _
     assert retokenize(student, teacher, batch)["teacher_index"].tolist() == [[0, -1, -1, 1, 2, 2, 2, 3, 4]]
-    exact = retokenize(student, teacher, batch, exact=True)
-    assert exact["teacher_index"].tolist() == [[0, -1, -1, 1, 2, -1, -1, 3, 4]]
+    (row,) = Retokenizer(student, teacher, teacher_seq_len=9).rows(*batch)
+    assert row.is_exact_L.tolist() == [True, False, False, True, True, False, False, True, True]
 
 
 def test_a_character_that_the_teacher_composes_ends_with_its_last_part():

@@ -17,7 +17,6 @@ from let_plugin.runtime import host
 from let_plugin.teacher.hf import gguf as gguf_teacher
 from let_plugin.teacher.hf.gguf import GGUFTeacherSource
 from tests.support import gguf_files
-from tests.support.rank_files import write_demo
 
 
 @pytest.fixture(scope="session")
@@ -47,18 +46,6 @@ def test_info_and_vocabulary(source) -> None:
     assert len(vocabulary) == 49152
     assert vocabulary["<|endoftext|>"] == 0
     assert vocabulary["<|im_end|>"] == 2
-
-
-@pytest.mark.slow
-def test_a_table_for_a_rank_file_is_refused_unless_a_folder_has_one(source, smollm2, tmp_path, monkeypatch) -> None:
-    table = {"pattern": "gpt2", "special_tokens": {"<end>": 9000}, "eos_token": "<end>"}
-    monkeypatch.setattr(source, "_teacher_config", TeacherConfig(path=smollm2, tiktoken=table))
-    for read in (source.vocabulary, source.tokenizer):
-        with pytest.raises(ConfigError, match=r"let\.teacher\.tiktoken = .*there is none in let\.teacher\.path"):
-            read()
-    write_demo(tmp_path)
-    source._teacher_config.tokenizer_path = str(tmp_path)
-    assert source.vocabulary()["<end>"] == source.tokenizer().eos_id == 9000
 
 
 @pytest.mark.slow

@@ -1,0 +1,180 @@
+"""The tokenizer that reads tiktoken rank files, compared with the `tokenizers` library."""
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from let_plugin.config.errors import ConfigError
+from let_plugin.tokens import tiktoken
+from let_plugin.tokens.tiktoken import LLAMA3_PATTERN, TikTokenTokenizer, llama3_special_tokens
+from let_plugin.tokens.token_bytes import token_bytes
+from tests.support.rank_files import EOS, GPT2_PATTERN, demo_tokenizer, lines_of, write_demo
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"])).filter(lambda text: EOS not in text)
+OPTIONS = {"pattern": GPT2_PATTERN, "special_tokens": {EOS: 0, "<|far|>": 5000}, "eos_token": EOS}
+BYTES = {bytes([byte]): byte for byte in range(256)}
+
+
+def make(folder, **options):
+    return TikTokenTokenizer.Config(**{**OPTIONS, **options}).build(tokenizer_path=str(folder))
+
+
+def problem_of(folder, **options):
+    with pytest.raises(ConfigError) as error:
+        make(folder, **options)
+    (problem,) = error.value.problems
+    return problem
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_demo(tmp_path_factory.mktemp("demo")).parent
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return make(folder)
+
+
+@settings(deadline=None)
+@given(TEXTS)
+def test_the_ids_are_those_of_the_same_tokenizer_json(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert ids == demo_tokenizer().encode(text).ids
+    assert tokenizer.decode(ids) == text
+    values = token_bytes(tokenizer)
+    assert b"".join(values[i] for i in ids) == text.encode()
+
+
+def test_the_size_and_the_vocabulary(tokenizer):
+    assert tokenizer.get_vocab_size() == tokenizer.vocab_size == 5001
+    assert tokenizer.get_vocab() == demo_tokenizer().get_vocab() | {"<|far|>": 5000}
+
+
+def test_begin_and_end(folder, tokenizer):
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.eos_token) == (None, 0, EOS)
+    plain = tokenizer.encode("the end")
+    assert tokenizer.encode("the end", add_bos=True, add_eos=True) == [*plain, 0]
+    assert tokenizer.encode("", add_bos=True, add_eos=True) == [0] and tokenizer.encode("") == []
+    other = make(folder, bos_token="<|far|>")
+    assert other.encode("the end", add_bos=True, add_eos=True) == [5000, *plain, 0]
+
+
+def test_special_tokens_are_text_when_encoded_and_left_out_when_decoded(tokenizer):
+    ids = tokenizer.encode(f"a{EOS}b<|far|>")
+    assert not {0, 5000} & set(ids) and tokenizer.decode(ids) == f"a{EOS}b<|far|>"
+    ids = [*tokenizer.encode("a"), 0, *tokenizer.encode("\u4f60")]
+    assert tokenizer.decode(ids) == "a\u4f60"
+    assert tokenizer.decode(ids, skip_special_tokens=False) == f"a{EOS}\u4f60"
+    with pytest.raises(KeyError):
+        tokenizer.decode([4999])
+
+
+def test_what_is_not_utf8_becomes_replacement_characters(tokenizer):
+    assert tokenizer.decode(tokenizer.encode("\u4f60")[:1]) == "\ufffd"
+    assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
+
+
+@pytest.mark.parametrize("text", [" ", "a", "\n", "\u00a0"])
+def test_long_runs(folder, text):
+    """tiktoken alone overflows its stack, with Llama-3's pattern and a million spaces."""
+    tokenizer = make(folder, pattern=LLAMA3_PATTERN)
+    for length in (24_999, 25_000, 25_001, 1_000_000):
+        assert tokenizer.decode(tokenizer.encode(f"x{text * length} y")) == f"x{text * length} y"
+
+
+def test_only_long_runs_are_cut(tokenizer):
+    """... after 25,000 characters, as in Llama-3's own code."""
+    long = "the quick brown fox " * 10_000
+    assert tokenizer.encode(long) == tokenizer.tokenizer.encode_ordinary(long)
+    run = "the" * 20_000  # 60,000 characters
+    first, second, third = (run[i : i + 25_000] for i in range(0, len(run), 25_000))
+    pieces = ["some words, " + first, second, third + " and " + first, second, third + " more"]
+    ids = [tokenizer.tokenizer.encode_ordinary(piece) for piece in pieces]
+    assert tokenizer.encode(f"some words, {run} and {run} more") == list(itertools.chain(*ids))
+
+
+def test_llama3s_file_needs_no_options(tmp_path, monkeypatch):
+    """A file of its size stands for the real one, which may not be redistributed."""
+    import hashlib
+
+    tokens = (bytes(token) for length in (1, 2, 3) for token in itertools.product(range(256), repeat=length))
+    ranks = {token: rank for rank, token in enumerate(itertools.islice(tokens, 128_000))}
+    path = tmp_path / "original/tokenizer.model"
+    path.parent.mkdir()
+    path.write_text(lines_of(ranks))
+    config = TikTokenTokenizer.Config(rank_file="original/tokenizer.model")
+    with pytest.raises(ConfigError, match="does not say how text is split"):
+        config.build(tokenizer_path=str(tmp_path))
+    monkeypatch.setattr(tiktoken, "LLAMA3_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    tokenizer = config.build(tokenizer_path=str(tmp_path))
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (128_000, 128_001, 128_256)
+    assert tokenizer.decode([128_001], skip_special_tokens=False) == "<|end_of_text|>"
+    config.bos_token = ""
+    assert config.build(tokenizer_path=str(tmp_path)).bos_id is None
+
+
+def test_llama3s_special_tokens():
+    """As in the tokenizer.json of Meta-Llama-3-8B."""
+    ids = llama3_special_tokens()
+    assert list(ids.values()) == list(range(128_000, 128_256))
+    assert ids["<|eot_id|>"] == 128_009 and ids["<|end_header_id|>"] == 128_007
+    assert ids["<|reserved_special_token_4|>"] == 128_008 and ids["<|reserved_special_token_250|>"] == 128_255
+
+
+@pytest.mark.parametrize(
+    ("options", "key", "message"),
+    [
+        ({"pattern": ""}, "pattern", "does not say how text is split"),
+        ({"pattern": "gpt2"}, "pattern", "loses text"),
+        ({"pattern": "("}, "pattern", "not a regular expression"),
+        ({"special_tokens": {}}, "special_tokens", "names none: give a table"),
+        ({"special_tokens": {EOS: 5}}, f"special_tokens.{EOS}", "that id is taken by b'%'"),
+        ({"special_tokens": {EOS: 0, "<b>": 0}}, "special_tokens.<b>", f"that id is taken by {EOS!r}"),
+        ({"special_tokens": {EOS: -1}}, f"special_tokens.{EOS}", "0 or more"),
+        ({"special_tokens": {EOS: 0, "the": 5000}}, "special_tokens.the", "there is an ordinary token of that name"),
+        ({"eos_token": None}, "eos_token", "missing: which of the special tokens ends a document? did you mean"),
+        ({"eos_token": "<|endoftxt|>"}, "eos_token", f"not a special token; did you mean {EOS!r}?"),
+        ({"bos_token": "<s>"}, "bos_token", "not a special token"),
+        ({"rank_file": "absent"}, "rank_file", "cannot be read"),
+    ],
+)
+def test_bad_options(folder, options, key, message):
+    problem = problem_of(folder, **options)
+    assert problem.key == f"tokenizer.{key}" and message in problem.message, problem
+
+
+def test_no_rank_file_and_several(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")  # SentencePiece's
+    problem = problem_of(tmp_path)
+    assert problem.key == "hf_assets_path" and "no tiktoken rank file there" in problem.message
+    write_demo(tmp_path, "a.tiktoken")
+    make(tmp_path)
+    write_demo(tmp_path, "tokenizer.model")
+    problem = problem_of(tmp_path)
+    assert problem.key == "tokenizer.rank_file" and "(a.tiktoken, tokenizer.model): name one" in problem.message
+    make(tmp_path, rank_file="a.tiktoken")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text + "YWI=\n", "'YWI=' is not \"token in base64, space, rank\""),
+        (lambda text: text + "YWI= -1\n", "'YWI= -1' is not"),
+        (lambda text: text + "YWI 256\n", "'YWI 256' is not"),  # padding is missing
+        (lambda text: text[:-2], "it has a token or a rank twice"),  # cut off
+        (lambda text: text + "YWI= 7\n", "it has a token or a rank twice"),
+        (lambda text: text + "YQ== 256\n", "it has a token or a rank twice"),
+        (lambda text: "\n".join(text.split("\n")[3:]), "3 of the 256 single bytes are not in it"),
+        (lambda text: "", "256 of the 256 single bytes"),
+    ],
+)
+def test_damaged_files(tmp_path, change, message):
+    path = tmp_path / "a.tiktoken"
+    path.write_bytes(lines_of(BYTES).replace("\n", "\r\n\r\n").encode())
+    make(tmp_path, special_tokens={EOS: 256})
+    path.write_text(change(lines_of(BYTES)))
+    problem = problem_of(tmp_path, special_tokens={EOS: 300})
+    assert problem.key == "hf_assets_path" and problem.message.startswith(f"not a tiktoken rank file: {message}")
