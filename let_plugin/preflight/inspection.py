@@ -112,7 +112,6 @@ def _measure(
 ) -> dict[str, str]:
     import torch
 
-    from let_plugin.demo import TEXT
     from let_plugin.runtime import data
     from let_plugin.teacher.language_model import loss_sums
 
@@ -120,7 +119,7 @@ def _measure(
     if (max_id := max(tokenizer.get_vocab().values())) >= info.vocab_size:
         message = f"it has ids up to {max_id}, the teacher {info.vocab_size} rows; it is not the teacher's"
         raise ConfigError(Problem("--tokenizer", message, options.tokenizer))
-    documents = read_documents(options.text) if options.text else data.load_text_files(TEXT["test"])["text"]
+    documents = read_documents(options.text) if options.text else data.load_text_files(data.TEXT["test"])["text"]
     name = options.text or "the test split of the package's demo, since no --text is given"
     seq_len = min(info.max_seq_len or _MAX_SEQ_LEN, _MAX_SEQ_LEN)
     model = source.language_model(dtype=getattr(torch, options.dtype), device=device, seq_len=seq_len)
