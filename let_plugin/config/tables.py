@@ -165,6 +165,7 @@ class TokenAlignmentConfig:
     Not given: a quarter more than the student's, rounded up to a multiple of 16, or the teacher's longest sequence.
     """
 
+
 @dataclass(kw_only=True, slots=True)
 class LetConfig:
     """The `[let]` table. Its presence in a TOML file turns LET on; without it the run is plain torchtitan."""
