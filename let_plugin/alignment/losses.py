@@ -24,8 +24,6 @@ from let_plugin.alignment.registry import Registry
 _EPS = 1e-8
 # What `logsum` adds inside the logarithm.
 _LOG_EPS = 1e-6
-# Smallest squared norm of a Gram matrix that `cka` divides by.
-_GRAM_EPS = 1e-24
 
 
 class Alignment(NamedTuple):
@@ -127,7 +125,7 @@ def alignment_of(entry: LossEntry, options: Mapping[str, Any]) -> AlignmentLoss:
 
 def cosine(student_BLD: torch.Tensor, target_BLD: torch.Tensor) -> torch.Tensor:
     """Negative cosine similarity, -<a, t> / (|a| |t|), per token (LET, arXiv 2602.05393)."""
-    return -(_normalise(student_BLD) * _normalise(target_BLD)).sum(dim=-1)
+    return -(_normalize(student_BLD) * _normalize(target_BLD)).sum(dim=-1)
 
 
 def negative_cosine(student_BLD: torch.Tensor, target_BLD: torch.Tensor, coefficient: torch.Tensor) -> Alignment:
@@ -155,33 +153,33 @@ def mse(student_BLD: torch.Tensor, target_BLD: torch.Tensor, *, normalize: bool 
     """
     if normalize:
         scale = student_BLD.shape[-1] ** 0.5  # of a vector whose root mean square is 1
-        student_BLD, target_BLD = _normalise(student_BLD) * scale, _normalise(target_BLD) * scale
+        student_BLD, target_BLD = _normalize(student_BLD) * scale, _normalize(target_BLD) * scale
     return (student_BLD - target_BLD).square().mean(dim=-1)
 
 
 def smooth_l1(student_BLD: torch.Tensor, target_BLD: torch.Tensor, *, beta: float = 1.0) -> torch.Tensor:
-    """Mean over channels of the smooth L1 distance, per token, to a standardised target (VkD, arXiv 2403.06213).
+    """Mean over channels of the smooth L1 distance, per token, to a standardized target (VkD, arXiv 2403.06213).
 
-    With d = a - layer_norm(t): d^2 / (2 beta) where |d| < beta, else |d| - beta / 2. The target alone is standardised,
+    With d = a - layer_norm(t): d^2 / (2 beta) where |d| < beta, else |d| - beta / 2. The target alone is standardized,
     so that the student learns its scale as well.
     """
     if not 0 < beta < float("inf"):
         raise ValueError("beta must be greater than 0 and finite")
-    target_BLD = _standardise(target_BLD)
+    target_BLD = _standardize(target_BLD)
     return F.smooth_l1_loss(student_BLD, target_BLD, beta=beta, reduction="none").mean(dim=-1)
 
 
 def logsum(student_BLD: torch.Tensor, target_BLD: torch.Tensor, *, alpha: float = 4.0) -> torch.Tensor:
-    """log(sum over channels of |a - t|^alpha), of standardised a and t, per token (arXiv 2303.11098).
+    """log(sum over channels of |a - t|^alpha), of standardized a and t, per token (arXiv 2303.11098).
 
-    Its source standardises each channel over the batch, and sums over the batch inside the logarithm: there a token's
+    Its source standardizes each channel over the batch, and sums over the batch inside the logarithm: there a token's
     loss depends on the others, on later ones of its row and on how the batch is cut. Here each token stands alone: its
-    channels are standardised, and the logarithm is its own. A constant inside the logarithm keeps the gradient finite
+    channels are standardized, and the logarithm is its own. A constant inside the logarithm keeps the gradient finite
     where a and t are equal.
     """
     if not 1 <= alpha < float("inf"):  # below 1 the gradient is infinite where a channel is equal
         raise ValueError("alpha must be at least 1 and finite")
-    distance_BLD = (_standardise(student_BLD) - _standardise(target_BLD)).abs()
+    distance_BLD = (_standardize(student_BLD) - _standardize(target_BLD)).abs()
     return (distance_BLD.pow(alpha).sum(dim=-1) + _LOG_EPS).log()
 
 
@@ -196,64 +194,13 @@ def relational(student_BLD: torch.Tensor, target_BLD: torch.Tensor, *, stride: i
     """
     if not stride >= 1:
         raise ValueError("stride must be at least 1")
-    u_BMD, v_BMD = (_normalise(hidden_BLD[:, ::stride]) for hidden_BLD in (student_BLD, target_BLD))
+    u_BMD, v_BMD = (_normalize(hidden_BLD[:, ::stride]) for hidden_BLD in (student_BLD, target_BLD))
     counts_BM = target_BLD[:, ::stride].ne(0).any(dim=-1)
     difference_BMM = u_BMD @ u_BMD.detach().mT - v_BMD @ v_BMD.mT
     before_BMM = counts_BM[:, None, :].expand_as(difference_BMM).tril()
     number_BM = counts_BM.cumsum(dim=-1).clamp_min(1)
     loss_BM = stride * (difference_BMM.square() * before_BMM).sum(dim=-1) / number_BM
     return _between_others(loss_BM, stride, student_BLD.shape[1])
-
-
-def cka(student_BLD: torch.Tensor, target_BLD: torch.Tensor, *, stride: int = 8) -> torch.Tensor:
-    """How far the sampled tokens up to each one are from a linear CKA of 1 (Kornblith et al. 2019, arXiv 1905.00414).
-
-    For a token i among every `stride`-th, with X and Y the states and targets of the n sampled tokens j <= i that
-    count, each channel centred over them: stride * (n - 1) * (1 - |Y^T X|^2 / (|X^T X| |Y^T Y|)), Frobenius norms. The
-    others have a loss of zero. The gradient is that with respect to a_i and t_i alone, as if the tokens before it were
-    fixed: a later token teaches an earlier one nothing. One of n tokens moves a CKA by about 1/n, hence the factor
-    n - 1, without which a row would learn at its beginning only. A CKA of two tokens is always 1, and one of fewer
-    tokens than channels is near 1, so these pull little.
-
-    In fp32, whatever the dtype of the maths. A row's loss does not depend on other rows, but needs the row as a whole;
-    documents packed into one row are one sample. Holds several [B, L / stride, L / stride] in memory.
-    """
-    if not stride >= 1:
-        raise ValueError("stride must be at least 1")
-    counts_BM1 = target_BLD[:, ::stride].ne(0).any(dim=-1, keepdim=True)
-    student, target = (
-        _gram(_contrasts(hidden_BLD[:, ::stride], counts_BM1)) for hidden_BLD in (student_BLD, target_BLD)
-    )
-    norms_BM = [_up_to_each(gram, gram).clamp_min(_GRAM_EPS).sqrt() for gram in (student, target)]
-    cka_BM = _up_to_each(student, target) / norms_BM[0] / norms_BM[1]
-    loss_BM = stride * (counts_BM1[..., 0].cumsum(dim=-1) - 1).clamp_min(0) * (1 - cka_BM)
-    return _between_others(loss_BM.to(student_BLD.dtype), stride, student_BLD.shape[1])
-
-
-def _contrasts(hidden_BMD: torch.Tensor, counts_BM1: torch.Tensor) -> torch.Tensor:
-    """Each token's difference from the mean of those before it, times ((n - 1) / n)^(1/2) for the n-th; fp32.
-
-    The outer products of the first n, for any n, add up to those of the first n states centred over these n (Helmert's
-    contrasts): a moving mean is taken off once and for all, and no large sums cancel out. Zero for the first token and
-    those that do not count.
-    """
-    hidden_BMD = hidden_BMD.to(torch.promote_types(hidden_BMD.dtype, torch.float32))
-    number_BM1 = counts_BM1.cumsum(dim=1)
-    earlier_BM1 = (number_BM1 - 1).clamp_min(0)
-    states_BMD = hidden_BMD.detach() * counts_BM1
-    mean_BMD = (states_BMD.cumsum(dim=1) - states_BMD) / earlier_BM1.clamp_min(1)
-    return (hidden_BMD - mean_BMD) * (counts_BM1 * earlier_BM1 / number_BM1.clamp_min(1)).sqrt()
-
-
-def _gram(contrasts_BMD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The Gram matrix: below its diagonal, with a gradient to the row's token only; and its diagonal."""
-    return (contrasts_BMD @ contrasts_BMD.detach().mT).tril(-1), contrasts_BMD.square().sum(dim=-1)
-
-
-def _up_to_each(one: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Inner product of two Gram matrices of the tokens up to each one, [B, M], with a gradient to that one only."""
-    own_BM = 2 * (one[0] * other[0]).sum(dim=-1) + one[1] * other[1]
-    return own_BM + (own_BM.cumsum(dim=-1) - own_BM).detach()
 
 
 def _between_others(loss_BM: torch.Tensor, stride: int, length: int) -> torch.Tensor:
@@ -265,11 +212,11 @@ def _norm(hidden_BLD: torch.Tensor) -> torch.Tensor:
     return hidden_BLD.norm(dim=-1, keepdim=True).clamp_min(_EPS)
 
 
-def _normalise(hidden_BLD: torch.Tensor) -> torch.Tensor:
+def _normalize(hidden_BLD: torch.Tensor) -> torch.Tensor:
     return hidden_BLD / _norm(hidden_BLD)
 
 
-def _standardise(hidden_BLD: torch.Tensor) -> torch.Tensor:
+def _standardize(hidden_BLD: torch.Tensor) -> torch.Tensor:
     return F.layer_norm(hidden_BLD, hidden_BLD.shape[-1:])
 
 
@@ -278,4 +225,3 @@ register_loss("mse", mse)
 register_loss("smooth_l1", smooth_l1)
 register_loss("logsum", logsum)
 register_loss("relational", relational, needs_whole_sequence=True)
-register_loss("cka", cka, needs_whole_sequence=True)

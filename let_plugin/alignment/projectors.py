@@ -1,7 +1,7 @@
 """How one model's width becomes the other's.
 
-A dimension match is a module from [B, L, E] to [B, L, D]; it stands on the teacher's side or on the student's. One with
-parameters learns: `let_plugin.guidance.learned` owns its weights, and calls it with them.
+A dimension match is a module from [B, L, E] to [B, L, D], on the teacher's side or on the student's. One with
+parameters learns: `let_plugin.guidance.projectors` keeps its weights.
 
 Shape legend: B batch, L sequence, E width in, D width out, H hidden width.
 """
@@ -19,10 +19,10 @@ from let_plugin.alignment.registry import Registry
 class DimensionMatch(Protocol):
     """Makes the module that maps [B, L, `in_width`] to [B, L, `out_width`], in the dtype of its input.
 
-    Options are further keyword arguments, with defaults; ValueError for a bad value of one, in a message that begins
-    with the option's name. The module's parameters, if it has any, are initialised without random numbers, or with a
-    generator of its own on the CPU: they must be the same on every rank and in every world size, and the run's own
-    random numbers those of a run without it. It has no buffers, which nothing would move to the device.
+    Options are further keyword-only arguments with defaults. A bad value raises a ValueError whose message begins with
+    the option's name. Parameters and buffers are made on the CPU; random ones are drawn from a generator of their own,
+    so that they are the same on every rank and the run's own random numbers do not change. Parameters that require a
+    gradient are trained; buffers and other parameters move to the student's device.
     """
 
     def __call__(self, in_width: int, out_width: int) -> nn.Module: ...
@@ -123,48 +123,32 @@ class LearnedLinear(nn.Module):
 class MLP(nn.Sequential):
     """Three linear layers with SiLU between them, trained with the student (REPA, arXiv 2410.06940).
 
-    E -> H -> H -> D, with biases: a token of zeros does not stay one. Initialised as nn.Linear is; or by "xavier", as
-    the projectors in REPA's own source are: weights uniform in +-(6 / (E + D))^(1/2) of the layer's widths, biases 0.
+    E -> H -> H -> D, with biases, initialized as nn.Linear is. It maps a token of zeros to something else.
     """
 
-    def __init__(
-        self,
-        in_width: int,
-        out_width: int,
-        *,
-        hidden_width: int = 2048,
-        init: Literal["default", "xavier"] = "default",
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, in_width: int, out_width: int, *, hidden_width: int = 2048, seed: int = 0) -> None:
         if hidden_width < 1:
             raise ValueError("hidden_width must be at least 1")
-        if init not in ("default", "xavier"):
-            raise ValueError("init must be 'default' or 'xavier'")
         generator = _generator(seed)
         super().__init__(
-            _linear(in_width, hidden_width, init, generator),
+            _linear(in_width, hidden_width, generator),
             nn.SiLU(),
-            _linear(hidden_width, hidden_width, init, generator),
+            _linear(hidden_width, hidden_width, generator),
             nn.SiLU(),
-            _linear(hidden_width, out_width, init, generator),
+            _linear(hidden_width, out_width, generator),
         )
 
 
 class Orthogonal(nn.Module):
     """A learned linear map that preserves inner products, trained with the student (VkD, arXiv 2403.06213).
 
-    The first E columns of Q = exp(A - A^T), with A [D, D] the parameter: the exponential of a skew-symmetric matrix is
-    orthogonal, so no step of an optimizer leaves the orthogonal maps. Such a map can absorb nothing of the alignment
-    but a rotation. Weight decay pulls Q towards the identity. torch.nn.utils.parametrizations.orthogonal does the same
-    around a starting point, but keeps that in a buffer.
-
-    It starts as a random rotation; or as the identity (A = 0), which keeps the order of the channels, and adds zeros if
-    it widens.
+    The first E columns of Q = exp(A - A^T), with A [D, D] the parameter. The exponential of a skew-symmetric matrix is
+    orthogonal, so every optimizer step stays among the orthogonal maps. It starts as a random rotation. Weight decay
+    pulls Q towards the identity. (torch.nn.utils.parametrizations.orthogonal keeps its starting point in a buffer,
+    which would have to be saved.)
     """
 
-    def __init__(
-        self, in_width: int, out_width: int, *, init: Literal["random", "identity"] = "random", seed: int = 0
-    ) -> None:
+    def __init__(self, in_width: int, out_width: int, *, seed: int = 0) -> None:
         super().__init__()
         if in_width > out_width:
             raise ValueError(
@@ -172,16 +156,10 @@ class Orthogonal(nn.Module):
                 "keep inner products; the match on the other side can: set let.projector.side"
             )
         self._in_width = in_width
-        generator = _generator(seed)
-        if init == "random":
-            # With this deviation, the angles that Q turns by reach +-3.8 and cos(angle) is 0 on average: Q starts far
-            # from the identity, which would match channels by their order.
-            deviation = 1.35 * out_width**-0.5
-            angles_DD = torch.randn(out_width, out_width, generator=generator, device="cpu") * deviation
-        elif init == "identity":
-            angles_DD = torch.zeros(out_width, out_width, device="cpu")
-        else:
-            raise ValueError("init must be 'random' or 'identity'")
+        # With this deviation, the angles that Q turns by reach +-3.8 and cos(angle) is 0 on average: Q starts far from
+        # the identity, which would match channels by their order.
+        deviation = 1.35 * out_width**-0.5
+        angles_DD = torch.randn(out_width, out_width, generator=_generator(seed), device="cpu") * deviation
         self.weight = nn.Parameter(angles_DD)
 
     def forward(self, hidden_BLE: torch.Tensor) -> torch.Tensor:
@@ -192,7 +170,7 @@ class Orthogonal(nn.Module):
 
 
 class FittedMatch(nn.Module, ABC):
-    """A match that learns without a gradient: `let_plugin.guidance.fitted` refits its weight [D, E] in closed form."""
+    """A match without gradients, whose weight [D, E] is refitted in closed form every `refit_every` steps."""
 
     weight: nn.Parameter
     refit_every: int
@@ -233,13 +211,9 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator(device="cpu").manual_seed(seed)
 
 
-def _linear(in_width: int, out_width: int, init: str, generator: torch.Generator) -> nn.Linear:
-    """nn.Linear, initialised with this generator: as it initialises itself, or by "xavier"."""
+def _linear(in_width: int, out_width: int, generator: torch.Generator) -> nn.Linear:
+    """nn.Linear with its own distribution of initial values, drawn with this generator."""
     layer = nn.utils.skip_init(nn.Linear, in_width, out_width, device="cpu")
-    if init == "xavier":
-        nn.init.xavier_uniform_(layer.weight, generator=generator)
-        nn.init.zeros_(layer.bias)
-        return layer
     for parameter in layer.parameters():
         nn.init.uniform_(parameter, -(in_width**-0.5), in_width**-0.5, generator=generator)
     return layer

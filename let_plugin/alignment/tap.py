@@ -1,9 +1,9 @@
 """The tap: adds alignment gradients to the outputs of student blocks, from outside.
 
-A forward hook on a block sees its output and forms the gradient there; a gradient hook on that output adds it when
-the backward pass comes by. The student's loss, schedule and graph know nothing of it: no autograd node, no view, no
-change of type. The targets travel as a keyword argument of the model, so whatever cuts a batch into microbatches hands
-the right targets to the right microbatch; a pre-hook on the model takes them out before `forward` sees them.
+A forward hook on a block sees its output and computes the gradient there; a gradient hook on that output adds it in
+the backward pass. The student's loss, schedule and graph do not change: no autograd node, no view, no other type. The
+targets travel as a keyword argument of the model, so that code that cuts a batch into microbatches cuts them too; a
+pre-hook on the model takes them out before `forward` is called.
 
 The hooks sit on the outermost wrapper of the block. Inside an activation-checkpoint wrapper they would run again in the
 recomputation, inside a compiled region dynamo would drop them.
@@ -32,60 +32,61 @@ METRIC_BUFFER, GRADIENT_BUFFER = "let_metric_sums", "let_gradient_sums"
 # Names of ranges in a profile: the maths in the forward pass, the addition in the backward pass.
 ALIGNMENT_RANGE, INJECTION_RANGE = "let: alignment", "let: injection"
 
-Align = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Alignment]
+# (hidden state [B, L, D], the target [B, L, ...], coefficient 0-dim) -> what the pair contributes.
+PairFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Alignment]
 
 
 class AlignmentTap:
-    """Aligns outputs of `model.layers` with the teacher's states that arrive as `TARGET_KWARG`.
+    """Adds the gradients of pairs to the outputs of `model.layers`; the target arrives as `TARGET_KWARG`.
 
     Inert without a target and in evaluation. `remove` leaves no trace on the model.
 
     Args:
         model: The student, or a pipeline part of it; anything with a `layers` ModuleDict.
-        aligns: Name of a block in `model.layers` -> for each of its pairs, a function of (hidden state [B, L, D],
-            states [B, L, E], coefficient 0-dim). May be empty: the tap then only takes the target out of the way.
-        device: Where the coefficient and the metric live.
-        context: Makes the context that the alignment is computed in, inside the student's forward pass.
+        pairs: Name of a block in `model.layers` -> its pairs (`PairAlignment`, or another PairFunction). May be empty:
+            the tap then only takes the target out of the keyword arguments.
+        device: Where the coefficient and the metrics live.
+        context: Makes the context in which the pairs are computed, inside the student's forward pass.
 
     Attributes:
         coefficient: lambda / (number of valid tokens of the whole step), 0-dim fp32. Written in place before each
             forward pass, so that its address never changes and no step waits for the host.
-        metric_sums: For each pair, in the order of `aligns`, the sum of its cosines over this rank's tokens since
+        metric_sums: For each pair, in the order of `pairs`, the sum of its cosines over this rank's tokens since
             `reset`; fp32.
-        measured_block: The block at which the two gradients are compared in this step, if any. Where the deepest block
-            of all is aligned: at the others, what arrives has the alignment of deeper ones in it.
+        measured_block: The block at which the two gradients are compared in this step; None: they are not. It must be
+            the deepest aligned block: at the others, the arriving gradient contains the alignment of deeper ones.
         gradient_sums: Sums over this rank's tokens, since `reset`, of <g, a>, <g, g> and <a, a>, where g is the
             gradient that arrives at the measured block's output, and a the one that the tap adds; fp32.
-        num_calls: For each block, how often a backward pass has taken its gradient along since the tap was attached.
+        num_calls: For each block, how many backward passes have taken its gradient along since the tap was attached.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        aligns: Mapping[str, Sequence[Align]],
+        pairs: Mapping[str, Sequence[PairFunction]],
         device: torch.device,
         *,
         context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.coefficient = torch.zeros((), dtype=torch.float32, device=device)
-        self.metric_sums = torch.zeros(sum(map(len, aligns.values())), dtype=torch.float32, device=device)
+        self.metric_sums = torch.zeros(sum(map(len, pairs.values())), dtype=torch.float32, device=device)
         self.gradient_sums = torch.zeros(3, dtype=torch.float32, device=device)
         # Buffers: before its first step a pipeline runs a microbatch to learn the shapes, and then puts the buffers
         # of its stages back. That microbatch must not count.
         model.register_buffer(METRIC_BUFFER, self.metric_sums, persistent=False)
         model.register_buffer(GRADIENT_BUFFER, self.gradient_sums, persistent=False)
         self.measured_block: str | None = None
-        self.num_calls = dict.fromkeys(aligns, 0)
+        self.num_calls = dict.fromkeys(pairs, 0)
         self._model = model
         self._context = context
         self._target_BLE: torch.Tensor | None = None
         self._waiting: set[str] = set()  # blocks that have not seen the target yet
         self._handles = [model.register_forward_pre_hook(self._take_target, prepend=True, with_kwargs=True)]
         first = 0
-        for block, functions in aligns.items():
+        for block, functions in pairs.items():
             sums = self.metric_sums[first : first + len(functions)]
             first += len(functions)
-            hook = torch.compiler.disable(partial(self._inject, block, functions, sums))
+            hook = torch.compiler.disable(partial(self._tap_output, block, functions, sums))
             self._handles.append(model.layers[block].register_forward_hook(hook))  # type: ignore[index, union-attr]
 
     def reset(self) -> None:
@@ -107,10 +108,10 @@ class AlignmentTap:
         self._target_BLE = kwargs.get(TARGET_KWARG) if self._waiting else None
         return args, {name: value for name, value in kwargs.items() if name != TARGET_KWARG}
 
-    def _inject(
+    def _tap_output(
         self,
         block: str,
-        functions: Sequence[Align],
+        functions: Sequence[PairFunction],
         metric_sums: torch.Tensor,
         module: nn.Module,
         args: Any,
@@ -123,24 +124,17 @@ class AlignmentTap:
         if target_BLE is None or not output_BLD.requires_grad:
             return
         with self._context(), record_function(ALIGNMENT_RANGE):
-            self._align(block, functions, metric_sums, output_BLD, target_BLE)
+            with torch.no_grad():
+                hidden_BLD = output_BLD.to_local() if isinstance(output_BLD, DTensor) else output_BLD.detach()
+                alignments = [function(hidden_BLD, target_BLE, self.coefficient) for function in functions]
+                metric_sums += torch.stack([alignment.metric_sum for alignment in alignments])
+                gradient_BLD = alignments[0].gradient_BLD
+                for alignment in alignments[1:]:
+                    gradient_BLD = gradient_BLD + alignment.gradient_BLD
+            self._inject(block, output_BLD, gradient_BLD.to(output_BLD.dtype))
 
-    def _align(
-        self,
-        block: str,
-        functions: Sequence[Align],
-        metric_sums: torch.Tensor,
-        output_BLD: torch.Tensor,
-        target_BLE: torch.Tensor,
-    ) -> None:
-        with torch.no_grad():
-            hidden_BLD = output_BLD.to_local() if isinstance(output_BLD, DTensor) else output_BLD.detach()
-            alignments = [align(hidden_BLD, target_BLE, self.coefficient) for align in functions]
-            metric_sums += torch.stack([alignment.metric_sum for alignment in alignments])
-            gradient_BLD = alignments[0].gradient_BLD
-            for alignment in alignments[1:]:
-                gradient_BLD = gradient_BLD + alignment.gradient_BLD
-            gradient_BLD = gradient_BLD.to(output_BLD.dtype)
+    def _inject(self, block: str, output_BLD: torch.Tensor, gradient_BLD: torch.Tensor) -> None:
+        """Adds `gradient_BLD`, of this rank's part, to the gradient of the block's output when that arrives."""
         if isinstance(output_BLD, DTensor):
             gradient_BLD = DTensor.from_local(
                 gradient_BLD,
@@ -153,8 +147,8 @@ class AlignmentTap:
         waiting = [gradient_BLD]
 
         # Adds the gradient the first time it is called, and forgets it. A zero-bubble pipeline may run the backward of
-        # a node twice, for the inputs and later for the weights, the second time from the gradient that the first left
-        # behind: what was added must not be added again.
+        # a node twice, for the inputs and later for the weights. The second one starts from the gradient that the
+        # first left behind, which has it already.
         def add_once(grad_BLD: torch.Tensor) -> torch.Tensor | None:
             if not waiting:
                 return None
