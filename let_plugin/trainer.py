@@ -23,7 +23,6 @@ from let_plugin.guidance.metrics import Disagreement, JsonlLogger, Progress
 from let_plugin.guidance.stopping import Stopping
 from let_plugin.runtime import upstream
 from let_plugin.runtime.batch_extras import take_extras
-from let_plugin.teacher.base import Teacher
 
 # A mixin's attributes and `super()` calls are those of the trainer that it is mixed into.
 _Base: Any = Trainer if TYPE_CHECKING else object
@@ -33,10 +32,7 @@ class LetTrainerMixin(_Base):
     """Late-to-Early Training for any subclass of torchtitan's Trainer.
 
     Attributes:
-        guidance: What is there only while the alignment lasts; None before its first step and after its end.
-        offloaded_teacher: The teacher in CPU memory, from the end of the alignment on, with
-            `let.stop_action = "offload"`. None without it, on ranks that had no teacher, and in a run that has resumed
-            after the end.
+        guidance: What exists only while the alignment is active; None before its first step and after its end.
     """
 
     def __init__(self, config: Any) -> None:
@@ -49,7 +45,6 @@ class LetTrainerMixin(_Base):
             self.schedule = plan.schedule(self.let)
             self.stopping = Stopping(self)
         self.guidance: Guidance | None = None
-        self.offloaded_teacher: Teacher | None = None
         self._lambda = 0.0
         self._logged_metrics: dict[str, float] = {}
         self._progress = Progress(config.training.steps)
@@ -112,9 +107,6 @@ class LetTrainerMixin(_Base):
 
     def _end_alignment(self) -> None:
         assert self.guidance is not None
-        if self.let.stop_action == "offload" and self.guidance.teacher is not None:
-            self.offloaded_teacher = self.guidance.teacher
-            self.offloaded_teacher.move_to(torch.device("cpu"))
         self.guidance.remove()
         self.guidance = None
         if not self.config.training.disable_cuda_graphs:
@@ -122,8 +114,7 @@ class LetTrainerMixin(_Base):
             upstream.recapture_cuda_graph(self)
         gc.collect()  # torchtitan has switched off the automatic collection; FSDP's modules are in cycles
         utils.device_module.empty_cache()
-        end = "is freed" if self.let.stop_action == "free" else "has moved to CPU memory"
-        logger.info(f"LET: step {self.step}: the alignment has ended and the teacher {end}")
+        logger.info(f"LET: step {self.step}: the alignment has ended and the teacher is freed")
 
     def _metrics(self) -> dict[str, float]:
         if not self.let.enable:

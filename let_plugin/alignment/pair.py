@@ -15,9 +15,9 @@ from let_plugin.alignment.losses import Alignment, AlignmentLoss
 class PairAlignment:
     """Computes what one pair contributes to a microbatch. The tap calls it in the student's forward pass.
 
-    A match that learns keeps its weights in `weights`. Their gradients are summed over microbatches in
-    `weight_gradients`. Whoever trains them (`let_plugin.guidance.projectors`) fills the two dicts once, and from then on
-    writes in place, so that addresses never change.
+    A match that is trained has its weights in `weights`; their gradients are summed over microbatches in
+    `weight_gradients`. A projector (`let_plugin.guidance.projectors`) fills the two dicts once and then writes in
+    place, so that addresses never change.
 
     Args:
         match: The dimension match, on the student's device.
@@ -61,9 +61,7 @@ class PairAlignment:
             options = {"fullgraph": True, "isolate_recompiles": True, **compile_options}
             self._compiled_gradients = torch.compile(self._gradients, **options)
 
-    def __call__(
-        self, student_BLD: torch.Tensor, teacher_BLE: torch.Tensor, coefficient: torch.Tensor
-    ) -> Alignment:
+    def __call__(self, student_BLD: torch.Tensor, teacher_BLE: torch.Tensor, coefficient: torch.Tensor) -> Alignment:
         """What this microbatch contributes.
 
         Args:

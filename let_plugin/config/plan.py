@@ -33,7 +33,7 @@ def stop_step(config: "Trainer.Config", num_data_parallel: int) -> int:
     """
     let: LetConfig = config.let
     steps = config.training.steps
-    given = {
+    given: dict[str, tuple[Any, Any]] = {
         name: value
         for name in ("stop_step", "stop_tokens", "stop_fraction")
         if (value := getattr(let, name)) is not None
@@ -103,7 +103,9 @@ def adaptive_stop(let: LetConfig) -> AdaptiveStop | None:
         ("adaptive_stop.patience", settings.patience, settings.patience >= 1, "at least 1"),
         ("adaptive_stop.threshold", settings.threshold, math.isfinite(settings.threshold), "a finite number"),
     )
-    problems = [Problem(f"let.{key}", f"must be {wanted}", value) for key, value, is_valid, wanted in checked if not is_valid]
+    problems = [
+        Problem(f"let.{key}", f"must be {wanted}", value) for key, value, is_valid, wanted in checked if not is_valid
+    ]
     if settings.criterion == "gradient" and let.diagnosis_freq == 0:
         message = 'must be at least 1: let.adaptive_stop.criterion = "gradient" needs what it measures'
         problems.append(Problem("let.diagnosis_freq", message, let.diagnosis_freq))
@@ -173,7 +175,7 @@ def _mapped_pairs(let: LetConfig, student_depth: int, teacher_depth: int) -> lis
 
 def _refuse_what_logits_do_not_use(let: LetConfig) -> None:
     message = 'let.target = "logits" compares what the two models predict; leave it out'
-    given = {
+    given: dict[str, tuple[Any, Any]] = {
         "pairs": (let.pairs, []),
         "student_block": (let.student_block, None),
         "teacher.final_norm": (let.teacher.final_norm, True),
@@ -247,7 +249,8 @@ def _resolved(
 
     Without a depth of the teacher, its layers stay as they are.
     """
-    problems, result = [], []
+    problems: list[Problem] = []
+    result: list[LayerPair] = []
     for key, pair in zip(keys, pairs, strict=True):
         by_hand = key != "let.layer_mapping"
         wrong = []

@@ -212,14 +212,8 @@ class LetConfig:
 
     stop_fraction: float | None = None
     """
-    S_stop as a fraction of `training.steps`, rounded down. Without any `stop_*`: 0.5, except for a schedule that says
-    otherwise ("constant": the whole run). (The paper does not state its S_stop.)
-    """
-
-    stop_action: Literal["free", "offload"] = "free"
-    """
-    What becomes of the teacher at the end of the alignment. "free": nothing is left of it. "offload": it is moved to
-    CPU memory and stays at hand as the trainer's `offloaded_teacher`. See docs/teachers.md.
+    S_stop as a fraction of `training.steps`, rounded down. Without any `stop_*`: 0.5. (The paper does not state its
+    S_stop.)
     """
 
     adaptive_stop: AdaptiveStopConfig = field(default_factory=AdaptiveStopConfig)
@@ -267,12 +261,6 @@ class LetConfig:
 
     math_dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the alignment maths: resizing, normalising, the loss and its gradient."""
-
-    target_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """
-    Data type in which the teacher's state waits for the block's output (and travels between ranks). "auto": the
-    teacher's.
-    """
 
     cuda_graphs: bool = False
     """

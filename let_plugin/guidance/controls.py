@@ -14,12 +14,11 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from let_plugin.teacher.base import Teacher
-from let_plugin.teacher.states import StateProvider, States
+from let_plugin.teacher.base import StateProvider, States, Teacher
 
 
 @torch.no_grad()
-def randomise_weights(teacher: nn.Module, *, seed: int = 0) -> None:
+def randomize_weights(teacher: nn.Module, *, seed: int = 0) -> None:
     """Draws every parameter with two or more dimensions anew: normal, with its own mean and standard deviation.
 
     Scales, and with them the size of the states, stay about as they were; norms' weights and biases stay altogether.
@@ -44,12 +43,12 @@ def randomise_weights(teacher: nn.Module, *, seed: int = 0) -> None:
 class ShuffledStates(StateProvider):
     """Gives each token the state of a random other token of the same microbatch of this rank.
 
-    Another permutation for every microbatch: with one for all, a state would still say something of a token at a fixed
-    distance. It is a function of the step, the microbatch and the rank, so a resumed run draws the same.
+    Another permutation for every microbatch: with one for all, a state would still tell something about the token at a
+    fixed distance. It is a function of the step, the microbatch and the seed, so a resumed run draws the same.
 
     Args:
         inner: Where the states come from.
-        seed: What tells this rank's permutations from other ranks'.
+        seed: The data-parallel rank. Ranks with the same tokens have the same one, so that they draw alike.
     """
 
     def __init__(self, inner: StateProvider, *, seed: int) -> None:

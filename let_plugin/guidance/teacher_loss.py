@@ -14,7 +14,7 @@ from let_plugin.config import plan
 from let_plugin.runtime.held_out import TwoSplitValidator
 from let_plugin.teacher.base import keep_rng_state
 from let_plugin.teacher.language_model import loss_sums
-from let_plugin.teacher.sources import open_teacher
+from let_plugin.teacher.open import open_teacher
 
 
 def is_measurable(validator: BaseValidator.Config) -> bool:

@@ -23,7 +23,7 @@ from let_plugin.preflight.report import Student, report, report_auxiliary, repor
 from let_plugin.runtime import checkpoint, data
 from let_plugin.runtime.held_out import TwoSplitValidator
 from let_plugin.runtime.upstream import DATASETS, HuggingFaceTextDataLoader
-from let_plugin.teacher.providers import open_source
+from let_plugin.teacher.open import open_source
 from let_plugin.teacher.stored.features import Features
 
 # Numbers for which torchtitan itself would fail late or loop for ever: key -> smallest value that makes sense.
@@ -86,7 +86,7 @@ def run(config: Trainer.Config, world_size: int | None = None) -> str:
     checks(_check_let_parallelism, config)
     checks(_check_projection, let)
     if let.target == "labels":
-        pairs = checks(plan.auxiliary_pairs, config)
+        pairs = checks(plan.pairs, config, None)
         if pairs is not None:
             checks(_check_stages, config, pairs)
         checks.finish()

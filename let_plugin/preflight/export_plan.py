@@ -16,7 +16,7 @@ from torchtitan.trainer import Trainer
 from let_plugin.config import plan
 from let_plugin.config.errors import ConfigError, Problem, suggest
 from let_plugin.preflight import checks as preflight
-from let_plugin.teacher.providers import open_source
+from let_plugin.teacher.open import open_source
 from let_plugin.teacher.stored import fingerprints
 from let_plugin.teacher.stored.features import ENCODINGS, MANIFEST, PROJECTIONS, Manifest, make_encoding, rows_per_step
 from let_plugin.teacher.stored.shards import KEY_BYTES, shard_paths
@@ -66,7 +66,7 @@ class Plan:
         config = _alone(config, degree)
         preflight.run(config, degree)
         source = open_source(config.let.teacher)
-        layers = plan.teacher_layers(plan.layer_pairs(config, source.info.num_layers))
+        layers = plan.teacher_layers(plan.pairs(config, source.info.num_layers))
         widths = {str(layer): source.info.width(layer, config.let.teacher.final_norm) for layer in layers}
         if args.encoding in PROJECTIONS and args.width > min(widths.values()):
             raise ConfigError(

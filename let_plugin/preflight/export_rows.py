@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from let_plugin.preflight.export_plan import Plan
 from let_plugin.runtime.batch_extras import BatchExtras, take_extras
-from let_plugin.teacher.providers import make_provider, open_source
+from let_plugin.teacher.base import StateProvider
+from let_plugin.teacher.open import make_provider, open_source
 from let_plugin.teacher.sharding import SPMD_BACKEND, teacher_parallel_dims
-from let_plugin.teacher.states import StateProvider
 from let_plugin.teacher.stored.encodings import Encoding, Moment, cosines, random_basis
 from let_plugin.teacher.stored.features import PROJECTION, PROJECTIONS, Manifest, make_encoding, read_bases
 from let_plugin.teacher.stored.shards import Shard, ShardWriter, row_keys, shard_paths, write_safely

@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
             _print(_describe(describe_spec(options.spec)))
             _print({"weights": "none given: this is what follows from the spec"})
             return
-    from let_plugin.teacher.sources import open_teacher
+    from let_plugin.teacher.open import open_teacher
 
     source = open_teacher(config)
     tokenizer = source.tokenizer()

@@ -85,7 +85,7 @@ def cost(
     widths = {layer: teacher.width(layer, let.teacher.final_norm) for layer in layers}
     memory = {
         **({} if features else _teacher_memory(let.teacher, teacher, layers, dtype, parallel_dims)),
-        "target": tokens * sum(widths.values()) * plan.target_dtype(config).itemsize,
+        "target": tokens * sum(widths.values()) * dtype.itemsize,
         "gradient": tokens
         * len({pair.student for pair in pairs})
         * student.width

@@ -1,19 +1,20 @@
 """What the rest of the plugin knows about a teacher, whichever library builds it.
 
-Shape legend: B batch, L sequence, V vocabulary, E teacher width: the sum over the layers that are asked for.
+Shape legend: B batch (this rank's rows), L sequence, V vocabulary, E teacher width: the sum over the layers that are
+asked for.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from let_plugin.config.errors import ConfigError, Problem
+from let_plugin.runtime.batch_extras import MakeExtras
 
 if TYPE_CHECKING:
     from torchtitan.distributed import ParallelDims
@@ -115,23 +116,6 @@ class Teacher(nn.Module, ABC):
                 are any. A teacher that would make the same ones takes these.
         """
 
-    def move_to(self, device: torch.device) -> None:
-        """Moves weights and buffers; of a sharded teacher each rank its shard, and `forward` needs the ranks' device.
-
-        Not by `Module.to`: for sharded parameters it swaps what they are in place, and refuses where anything holds a
-        weak reference to one.
-        """
-        for module in self.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
-        for module in self.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                setattr(module, name, nn.Parameter(parameter.to(device), requires_grad=False))
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.to(device))
-        # FSDP2 looks for parameters that have become others whenever a state dict has been loaded: here, an empty one.
-        self.load_state_dict({}, strict=False)
-
 
 class TeacherSource(ABC):
     """A teacher that has been found and understood, but not loaded yet.
@@ -191,6 +175,57 @@ class TeacherSource(ABC):
         """
         message = "this kind of teacher has no language-model head, so its loss cannot be measured"
         raise ConfigError(Problem("let.teacher.path", message))
+
+
+class States(NamedTuple):
+    """The teacher's states of the student's tokens.
+
+    Attributes:
+        states_BLE: In the teacher's dtype. The values for a token that has no state are arbitrary.
+        known_BL: Which tokens have one, bool; None: all.
+        num_tokens: How many tokens the teacher has run on.
+    """
+
+    states_BLE: torch.Tensor
+    known_BL: torch.Tensor | None
+    num_tokens: int
+
+
+class StateProvider(ABC):
+    """Makes or reads the states of a batch.
+
+    Attributes:
+        make_extras: What the data loader is to add to each batch for it; None: nothing.
+        teacher: The teacher, if there is one in this process.
+    """
+
+    make_extras: MakeExtras | None = None
+    teacher: Teacher | None = None
+
+    def start_step(self, step: int) -> None:  # noqa: B027
+        """Before the first microbatch of step `step` (0-based)."""
+
+    @abstractmethod
+    def states(self, batch: Mapping[str, torch.Tensor], student_masks: Any = None) -> States:
+        """The states of all tokens of "input".
+
+        Args:
+            batch: "input", token ids [B, L]; for packed documents "positions" [B, L]; and what `make_extras` has
+                added, by its own names. On the device; whole sequences; only the rows of this rank's share.
+            student_masks: As in Teacher.forward.
+        """
+
+
+class OnlineStates(StateProvider):
+    """The teacher runs on the student's tokens."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        self.teacher = teacher
+
+    def states(self, batch: Mapping[str, torch.Tensor], student_masks: Any = None) -> States:
+        tokens_BL = batch["input"]
+        assert self.teacher is not None
+        return States(self.teacher(tokens_BL, batch.get("positions"), student_masks), None, tokens_BL.numel())
 
 
 def num_blocks_to(layers: Sequence[int | str]) -> int:

@@ -16,8 +16,7 @@ from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
 from let_plugin.config.errors import ConfigError, Problem
-from let_plugin.teacher.base import Teacher, TeacherInfo, TeacherSource
-from let_plugin.teacher.states import StateProvider, States
+from let_plugin.teacher.base import StateProvider, States, Teacher, TeacherInfo, TeacherSource
 from let_plugin.tokens.alignment import Retokenizer
 from let_plugin.tokens.token_bytes import token_bytes
 

@@ -8,19 +8,28 @@ holds a shard of its weights (FSDP2) and runs a share of its rows.
 Shape legend: B batch, L sequence, E teacher width, S the part of the sequence that this rank's block output covers.
 """
 
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.profiler import record_function
+from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.distributed import ParallelDims
 from torchtitan.trainer import Trainer
 
+from let_plugin.alignment.running_mean import RunningMean
 from let_plugin.config.errors import ConfigError, Problem
 from let_plugin.runtime import upstream
+from let_plugin.teacher.base import StateProvider
 
 # Plain tensors and FSDP2: the teacher needs no annotations, and runs outside the student's SPMD context.
 SPMD_BACKEND = "partial_dtensor"
+
+# Names of ranges in a profile.
+TEACHER_RANGE, DELIVERY_RANGE = "let: teacher", "let: delivery"
 
 
 def teacher_parallel_dims(student: ParallelDims, *, tensor_parallel: bool = False) -> ParallelDims:
@@ -76,11 +85,11 @@ def num_peers(config: Trainer.Config, student: ParallelDims) -> int:
 
 
 class TeacherShare:
-    """Which of a microbatch's rows this rank runs the teacher on, and how the states get to where they are needed.
+    """Which rows of a microbatch this rank runs the teacher on, and how the states get to the ranks that need them.
 
     The tensor- and context-parallel ranks of one data-parallel rank ("peers") see the same rows. Each runs the teacher
     on whole sequences, but on its share of the rows; one all-to-all then gives each peer its part of the sequence, of
-    all rows. Where the rows cannot be divided evenly, each peer runs all of them and cuts its part out. The ranks of a
+    all rows. If the rows do not divide evenly, each peer runs all of them and cuts its part out. The ranks of a
     teacher that is itself tensor-parallel run the same rows together, and are no peers.
 
     Args:
@@ -151,6 +160,77 @@ class TeacherShare:
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent, group=self._mesh.get_group())
         return received.view(num_rows, -1, width)
+
+
+class TargetProvider:
+    """Makes the target of each microbatch: the teacher's states of this rank's part of the sequence.
+
+    Args:
+        states: Makes the states of this rank's rows.
+        share: Which rows these are.
+        center: A running mean that is subtracted from the states; None: none is.
+        center_channels_E: Which channels of the mean the states have.
+        timer: Entered around the teacher's forward pass.
+
+    Attributes:
+        states: As given.
+        num_tokens: Tokens that the teacher has run on since this was last set to 0.
+        coverage: Of this rank's tokens that count in the loss, since `start_step`: how many have a state, and how many
+            there are; int64. Zeros if all tokens have a state by construction.
+    """
+
+    def __init__(
+        self,
+        states: StateProvider,
+        share: TeacherShare,
+        *,
+        center: RunningMean | None,
+        center_channels_E: torch.Tensor,
+        timer: AbstractContextManager[Any],
+    ) -> None:
+        self.states = states
+        self.num_tokens = 0
+        self.coverage = torch.zeros(2, dtype=torch.int64, device=center_channels_E.device)
+        self._share = share
+        self._center = center
+        self._center_channels_E = center_channels_E
+        self._timer = timer
+
+    def start_step(self, step: int) -> None:
+        """Before the first microbatch of step `step` (0-based)."""
+        self.coverage.zero_()
+        self.states.start_step(step)
+
+    def target(
+        self, batch: Mapping[str, torch.Tensor], labels_BL: torch.Tensor, student_masks: Any = None
+    ) -> torch.Tensor:
+        """The states of a microbatch, [B, S, E], in the teacher's dtype; zeros for a token that does not count.
+
+        A token does not count if its label does not, or if the teacher has no state of it. A state of zeros has a
+        cosine and a gradient of 0, so no mask has to travel.
+
+        Args:
+            batch: As in StateProvider.states, but with all rows.
+            labels_BL: Labels of the whole sequences.
+            student_masks: The attention masks of the student's rows, if there are any.
+        """
+        share, num_rows = self._share, len(labels_BL)
+        with self._timer, record_function(TEACHER_RANGE):
+            states_BLE, known_BL, num_tokens = self.states.states(
+                {name: share.rows(tensor) for name, tensor in batch.items()}, share.masks(student_masks, num_rows)
+            )
+        self.num_tokens += num_tokens
+        dtype = states_BLE.dtype
+        counts_BL = share.rows(labels_BL) != IGNORE_INDEX
+        if known_BL is not None:
+            self.coverage += torch.stack([(counts_BL & known_BL).sum(), counts_BL.sum()])
+            counts_BL &= known_BL
+        if self._center is not None:
+            self._center.add(states_BLE, counts_BL, self._center_channels_E)
+            states_BLE = states_BLE - self._center.mean_C[self._center_channels_E]  # fp32, before it is rounded
+        states_BLE = states_BLE.to(dtype).masked_fill(~counts_BL[..., None], 0)
+        with record_function(DELIVERY_RANGE):
+            return share.deliver(states_BLE, num_rows)
 
 
 def _sequence_part(config: Trainer.Config, student: ParallelDims, device: torch.device) -> torch.Tensor:

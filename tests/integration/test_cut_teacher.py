@@ -14,7 +14,7 @@ from let_plugin.config import TeacherConfig
 from let_plugin.guidance.controls import randomise_weights
 from let_plugin.runtime import host
 from let_plugin.teacher.base import Teacher
-from let_plugin.teacher.sources import open_teacher
+from let_plugin.teacher.open import open_teacher
 from tests.support import config_registry as _specs  # noqa: F401  (registers the demo's teacher)
 from tests.support import jobs
 

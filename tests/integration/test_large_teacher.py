@@ -22,7 +22,7 @@ from let_plugin.runtime.models import llama_spec
 from let_plugin.teacher import quantization
 from let_plugin.teacher.base import Teacher
 from let_plugin.teacher.hf.safetensors_files import read_headers
-from let_plugin.teacher.sources import open_teacher
+from let_plugin.teacher.open import open_teacher
 from let_plugin.teacher.titan.source import register_teacher_spec
 from tests.support import gguf_files, jobs
 

@@ -59,13 +59,6 @@ stop_step = 3""",
     "orthogonal": 'dimension_match = "orthogonal"\ndimension_match_options.seed = 4',
     "procrustes": 'dimension_match = "procrustes"\ndimension_match_options.refit_every = 1\nstop_step = 3',
     "student's side, procrustes": 'dimension_match = "procrustes"\nprojector.side = "student"\nstop_step = 3',
-    "mlp, xavier": """\
-dimension_match = "mlp"
-dimension_match_options = {hidden_width = 40, init = "xavier", seed = 2}""",
-    "orthogonal, from the identity": """\
-dimension_match = "orthogonal"
-dimension_match_options = {init = "identity", seed = 3}
-projector = {lr_multiplier = 3, weight_decay = 0}""",
     "truncate_or_pad": 'dimension_match = "truncate_or_pad"',
     "student's side": 'projector.side = "student"',
     "student's side, linear": 'dimension_match = "linear"\nprojector.side = "student"',
@@ -78,11 +71,9 @@ dimension_match_options.hidden_width = 40""",
     "smooth_l1": 'loss = "smooth_l1"\nloss_options.beta = 0.5',
     "logsum": 'loss = "logsum"\nloss_options.alpha = 2',
     "relational": 'loss = "relational"\nloss_options.stride = 4',
-    "cka": 'loss = "cka"\nloss_options.stride = 4',
-    "constant": 'schedule = "constant"',
+    "constant": 'schedule = "constant"\nstop_fraction = 1',
     "cosine": 'schedule = "cosine"\nstop_fraction = 1',
-    "exponential": 'schedule = "exponential"\nschedule_options.final = 0.1\nstop_tokens = 512',
-    "hard_stop": 'schedule = "hard_stop"\nstop_step = 2',
+    "stop_tokens": "stop_tokens = 512",
     "warm-up": "warmup_steps = 1\nstop_step = 3",
     "linear + smooth_l1 + cosine + two pairs": """\
 dimension_match = "linear"
@@ -112,44 +103,36 @@ layer_mapping = "L2L"
 dimension_match = "linear"
 dimension_match_options = {init = "random", seed = 3}
 projector = {lr_multiplier = 2, weight_decay = 0.5}
-schedule = "constant\"""",
-    "M2L at other depths + smooth_l1 + hard_stop + warm-up": """\
+schedule = "constant"
+stop_fraction = 1""",
+    "M2L at other depths + smooth_l1 + constant + warm-up": """\
 layer_mapping = "M2L"
 layer_mapping_options = {middle = 0.5, late = 0.75}
 loss = "smooth_l1"
-schedule = "hard_stop"
+schedule = "constant"
 warmup_steps = 1
 stop_step = 3""",
-    "orthogonal + logsum + exponential + M2M + adaptive stop": """\
+    "orthogonal + logsum + cosine + M2M + adaptive stop": """\
 dimension_match = "orthogonal"
 dimension_match_options.seed = 4
 loss = "logsum"
 loss_options.alpha = 2
-schedule = "exponential"
-schedule_options.final = 0.1
+schedule = "cosine"
 layer_mapping = "M2M"
 stop_step = 3
 adaptive_stop = {criterion = "gradient", threshold = 2.0, smoothing = 0.5, patience = 2}""",
-    "orthogonal from the identity + cka + L2M + centred": """\
-dimension_match = "orthogonal"
-dimension_match_options.init = "identity"
-loss = "cka"
-loss_options.stride = 2
-layer_mapping = "L2M"
-teacher.center = true
-stop_step = 3""",
-    "mlp by xavier on the student's side + cka + two pairs": """\
+    "mlp on the student's side + relational + two pairs": """\
 dimension_match = "mlp"
-dimension_match_options = {init = "xavier", hidden_width = 40, seed = 2}
+dimension_match_options = {hidden_width = 40, seed = 2}
 projector.side = "student"
-loss = "cka"
+loss = "relational"
 pairs = [{student = 0, teacher = 0, weight = 0.5}, {student = 2, teacher = -1}]""",
-    "procrustes + relational + hard_stop + L2M + centred": """\
+    "procrustes + relational + constant + L2M + centred": """\
 dimension_match = "procrustes"
 dimension_match_options.refit_every = 1
 loss = "relational"
 loss_options.stride = 4
-schedule = "hard_stop"
+schedule = "constant"
 layer_mapping = "L2M"
 student_block = 2
 diagnosis_freq = 2
@@ -169,12 +152,11 @@ LAMBDAS = {
     "the paper's": [0.5, 0, 0],
     "constant": [0.5, 0.5, 0.5],
     "cosine": [0.5, 0.375, 0.125],
-    "exponential": [0.5, 0.5 * 0.1**0.5, 0],  # 512 tokens are two steps of 4 x 64
-    "hard_stop": [0.5, 0.5, 0],
+    "stop_tokens": [0.5, 0.25, 0],  # 512 tokens are two steps of 4 x 64
     "warm-up": [0.25, 0.5, 0.25],
     "adaptive stop": [0.5, 0.5 * 2 / 3, 0],
-    "M2L at other depths + smooth_l1 + hard_stop + warm-up": [0.25, 0.5, 0.5],
-    "orthogonal + logsum + exponential + M2M + adaptive stop": [0.5, 0.5 * 0.1 ** (1 / 3), 0],
+    "M2L at other depths + smooth_l1 + constant + warm-up": [0.25, 0.5, 0.5],
+    "orthogonal + logsum + cosine + M2M + adaptive stop": [0.5, 0.375, 0],
     "truncate_or_pad + constant + before the final norm + pairs + tokens": [0.5, 0.5, 0],
 }
 
@@ -232,11 +214,13 @@ def runs(request, tmp_path_factory):
 
 
 # Controls and baselines. In the pipeline, the student's head is on another rank than the block that "labels" trains,
-# and needed on both.
+# and needed on both. Targets are shuffled among the rows that a rank runs
+# the teacher on: those of a single process where tensor-parallel ranks run it together.
 CONTROLS = {
     "labels": 'target = "labels"',
-    "logits": 'target = "logits"\ntemperature = 2.0\nschedule = "constant"',
+    "logits": 'target = "logits"\ntemperature = 2.0\nschedule = "constant"\nstop_fraction = 1',
     "random teacher": 'control = "random_teacher"',
+    "shuffled targets": 'control = "shuffled_targets"\nteacher.tensor_parallel = true',
     "labels, two blocks": """\
 target = "labels"
 pairs = [{student = 0}, {student = 2, teacher = 30, weight = 0.5}]
@@ -252,11 +236,10 @@ CONTROL_LAYOUTS = {
 }
 
 
-# What may hold on to a teacher, beside the strategies: its library, the compiler; and a teacher that is to stay.
+# What may hold on to a teacher, beside the strategies: its library and the compiler.
 ENDS = {
     "transformers": ("", []),
     "compiled": ('dimension_match = "linear"', ["--compile.enable", "--compile.backend", "aot_eager"]),
-    "offloaded": ('dimension_match = "linear"\nstop_action = "offload"', []),
 }
 
 
@@ -296,8 +279,15 @@ def test_a_strategy_is_the_same_in_every_layout(runs, name, layout):
             assert got[key] == pytest.approx(expected[key], abs=1e-5), key
 
 
-@pytest.mark.parametrize("layout", list(CONTROL_LAYOUTS)[1:])
-@pytest.mark.parametrize("name", CONTROLS)
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        (name, layout)
+        for name in CONTROLS
+        for layout in list(CONTROL_LAYOUTS)[1:]
+        if name != "shuffled targets" or layout.startswith("TP")
+    ],
+)
 def test_a_control_is_the_same_in_every_layout(runs, name, layout):
     single, off = (result_of(runs, "single process", which) for which in (name, "off"))
     assert jobs.relative_difference(single["gradients"], off["gradients"]) > 1e-4
@@ -315,22 +305,12 @@ def test_nothing_is_left_of_an_alignment_that_has_ended(runs, layout):
     """On no rank, and with no further garbage collection: weak references to all that it brought along are dead."""
     num_ended = 0
     for name, result in runs.items():
-        if name.partition(": ")[0] != layout or "offloaded" in name or "error" in result:
+        if name.partition(": ")[0] != layout or "error" in result:
             continue  # an error fails the test of its strategy
         for watched, left in zip(result["watched"], result["leftovers"], strict=True):
             assert not left, (name, left)
             num_ended += left is not None and len(watched) > 1
     assert num_ended >= len(CONTROLS)
-
-
-@pytest.mark.parametrize("layout", ["FSDP2", "pipeline"])
-def test_an_offloaded_teacher_alone_is_left(runs, layout):
-    result = result_of(runs, layout, "offloaded")
-    for watched, left in zip(result["watched"], result["leftovers"], strict=True):
-        has_teacher = any(name.startswith("teacher") for name in watched)
-        assert any(name.startswith("teacher parameter") for name in left) == has_teacher
-        assert all("teacher" in name for name in left)
-    assert any(result["leftovers"])
 
 
 @pytest.mark.parametrize("name", LAMBDAS)

@@ -11,18 +11,17 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from let_plugin.alignment.tap import AlignmentTap
 from let_plugin.guidance.guidance import Guidance
-from let_plugin.guidance.learned import LearnedProjector
+from let_plugin.guidance.projectors import LearnedProjector
 from let_plugin.teacher.base import Teacher
 
 # What the alignment makes, wherever it is kept.
 OURS = "let_plugin.alignment.projectors", "let_plugin.alignment.running_mean", "let_plugin.alignment.tap"
 OURS += (
     "let_plugin.guidance.guidance",
-    "let_plugin.guidance.learned",
-    "let_plugin.guidance.fitted",
-    "let_plugin.guidance.auxiliary_head",
+    "let_plugin.guidance.projectors",
+    "let_plugin.guidance.heads",
 )
-OURS += "let_plugin.teacher.states", "let_plugin.teacher.retokenized", "let_plugin.guidance.distillation"
+OURS += "let_plugin.alignment.pair", "let_plugin.teacher.sharding", "let_plugin.teacher.retokenized"
 
 
 class Leftovers:

@@ -1,13 +1,10 @@
 """The end of the alignment, in a trainer of one process: what is given back, and what is kept."""
 
-import gc
 from pathlib import Path
 
 import pytest
 import torch
 import torchtitan.trainer
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torchtitan.models.common.decoder import Decoder
 
 from let_plugin.alignment.tap import TARGET_KWARG
@@ -74,7 +71,6 @@ def test_at_the_end_of_the_alignment_all_that_it_brought_is_gone(settings, train
     trainer.train()
     assert set(ENDS[settings][1]) <= set(leftovers.watched)
     assert leftovers.alive == []
-    assert trainer.offloaded_teacher is None
 
 
 @pytest.mark.parametrize("settings", ["projector"], indirect=True)
@@ -93,50 +89,6 @@ def test_a_reference_that_is_kept_is_seen(settings, trainer):
     trainer.train_step = train_step
     trainer.train()
     assert leftovers.alive == ["teacher parameter model.layers.0.attention.wo.weight", "let_projector_0 weights weight"]
-
-
-def fsdp_parameters(model):
-    """The sharded parameters that FSDP2 gathers from."""
-    groups = [g for m in model.modules() if isinstance(m, FSDPModule) for g in m._get_fsdp_state()._fsdp_param_groups]
-    return [parameter.sharded_param for group in groups for parameter in group.fsdp_params]
-
-
-@pytest.mark.parametrize("settings", ["transformers", "projector"], indirect=True)
-def test_an_offloaded_teacher_stays_at_hand_and_the_rest_goes(settings, config, trainer):
-    config.let.stop_action = "offload"
-    leftovers = Leftovers(trainer)
-    states = []
-    tokens_BL = torch.arange(24).view(2, 12)
-    train_step = trainer.train_step
-
-    def run_teacher(data_iterator):
-        train_step(data_iterator)
-        if trainer.guidance is not None:
-            with torch.no_grad():
-                states.append(trainer.guidance.teacher(tokens_BL, None))
-
-    trainer.train_step = run_teacher
-    trainer.train()
-    assert trainer.guidance is None
-    teacher = trainer.offloaded_teacher
-    assert all(p.device.type == "cpu" and not p.requires_grad for p in teacher.parameters())
-    sharded = [parameter for parameter in teacher.parameters() if isinstance(parameter, DTensor)]
-    assert set(map(id, fsdp_parameters(teacher))) == set(map(id, sharded))  # FSDP2 has noted that they are others
-    del sharded
-    with torch.no_grad():
-        assert torch.equal(teacher(tokens_BL, None), states[-1])
-    assert not any(name.startswith("teacher") for name in trainer.model_parts[0].state_dict())
-    gone = [name for name in leftovers.watched if not name.startswith("teacher")]
-    assert gone and not set(gone) & set(leftovers.alive)
-
-    teacher.move_to(torch.device("meta"))  # another device, and the only one on every machine: nothing stays behind
-    assert {tensor.device.type for tensor in (*teacher.parameters(), *teacher.buffers())} == {"meta"}
-
-    # Whoever kept it gives it up.
-    trainer.offloaded_teacher = None
-    del teacher
-    gc.collect()
-    assert leftovers.alive_now() == []
 
 
 def test_a_teacher_that_works_against_the_student_is_spoken_of(request, config, monkeypatch, caplog):

@@ -85,7 +85,7 @@ def select(config: Any, reference: TeacherConfig, out: Path, keep: float) -> dic
 
     from let_plugin.bench.converge.scoring import document_losses, kept
     from let_plugin.config import plan
-    from let_plugin.teacher.sources import open_teacher
+    from let_plugin.teacher.open import open_teacher
 
     _check(config, out, keep)
     student_tokenizer = config.tokenizer.build(tokenizer_path=config.hf_assets_path)

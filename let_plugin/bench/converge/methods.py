@@ -114,7 +114,6 @@ def _distil(config: Trainer.Config, teacher: TeacherConfig, **changes: Any) -> N
         temperature=own.temperature,
         diagnosis_freq=own.diagnosis_freq,
         math_dtype=own.math_dtype,
-        target_dtype=own.target_dtype,
         cuda_graphs=own.cuda_graphs,
         # Stored states are no predictions.
         teacher=replace(teacher, features="", final_norm=True, center=False),
@@ -123,17 +122,17 @@ def _distil(config: Trainer.Config, teacher: TeacherConfig, **changes: Any) -> N
 
 
 def _rkd(config: Trainer.Config, resources: Resources) -> None:
-    _distil(config, config.let.teacher, schedule="constant")
+    _distil(config, config.let.teacher, schedule="constant", stop_fraction=1.0)
 
 
 def _salt(config: Trainer.Config, resources: Resources) -> None:
-    _distil(config, config.let.teacher, schedule="hard_stop", stop_fraction=SALT_FRACTION)
+    _distil(config, config.let.teacher, schedule="constant", stop_fraction=SALT_FRACTION)
 
 
 def _kd_large(config: Trainer.Config, resources: Resources) -> None:
     if resources.large_teacher is None:
         raise ConfigError(Problem("--large-teacher", "missing; kd_large needs it"))
-    _distil(config, resources.large_teacher, schedule="constant")
+    _distil(config, resources.large_teacher, schedule="constant", stop_fraction=1.0)
 
 
 def _gstack(config: Trainer.Config, resources: Resources) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torchtitan.components.loss import IGNORE_INDEX
 
+from let_plugin.config.plan import count_of
 from let_plugin.teacher.base import LanguageModel
 from let_plugin.teacher.language_model import row_loss_sums
 
@@ -74,5 +75,5 @@ def kept(scores: Sequence[float], keep: float) -> list[int]:
 
     Of equal scores the first are kept.
     """
-    count = max(1, int(keep * len(scores)))
+    count = max(1, count_of(keep, len(scores)))
     return sorted(sorted(range(len(scores)), key=lambda i: -scores[i])[:count])

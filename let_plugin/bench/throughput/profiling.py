@@ -11,11 +11,11 @@ from torchtitan.trainer import Trainer
 from let_plugin.alignment.losses import Alignment
 from let_plugin.alignment.tap import ALIGNMENT_RANGE, INJECTION_RANGE
 from let_plugin.config import plan
-from let_plugin.guidance.guidance import DELIVERY_RANGE, TARGET_RANGE, TEACHER_RANGE
+from let_plugin.guidance.guidance import TARGET_RANGE
 from let_plugin.guidance.metrics import DeviceTimer
 from let_plugin.teacher.base import MASK_RANGE
-from let_plugin.teacher.providers import open_source
-from let_plugin.teacher.sharding import sequence_shards
+from let_plugin.teacher.open import open_source
+from let_plugin.teacher.sharding import DELIVERY_RANGE, TEACHER_RANGE, sequence_shards
 
 _RANGES = (TARGET_RANGE, TEACHER_RANGE, DELIVERY_RANGE, ALIGNMENT_RANGE, INJECTION_RANGE)
 _COLLECTIVE, _PRODUCT, _ATTENTION, _MASK = "collective", "matrix products", "attention", "attention mask"

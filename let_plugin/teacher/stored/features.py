@@ -18,8 +18,7 @@ from torchtitan.trainer import Trainer
 
 from let_plugin.config import plan
 from let_plugin.config.errors import ConfigError, Problem
-from let_plugin.teacher.base import TeacherInfo
-from let_plugin.teacher.states import StateProvider, States
+from let_plugin.teacher.base import StateProvider, States, TeacherInfo
 from let_plugin.teacher.stored import fingerprints
 from let_plugin.teacher.stored.encodings import Encoding, Int8, Plain, Projection
 from let_plugin.teacher.stored.shards import FEATURES_KEY, RowReader, row_keys, shard_paths, write_safely

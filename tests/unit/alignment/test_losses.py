@@ -18,9 +18,6 @@ CASES = [
     ("relational", {}),
     ("relational", {"stride": 1}),
     ("relational", {"stride": 3}),
-    ("cka", {}),
-    ("cka", {"stride": 1}),
-    ("cka", {"stride": 3}),
 ]
 DTYPES = [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)]
 
@@ -70,30 +67,12 @@ def reference_of_relation(i, a_LD, t_LD, counts_L, options):
     return stride * sum(pairs) / len(pairs)
 
 
-def linear_cka(x_ND, y_ND):
-    """As Kornblith et al. write it."""
-    x_ND, y_ND = x_ND - x_ND.mean(0), y_ND - y_ND.mean(0)
-    return (y_ND.T @ x_ND).norm() ** 2 / ((x_ND.T @ x_ND).norm() * (y_ND.T @ y_ND).norm())
-
-
-def reference_of_cka(i, a_LD, t_LD, counts_L, options):
-    """One token of `cka`, from the tokens up to it, those before it being fixed."""
-    stride = options.get("stride", 8)
-    before = [j for j in range(0, i, stride) if counts_L[j]]
-    if i % stride or not before:
-        return 0 * (a_LD[i].sum() + t_LD[i].sum())
-    x_ND, y_ND = (torch.cat([h_LD[before].detach(), h_LD[i : i + 1]]) for h_LD in (a_LD, t_LD))
-    return stride * len(before) * (1 - linear_cka(x_ND, y_ND))
-
-
 def reference(name, options, student_BLD, target_BLD, counts_BL):
     """Each token's loss by the formula, token by token in fp64; zero where it does not count."""
     loss_BL = torch.zeros(counts_BL.shape, dtype=torch.float64)
     for b, i in counts_BL.nonzero().tolist():
         if name == "relational":
             loss_BL[b, i] = reference_of_relation(i, student_BLD[b], target_BLD[b], counts_BL[b], options)
-        elif name == "cka":
-            loss_BL[b, i] = reference_of_cka(i, student_BLD[b], target_BLD[b], counts_BL[b], options)
         else:
             loss_BL[b, i] = reference_of_token(name, student_BLD[b, i], target_BLD[b, i], options)
     return loss_BL
@@ -253,45 +232,6 @@ def test_the_relational_loss_sums_to_about_the_same_at_every_stride():
     assert some.view(4, -1, 4)[..., 1:].eq(0).all()
 
 
-def test_cka_ignores_rotations_scales_and_offsets():
-    student_BLD = torch.randn(2, 33, 6)
-    rotation_DD = torch.linalg.qr(torch.randn(9, 6)).Q
-    function = get_loss("cka").function
-    # The offset is a thousand times the rest: sums over states that are not centred would lose all digits.
-    turned_BLD = 3 * student_BLD @ rotation_DD.T + 1000
-    torch.testing.assert_close(
-        function(F.pad(student_BLD, (0, 3)), turned_BLD, stride=2), torch.zeros(2, 33), rtol=0, atol=2e-3
-    )
-    loss_BL = function(student_BLD, torch.randn(2, 33, 6), stride=2)
-    assert loss_BL[:, 4::2].gt(0.1).all() and loss_BL[:, 1::2].eq(0).all()
-
-
-def test_cka_teaches_no_projector_of_later_tokens():
-    """The gradient to the targets is causal, too; that of `relational` is not, which only a projector sees."""
-    *hidden, counts_BL = batch((2, 17, 8))
-    align = alignment_of(get_loss("cka"), {"stride": 1})
-    before_BLD = align(*hidden, counts_BL, torch.tensor(0.3)).target_gradient_BLD
-    student_BLD, target_BLD, _ = batch((2, 17, 8), seed=1)
-    changed = [torch.cat([x[:, :9], y[:, 9:]], 1) for x, y in zip(hidden, (student_BLD, target_BLD), strict=True)]
-    after_BLD = align(*changed, counts_BL, torch.tensor(0.3)).target_gradient_BLD
-    torch.testing.assert_close(after_BLD[:, :9], before_BLD[:, :9], rtol=1e-5, atol=1e-7)
-    assert not torch.allclose(after_BLD[:, 9:], before_BLD[:, 9:])
-
-
-@pytest.mark.parametrize(("number", "expected"), [(32, 0.94), (256, 0.67)])
-def test_the_cka_of_fewer_tokens_than_channels_says_little(number, expected):
-    """As docs/strategies.md says: of white noise it would be 0 for many."""
-    loss_BL = get_loss("cka").function(torch.randn(2, number, 512), torch.randn(2, number, 512), stride=1)
-    assert 1 - loss_BL[:, -1].mean().item() / (number - 1) == pytest.approx(expected, abs=0.01)
-
-
-def test_cka_pulls_as_much_at_the_end_of_a_row_as_in_its_middle():
-    student_BLD, target_BLD, counts_BL = torch.randn(8, 512, 8), torch.randn(8, 512, 8), torch.ones(8, 512)
-    align = alignment_of(get_loss("cka"), {"stride": 1})
-    norm_L = align(student_BLD, target_BLD, counts_BL, torch.tensor(1.0)).gradient_BLD.norm(dim=-1).mean(0)
-    assert norm_L[384:].mean().item() == pytest.approx(norm_L[128:256].mean().item(), rel=0.5)
-
-
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -301,7 +241,6 @@ def test_cka_pulls_as_much_at_the_end_of_a_row_as_in_its_middle():
         ("logsum", {"alpha": 0.5}),
         ("logsum", {"alpha": float("inf")}),
         ("relational", {"stride": 0}),
-        ("cka", {"stride": 0}),
     ],
 )
 def test_a_bad_option_is_an_error_before_the_first_step(name, options):
@@ -311,9 +250,9 @@ def test_a_bad_option_is_an_error_before_the_first_step(name, options):
 
 
 def test_the_registered_losses():
-    assert list(LOSSES) == ["cka", "cosine", "logsum", "mse", "relational", "smooth_l1"]
+    assert list(LOSSES) == ["cosine", "logsum", "mse", "relational", "smooth_l1"]
     assert get_loss("cosine").closed_form is negative_cosine
-    assert [name for name in LOSSES if get_loss(name).needs_whole_sequence] == ["cka", "relational"]
+    assert [name for name in LOSSES if get_loss(name).needs_whole_sequence] == ["relational"]
     with pytest.raises(LookupError, match=r"did you mean 'cosine'"):
         get_loss("cosin")
 

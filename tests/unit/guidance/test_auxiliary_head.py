@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from let_plugin.guidance import auxiliary_head
+from let_plugin.guidance import heads
 from let_plugin.guidance.guidance import Guidance
 from tests.support import reference
 from tests.support.config_registry import STUDENT
@@ -34,7 +34,7 @@ def expected(trainer, batch, weight):
 
 @pytest.mark.parametrize("chunk", [2048, 50])
 def test_block_norm_and_head_learn_from_both_losses(trainer, batch, chunk, monkeypatch):
-    monkeypatch.setattr(auxiliary_head, "_CHUNK", chunk)
+    monkeypatch.setattr(heads, "_CHUNK", chunk)
     gradients, loss = expected(trainer, batch, 0.5)
     guidance = Guidance(trainer, 0)
     assert guidance.teacher is None

@@ -4,9 +4,9 @@ import copy
 
 import torch
 
-from let_plugin.guidance.controls import ShuffledStates, randomise_weights
+from let_plugin.guidance.controls import ShuffledStates, randomize_weights
 from let_plugin.guidance.guidance import Guidance
-from let_plugin.teacher.states import StateProvider, States
+from let_plugin.teacher.base import StateProvider, States
 
 
 class Numbered(StateProvider):
@@ -54,7 +54,7 @@ def test_a_token_gets_the_state_and_whether_there_is_one_of_the_same_token():
 def test_matrices_are_drawn_anew_with_their_own_scale(trainer):
     teacher = Guidance(trainer, 0).teacher
     before = copy.deepcopy(dict(teacher.named_parameters()))
-    randomise_weights(teacher)
+    randomize_weights(teacher)
     again = {name: p.clone() for name, p in teacher.named_parameters()}
     for name, parameter in again.items():
         if parameter.ndim < 2:
@@ -63,7 +63,7 @@ def test_matrices_are_drawn_anew_with_their_own_scale(trainer):
         flat = torch.stack([parameter.flatten(), before[name].flatten()]).float()
         assert torch.corrcoef(flat)[0, 1].abs() < 0.1, name
         torch.testing.assert_close(flat[0].std(), flat[1].std(), rtol=0.05, atol=0)
-    randomise_weights(teacher)
+    randomize_weights(teacher)
     assert not any((p - again[name]).abs().max() > 0.2 for name, p in teacher.named_parameters())  # same numbers drawn
 
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from let_plugin.config import PairConfig, plan
 from let_plugin.config.errors import ConfigError
-from let_plugin.guidance.distillation import distillation
 from let_plugin.guidance.guidance import Guidance
+from let_plugin.guidance.heads import distillation
 from let_plugin.runtime.models import llama_spec
 from let_plugin.teacher.titan.source import TEACHER_SPECS, register_teacher_spec
 from tests.support import reference

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from let_plugin.alignment.losses import alignment_of, get_loss
+from let_plugin.alignment.pair import PairAlignment
 from let_plugin.alignment.projectors import Procrustes
-from let_plugin.guidance.fitted import FittedProjector
-from let_plugin.guidance.learned import PROJECTOR
+from let_plugin.guidance.projectors import PROJECTOR, FittedProjector
 
 
 @pytest.fixture
@@ -16,8 +17,9 @@ def part():
     return part
 
 
-def fitted(part, match, side="teacher"):
-    return FittedProjector(match, part, "0", index=0, side=side, sequence_parallel=True)
+def fitted(part, config, match, side="teacher"):
+    pair = PairAlignment(match, alignment_of(get_loss("cosine"), {}), side=side)
+    return FittedProjector(pair, part, "0", config, index=0)
 
 
 def states(step, student_width=6, teacher_width=4):
@@ -35,27 +37,27 @@ def step(projector, number):
     projector.start_step(number)
     student_BLD, teacher_BLE, rotation_DE = states(number)
     for row in range(2):  # microbatches
-        projector.observe(student_BLD[row : row + 1], teacher_BLE[row : row + 1])
+        projector._pair(student_BLD[row : row + 1], teacher_BLE[row : row + 1], torch.tensor(0.0))
     projector.reduce()
     projector.finish_step()
     return rotation_DE
 
 
-def test_it_finds_the_rotation_between_the_two(part):
+def test_it_finds_the_rotation_between_the_two(part, config):
     match = Procrustes(4, 6)
-    rotation_DE = step(fitted(part, match), 0)
+    rotation_DE = step(fitted(part, config, match), 0)
     torch.testing.assert_close(match.weight.detach(), rotation_DE, rtol=1e-4, atol=1e-5)
 
 
-def test_on_the_students_side_it_finds_the_way_back(part):
+def test_on_the_students_side_it_finds_the_way_back(part, config):
     match = Procrustes(6, 4)
-    rotation_DE = step(fitted(part, match, side="student"), 0)
+    rotation_DE = step(fitted(part, config, match, side="student"), 0)
     torch.testing.assert_close(match.weight.detach(), rotation_DE.T, rtol=1e-4, atol=1e-5)
 
 
-def test_it_is_refitted_in_every_so_many_steps_only(part):
+def test_it_is_refitted_in_every_so_many_steps_only(part, config):
     match = Procrustes(4, 6, refit_every=3)
-    projector = fitted(part, match)
+    projector = fitted(part, config, match)
     address, weights = match.weight.data_ptr(), []
     for number in range(7):
         before = match.weight.detach().clone()
@@ -65,20 +67,20 @@ def test_it_is_refitted_in_every_so_many_steps_only(part):
     assert match.weight.data_ptr() == address
 
 
-def test_saved_and_restored(part):
+def test_saved_and_restored(part, config):
     match, again = Procrustes(4, 6), Procrustes(4, 6)
-    projector = fitted(part, match)
+    projector = fitted(part, config, match)
     step(projector, 0)
     state = {name: value.clone() for name, value in projector.state_dict().items()}
     other = nn.Module()
     other.layers = nn.ModuleDict({"0": nn.Linear(6, 6)})
-    fitted(other, again).load_state_dict(state)
+    fitted(other, config, again).load_state_dict(state)
     assert torch.equal(again.weight, match.weight)
 
 
-def test_it_is_in_no_state_dict_of_the_student_and_leaves_no_trace(part):
+def test_it_is_in_no_state_dict_of_the_student_and_leaves_no_trace(part, config):
     keys = list(part.state_dict())
-    projector = fitted(part, Procrustes(4, 6))
+    projector = fitted(part, config, Procrustes(4, 6))
     assert list(part.state_dict()) == keys
     assert [name for name, _ in part.named_buffers()] == [f"{PROJECTOR}_0"]
     assert not any(PROJECTOR in name for name, _ in part.named_parameters())  # nothing for the clipping

@@ -6,7 +6,7 @@ from torchtitan.components.loss import IGNORE_INDEX
 
 from let_plugin.alignment.tap import TARGET_KWARG
 from let_plugin.guidance.guidance import Guidance
-from let_plugin.guidance.learned import PROJECTOR
+from let_plugin.guidance.projectors import PROJECTOR
 from tests.support.config_registry import STUDENT_DIM, TEACHER_DIM
 
 ROWS, LENGTH = 2, 64
@@ -35,10 +35,10 @@ def test_the_target_is_the_teachers_state_and_zero_where_the_label_does_not_coun
     assert torch.equal(target_BLE[~ignored_BL], states_BLE[~ignored_BL])
 
 
-def test_the_target_has_the_dtype_that_is_asked_for(trainer, batch):
-    trainer.config.let.target_dtype = "bfloat16"
-    guidance = Guidance(trainer, 0)
-    assert guidance.target(*batch).dtype == torch.bfloat16
+def test_the_target_has_the_teachers_dtype(trainer, batch):
+    trainer.config.let.teacher.dtype = "bfloat16"
+    trainer.config.let.teacher.center = True
+    assert Guidance(trainer, 0).target(*batch).dtype == torch.bfloat16
 
 
 def test_a_step_adds_lambdas_share_of_the_gradient_and_reports_the_cosine(trainer, batch):

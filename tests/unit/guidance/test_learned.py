@@ -8,9 +8,11 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
 
+from let_plugin.alignment.losses import alignment_of, get_loss
+from let_plugin.alignment.pair import PairAlignment
 from let_plugin.alignment.projectors import LearnedLinear
 from let_plugin.config import ProjectorConfig
-from let_plugin.guidance.learned import PROJECTOR, LearnedProjector
+from let_plugin.guidance.projectors import PROJECTOR, LearnedProjector
 from let_plugin.runtime import checkpoint
 
 CPU = torch.device("cpu")
@@ -28,8 +30,12 @@ def part():
     return Part()
 
 
+def pair_of(match, side="teacher"):
+    return PairAlignment(match, alignment_of(get_loss("cosine"), {}), side=side)
+
+
 def learned(part, config, **kwargs):
-    return LearnedProjector(LearnedLinear(3, 4), part, "1", config, sequence_parallel=True, device=CPU, **kwargs)
+    return LearnedProjector(pair_of(LearnedLinear(3, 4)), part, "1", config, device=CPU, **kwargs)
 
 
 def train(projector, steps, start=0):
@@ -37,7 +43,7 @@ def train(projector, steps, start=0):
         projector.start_step(0)
         generator = torch.Generator().manual_seed(step)
         for _ in range(2):  # microbatches
-            projector.accumulate({"weight": torch.randn(4, 3, generator=generator)})
+            projector._gradients["weight"].add_(torch.randn(4, 3, generator=generator))
         projector.reduce()
         projector.finish_step()
 

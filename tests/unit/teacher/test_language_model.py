@@ -15,7 +15,7 @@ from let_plugin.config.errors import ConfigError
 from let_plugin.demo import TEACHER
 from let_plugin.teacher import language_model
 from let_plugin.teacher.language_model import loss_sums
-from let_plugin.teacher.sources import open_teacher
+from let_plugin.teacher.open import open_teacher
 from tests.support import config_registry as tiny
 from tests.support import reference
 

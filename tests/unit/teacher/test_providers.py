@@ -3,9 +3,8 @@
 import torch
 
 from let_plugin.config import TeacherConfig
-from let_plugin.teacher.base import TeacherSource
-from let_plugin.teacher.providers import make_provider, open_source
-from let_plugin.teacher.states import OnlineStates
+from let_plugin.teacher.base import OnlineStates, TeacherSource
+from let_plugin.teacher.open import make_provider, open_source
 from let_plugin.teacher.stored.features import Features, StoredStates
 from tests.support import exports
 

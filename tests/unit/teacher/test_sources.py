@@ -7,7 +7,7 @@ import pytest
 from let_plugin.config import TeacherConfig
 from let_plugin.config.errors import ConfigError
 from let_plugin.demo import TEACHER
-from let_plugin.teacher.sources import open_teacher
+from let_plugin.teacher.open import open_teacher
 
 
 def problem_of(**fields):
@@ -63,11 +63,11 @@ def test_a_safetensors_file_is_told_from_its_folder(tmp_path):
 
 def test_torchtitans_teachers_need_no_optional_dependency(monkeypatch):
     from let_plugin.demo import config_registry  # noqa: F401  registers it
-    from let_plugin.teacher import sources
+    from let_plugin.teacher import open as teacher_open
     from let_plugin.teacher.titan import source as titan
 
     for name in ("transformers", "gguf"):
         monkeypatch.setitem(sys.modules, name, None)  # importing it fails
     assert open_teacher(TeacherConfig(spec="demo_teacher")).info.hidden_size == 128
-    for module in (sources, titan):
+    for module in (teacher_open, titan):
         assert not {"transformers", "gguf"} & set(vars(module))  # nor was it imported before

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, record_function
 
 from let_plugin.bench.throughput.profiling import range_seconds
-from let_plugin.guidance.guidance import TARGET_RANGE, TEACHER_RANGE
+from let_plugin.guidance.guidance import TARGET_RANGE
 from let_plugin.teacher.base import MASK_RANGE
+from let_plugin.teacher.sharding import TEACHER_RANGE
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from let_plugin.bench.throughput.random_teacher import RandomTeacher, of_share
 from let_plugin.config import TeacherConfig
 from let_plugin.preflight.report import Student
 from let_plugin.runtime.models import llama_spec
-from let_plugin.teacher.sources import open_teacher
+from let_plugin.teacher.open import open_teacher
 from let_plugin.trainer import with_let
 from tests.support.config_registry import tiny
 

@@ -12,7 +12,7 @@ from let_plugin.config.errors import ConfigError
 from let_plugin.guidance.guidance import Guidance
 from let_plugin.preflight import checks as preflight
 from let_plugin.runtime.batch_extras import take_extras
-from let_plugin.teacher.states import OnlineStates
+from let_plugin.teacher.base import OnlineStates
 from let_plugin.teacher.stored.features import Features, StoredStates
 from tests.support import exports
 from tests.support.fields import set_all

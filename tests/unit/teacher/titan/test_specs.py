@@ -11,7 +11,7 @@ from let_plugin.config import TeacherConfig
 from let_plugin.config.errors import ConfigError
 from let_plugin.runtime import host
 from let_plugin.runtime.models import Llama3RopeScaling, llama_spec
-from let_plugin.teacher.sources import open_teacher
+from let_plugin.teacher.open import open_teacher
 from let_plugin.teacher.titan.source import TEACHER_SPECS, describe, register_teacher_spec
 from let_plugin.teacher.titan.specs import BUILT_IN_SPECS
 from tests.support.jobs import ROOT

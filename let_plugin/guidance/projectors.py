@@ -1,12 +1,13 @@
-"""The state of a projector that learns: where its weights lie, who trains them, and how a checkpoint keeps them.
+"""The state of a dimension match that learns: where its weights lie, who changes them, how a checkpoint keeps them.
 
-The projector is a guest on the pipeline part that holds the aligned block. Its parameters lie on the block's own device
-mesh, so that torchtitan clips them with the student's; but they are in no state dict of the student and in none of its
-optimizers, so that a checkpoint of the student is that of plain torchtitan. They have an optimizer and a learning-rate
-schedule of their own, built from the student's settings, and a place of their own in the run's checkpoint, from which
-they are read when the alignment starts: only then is it known whether the run needs them.
+A projector is a guest on the pipeline part that holds the aligned block. It is in no state dict of the student and in
+none of its optimizers, so a checkpoint of the student is that of plain torchtitan. Its own state is read from the run's
+checkpoint when the alignment starts: only then is it known whether the run needs it.
 
-Each step all-gathers the weights once, sums the gradients of the microbatches where they arise, and reduces them once.
+* `LearnedProjector` trains a match with gradients. Each step all-gathers the weights once, sums the gradients of the
+  microbatches where they arise, and reduces them once.
+* `FittedProjector` refits a match in closed form. The sum over tokens of the outer products of the two states is all
+  that such a fit needs: it adds up over microbatches and ranks, and every rank fits the same weight.
 """
 
 import dataclasses
@@ -19,6 +20,8 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torchtitan.trainer import Trainer
 
+from let_plugin.alignment.pair import PairAlignment
+from let_plugin.alignment.projectors import FittedMatch
 from let_plugin.config import ProjectorConfig
 from let_plugin.runtime.upstream import OptimizersContainer
 
@@ -27,51 +30,53 @@ PROJECTOR = "let_projector"
 
 
 class LearnedProjector(Stateful):
-    """Trains a projector beside the student.
+    """Trains the match of a pair beside the student.
+
+    The parameters lie on the block's own device mesh, so that torchtitan clips them with the student's. They have an
+    optimizer and a learning-rate schedule of their own, built from the student's settings.
 
     Args:
-        projector: The module, on the CPU, with the weights that it starts from.
+        pair: The pair. It gets the weights that it computes with, and where to sum their gradients.
         part: The student, or the pipeline part of it that holds the aligned block.
         block: Name of that block in `part.layers`.
         config: The student's configuration.
-        index: Number of its pair.
-        sequence_parallel: Whether tensor-parallel ranks hold different parts of the sequence, so that their gradients
-            add up, rather than all the same.
+        index: Number of the pair.
         device: This rank's device.
     """
 
     def __init__(
         self,
-        projector: nn.Module,
+        pair: PairAlignment,
         part: nn.Module,
         block: str,
         config: Trainer.Config,
         *,
         index: int = 0,
-        sequence_parallel: bool,
         device: torch.device,
     ) -> None:
         self.name = f"{PROJECTOR}_{index}"
+        # The whole weights. Written in place, so that their addresses never change.
+        self.weights = pair.weights
+        self._gradients = pair.weight_gradients
         self._part = part
         self._module = nn.Module()  # holds the parameters, flat: dots are not allowed in their names
-        self._names = {name: name.replace(".", "__") for name, _ in projector.named_parameters()}
+        self._names = {name: name.replace(".", "__") for name, _ in pair.match.named_parameters()}
         like = dense_parameter(part.get_submodule(f"layers.{block}"))
-        for name, parameter in projector.named_parameters():
-            weight = parameter.detach().to(device, torch.float32)
+        self._sum_placements = sum_placements(like, config.parallelism.enable_sequence_parallel)
+        for name, initial in pair.match.named_parameters():
+            weight = initial.detach().to(device, torch.float32)
             self._module.register_parameter(self._names[name], nn.Parameter(_distribute(weight, like)))
-        self._sum_placements = sum_placements(like, sequence_parallel)
-        # Non-persistent buffers of the part: a pipeline's trial run puts them back (see AlignmentTap).
-        for name, parameter in projector.named_parameters():
-            gradient = torch.zeros(parameter.shape, dtype=torch.float32, device=device)
-            self._module.register_buffer(_gradient_name(self._names[name]), gradient, persistent=False)
+        for name, initial in pair.match.named_parameters():
+            self.weights[name] = initial.detach().to(device).clone()
+            self._gradients[name] = torch.zeros(initial.shape, dtype=torch.float32, device=device)
+            # A non-persistent buffer of the part: a pipeline's trial run puts it back (see AlignmentTap).
+            self._module.register_buffer(f"{self._names[name]}__gradient", self._gradients[name], persistent=False)
         part.register_module(self.name, self._module)
         self._hook = part.register_state_dict_post_hook(_hide)
         self._optimizers = _optimizer_config(config).build(model_parts=[self._module])
         self._lr_schedulers = config.lr_scheduler.build(
             optimizers=self._optimizers, training_steps=config.training.steps
         )
-        # The whole weights. Written in place, so that their addresses never change.
-        self.weights = {name: parameter.detach().to(device).clone() for name, parameter in projector.named_parameters()}
 
     def start_step(self, step: int) -> None:
         """Gathers the weights for this step and clears the gradients."""
@@ -79,18 +84,12 @@ class LearnedProjector(Stateful):
         for name, flat in self._names.items():
             parameter = self._module.get_parameter(flat).detach()
             self.weights[name].copy_(parameter.full_tensor() if isinstance(parameter, DTensor) else parameter)
-            self._module.get_buffer(_gradient_name(flat)).zero_()
-
-    def accumulate(self, gradients: dict[str, torch.Tensor]) -> None:
-        """Adds the gradients of one microbatch, of this rank's tokens."""
-        for name, gradient in gradients.items():
-            self._module.get_buffer(_gradient_name(self._names[name])).add_(gradient)
+            self._gradients[name].zero_()
 
     def reduce(self) -> None:
         """After the last microbatch: sums the gradients over the ranks, where the student's clipping finds them."""
-        for flat in self._names.values():
-            parameter = self._module.get_parameter(flat)
-            gradient = self._module.get_buffer(_gradient_name(flat))
+        for name, flat in self._names.items():
+            parameter, gradient = self._module.get_parameter(flat), self._gradients[name]
             if isinstance(parameter, DTensor):
                 partial = DTensor.from_local(gradient, parameter.device_mesh, self._sum_placements, run_check=False)
                 parameter.grad = partial.redistribute(placements=parameter.placements)
@@ -103,7 +102,7 @@ class LearnedProjector(Stateful):
         self._lr_schedulers.step()
 
     def remove(self) -> None:
-        """Takes the projector off the student: nothing of it is left."""
+        """Takes the projector off the student."""
         self._hook.remove()
         delattr(self._part, self.name)
 
@@ -122,8 +121,55 @@ class LearnedProjector(Stateful):
         self._lr_schedulers.load_state_dict(state_dict["lr_scheduler"])
 
 
-def _gradient_name(parameter: str) -> str:
-    return f"{parameter}__gradient"
+class FittedProjector:
+    """Refits the match of a pair on the tokens of every `refit_every`-th step, for the steps after it.
+
+    Args:
+        pair: A pair with a FittedMatch, on this rank's device. The match's weight is written in place.
+        part: The student, or the pipeline part of it that holds the aligned block.
+        block: Name of that block in `part.layers`.
+        config: The student's configuration.
+        index: Number of the pair.
+    """
+
+    def __init__(self, pair: PairAlignment, part: nn.Module, block: str, config: Trainer.Config, *, index: int) -> None:
+        assert isinstance(pair.match, FittedMatch)
+        self.name = f"{PROJECTOR}_{index}"
+        self._match = pair.match
+        self._pair = pair
+        self._part = part
+        self._like = dense_parameter(part.get_submodule(f"layers.{block}"))
+        self._sum_placements = sum_placements(self._like, config.parallelism.enable_sequence_parallel)
+        self._products = torch.zeros_like(pair.match.weight)
+        # A buffer of the part: a pipeline's trial run puts it back (see AlignmentTap).
+        part.register_buffer(self.name, self._products, persistent=False)
+
+    def start_step(self, step: int) -> None:
+        """Before step `step` (0-based)."""
+        refits = step % self._match.refit_every == 0
+        self._pair.products = self._products.zero_() if refits else None
+
+    def reduce(self) -> None:
+        """After the last microbatch: sums over the ranks."""
+        if self._pair.products is not None and isinstance(self._like, DTensor):
+            partial = DTensor.from_local(self._products, self._like.device_mesh, self._sum_placements, run_check=False)
+            self._products.copy_(partial.full_tensor())
+
+    def finish_step(self) -> None:
+        """Fits the weight, for the next step on."""
+        if self._pair.products is not None:
+            self._match.weight.copy_(self._match.fit(self._products))
+
+    def remove(self) -> None:
+        """Takes the projector off the student."""
+        delattr(self._part, self.name)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"weight": self._match.weight.detach()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        with torch.no_grad():
+            self._match.weight.copy_(state_dict["weight"])
 
 
 def _hide(part: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:

@@ -1,17 +1,19 @@
-"""A loss of the predictions that the student's own head makes of a block's output, in place of an alignment.
+"""A loss of the predictions that the student's own head makes from a block's output, in place of an alignment.
 
 * `cross_entropy`, at an early block: the control without a teacher. With the same weight and schedule as an alignment,
-  it shows what an auxiliary gradient at that block does by itself, without a teacher's knowledge.
-* Logit distillation, at the last block: see `baselines/distillation.py`.
+  it shows what an auxiliary gradient at that block does without a teacher's knowledge.
+* `distillation_from`, at the last block: logit distillation, the baseline that LET is compared with. What travels from
+  the teacher to that block is its last state, as in LET; the logits of both are computed there, a few tokens at a time.
 
 Norm and language-model head are the student's, and learn from both losses. Their whole weights are gathered once a
-step; their gradients are summed over the microbatches where they arise, and added to the student's once, before these
+step. Their gradients are summed over the microbatches where they arise, and added to the student's once, before these
 are clipped.
 
-Shape legend: B batch, L sequence (this rank's part of it), D student width, T tokens, V vocabulary.
+Shape legend: B batch, L sequence (this rank's part of it), D student width, E teacher width, T tokens, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,22 +25,26 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.trainer import Trainer
 
 from let_plugin.alignment.losses import Alignment
-from let_plugin.alignment.tap import Align
+from let_plugin.alignment.tap import PairFunction
 from let_plugin.config import plan
-from let_plugin.guidance.learned import sum_placements
+from let_plugin.config.errors import ConfigError, Problem
+from let_plugin.guidance.projectors import sum_placements
+from let_plugin.teacher.base import Teacher, TeacherSource
 
 # (logits [T, V] in fp32, what the tap got for these tokens [T, ...]) -> sum of the tokens' losses.
 LogitLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 # Tokens whose logits are there at the same time.
 _CHUNK = 2048
+_TRIAL_TOKENS = 8  # that the teacher's head is tried out on
+_TOLERANCE = 0.05  # of the teacher's states, which may be in bf16, relative to those of fp32
 
 
 class AuxiliaryHead:
     """The student's final norm and language-model head, applied to the outputs of blocks.
 
-    Every rank of the job makes one. Under pipeline parallelism norm and head live on the last stage: their weights are
-    broadcast to the other stages once a step, and the gradients come back once a step.
+    Every rank of the job makes one. Under pipeline parallelism norm and head live on the last stage: once a step their
+    weights are broadcast to the other stages, and the gradients are summed over them.
 
     Args:
         parts: The student's parts on this rank.
@@ -97,29 +103,14 @@ class AuxiliaryHead:
             for name in self._gradients:
                 delattr(part, _buffer_name(name))
 
-    def align(self, loss: LogitLoss, weight: float) -> Align:
-        """The gradient of a block, for the tap: of its hidden state [B, L, D] and its target [B, L, ...].
+    def pair(self, loss: LogitLoss, weight: float) -> PairFunction:
+        """What the tap calls for one block.
 
         Args:
             loss: Of the predictions and the target; its gradient is taken times `weight`.
             weight: The pair's.
         """
-
-        def align(student_BLD: torch.Tensor, target_BL: torch.Tensor, coefficient: torch.Tensor) -> Alignment:
-            gradients, total = [], coefficient.new_zeros(())
-            chunks = zip(student_BLD.flatten(0, 1).split(_CHUNK), target_BL.flatten(0, 1).split(_CHUNK), strict=True)
-            for hidden_TD, target_T in chunks:
-                of_weights = self._loss_of(loss, target_T)
-                value, backward = torch.func.vjp(of_weights, self._weights, hidden_TD.to(self._dtype))  # type: ignore[misc]
-                weight_gradients, gradient_TD = backward(coefficient * weight)
-                for name, gradient in weight_gradients.items():
-                    self._gradients[name].add_(gradient)
-                gradients.append(gradient_TD)
-                total = total + value
-            gradient_BLD = torch.cat(gradients).view_as(student_BLD)
-            return Alignment(gradient_BLD, gradient_BLD.new_empty(0), total)
-
-        return align
+        return partial(self._head_gradients, loss, weight)
 
     def reduce(self) -> None:
         """After the last microbatch: adds the gradients of all ranks to the student's."""
@@ -138,7 +129,27 @@ class AuxiliaryHead:
             parameter.grad.add_(gradient.to(parameter.grad.dtype))  # in place: a captured step writes to this address
 
     def finish_step(self) -> None:
-        """The student's optimizer has done it all."""
+        """The student's optimizer has taken the step."""
+
+    def _head_gradients(
+        self,
+        loss: LogitLoss,
+        weight: float,
+        student_BLD: torch.Tensor,
+        target_BL: torch.Tensor,
+        coefficient: torch.Tensor,
+    ) -> Alignment:
+        gradients, total = [], coefficient.new_zeros(())
+        chunks = zip(student_BLD.flatten(0, 1).split(_CHUNK), target_BL.flatten(0, 1).split(_CHUNK), strict=True)
+        for hidden_TD, target_T in chunks:
+            of_weights = self._loss_of(loss, target_T)
+            value, backward = torch.func.vjp(of_weights, self._weights, hidden_TD.to(self._dtype))  # type: ignore[misc]
+            weight_gradients, gradient_TD = backward(coefficient * weight)
+            for name, gradient in weight_gradients.items():
+                self._gradients[name].add_(gradient)
+            gradients.append(gradient_TD)
+            total = total + value
+        return Alignment(torch.cat(gradients).view_as(student_BLD), None, total)
 
     def _find_owner(self, device: torch.device) -> int:
         """The rank of this pipeline that has norm and head."""
@@ -161,6 +172,75 @@ class AuxiliaryHead:
 def cross_entropy(logits_TV: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
     """Sum of the tokens' cross-entropies with their labels, fp32."""
     return F.cross_entropy(logits_TV, labels_T, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def distillation(
+    student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Tensor, *, temperature: float = 1.0
+) -> torch.Tensor:
+    """temperature^2 * KL(p_teacher || p_student) of each token, [T], with p = softmax(logits / temperature).
+
+    The factor keeps the size of the gradient about the same at any temperature (Hinton et al., arXiv 1503.02531). Rows
+    of either vocabulary beyond the other's (padding, mostly) are left out.
+    """
+    width = min(student_logits_TV.shape[-1], teacher_logits_TV.shape[-1])
+    student_TV = (student_logits_TV[:, :width] / temperature).log_softmax(dim=-1)
+    teacher_TV = (teacher_logits_TV[:, :width] / temperature).log_softmax(dim=-1)
+    return temperature**2 * (teacher_TV.exp() * (teacher_TV - student_TV)).sum(dim=-1)
+
+
+class TeacherHead:
+    """The teacher's language-model head, whole on this rank: its last state, after the final norm, to logits.
+
+    The whole model is loaded for a moment, in fp32, to take the head from it and to see that it is all that there is
+    between the two.
+
+    Args:
+        source: The teacher's.
+        teacher: The teacher, built for its last layer alone. All ranks that share it make a head at the same time.
+        dtype: Data type of the head.
+        device: This rank's device.
+
+    Raises:
+        ConfigError: If its family makes logits in another way: scales or caps them, say.
+    """
+
+    @torch.no_grad()
+    def __init__(self, source: TeacherSource, teacher: Teacher, *, dtype: torch.dtype, device: torch.device) -> None:
+        model = source.language_model(dtype=torch.float32, device=device, seq_len=_TRIAL_TOKENS)
+        weight, bias = model.head.weight, getattr(model.head, "bias", None)
+        assert isinstance(weight, torch.Tensor)
+        given: list[torch.Tensor] = []
+        hook = model.head.register_forward_pre_hook(lambda head, args: given.append(args[0]))
+        tokens_BL = torch.arange(_TRIAL_TOKENS, device=device)[None] % source.info.vocab_size
+        logits_BLV = model(tokens_BL, None)
+        hook.remove()
+        states_BLE = teacher(tokens_BL, None)
+        is_product = torch.allclose(logits_BLV, F.linear(given[0], weight, bias), rtol=1e-3, atol=1e-3)
+        difference = (states_BLE.float() - given[0]).norm() / given[0].norm()
+        if not (is_product and difference < _TOLERANCE):
+            message = "its logits are not just the product of its last state and its head; choose another teacher"
+            raise ConfigError(Problem("let.target", f"{source.info.description}: {message}", "logits"))
+        self._weight = weight.to(dtype, copy=True)
+        self._bias = None if bias is None else bias.to(dtype, copy=True)
+
+    def __call__(self, states_TE: torch.Tensor) -> torch.Tensor:
+        """Logits [T, V] in the head's dtype, without a gradient."""
+        with torch.no_grad():
+            return F.linear(states_TE.to(self._weight.dtype), self._weight, self._bias)
+
+
+def distillation_from(head: TeacherHead, *, temperature: float) -> LogitLoss:
+    """(the student's logits [T, V], the teacher's states [T, E]) -> sum of the tokens' losses, fp32.
+
+    A token whose state is zero does not count.
+    """
+
+    def loss(logits_TV: torch.Tensor, states_TE: torch.Tensor) -> torch.Tensor:
+        counts_T = states_TE.ne(0).any(dim=-1)
+        losses_T = distillation(logits_TV, head(states_TE).float(), temperature=temperature)
+        return (losses_T * counts_T).sum()
+
+    return loss
 
 
 def _buffer_name(parameter: str) -> str:
