@@ -272,7 +272,7 @@ def test_a_load_balancer_that_cuts_each_batch_differently_is_refused(config, mon
         ({"parallelism__data_parallel_shard_degree": 2}, False),
     ],
 )
-@pytest.mark.parametrize("loss", ["relational", "cka"])
+@pytest.mark.parametrize("loss", ["relational"])
 def test_a_loss_that_compares_tokens_needs_whole_sequences(config, monkeypatch, degrees, refused, loss):
     monkeypatch.setenv("WORLD_SIZE", "2")
     set_all(config, **degrees)
