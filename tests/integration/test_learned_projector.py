@@ -3,7 +3,7 @@
 import pytest
 import torch.distributed.checkpoint as dcp
 
-from let_plugin.guidance.learned import PROJECTOR
+from let_plugin.guidance.projectors import PROJECTOR
 from tests.support import jobs
 
 # Checkpoints after steps 3, 6, 9 and 12; the alignment ends before step 10.
