@@ -71,7 +71,7 @@ def make_provider(
         layers: As in TeacherSource.build.
     """
     if isinstance(source, Features):
-        return StoredStates(source, layers, dtype=plan.teacher_dtype(config), device=device)
+        return StoredStates(source, layers, dtype=plan.teacher_dtype(config))
     make_batches = None
     if config.let.token_alignment.enable:
         make_batches = retokenizer(config, student_tokenizer, source)

@@ -3,18 +3,14 @@
 import argparse
 
 from let_plugin.preflight import export
-from let_plugin.preflight.export_plan import Plan
-
-
-def arguments(*argv):
-    """What the command line gives to `export.run`."""
-    parser = argparse.ArgumentParser()
-    export.add_parser(parser.add_subparsers())
-    return parser.parse_args(["export", "run.toml", *map(str, argv)])
+from let_plugin.preflight.export import Plan
 
 
 def plan_of(config, *argv, num_processes=1):
-    return Plan.make(config, arguments(*argv), num_processes)
+    parser = argparse.ArgumentParser()
+    export.add_parser(parser.add_subparsers())
+    args = parser.parse_args(["export", "run.toml", *map(str, argv)])
+    return Plan.make(config, args, num_processes)
 
 
 def run(config, *argv):

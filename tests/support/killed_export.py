@@ -1,6 +1,6 @@
-"""An export that is killed (SIGKILL) when it has taken so many rows.
+"""An export into small files that is killed (SIGKILL) when it has taken so many rows.
 
-python -m tests.support.killed_export NUM_ROWS CONFIG.toml ...         let-teacher export
+python -m tests.support.killed_export NUM_ROWS CONFIG.toml ...         let-teacher export; -1: it is not killed
 """
 
 import os
@@ -26,6 +26,7 @@ def main():
         add(self, *args)
 
     ShardWriter.add = add_or_die
+    export._SHARD_BYTES = 2**14  # two rows of the tiny teacher's
     export.main(argv)
 
 

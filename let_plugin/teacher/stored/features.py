@@ -1,7 +1,7 @@
 """States that `let-teacher export` has written: what they are of, whether they are a run's, and how a run reads them.
 
-A folder holds `manifest.json`, the rows (see shards.py) and, for a projection, `projection.safetensors`. The rows are
-read in the data loader's workers, if it has any; they travel to the device as they are stored, and are decoded there.
+A folder holds `manifest.json` and the rows (see shards.py). The rows are read in the data loader's workers, if it has
+any; they travel to the device as they are stored, and are decoded there.
 
 Shape legend: B batch, L sequence, E teacher width: the sum over the layers that are asked for.
 """
@@ -13,20 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torchtitan.trainer import Trainer
 
 from let_plugin.config import plan
 from let_plugin.config.errors import ConfigError, Problem
 from let_plugin.teacher.base import StateProvider, States, TeacherInfo
 from let_plugin.teacher.stored import fingerprints
-from let_plugin.teacher.stored.encodings import Encoding, Int8, Plain, Projection
-from let_plugin.teacher.stored.shards import FEATURES_KEY, RowReader, row_keys, shard_paths, write_safely
+from let_plugin.teacher.stored.shards import (
+    ENCODINGS,
+    FEATURES_KEY,
+    RowReader,
+    bytes_per_token,
+    decode,
+    row_keys,
+    shard_paths,
+    write_safely,
+)
 
-MANIFEST, PROJECTION = "manifest.json", "projection.safetensors"
-FORMAT = 1
-PROJECTIONS = ("pca", "random")
-ENCODINGS = ("bfloat16", "float32", "int8", *PROJECTIONS)
+MANIFEST = "manifest.json"
+FORMAT = 2  # 1 had other settings
 
 _MISSING = "missing"
 
@@ -51,35 +56,16 @@ class Manifest:
     @staticmethod
     def read(folder: Path) -> "Manifest":
         """ConfigError if there is none, or it is not one that this version has written."""
-        path = folder / MANIFEST
         try:
-            content = json.loads(path.read_text())
-            if content["format"] != FORMAT:
-                message = f"written in format {content['format']}, this version reads {FORMAT}: export again"
-                raise ConfigError(Problem(FEATURES_KEY, message, str(folder)))
-            return Manifest(settings=dict(content["settings"]), result=content["result"])
-        except FileNotFoundError as error:
+            content = json.loads((folder / MANIFEST).read_text())
+            if content["format"] == FORMAT:
+                return Manifest(settings=dict(content["settings"]), result=content["result"])
+            message = f"written in format {content['format']}, this version reads {FORMAT}: export again"
+        except FileNotFoundError:
             message = f"no {MANIFEST} there; `let-teacher export` makes such a folder"
-            raise ConfigError(Problem(FEATURES_KEY, message, str(folder))) from error
         except (OSError, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, ConfigError):
-                raise
             message = f"its {MANIFEST} cannot be read ({error}): export again"
-            raise ConfigError(Problem(FEATURES_KEY, message, str(folder))) from error
-
-
-def make_encoding(settings: Mapping[str, Any], layer: int | str, bases: Mapping[str, torch.Tensor]) -> Encoding:
-    """How a layer is stored.
-
-    Args:
-        settings: Of the manifest.
-        layer: One of its layers.
-        bases: Layer -> basis [E, W]; of a projection only.
-    """
-    name, width = settings["encoding"]["name"], settings["widths"][str(layer)]
-    if name in PROJECTIONS:
-        return Projection(bases[str(layer)])
-    return Int8(width) if name == "int8" else Plain(width, getattr(torch, name))
+        raise ConfigError(Problem(FEATURES_KEY, message, str(folder)))
 
 
 class Features:
@@ -120,13 +106,6 @@ class Features:
             message = f"there are {len(shard_paths(self.folder))} files of rows instead of {num_shards}"
             raise ConfigError(Problem(FEATURES_KEY, f"{message}: delete {MANIFEST} and export again", path))
 
-    def encodings(self, layers: Sequence[int | str]) -> dict[int | str, Encoding]:
-        """How these layers are stored. ConfigError if a projection's file is damaged."""
-        bases: dict[str, torch.Tensor] = {}
-        if self.settings["encoding"]["name"] in PROJECTIONS:
-            bases = read_bases(self.folder)
-        return {layer: make_encoding(self.settings, layer, bases) for layer in layers}
-
     def check(self, config: Trainer.Config, layers: Sequence[int | str], num_data_parallel: int) -> None:
         """ConfigError with every reason why these are not the states that a run needs.
 
@@ -135,47 +114,46 @@ class Features:
             layers: The teacher layers that it aligns.
             num_data_parallel: Number of its data-parallel ranks.
         """
-        let, stored = config.let, self.settings
+        let, stored, folder = config.let, self.settings, str(self.folder)
+        made = f"{FEATURES_KEY} = {folder!r} was made"
+        again = "set that, or export again"
         problems = []
 
-        def differs(key: str, value: Any, stored_value: Any, remedy: str) -> None:
+        def differs(key: str, value: Any, stored_value: Any) -> None:
             if value != stored_value:
-                message = f"{FEATURES_KEY} = {str(self.folder)!r} was made with {stored_value!r}; {remedy}"
-                problems.append(Problem(key, message, value))
+                problems.append(Problem(key, f"{made} with {stored_value!r}; {again}", value))
 
-        again = "set that, or export again"
-        differs("training.seq_len", config.training.seq_len, stored["seq_len"], again)
+        differs("training.seq_len", config.training.seq_len, stored["seq_len"])
         if fingerprints.tokenizer(config.hf_assets_path) != stored["tokenizer"]:
-            message = f"not the tokenizer that {FEATURES_KEY} = {str(self.folder)!r} was made with; {again}"
+            message = f"not the tokenizer that {made} with; {again}"
             problems.append(Problem("hf_assets_path", message, config.hf_assets_path))
         if let.token_alignment.enable:  # else it is as it was when the states were made
             for name, value in dataclasses.asdict(let.token_alignment).items():
-                differs(f"let.token_alignment.{name}", value, stored["token_alignment"][name], again)
+                differs(f"let.token_alignment.{name}", value, stored["token_alignment"].get(name))
         options, stored_options = fingerprints.loader(config), stored["loader"]
         for name in sorted({*options, *stored_options}):
-            if name == "dataset_path" and options.get("dataset") != stored_options.get("dataset"):
-                continue  # of another dataset
-            differs(f"dataloader.{name}", options.get(name), stored_options.get(name), again)
+            # Another dataset has another path.
+            if name != "dataset_path" or options.get("dataset") == stored_options.get("dataset"):
+                differs(f"dataloader.{name}", options.get(name), stored_options.get(name))
         if num_data_parallel != stored["data_parallel_degree"]:
             message = (
-                f"{num_data_parallel} data-parallel ranks read other rows than the "
-                f"{stored['data_parallel_degree']} that {FEATURES_KEY} = {str(self.folder)!r} was made for; "
-                f"run with as many, or export again with --data-parallel-degree {num_data_parallel}"
+                f"{made} for {stored['data_parallel_degree']} data-parallel ranks, and {num_data_parallel} read other "
+                f"rows; run with as many, or export again with --data-parallel-degree {num_data_parallel}"
             )
             problems.append(Problem("parallelism", message))
         dtype = str(plan.teacher_dtype(config)).removeprefix("torch.")
-        differs("let.teacher.dtype", dtype, stored["teacher"]["dtype"], again)
+        differs("let.teacher.dtype", dtype, stored["teacher"]["dtype"])
         if self.info.num_layers - 1 in layers:
-            differs("let.teacher.final_norm", let.teacher.final_norm, stored["teacher"]["final_norm"], again)
+            differs("let.teacher.final_norm", let.teacher.final_norm, stored["teacher"]["final_norm"])
         if missing := [layer for layer in layers if layer not in stored["layers"]]:
             message = f"has the states of the teacher's layers {stored['layers']}, not of {missing}; export again"
-            problems.append(Problem(FEATURES_KEY, message, str(self.folder)))
+            problems.append(Problem(FEATURES_KEY, message, folder))
         if let.teacher.path or let.teacher.spec:
-            fingerprint = fingerprints.teacher(let.teacher)
-            if fingerprint != stored["teacher"]["fingerprint"]:
-                message = f"not the teacher whose states are in {str(self.folder)!r} ({self.info.description}): its "
-                message += f"fingerprint is {fingerprint}, the stored one {stored['teacher']['fingerprint']}"
+            fingerprint, stored_one = fingerprints.teacher(let.teacher), stored["teacher"]["fingerprint"]
+            if fingerprint != stored_one:
+                message = f"not the teacher whose states are in {folder!r} ({self.info.description}): its fingerprint "
                 key = "let.teacher.path" if let.teacher.path else "let.teacher.spec"
+                message += f"is {fingerprint}, the stored one {stored_one}"
                 problems.append(Problem(key, message, let.teacher.path or let.teacher.spec))
         stop_step, rows = plan.stop_step(config, num_data_parallel), rows_per_step(config, num_data_parallel)
         if stop_step * rows > stored["rows_per_rank"]:
@@ -184,27 +162,23 @@ class Features:
                 f"has {stored['rows_per_rank']:,} rows of each data-parallel rank, {steps:,} steps; the alignment "
                 f"lasts {stop_step:,}; set let.stop_step = {steps}, or export again"
             )
-            problems.append(Problem(FEATURES_KEY, message, str(self.folder)))
+            problems.append(Problem(FEATURES_KEY, message, folder))
         if problems:
             raise ConfigError(problems)
 
     def describe(self, config: Trainer.Config, layers: Sequence[int | str]) -> list[str]:
         """Lines for people: how the states are stored, how well, and how much a rank reads in a step."""
-        name, width = self.settings["encoding"]["name"], self.settings["encoding"].get("width")
         size = self.bytes_per_token(layers)
         step = size * config.training.seq_len * config.training.local_batch_size
-        worst = [min(f[key] for layer, f in self.fidelity.items() if layer in map(str, layers)) for key in _COSINES]
-        stored = f"{name} of {width} channels" if width else name
+        mean = min(self.fidelity[str(layer)]["mean"] for layer in layers)
         return [
-            f"{self.folder}: {stored}, {size:,} bytes per token, {step / 2**20:,.1f} MiB per local batch",
-            f"cosine with the teacher's own states {worst[0]:.5f} on average, {worst[1]:.5f} at the first percentile",
+            f"{self.folder}: {self.settings['encoding']}, {size:,} bytes per token, "
+            f"{step / 2**20:,.1f} MiB per local batch",
+            f"cosine with the teacher's own states {mean:.5f} on average",
         ]
 
     def bytes_per_token(self, layers: Sequence[int | str]) -> int:
-        return sum(encoding.bytes_per_token for encoding in self.encodings(layers).values())
-
-
-_COSINES = ("mean", "percentile_1")
+        return sum(bytes_per_token(self.settings["encoding"], self.settings["widths"][str(layer)]) for layer in layers)
 
 
 def rows_per_step(config: Trainer.Config, num_data_parallel: int) -> int:
@@ -215,15 +189,6 @@ def rows_per_step(config: Trainer.Config, num_data_parallel: int) -> int:
     return training.local_batch_size
 
 
-def read_bases(folder: Path) -> dict[str, torch.Tensor]:
-    """Layer -> the basis of its projection, [E, W], fp32, on the CPU. ConfigError if it is damaged."""
-    try:
-        return load_file(folder / PROJECTION)
-    except Exception as error:  # safetensors has a type of its own
-        message = f"its {PROJECTION} cannot be read ({error}): export again"
-        raise ConfigError(Problem(FEATURES_KEY, message, str(folder))) from error
-
-
 class StoredStates(StateProvider):
     """Reads the states; no teacher is there.
 
@@ -231,20 +196,15 @@ class StoredStates(StateProvider):
         features: Where from.
         layers: The layers that are asked for, in the order in which they lie in the states.
         dtype: Of the states: the teacher's.
-        device: This rank's.
     """
 
-    def __init__(
-        self, features: Features, layers: Sequence[int | str], *, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, features: Features, layers: Sequence[int | str], *, dtype: torch.dtype) -> None:
         self._folder = features.folder
         self._dtype = dtype
         self._is_partial = features.is_partial
-        self._encodings = features.encodings(layers)
-        for encoding in self._encodings.values():
-            if isinstance(encoding, Projection):
-                encoding.basis_EW = encoding.basis_EW.to(device)
-        names = [f"{layer}.{name}" for layer, encoding in self._encodings.items() for name in encoding.columns]
+        self._layers = layers
+        self._columns = ENCODINGS[features.settings["encoding"]]
+        names = [f"{layer}.{name}" for layer in layers for name in self._columns]
         self.make_extras = _ReadRows(RowReader(features.folder, names))
 
     def states(self, batch: Mapping[str, torch.Tensor], student_masks: Any = None) -> States:
@@ -255,10 +215,9 @@ class StoredStates(StateProvider):
                 "any more; export again, or leave this key out and name the teacher"
             )
             raise ConfigError(Problem(FEATURES_KEY, message, str(self._folder)))
-        states = []
-        for layer, encoding in self._encodings.items():
-            columns = {name: batch[f"{layer}.{name}"] for name in encoding.columns}
-            states.append(encoding.decode(columns, self._dtype))
+        states = [
+            decode({name: batch[f"{layer}.{name}"] for name in self._columns}, self._dtype) for layer in self._layers
+        ]
         states_BLE = states[0] if len(states) == 1 else torch.cat(states, dim=-1)
         known_BL = states_BLE.ne(0).any(dim=-1) if self._is_partial else None
         return States(states_BLE, known_BL, 0)  # no teacher has run: the speed that is logged is 0

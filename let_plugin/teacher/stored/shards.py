@@ -1,55 +1,73 @@
-"""Rows of stored states in safetensors files, found by what they are the states of.
+"""Rows of stored states in safetensors files, and how states are encoded in them.
 
-A row's key is a hash of its token ids and positions. So a row never gets another's states, whatever the order in which
-rows are asked for, a row that comes again (a second epoch, an interrupted export) is stored once, and nothing has to be
-known of the data loader. A file is written under another name and then renamed: what bears its name is whole.
+A row is found by a hash of its token ids and positions. So a row never gets another's states, whatever the order in
+which rows are asked for; a row that comes again (a second epoch, an interrupted export) is stored once; and nothing has
+to be known of the data loader. A file is written under another name and then renamed, so that it is there as a whole or
+not at all.
 
-Shape legend: B rows of a batch, N rows of a file, L sequence, C channels of a column.
+Shape legend: B rows of a batch, N rows of a file, L sequence, E width of one layer's states, C channels of a column.
 """
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from let_plugin.config.errors import ConfigError, Problem
 
 FEATURES_KEY = "let.teacher.features"
 KEY_BYTES = 16  # 128 bits: among 10^12 rows, two share a key with a probability of 10^-15
+# Encoding -> names of its columns.
+ENCODINGS = {"bfloat16": ("values",), "int8": ("values", "scales")}
 
 _KEYS = "keys"
 _METADATA = "let"  # one entry, as safetensors writes several in no fixed order
-_MAX_HEADER_BYTES = 100_000_000  # as safetensors has it
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "I8": torch.int8, "U8": torch.uint8}
+_INT8_MAX = 127
+
+
+def bytes_per_token(encoding: str, width: int) -> int:
+    """What the state of one token and layer of this width takes."""
+    return width + 4 if encoding == "int8" else 2 * width
+
+
+def encode(states_BLE: torch.Tensor, encoding: str) -> dict[str, torch.Tensor]:
+    """The columns, name -> [B, L, C], of one layer's states of any floating dtype. Zeros stay zeros.
+
+    "bfloat16": the states, rounded: bit for bit those of a teacher in bfloat16. "int8": integers from -127 to 127, and
+    a scale per token in fp32, its largest channel / 127. The error of a channel is at most half of the scale.
+    """
+    if encoding == "bfloat16":
+        return {"values": states_BLE.bfloat16()}
+    states_BLE = states_BLE.float()
+    scales_BL1 = states_BLE.abs().amax(dim=-1, keepdim=True) / _INT8_MAX
+    # A scale of 0 is that of a state of zeros: 0 / 1. The clamp is for a scale that was rounded down.
+    values_BLE = (states_BLE / scales_BL1.masked_fill(scales_BL1 == 0, 1)).round().clamp(-_INT8_MAX, _INT8_MAX)
+    return {"values": values_BLE.to(torch.int8), "scales": scales_BL1}
+
+
+def decode(columns: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """The states in `dtype`, [B, L, E], from their columns."""
+    values_BLE = columns["values"]
+    return (values_BLE.float() * columns["scales"] if "scales" in columns else values_BLE).to(dtype)
 
 
 def row_keys(input_dict: Mapping[str, torch.Tensor]) -> list[bytes]:
     """The key of each row of a batch on the CPU: of its "input" and, if it has them, its "positions", [B, L]."""
-    tokens_BL, positions_BL = input_dict["input"], input_dict.get("positions")
+    parts = [input_dict[name] for name in ("input", "positions") if name in input_dict]
     keys = []
-    for i in range(len(tokens_BL)):
-        digest = hashlib.blake2b(_bytes(tokens_BL[i]), digest_size=KEY_BYTES)
-        if positions_BL is not None:
-            digest.update(_bytes(positions_BL[i]))
+    for row in zip(*parts, strict=True):
+        digest = hashlib.blake2b(digest_size=KEY_BYTES)
+        for ids_L in row:
+            digest.update(np.ascontiguousarray(ids_L.numpy(), dtype="<i8").tobytes())
         keys.append(digest.digest())
     return keys
-
-
-def _bytes(ids_L: torch.Tensor) -> bytes:
-    return np.ascontiguousarray(ids_L.numpy(), dtype="<i8").tobytes()
-
-
-def damaged(path: Path, why: str) -> ConfigError:
-    """The error for a file that is not what was written."""
-    message = f"{path.name} is damaged ({why}); delete that file and run the same let-teacher export again"
-    return ConfigError(Problem(FEATURES_KEY, message, str(path.parent)))
 
 
 def write_safely(path: Path, content: bytes) -> None:
@@ -62,101 +80,39 @@ def write_safely(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
-class _Tensor(NamedTuple):
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int  # in bytes from the beginning of the file
-
-    @property
-    def row_bytes(self) -> int:
-        return math.prod(self.shape[1:]) * self.dtype.itemsize
+def shard_paths(folder: Path, stream: int | None = None) -> list[Path]:
+    """The files in `folder`, of one stream or of all, in the order in which they were written."""
+    return sorted(folder.glob(f"rows-{'*' if stream is None else f'{stream:05d}'}-*.safetensors"))
 
 
 class Shard:
-    """A file of rows, read through a memory map. Opening it reads its header and checks its size.
+    """A file of rows, read through a memory map.
 
     Args:
         path: The file. No descriptor of it is kept: there may be thousands.
 
     Attributes:
-        num_rows: N.
-        metadata: What its writer had to say beside the rows.
+        keys: The rows' keys, [N] of dtype S16, which numpy can sort.
+        fidelity: Layer -> number of its tokens, and mean cosine of what is stored of them with the teacher's states.
 
     Raises:
-        ConfigError: If it is truncated, or no such file.
+        ConfigError: If it is damaged, or no such file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._tensors, self.metadata = _read_header(path)
-            self.num_rows = self._tensors[_KEYS].shape[0]
-            if any(tensor.shape[0] != self.num_rows for tensor in self._tensors.values()):
-                raise ValueError("its columns differ in their rows")
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-            raise damaged(path, f"{error}" or type(error).__name__) from error
-        self._map: torch.Tensor | None = None
+            self._file = safe_open(path, framework="pt")
+            self.columns = set(self._file.keys()) - {_KEYS}
+            self.keys = self._file.get_tensor(_KEYS).numpy().copy().view(f"S{KEY_BYTES}")[:, 0]
+            self.fidelity: dict[str, dict[str, float]] = json.loads(self._file.metadata()[_METADATA])["fidelity"]
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            message = f"{path.name} is damaged ({error}); delete that file and run the same let-teacher export again"
+            raise ConfigError(Problem(FEATURES_KEY, message, str(path.parent))) from error
 
-    @property
-    def columns(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Of each column: its dtype, and the shape [L, C] that it has of a row."""
-        return {name: (t.dtype, t.shape[1:]) for name, t in self._tensors.items() if name != _KEYS}
-
-    def keys(self) -> np.ndarray:
-        """The rows' keys, [N] of dtype S16, which numpy can sort."""
-        return self._rows(_KEYS).numpy().copy().view(f"S{KEY_BYTES}")[:, 0]
-
-    def read(self, column: str, row: int, out_LC: torch.Tensor) -> None:
-        """Copies a row of a column to `out_LC`, a contiguous tensor of its dtype and shape."""
-        out_LC.view(torch.uint8).view(-1).copy_(self._rows(column)[row])
-
-    def will_need(self, columns: Sequence[str], row: int, num_rows: int) -> None:
-        """Tells the kernel, where it can be told, to read these rows ahead. Returns at once."""
-        if row >= self.num_rows or not hasattr(os, "posix_fadvise"):
-            return
-        descriptor = os.open(self.path, os.O_RDONLY)
-        try:
-            for column in columns:
-                tensor = self._tensors[column]
-                start, length = tensor.start + row * tensor.row_bytes, num_rows * tensor.row_bytes
-                os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_WILLNEED)
-        finally:
-            os.close(descriptor)
-
-    def _rows(self, column: str) -> torch.Tensor:
-        """The bytes of all rows of a column, [N, bytes], in the file itself."""
-        if self._map is None:
-            size = self.path.stat().st_size
-            self._map = torch.from_file(str(self.path), shared=False, size=size, dtype=torch.uint8)
-        tensor = self._tensors[column]
-        return self._map[tensor.start :][: self.num_rows * tensor.row_bytes].view(self.num_rows, tensor.row_bytes)
-
-
-def _read_header(path: Path) -> tuple[dict[str, _Tensor], dict[str, Any]]:
-    """The header of a safetensors file. ValueError, KeyError or TypeError if that is not what it is."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise ValueError("its header is incomplete")
-        header = json.loads(file.read(length))
-    metadata = json.loads(header.pop("__metadata__")[_METADATA])
-    tensors, end = {}, 8 + length
-    for name, entry in header.items():
-        first, last = entry["data_offsets"]
-        tensor = _Tensor(_DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + first)
-        if last - first != tensor.shape[0] * tensor.row_bytes:
-            raise ValueError(f"{name} does not have the size of its shape")
-        tensors[name] = tensor
-        end = max(end, 8 + length + last)
-    if size != end:
-        raise ValueError(f"{size:,} bytes instead of {end:,}")
-    return tensors, metadata
-
-
-def shard_paths(folder: Path, stream: int | None = None) -> list[Path]:
-    """The files in `folder`, of one stream or of all, in the order in which they were written."""
-    return sorted(folder.glob(f"rows-{'*' if stream is None else f'{stream:05d}'}-*.safetensors"))
+    def read(self, column: str, row: int) -> torch.Tensor:
+        """A row of a column, [L, C]."""
+        return self._file.get_slice(column)[row]
 
 
 class ShardWriter:
@@ -177,17 +133,14 @@ class ShardWriter:
         self._rows_per_shard = rows_per_shard
         shards = [Shard(path) for path in shard_paths(folder, stream)]
         # Files that follow a missing one are of no use: they are written again, as they were.
-        whole = next((i for i, s in enumerate(shards) if s.path != self._path(i)), len(shards))
-        self._num_shards = whole
-        self._known = {bytes(key) for shard in shards[:whole] for key in shard.keys().view(f"V{KEY_BYTES}")}
+        self._num_shards = next((i for i, s in enumerate(shards) if s.path != self._path(i)), len(shards))
+        self._known = {bytes(key) for s in shards[: self._num_shards] for key in s.keys.view(f"V{KEY_BYTES}")}
+        self._clear()
+
+    def _clear(self) -> None:
         self._keys: list[bytes] = []
         self._columns: dict[str, list[torch.Tensor]] = {}
         self._cosines: dict[str, list[torch.Tensor]] = {}
-
-    @property
-    def num_rows(self) -> int:
-        """Rows that are in the files, or about to be written to one."""
-        return len(self._known)
 
     def new_rows(self, keys: Sequence[bytes]) -> list[int]:
         """Which of a batch's rows are not stored yet; of equal ones the first."""
@@ -200,7 +153,7 @@ class ShardWriter:
         Args:
             key: The row's.
             columns: Name -> [L, C], on the CPU.
-            cosines: Layer -> cosines of the row's tokens, [tokens], fp32, on the CPU: how well it is stored.
+            cosines: Layer -> for each token with a state, the cosine of what is stored with it, fp32, on the CPU.
         """
         self._known.add(key)
         self._keys.append(key)
@@ -216,53 +169,50 @@ class ShardWriter:
         if not self._keys:
             return
         keys_NK = torch.frombuffer(bytearray(b"".join(self._keys)), dtype=torch.uint8).view(-1, KEY_BYTES)
+        fidelity = {}
+        for layer, rows in self._cosines.items():
+            values = torch.cat(rows).double()
+            fidelity[layer] = {"tokens": len(values), "mean": values.mean().item() if len(values) else 1.0}
         tensors = {_KEYS: keys_NK, **{name: torch.stack(rows) for name, rows in self._columns.items()}}
-        fidelity = {layer: _fidelity(torch.cat(values)) for layer, values in self._cosines.items()}
         metadata = {_METADATA: json.dumps({"fidelity": fidelity})}
         write_safely(self._path(self._num_shards), save(tensors, metadata))
         self._num_shards += 1
-        self._keys, self._columns, self._cosines = [], {}, {}
+        self._clear()
 
     def _path(self, number: int) -> Path:
         return self._folder / f"rows-{self._stream:05d}-{number:06d}.safetensors"
 
 
-def _fidelity(cosines: torch.Tensor) -> dict[str, float]:
-    if not len(cosines):
-        return {"tokens": 0, "mean": 1.0, "percentile_1": 1.0}
-    # kthvalue, as torch.quantile takes 16 million values at most.
-    percentile = cosines.kthvalue(max(1, math.ceil(len(cosines) / 100))).values
-    return {"tokens": len(cosines), "mean": cosines.double().mean().item(), "percentile_1": percentile.item()}
-
-
 class RowReader:
-    """Finds rows in all files of a folder and copies them out.
+    """Finds rows in all files of a folder.
 
     Args:
         folder: Of the export.
         columns: Those that are read.
 
     Raises:
-        ConfigError: If a file is damaged or there is none.
+        ConfigError: If a file is damaged or lacks a column.
     """
 
     def __init__(self, folder: Path, columns: Sequence[str]) -> None:
         self._folder, self._columns = folder, tuple(columns)
         self._shards = [Shard(path) for path in shard_paths(folder)]
         for shard in self._shards:
-            if missing := [name for name in columns if name not in shard.columns]:
-                raise damaged(shard.path, f"it has no {', '.join(missing)}")
-        keys = np.concatenate([shard.keys() for shard in self._shards]) if self._shards else np.empty(0, "S16")
-        shards = np.repeat(np.arange(len(self._shards)), [shard.num_rows for shard in self._shards])
-        rows = np.concatenate([np.arange(shard.num_rows) for shard in self._shards]) if self._shards else shards
+            if missing := set(columns) - shard.columns:
+                message = f"{shard.path.name} has no {', '.join(sorted(missing))}; export again"
+                raise ConfigError(Problem(FEATURES_KEY, message, str(folder)))
+        sizes = [len(shard.keys) for shard in self._shards]
+        keys = np.concatenate([np.empty(0, f"S{KEY_BYTES}"), *(shard.keys for shard in self._shards)])
         order = np.argsort(keys, kind="stable")
-        self._keys, self._shard_of, self._row_of = keys[order], shards[order], rows[order]
+        self._keys = keys[order]
+        self._shard_of = np.repeat(np.arange(len(sizes)), sizes)[order]
+        self._row_of = (np.arange(len(keys)) - np.repeat(np.cumsum(sizes) - sizes, sizes))[order]
 
     def __reduce__(self) -> Any:  # workers that are not forked open the files anew
         return RowReader, (self._folder, self._columns)
 
     def read(self, keys: Sequence[bytes]) -> tuple[dict[str, torch.Tensor], list[int]]:
-        """The columns of these rows, name -> [B, L, C] on the CPU; and which of the rows there are not.
+        """The columns of these rows, name -> [B, L, C] on the CPU; and which of the rows are not stored.
 
         If any are missing, there are no columns.
         """
@@ -273,13 +223,4 @@ class RowReader:
         if not found.all():
             return {}, np.flatnonzero(~found).tolist()
         where = [(self._shards[self._shard_of[place]], int(self._row_of[place])) for place in places]
-        result = {}
-        for name in self._columns:
-            dtype, shape = where[0][0].columns[name]
-            result[name] = torch.empty(len(keys), *shape, dtype=dtype)
-            for i, (shard, row) in enumerate(where):
-                shard.read(name, row, result[name][i])
-        # Rows were written in the order of the stream: what follows is what will be asked for next.
-        shard, row = where[-1]
-        shard.will_need(self._columns, row + 1, len(keys))
-        return result, []
+        return {name: torch.stack([shard.read(name, row) for shard, row in where]) for name in self._columns}, []

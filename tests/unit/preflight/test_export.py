@@ -1,30 +1,250 @@
-"""The command line of the export."""
+"""An export: what it is going to write, what is wrong with it before anything runs, and what it writes."""
+
+import json
+import shutil
 
 import pytest
+import torch
 
-from let_plugin.preflight import export
+from let_plugin.config import LetConfig, PairConfig
+from let_plugin.config.errors import ConfigError
+from let_plugin.guidance.guidance import Guidance
+from let_plugin.preflight import export, export_rows
+from let_plugin.teacher.stored import shards
+from let_plugin.teacher.stored.features import Features, Manifest
+from let_plugin.teacher.stored.shards import RowReader, row_keys, shard_paths
+from tests.support import exports
+from tests.support.exports import plan_of
+from tests.support.fields import set_all
 
 
-def test_check_prints_what_it_takes_and_writes_nothing(tiny_config, tmp_path, capsys):
-    argv = [str(tiny_config), "--out", str(tmp_path / "features"), "--check", "--let.stop-step", "3"]
-    export.main(argv)
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "features"
+
+
+def problems(config, *argv, **kwargs):
+    with pytest.raises(ConfigError) as info:
+        plan_of(config, *argv, **kwargs)
+    return {problem.key: problem.message for problem in info.value.problems}
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# The command line
+
+
+def test_check_prints_what_it_takes_and_writes_nothing(tiny_config, folder, capsys):
+    export.main([str(tiny_config), "--out", str(folder), "--check", "--let.stop-step", "3"])
     printed = capsys.readouterr().out
-    assert "rows       12 of 64 tokens, 768 tokens in all" in printed
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.toml"]
+    assert "rows       12 of 64 tokens, 768 tokens in all: 12 rows of each of 1 data-parallel ranks" in printed
+    assert "storage      48.2 KiB  64 B/token, bfloat16" in printed
+    assert not folder.exists()
 
 
-def test_bad_input_ends_with_its_mistakes_and_code_2(tiny_config, tmp_path, capsys):
-    argv = [str(tiny_config), "--out", str(tmp_path / "features"), "--encoding", "zip", "--let.weight", "heavy"]
+def test_bad_input_ends_with_its_mistakes_and_code_2(tiny_config, folder, capsys):
     with pytest.raises(SystemExit) as info:
-        export.main(argv)
+        export.main([str(tiny_config), "--out", str(folder), "--encoding", "zip", "--let.weight", "heavy"])
     assert info.value.code == 2
     printed = capsys.readouterr().err
     assert printed.startswith("let-teacher export: 2 problems in the configuration")
     assert "--encoding = 'zip': unknown encoding" in printed and "command line: let.weight = 'heavy'" in printed
-    assert not (tmp_path / "features").exists()
+    assert not folder.exists()
 
 
-def test_help_lists_the_options(capsys):
-    with pytest.raises(SystemExit) as info:
-        export.main(["--help"])
-    assert info.value.code == 0 and "--data-parallel-degree" in capsys.readouterr().out
+# The plan
+
+
+def test_rows_are_those_of_the_steps_until_the_stop(config, folder):
+    plan = plan_of(config, "--out", folder)  # two steps of four rows
+    assert plan.num_rows == plan.settings["rows_per_rank"] == 8
+    assert plan.num_bytes == 8 * (64 * 32 * 2 + 16)
+    assert plan_of(config, "--out", folder, "--encoding", "int8").num_bytes == 8 * (64 * (32 + 4) + 16)
+    set_all(config, training__global_batch_size=16, let__stop_step=3)
+    plan = plan_of(config, "--out", folder, "--data-parallel-degree", "2")
+    assert (plan.num_rows, plan.settings["rows_per_rank"], plan.batch_size) == (48, 24, 4)
+
+
+def test_a_pipelines_data_loader_yields_microbatches(config, folder):
+    set_all(config, parallelism__pipeline_parallel_degree=2, parallelism__pipeline_parallel_microbatch_size=2)
+    plan = plan_of(config, "--out", folder)
+    assert (plan.batch_size, plan.num_rows) == (2, 8)
+    assert plan.config.parallelism.pipeline_parallel_degree == 1
+    assert config.parallelism.pipeline_parallel_degree == 2
+
+
+@pytest.mark.parametrize(
+    ("degrees", "argv", "num_processes", "expected"),
+    [
+        ({}, [], 1, 1),
+        ({}, [], 4, 4),
+        ({}, ["--data-parallel-degree", "4"], 2, 4),
+        ({"data_parallel_shard_degree": 4, "data_parallel_replicate_degree": 2, "tensor_parallel_degree": 2}, [], 2, 8),
+        ({"data_parallel_shard_degree": 2}, ["--data-parallel-degree", "2"], 1, 2),
+    ],
+)
+def test_the_streams_are_those_of_the_run_to_come(config, folder, degrees, argv, num_processes, expected):
+    set_all(config, **{f"parallelism__{name}": degree for name, degree in degrees.items()})
+    plan = plan_of(config, "--out", folder, *argv, num_processes=num_processes)
+    assert plan.settings["data_parallel_degree"] == expected
+
+
+@pytest.mark.parametrize(
+    ("argv", "num_processes", "shard_degree", "message"),
+    [
+        (["--data-parallel-degree", "3"], 2, -1, "2 processes cannot share 3"),
+        (["--data-parallel-degree", "4"], 1, 2, "the configuration has 2 data-parallel ranks"),
+        (["--data-parallel-degree", "0"], 1, -1, "must be at least 1"),
+    ],
+)
+def test_streams_that_cannot_be(config, folder, argv, num_processes, shard_degree, message):
+    config.parallelism.data_parallel_shard_degree = shard_degree
+    found = problems(config, "--out", folder, *argv, num_processes=num_processes)
+    assert message in found["--data-parallel-degree"]
+
+
+def test_what_cannot_be_exported_is_refused(config):
+    assert "give the folder" in problems(config)["--out"]
+    assert "did you mean 'int8'" in problems(config, "--out", "x", "--encoding", "int9")["--encoding"]
+    set_all(config, let__weight=-1.0, let__teacher__path="/none")
+    assert {"let.weight", "let.teacher.path"} <= set(problems(config, "--out", "x"))  # the run's own mistakes
+    set_all(config, let__target="labels", let__control="shuffled_targets")
+    found = problems(config, "--out", "x")
+    assert "no teacher" in found["let.target"] and "export without it" in found["let.control"]
+    config.let = LetConfig()
+    assert "no teacher" in problems(config, "--out", "x")["let.enable"]
+
+
+def test_the_run_may_name_the_folder_already(config, folder):
+    config.let.teacher.features = str(folder)
+    plan = plan_of(config)
+    assert plan.folder == folder and not plan.config.let.teacher.features
+    assert config.let.teacher.features  # the run's own stays as it is
+
+
+def test_a_folder_with_something_else_in_it_is_left_alone(config, tmp_path):
+    def refused(argv=()):
+        with pytest.raises(ConfigError) as info:
+            plan_of(config, "--out", folder, *argv).check_folder()
+        (problem,) = info.value.problems
+        return problem.message
+
+    folder = tmp_path / "file"
+    folder.write_text("")
+    assert "a file" in refused()
+    folder = tmp_path / "other"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("")
+    assert "is not empty" in refused()
+    folder = tmp_path / "export"
+    folder.mkdir()
+    settings = plan_of(config, "--out", folder).settings
+    Manifest(settings=settings).write(folder)
+    plan_of(config, "--out", folder).check_folder()  # goes on
+    assert "other settings (encoding)" in refused(["--encoding", "int8"])
+    Manifest(settings=settings, result={}).write(folder)
+    assert "it is complete" in refused()
+    assert json.loads((folder / "manifest.json").read_text())["result"] == {}
+    (folder / "manifest.json").write_text('{"format": 1}')
+    assert "written in format 1, this version reads 2: export again" in refused()
+
+
+def test_a_disk_that_is_too_small_is_refused(config, tmp_path, monkeypatch):
+    plan = plan_of(config, "--out", tmp_path / "not" / "there" / "yet")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=plan.num_bytes - 1))
+    with pytest.raises(ConfigError, match=r"needs 32.1 KiB, and 32.1 KiB are free"):
+        plan.check_folder()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=plan.num_bytes))
+    plan.check_folder()
+
+
+# The rows
+
+
+def test_what_is_stored_is_what_the_teacher_says_beside_the_student(config, trainer, folder):
+    config.let.pairs = [PairConfig(student=0, teacher="embedding"), PairConfig(student=1, teacher=1)]
+    config.let.teacher.dtype = "bfloat16"
+    manifest = exports.run(config, "--out", folder)
+    reader = RowReader(folder, ["embedding.values", "1.values"])
+    loader = iter(trainer.dataloader)
+    batches = [next(loader)[0] for _ in range(2)]
+    teacher = Guidance(trainer, 0).teacher
+    for input_dict in batches:
+        columns, missing = reader.read(row_keys(input_dict))
+        assert missing == []
+        stored = torch.cat([columns["embedding.values"], columns["1.values"]], dim=-1)
+        assert torch.equal(stored, teacher(input_dict["input"], input_dict["positions"]))
+    assert manifest.result["fidelity"]["1"] == {"tokens": 512, "mean": pytest.approx(1, abs=1e-6)}
+
+
+def test_rows_that_come_again_are_stored_once(config, parallel_dims, folder, monkeypatch):
+    whole = export_rows._batches
+
+    def twice(plan, provider, stream):
+        yield from whole(plan, provider, stream)
+        yield from whole(plan, provider, stream)
+
+    monkeypatch.setattr(export_rows, "_batches", twice)
+    assert exports.run(config, "--out", folder).result["num_rows"] == 8
+
+
+def test_interrupted_and_continued_is_uninterrupted(config, parallel_dims, tmp_path, monkeypatch):
+    whole, interrupted = tmp_path / "whole", tmp_path / "interrupted"
+    monkeypatch.setattr(export, "_SHARD_BYTES", 3 * 64 * (32 + 4))  # three rows
+    exports.run(config, "--out", whole, "--encoding", "int8")
+
+    class PowerCutError(Exception):
+        pass
+
+    def cut(self, *args, left=[5]):  # noqa: B006
+        if left[0] == 0:
+            raise PowerCutError
+        left[0] -= 1
+        add(self, *args)
+
+    add = shards.ShardWriter.add
+    with monkeypatch.context() as patch:
+        patch.setattr(shards.ShardWriter, "add", cut)
+        with pytest.raises(PowerCutError):
+            exports.run(config, "--out", interrupted, "--encoding", "int8")
+    assert len(shard_paths(interrupted)) == 1
+    assert json.loads((interrupted / "manifest.json").read_text())["result"] is None
+    (interrupted / ".rows-00000-000001.safetensors.part").write_bytes(b"half a file")
+    exports.run(config, "--out", interrupted, "--encoding", "int8")
+    assert contents(interrupted) == contents(whole) and len(contents(whole)) == 4
+    fidelity = Features(str(whole)).fidelity["1"]
+    assert fidelity["tokens"] == 512 and 0.999 < fidelity["mean"] <= 1
+
+    # Where only the last line of the manifest is missing, nothing is left for the teacher.
+    before = contents(whole)
+    Manifest(settings=Manifest.read(whole).settings).write(whole)
+    monkeypatch.setattr(export_rows, "_states", None)
+    exports.run(config, "--out", whole, "--encoding", "int8")
+    assert contents(whole) == before
+
+
+def test_the_streams_are_those_of_the_ranks(config, parallel_dims, folder):
+    set_all(config, training__local_batch_size=2)
+    exports.run(config, "--out", folder, "--data-parallel-degree", "2")
+    reader = RowReader(folder, ["1.values"])
+    tokenizer = config.tokenizer.build(tokenizer_path=config.hf_assets_path)
+    for rank in range(2):
+        assert len(shard_paths(folder, rank)) == 1
+        loader = config.dataloader.build(
+            dp_world_size=2, dp_rank=rank, tokenizer=tokenizer, seq_len=64, local_batch_size=2
+        )
+        batches = iter(loader)
+        for _ in range(2):
+            assert reader.read(row_keys(next(batches)[0]))[1] == []
+
+
+def test_data_that_end_end_the_export(config, parallel_dims, folder):
+    config.let.stop_step = config.training.steps = 10_000
+    path = folder.parent / "short.txt"
+    path.write_text("\n".join(f"A line of text with the number {i}." for i in range(60)))
+    set_all(config, dataloader__infinite=False, dataloader__dataset="text_files", dataloader__dataset_path=str(path))
+    manifest = exports.run(config, "--out", folder)
+    assert 0 < manifest.result["num_rows"] < 60

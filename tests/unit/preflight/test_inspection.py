@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from let_plugin.demo import TEACHER, TOKENIZER
 from let_plugin.preflight import teacher_cli as cli
-from let_plugin.preflight.export_plan import bytes_per_token
+from let_plugin.teacher.stored.shards import bytes_per_token
 from let_plugin.teacher.titan.specs import BUILT_IN_SPECS
 from tests.support import config_registry as tiny
 from tests.support.jobs import ROOT
@@ -136,7 +136,7 @@ def test_the_documentations_table_of_teachers_is_what_the_command_says(inspect):
             "{} / {}".format(*re.findall(r"[\d,.]+(?= MiB)", said["memory"])),
             said["cost"].partition(" ")[0],
             # Bytes per token are GB per billion tokens.
-            " / ".join(f"{bytes_per_token(encoding, int(width), None):,}" for encoding in ("bfloat16", "int8")),
+            " / ".join(f"{bytes_per_token(encoding, int(width)):,}" for encoding in ("bfloat16", "int8")),
         ]
         assert cells == expected, name
 
