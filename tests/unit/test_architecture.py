@@ -32,7 +32,6 @@ EXCEPTIONS = {
     # A loaded configuration builds the trainer with LET mixed in.
     ("config/load.py", "let_plugin.trainer"),
     ("preflight/export.py", "let_plugin.train"),
-    ("tokens/text.py", "let_plugin.teacher"),
 }
 
 # What torchtitan moved or removed after 0.3.0; its names with a leading underscore count, too.
