@@ -23,9 +23,9 @@ usage: let-train CONFIG.toml [--check | --print-config] [--section.key VALUE ...
 Trains a torchtitan configuration, given as TOML, with or without Late-to-Early Training.
 
   CONFIG.toml          base = "module.function", and tables that overlay its configuration
-  --section.key VALUE  overrides one option; `let-train CONFIG.toml --help` lists them all. A key of a free
-                       table, and an array of tables, as in TOML: --let.loss-options.beta 0.5
+  --section.key VALUE  overrides one option, written as in TOML: --let.weight 0.2 --let.loss-options.beta 0.5
                        --let.pairs '[{student = 3, teacher = -1}]'
+  --help [SECTION]     lists the options of the configuration, or of one of its sections: --help let
   --check              resolves and validates everything, prints the preflight report, trains nothing
   --print-config       prints the effective configuration as TOML, trains nothing
 
@@ -43,7 +43,7 @@ def main(
 
     Args:
         argv: Its arguments; those of this process if not given.
-        on_built: Called with the trainer before its first step, for who wants to watch the run.
+        on_built: Called with the trainer before the first step, so that a caller can observe the run.
         on_loaded: Called with the configuration before it is checked, for what TOML cannot say.
     """
     argv = sys.argv[1:] if argv is None else argv
@@ -66,15 +66,17 @@ def _run(
     modes = {"--check", "--print-config"}
     mode = modes.intersection(argv)
     argv = [arg for arg in argv if arg not in modes]
-    path, runtime = toml_config.read_runtime(argv)
+    source = toml_config.read(argv)
 
     from let_plugin.runtime import host  # imports torch: not before `--help` and plain mistakes have been dealt with
 
-    host.set_up(runtime.device)
+    host.set_up(source.runtime.device)
     if "--print-config" in mode:
-        print(toml_config.dump(toml_config.load(path, argv[1:])), end="")
+        loaded = toml_config.resolve(source)
+        loaded.apply(lambda config: None)
+        print(toml_config.dump(loaded), end="")
         return
-    loaded = toml_config.resolve(path, argv[1:])
+    loaded = toml_config.resolve(source)
     if on_loaded is not None:
         on_loaded(loaded.config)
 
@@ -118,8 +120,8 @@ def train(config: "Trainer.Config", on_built: "Callable[[Trainer], None] | None"
 def exit_with(error: ConfigError, program: str = "let-train") -> NoReturn:
     """Prints the problems and exits with code 2."""
     if os.environ.get("RANK", "0") != "0":
-        # torchrun ends all ranks as soon as one has failed: rank 0, which mostly fails alike, speaks first. A problem
-        # that only this rank has (a file that its machine lacks) is said after all.
+        # torchrun ends all ranks as soon as one has failed. Let rank 0 report first: it usually has the same problem.
+        # A problem of this rank alone (a file that its machine lacks) is still printed after the wait.
         time.sleep(_SECONDS_FOR_RANK_0)
     print(listing(error, program), file=sys.stderr, flush=True)
     raise SystemExit(2)

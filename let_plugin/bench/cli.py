@@ -117,7 +117,7 @@ def _add_converge(subparsers: "argparse._SubParsersAction[argparse.ArgumentParse
 
 def _set_up(args: argparse.Namespace, overrides: list[str]) -> None:
     """Before torchtitan is imported."""
-    _, runtime = toml_config.read_runtime([str(args.config), *overrides])
+    runtime = toml_config.read([str(args.config), *overrides]).runtime
 
     from let_plugin.runtime import host
 
@@ -258,7 +258,7 @@ def _add_eval(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def _eval(args: argparse.Namespace, overrides: list[str], command: str) -> None:
-    _, runtime = toml_config.read_runtime([str(args.config), *overrides])
+    runtime = toml_config.read([str(args.config), *overrides]).runtime
 
     from let_plugin.runtime import host
 

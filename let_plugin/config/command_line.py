@@ -1,169 +1,117 @@
-"""The command line's options on top of a configuration: tyro takes them, and its complaints become Problems."""
+"""The command line's options as TOML tables, so that they are judged and explained as a file is; tyro prints the help.
+
+`--section.key VALUE` and `--section.key=VALUE` set a key, `--section.flag` and `--section.no-flag` a boolean,
+`activation-checkpoint:full` the type of a section that is a choice. Dashes and underscores are the same.
+"""
 
 import contextlib
-import io
-import re
-import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import copy
+import dataclasses
+import functools
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import tomli
 
-from let_plugin.config.errors import Problem
-from let_plugin.config.overlay import Overlay
+from let_plugin.config.errors import ConfigError, Problem, suggest
+from let_plugin.config.schema import arms, settable_fields, walk
 
 if TYPE_CHECKING:
     from torchtitan.trainer import Trainer
 
 SOURCE = "command line"
 
-_ANSI = re.compile(r"\x1b\[[0-9;]*m")
-_RULE = re.compile(r"[-─]{5,}")
+
+class Argument(list[str]):
+    """The words after an option. What they mean depends on the type of the field."""
+
+    def readings(self) -> Iterator[Any]:
+        """What they can stand for, the likeliest first: a TOML value, plain text, an array of either."""
+        if not self:
+            yield True  # a flag
+            return
+        with contextlib.suppress(ValueError):
+            yield _toml_value(" ".join(self))
+        if len(self) == 1:
+            yield self[0]
+        with contextlib.suppress(ValueError):
+            yield [_toml_value(word) for word in self]
+        yield list(self)
 
 
-def apply(config: "Trainer.Config", cli: Sequence[str], prog: str) -> tuple["Trainer.Config", list[Problem]]:
-    """`config` with the options that can be taken on top, and what is wrong with the others.
+def parse(cli: Sequence[str], choices: Collection[str] = ()) -> tuple[dict[str, Any], list[Problem]]:
+    """The options as nested tables whose values are Arguments, and what is wrong with how they are written.
 
-    SystemExit with code 0 after `--help`; `prog` is what the help calls the program.
+    Args:
+        cli: The words of the command line.
+        choices: Dotted keys of the sections of which `section:type` chooses the type.
     """
-    if not cli:
-        return config, []
-    config, cli, problems = _apply_tables(config, cli)
-    with contextlib.suppress(ValueError, AssertionError):
-        return _parse(config, cli, prog), problems
-    # tyro stops at the first mistake: option by option, then, and again, as one may need another that comes later.
-    options = _options(cli)
-    result, taken, messages, num_taken = config, set[int](), dict[int, str](), -1
-    with contextlib.redirect_stderr(io.StringIO()):  # what torchtitan logs meanwhile, over and over
-        while len(taken) > num_taken:
-            num_taken = len(taken)
-            for i in sorted(set(range(len(options))) - taken):
-                try:
-                    result = _parse(config, [arg for j in sorted({*taken, i}) for arg in options[j]], prog)
-                    taken.add(i)
-                except (ValueError, AssertionError) as error:
-                    messages[i] = str(error)
-    problems += [_problem(result, option, messages[i]) for i, option in enumerate(options) if i not in taken]
-    return result, problems
+    given: list[tuple[str, Argument]] = []
+    problems = []
+    for word in cli:
+        section, colon, choice = word.partition(":")
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            given.append((_key(name), Argument([value] if equals else [])))
+        elif colon and _key(section) in choices:
+            given.append((f"{_key(section)}.type", Argument([choice])))
+        elif given:
+            given[-1][1].append(word)
+        else:
+            problems.append(Problem(word, "options are written --section.key VALUE", source=SOURCE))
+    tables: dict[str, Any] = {}
+    for key, argument in given:
+        table, dot, name = key.rpartition(".")
+        if not argument and name.startswith("no_"):
+            key, argument = f"{table}{dot}{name.removeprefix('no_')}", Argument(["false"])
+        if not _insert(tables, key, argument):
+            problems.append(Problem(key, "given as a whole and in part; give one of the two", source=SOURCE))
+    return tables, problems
 
 
-def _apply_tables(config: "Trainer.Config", cli: Sequence[str]) -> tuple["Trainer.Config", list[str], list[Problem]]:
-    """Takes the options that tyro has no flags for: keys of a free table, and arrays of tables, written as in TOML.
-
-    Returns the configuration with them, the other options, and what is wrong.
-    """
-    overlay, rest = Overlay(SOURCE), list[str]()
-    for option in _options(cli):
-        # What follows the value is no part of it: a choice (activation-checkpoint:full), say.
-        num_own = 1 if "=" in option[0] else 2
-        key, value = _key(option[0]), _text(option[:num_own])
-        if option[0].startswith("--") and value and _is_table(config, key.split("."), value):
-            config = overlay.configuration(config, _nested(key, _toml_value(value)))
-            option = option[num_own:]
-        rest += option
-    return config, rest, overlay.problems
+def choices(config: "Trainer.Config") -> set[str]:
+    """The sections whose type is a choice of subcommands for tyro."""
+    return {key for key, hint, _ in walk(config) if any(arm.name for arm in arms(hint))}
 
 
-def _is_table(config: Any, names: list[str], value: str) -> bool:
-    for i, name in enumerate(names):
-        if isinstance(config, dict):
-            return i == len(names) - 1
-        if not hasattr(config, name):
-            return False
-        config = getattr(config, name)
-    return isinstance(config, list) and value.startswith("[")
-
-
-def _nested(key: str, value: Any) -> dict[str, Any]:
-    for name in reversed(key.split(".")):
-        value = {name: value}
-    return value
-
-
-def keys(cli: Sequence[str]) -> set[str]:
-    """The dotted keys that the options set, as TOML spells them."""
-    found = set()
-    for arg in cli:
-        if arg.startswith("--"):
-            table, dot, name = _key(arg).rpartition(".")
-            found |= {f"{table}{dot}{name}", f"{table}{dot}{name.removeprefix('no_')}"}  # --let.no-enable
-        elif ":" in arg:  # activation-checkpoint:full
-            found.add(arg.partition(":")[0].replace("-", "_"))
-    return found
-
-
-def _parse(config: "Trainer.Config", args: Sequence[str], prog: str) -> "Trainer.Config":
-    """ValueError with tyro's message, or AssertionError of a __post_init__, if tyro does not take `args`."""
+def print_help(config: Any, section: str, prog: str) -> NoReturn:
+    """Prints the options of one section, or of all if `section` is empty, and exits with code 0."""
     import tyro
 
     from let_plugin.runtime import upstream
 
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(printed):
-            result = tyro.cli(
-                type(config),
-                prog=prog,
-                args=args,
-                default=config,
-                registry=upstream.tyro_registry(),
-                # Else an option that follows a choice (activation-checkpoint:full) would count as the choice's own.
-                config=(tyro.conf.CascadeSubcommandArgs,),
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise ValueError(_first_paragraph(printed.getvalue())) from None
-    print(printed.getvalue(), end="", file=sys.stderr)
-    return result
+    shown, names = config, [_key(name) for name in section.split(".") if name]
+    for name in names:
+        sections = [n for n in settable_fields(type(shown)) if dataclasses.is_dataclass(getattr(shown, n))]
+        if name not in sections:
+            raise ConfigError(Problem("--help", f"no such section; {suggest(name, sections)}", section, SOURCE))
+        shown = getattr(shown, name)
+    for name in reversed(names):  # in a table of its own, so that the options keep their whole names
+        default = dataclasses.field(default_factory=functools.partial(copy.copy, shown))
+        shown = dataclasses.make_dataclass("Options", [(name, type(shown), default)])()
+    tyro.cli(type(shown), prog=prog, args=["--help"], default=shown, registry=upstream.tyro_registry())
+    raise AssertionError("tyro exits after the help")
 
 
-def _first_paragraph(box: str) -> str:
-    """The message in a box of tyro's, without what tyro says about its help: text between the first two rules."""
-    lines: list[str] = []
-    for line in _ANSI.sub("", box).splitlines():
-        if line[:1] in ("│", "|"):
-            text = line.strip("│| ")
-            if _RULE.fullmatch(text):
-                break
-            lines.append(text)
-    return " ".join(lines)
-
-
-def _options(cli: Sequence[str]) -> list[list[str]]:
-    """Each option together with its values."""
-    options: list[list[str]] = []
-    for arg in cli:
-        if arg.startswith("--") or not options:
-            options.append([])
-        options[-1].append(arg)
-    return options
-
-
-def _problem(config: "Trainer.Config", option: list[str], message: str) -> Problem:
-    """What is wrong with an option that tyro refused: in the words for TOML if it would be wrong there, too."""
-    key = _key(option[0])
-    if not option[0].startswith("--"):
-        return Problem(option[0], f"{message}; options are written --section.key VALUE", source=SOURCE)
-    text = _text(option)
-    value = _toml_value(text)
-    overlay = Overlay(SOURCE)
-    overlay.configuration(config, _nested(key, value))
-    message = overlay.problems[0].message if overlay.problems else message
-    return Problem(key, message, source=SOURCE, **({"value": value} if text or "=" in option[0] else {}))
-
-
-def _text(option: list[str]) -> str:
-    """The value of an option, as it is written."""
-    return option[0].partition("=")[2] if "=" in option[0] else " ".join(option[1:])
+def _insert(tables: dict[str, Any], key: str, argument: Argument) -> bool:
+    """False if `key` is in a table that has been given as a whole, or the other way round."""
+    *parents, name = key.split(".")
+    for parent in parents:
+        tables = tables.setdefault(parent, {})
+        if not isinstance(tables, dict):
+            return False
+    if isinstance(tables.get(name), dict):
+        return False
+    tables[name] = argument
+    return True
 
 
 def _key(option: str) -> str:
-    return option.partition("=")[0].removeprefix("--").replace("-", "_")
+    return option.removeprefix("--").replace("-", "_")
 
 
 def _toml_value(text: str) -> Any:
     try:
         return tomli.loads(f"value = {text}")["value"]
     except tomli.TOMLDecodeError:
-        return text
+        return float(text)  # .5 and 5., which TOML does not have

@@ -1,6 +1,5 @@
 """One clear error for bad input: every mistake at once, each with its field, its value and the remedy."""
 
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -56,8 +55,3 @@ def lookup(get: Callable[[str], T], name: str, *, key: str) -> T:
         return get(name)
     except LookupError as error:
         raise ConfigError(Problem(key, str(error), name)) from error
-
-
-def mentions(message: str, key: str) -> bool:
-    """Whether a message is about `key`, too, or about one in the table of that name."""
-    return re.search(rf"\b{re.escape(key)}\b", message) is not None

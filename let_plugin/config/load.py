@@ -1,14 +1,16 @@
 """TOML file -> torchtitan configuration, with the command line on top (command line > TOML > base).
 
 `base = "module.function"` names one of torchtitan's configuration functions, or one of the user's; the file's tables
-overlay the fields of what it returns. `read_runtime` comes first and imports neither torch nor torchtitan.
+overlay the fields of what it returns. `read` comes first and imports neither torch nor torchtitan.
 """
 
 import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Sequence, Set
+import sysconfig
+import traceback
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,12 +20,10 @@ import tomli_w
 
 from let_plugin.config import LetConfig, RuntimeConfig, command_line, legacy_keys
 from let_plugin.config.dump import to_tables
-from let_plugin.config.errors import ConfigError, Problem, mentions, suggest
+from let_plugin.config.errors import ConfigError, Problem, suggest
 from let_plugin.config.overlay import Overlay, leaves
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from torchtitan.trainer import Trainer
 
 T = TypeVar("T")
@@ -43,6 +43,32 @@ _COMMON_MODULES = (
     "torchtitan.distributed.activation_checkpoint",
     "torchtitan.hf_datasets.text_datasets",
 )
+
+_PACKAGES = ("torchtitan.models", "torchtitan.experiments", "torchtitan.experiments.rl.examples")
+
+# Code that a user did not write: this package, installed packages, Python itself.
+_NOT_THE_USERS = (
+    str(Path(__file__).parents[1]),
+    *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
+    "<frozen",
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A TOML file as it was read, once, and the options of the command line after it.
+
+    Attributes:
+        path: The file.
+        tables: Its content.
+        cli: The options.
+        runtime: The `[runtime]` table with the options on top; what is wrong in it has its default.
+    """
+
+    path: Path
+    tables: Mapping[str, Any]
+    cli: Sequence[str]
+    runtime: RuntimeConfig
 
 
 @dataclass(frozen=True)
@@ -73,8 +99,8 @@ class Loaded:
         try:
             result = function(self.config)
         except ConfigError as error:
-            found = [p for p in error.problems if not any(self._follows(p, earlier) for earlier in self.problems)]
-            found = [replace(p, source=p.source or self.origin(p.key)) for p in found]
+            found = [problem for problem in error.problems if not self._may_follow(problem)]
+            found = [replace(problem, source=problem.source or self.origin(problem.key)) for problem in found]
             raise ConfigError([*self.problems, *found]) from error
         if self.problems:
             raise ConfigError(self.problems)
@@ -82,81 +108,74 @@ class Loaded:
 
     def origin(self, key: str) -> str:
         """Who gave the value of `key`, or of a table around it: the command line, else the file, else the base."""
-        if any(_is_in(key, option) or _is_in(option, key) for option in self.options):
+        if any(_overlap(key, option) for option in self.options):
             return command_line.SOURCE
-        return self.source if key.partition(".")[0] in self.tables else f"base {self.base}"
+        return self.source if _section(key) in self.tables else f"base {self.base}"
 
-    def _gives(self, key: str) -> bool:
-        """Whether the file or the command line has `key` itself."""
-        content: Any = self.tables
-        for name in key.split("."):
-            if not isinstance(content, dict) or name not in content:
-                return key in self.options
-            content = content[name]
-        return True
+    def _may_follow(self, found: Problem) -> bool:
+        """Whether a problem may be there only because a wrong value was left out.
 
-    def _follows(self, problem: Problem, earlier: Problem) -> bool:
-        """Whether a problem that a function has found is a mere consequence of an earlier one."""
-        # What stands in for a wrong value may be wrong, too, or not fit another value. A value that nobody gave may be
-        # in a table that is wrong, or what a wrong key was meant for. All else is the user's own: a mistake, too.
-        if earlier.key == problem.key or mentions(problem.message, earlier.key.removeprefix(f"{problem.key}.")):
+        So is one whose message quotes such a key. Else a key that the user gave is judged by its own value. The others
+        may be what a wrong key in their section, or one in a section that there is not, was meant for.
+        """
+        wrong = {problem.key for problem in self.problems}
+        if any(f"{key} = " in found.message for key in wrong):
             return True
-        if self._gives(problem.key):
+        given = {*leaves("", self.tables), *self.options} - wrong
+        if any(_overlap(found.key, key) for key in given):
             return False
-        parent = earlier.key.rpartition(".")[0]
-        name = problem.key.removeprefix(f"{parent}.").partition(".")[0] if _is_in(problem.key, parent) else problem.key
-        remedy = earlier.message.partition("valid names")[0]
-        return _is_in(problem.key, earlier.key) or mentions(remedy, name) or mentions(remedy, problem.key)
+        return any(_section(key) == _section(found.key) or not hasattr(self.config, _section(key)) for key in wrong)
 
 
-def read_runtime(argv: list[str]) -> tuple[Path, RuntimeConfig]:
-    """The TOML file, which is the first argument, and its `[runtime]` table with `--runtime.device` on top.
-
-    A wrong one goes without: `resolve` says what is wrong. ConfigError if the file cannot be read.
-    """
+def read(argv: Sequence[str]) -> Source:
+    """Reads the TOML file, which is the first argument. ConfigError if it cannot be read."""
     if not argv or argv[0].startswith("-"):
         raise ConfigError(Problem(command_line.SOURCE, "the first argument is the TOML file", argv[0] if argv else ""))
-    path = Path(argv[0])
-    runtime = _runtime_overlay(RuntimeConfig(), _read(path).get("runtime", {}))
-    for i, arg in enumerate(argv):
-        option, equals, value = arg.partition("=")
-        if option == "--runtime.device":
-            value = value if equals else "".join(argv[i + 1 : i + 2])
-            runtime = _runtime_overlay(runtime, {"device": value})
-    return path, runtime
+    path, cli = Path(argv[0]), argv[1:]
+    tables = _read(path)
+    runtime = RuntimeConfig()
+    for given in (tables, command_line.parse(cli)[0]):
+        runtime = Overlay("").value("runtime", given.get("runtime", {}), RuntimeConfig, runtime)
+    return Source(path, tables, cli, runtime)
 
 
-def load(path: Path, cli: list[str]) -> Loaded:
+def load(path: Path, cli: Sequence[str]) -> Loaded:
     """The configuration of a TOML file with the options `cli` on top.
 
     Raises:
         ConfigError: With every mistake that can be told without a look at what the values stand for.
         SystemExit: Code 0 after `--help`.
     """
-    loaded = resolve(path, cli)
+    loaded = resolve(read([str(path), *cli]))
     if loaded.problems:
         raise ConfigError(loaded.problems)
     return loaded
 
 
-def resolve(path: Path, cli: list[str]) -> Loaded:
+def resolve(source: Source) -> Loaded:
     """As `load`, but the mistakes are in the result, next to a configuration of what is right.
 
     Raises:
-        ConfigError: If the file or its `base` cannot be loaded; with all that can be told without the base.
+        ConfigError: If `base` cannot be loaded; with all that can be told without it.
         SystemExit: Code 0 after `--help`.
     """
-    source = str(path)
-    tables = _with_let_shorthands(_read(path))
+    file, cli = str(source.path), list(source.cli)
+    tables = _with_let_shorthands(source.tables)
     base = tables.pop("base", None)
     try:
-        config = _load_base(base, source)
+        config = _load_base(base, file)
     except ConfigError as error:
-        raise ConfigError([*error.problems, *_problems_without_base(tables, source)]) from error
-    overlay = Overlay(source)
+        raise ConfigError([*error.problems, *_problems_without_base(tables, file)]) from error
+    overlay = Overlay(file)
     config = overlay.configuration(config, tables)
-    config, problems = command_line.apply(config, cli, f"let-train {source}")
-    return Loaded(config, base, source, tables, command_line.keys(cli), [*overlay.problems, *problems])
+    if "--help" in cli:
+        section = [word for word in cli[cli.index("--help") + 1 :] if not word.startswith("--")][:1]
+        command_line.print_help(config, "".join(section), f"let-train {file}")
+    options, problems = command_line.parse(cli, command_line.choices(config))
+    on_top = Overlay(command_line.SOURCE)
+    config = on_top.configuration(config, options)
+    keys = {key.removesuffix(".type") for key in leaves("", options)} if options else set()
+    return Loaded(config, base, file, tables, keys, [*overlay.problems, *problems, *on_top.problems])
 
 
 def dump(loaded: Loaded) -> str:
@@ -186,109 +205,92 @@ def _read(path: Path) -> dict[str, Any]:
     raise ConfigError(problem)
 
 
-def _runtime_overlay(runtime: RuntimeConfig, table: Any) -> RuntimeConfig:
-    return Overlay("").value("runtime", table, RuntimeConfig, runtime)
+def _section(key: str) -> str:
+    return key.partition(".")[0]
 
 
-def _is_in(key: str, table: str) -> bool:
-    return not table or f"{key}.".startswith(f"{table}.")
+def _overlap(key: str, other: str) -> bool:
+    """Whether one of two keys is the other or in the table of that name."""
+    return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
 
 
-def _with_let_shorthands(tables: dict[str, Any]) -> dict[str, Any]:
+def _with_let_shorthands(tables: Mapping[str, Any]) -> dict[str, Any]:
     let: Any = tables.get("let")
     if not isinstance(let, dict):
-        return tables
+        return dict(tables)
     let = {"enable": True, **let}
     if isinstance(let.get("teacher"), str):
         let["teacher"] = {"path": let["teacher"]}
-    return tables | {"let": let}
+    return {**tables, "let": let}
 
 
 def _problems_without_base(tables: dict[str, Any], source: str) -> list[Problem]:
-    """What can be told without a base: LET's own tables, and old keys, for the file may be one of torchtitan's own."""
+    """What is wrong in LET's own tables, and old keys, for the file may be one of torchtitan's own."""
     overlay = Overlay(source)
     for name, cls in (("let", LetConfig), ("runtime", RuntimeConfig)):
-        if name in tables:
-            overlay.value(name, tables[name], cls, cls())
-    leaves_with_messages = ((key, value, legacy_keys.explain(key)) for key, value in leaves("", tables))
-    old_keys = [Problem(key, message, value, source) for key, value, message in leaves_with_messages if message]
-    return overlay.problems + old_keys
+        overlay.value(name, tables.get(name, {}), cls, cls())
+    old = ((key, legacy_keys.explain(key)) for key in [*tables, *leaves("", tables)])
+    return overlay.problems + [Problem(key, message, source=source) for key, message in dict(old).items() if message]
 
 
 def _load_base(base: Any, source: str) -> "Trainer.Config":
-    """The LET configuration on top of what the function `base` returns; ConfigError if there is no such function."""
+    """The LET configuration on top of what the function `base` returns; ConfigError if it returns none."""
+    module, _, name = base.rpartition(".") if isinstance(base, str) else ("", "", "")
     if base is None:
         raise ConfigError(Problem("base", f"missing; {_BASE_FORMAT}", source=source))
+    if not module or not name:
+        raise ConfigError(Problem("base", _BASE_FORMAT, base, source))
 
     from torchtitan.trainer import Trainer
 
-    from let_plugin.runtime import upstream
     from let_plugin.trainer import with_let
 
-    for name in _COMMON_MODULES:
-        importlib.import_module(name)
+    for common in _COMMON_MODULES:
+        importlib.import_module(common)
     # torchrun -m has the working directory on the path, a console script has not.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-
-    module, _, function = base.rpartition(".") if isinstance(base, str) else ("", "", "")
-    if not module or not function:
-        raise ConfigError(Problem("base", _BASE_FORMAT, base, source))
     try:
-        config = upstream.load_base(module, function)
-        if isinstance(config, Trainer.Config):
-            return config if hasattr(config, "let") else with_let(config)
+        function = _find(module, name)
+        config = function() if callable(function) else None
+    except Exception as error:  # a user's module or function may raise anything
+        message = f"{base} failed: {type(error).__name__}: {error}{_users_frames(error)}"
+        raise ConfigError(Problem("base", message, base, source)) from error
+    if isinstance(function, str):
+        raise ConfigError(Problem("base", function, base, source))
+    if not isinstance(config, Trainer.Config):
         message = f"returns a {type(config).__qualname__}, not the configuration of a torchtitan Trainer"
-    except (ImportError, ValueError, AssertionError, OSError) as error:
-        message = _diagnose(module, function) or f"{function}() failed: {type(error).__name__}: {error}"
-    except TypeError:  # a helper instead of a configuration function, or a bug in one: that keeps its traceback
-        message = _diagnose(module, function) or ""
-        if not message:
-            raise
-    raise ConfigError(Problem("base", message, base, source))
+        raise ConfigError(Problem("base", message, base, source))
+    return config if hasattr(config, "let") else with_let(config)
 
 
-def _diagnose(module_name: str, function: str) -> str | None:
-    """Why torchtitan does not find a configuration function; None if it is there.
-
-    torchtitan takes every ImportError for a missing module, those from inside a user's module too.
-    """
+def _find(module_name: str, name: str) -> "Callable[[], Trainer.Config] | str":
+    """The configuration function; what is wrong if there is none. Raises what the import of a module raises."""
     from let_plugin.runtime.upstream import SHORT_MODULES
 
+    candidates = [f"{module_name}.config_registry", module_name]
     if module_name in SHORT_MODULES:
-        packages = ("torchtitan.models", "torchtitan.experiments", "torchtitan.experiments.rl.examples")
-        candidates = [f"{package}.{module_name}.config_registry" for package in packages]
-    else:
-        candidates = [f"{module_name}.config_registry", module_name]
-    module: ModuleType | None = None
+        candidates = [f"{package}.{module_name}.config_registry" for package in _PACKAGES]
     for candidate in candidates:
         try:
-            module = module or importlib.import_module(candidate)
-        except ImportError as error:
-            missing = error.name if isinstance(error, ModuleNotFoundError) else None
-            if missing is None or not f"{candidate}.".startswith(f"{missing}."):
-                return f"importing {candidate} failed: {error}"
-    if module is None:
+            module = importlib.import_module(candidate)
+            break
+        except ModuleNotFoundError as error:
+            if not f"{candidate}.".startswith(f"{error.name}."):
+                raise  # the module is there and imports one that is not
+    else:
         return f"no module {module_name!r} (nor {candidates[0]!r}); {suggest(module_name, SHORT_MODULES)}"
-    functions = _config_functions(module)
-    value = getattr(module, function, None)
+    functions = {
+        key: value
+        for key, value in inspect.getmembers(module, inspect.isfunction)
+        if value.__module__ == candidate and not key.startswith("_") and not _has_required_parameters(value)
+    }
+    value = getattr(module, name, None)
     if not callable(value):
-        return f"no function {function!r} in {module.__name__}; {suggest(function, functions)}"
+        return f"no function {name!r} in {candidate}; {suggest(name, functions)}"
     if _has_required_parameters(value):
-        return f"a configuration function takes no arguments; {suggest(function, functions)}"
-    return None
-
-
-def _config_functions(module: "ModuleType") -> list[str]:
-    """The public functions that a module defines and that can be called without arguments."""
-    return [
-        name
-        for name, value in vars(module).items()
-        if inspect.isfunction(value)
-        and value.__module__ == module.__name__
-        and not name.startswith("_")
-        and not _has_required_parameters(value)
-    ]
+        return f"a configuration function takes no arguments; {suggest(name, functions)}"
+    return value
 
 
 def _has_required_parameters(function: Callable[..., Any]) -> bool:
@@ -297,3 +299,11 @@ def _has_required_parameters(function: Callable[..., Any]) -> bool:
     except TypeError:
         return True
     return False
+
+
+def _users_frames(error: Exception) -> str:
+    """The lines of the traceback that are in the user's own files."""
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_NOT_THE_USERS)
+    ]
+    return "".join(f"\n    {frame.filename}:{frame.lineno}, in {frame.name}: {frame.line}" for frame in frames)

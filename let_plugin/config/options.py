@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
-
 from let_plugin.config.errors import ConfigError, Problem, suggest
+from let_plugin.config.schema import fit
 
 
 def bind(function: Callable[..., Any], options: dict[str, Any], *, key: str) -> Callable[..., Any]:
@@ -30,12 +29,11 @@ def bind(function: Callable[..., Any], options: dict[str, Any], *, key: str) -> 
     problems = []
     values = {}
     for name, value in options.items():
-        if name not in types:
-            problems.append(Problem(f"{key}.{name}", f"no such option; {suggest(name, types)}", value))
-            continue
         try:
-            values[name] = _checked(value, types[name])
-        except TypeCheckError as error:
+            if name not in types:
+                raise ValueError(f"no such option; {suggest(name, types)}")
+            values[name] = fit(value, types[name])
+        except ValueError as error:
             problems.append(Problem(f"{key}.{name}", str(error), value))
     if problems:
         raise ConfigError(problems)
@@ -72,11 +70,3 @@ def option_types(function: Callable[..., Any]) -> dict[str, Any]:
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty
     }
-
-
-def _checked(value: Any, expected: Any) -> Any:
-    if expected is float and type(value) is int:
-        return float(value)
-    if expected is int and type(value) is bool:
-        raise TypeCheckError("is not an integer")
-    return check_type(value, expected, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)

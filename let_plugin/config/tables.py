@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import tyro
+from annotated_types import Ge, Gt, Interval
 
 
 @dataclass(kw_only=True, slots=True)
@@ -82,8 +83,8 @@ class TeacherConfig:
     of later ones.
     """
 
-    center_momentum: float = 0.99
-    """Weight of the past in that mean, from 0 up to but not including 1."""
+    center_momentum: Annotated[float, Interval(ge=0, lt=1)] = 0.99
+    """Weight of the past in that mean."""
 
     features: str = ""
     """
@@ -105,7 +106,7 @@ class PairConfig:
     teacher: int | Literal["embedding"] = -1
     """0-based index of the teacher block whose output it is; negative: from the end. "embedding": what enters it."""
 
-    weight: float = 1.0
+    weight: Annotated[float, Ge(0)] = 1.0
     """Factor of this pair's loss, beside lambda."""
 
 
@@ -116,10 +117,10 @@ class ProjectorConfig:
     side: Literal["teacher", "student"] = "teacher"
     """Whether the teacher's states are brought to the student's width, or the student's to the teacher's."""
 
-    lr_multiplier: float = 1.0
+    lr_multiplier: Annotated[float, Ge(0)] = 1.0
     """Factor of the student's learning rate."""
 
-    weight_decay: float | None = None
+    weight_decay: Annotated[float | None, Ge(0)] = None
     """Weight decay; the student's if not given."""
 
 
@@ -133,16 +134,16 @@ class AdaptiveStopConfig:
     loss minus `teacher_loss`, after each validation.
     """
 
-    threshold: float = 0.0
+    threshold: Annotated[float, Interval()] = 0.0  # finite, as all numbers with bounds
     """The alignment ends when the smoothed value has stayed below it."""
 
-    smoothing: float = 0.9
-    """Weight of the past in the exponential moving average of the value, from 0 up to but not including 1."""
+    smoothing: Annotated[float, Interval(ge=0, lt=1)] = 0.9
+    """Weight of the past in the exponential moving average of the value."""
 
-    patience: int = 3
+    patience: Annotated[int, Ge(1)] = 3
     """How many measurements in a row must be below the threshold."""
 
-    teacher_loss: float | None = None
+    teacher_loss: Annotated[float | None, Gt(0)] = None
     """
     The teacher's own loss on the validation data, in nats per token, for "validation". If it is not given, it is
     measured once, with the teacher's language-model head.
@@ -159,7 +160,7 @@ class TokenAlignmentConfig:
     align each of the student's tokens with the teacher's last one that ends at or before it. See docs/teachers.md.
     """
 
-    teacher_seq_len: int | None = None
+    teacher_seq_len: Annotated[int | None, Ge(1)] = None
     """
     Tokens of the teacher per row of `training.seq_len` of the student's. What does not fit is cut off and not aligned.
     Not given: a quarter more than the student's, rounded up to a multiple of 16, or the teacher's longest sequence.
@@ -180,7 +181,7 @@ class LetConfig:
     "logits" is a baseline, logit distillation: the student's predictions are drawn to the teacher's.
     """
 
-    temperature: float = 1.0
+    temperature: Annotated[float, Gt(0)] = 1.0
     """Temperature of both models' predictions, for `target = "logits"`."""
 
     control: Literal["none", "random_teacher", "shuffled_targets"] = "none"
@@ -189,7 +190,7 @@ class LetConfig:
     matrices are drawn anew; "shuffled_targets": each token gets the state of another token of the microbatch.
     """
 
-    weight: float = 0.1
+    weight: Annotated[float, Ge(0)] = 0.1
     """lambda0, the weight of the alignment loss at step 0 (0.1: best of the paper's grid 0.01 ... 3)."""
 
     schedule: str = "linear"
@@ -198,19 +199,19 @@ class LetConfig:
     schedule_options: dict[str, Any] = field(default_factory=dict)
     """Options of the schedule, by name."""
 
-    warmup_steps: int = 0
+    warmup_steps: Annotated[int, Ge(0)] = 0
     """Steps over which lambda first rises linearly to `weight`; the schedule follows, until the same stop step."""
 
-    stop_step: int | None = None
+    stop_step: Annotated[int | None, Ge(0)] = None
     """
     S_stop in optimizer steps: from this step on (0-based) lambda is 0 and the teacher is gone. At most one of the
     three `stop_*` is given.
     """
 
-    stop_tokens: int | None = None
+    stop_tokens: Annotated[int | None, Ge(0)] = None
     """S_stop in tokens of the whole job, rounded up to a step."""
 
-    stop_fraction: float | None = None
+    stop_fraction: Annotated[float | None, Interval(ge=0, le=1)] = None
     """
     S_stop as a fraction of `training.steps`, rounded down. Without any `stop_*`: 0.5. (The paper does not state its
     S_stop.)
@@ -253,7 +254,7 @@ class LetConfig:
     loss_options: dict[str, Any] = field(default_factory=dict)
     """Options of the loss, by name."""
 
-    diagnosis_freq: int = 1
+    diagnosis_freq: Annotated[int, Ge(0)] = 1
     """
     Every how many steps, of those that are logged, the gradient of the alignment is compared with that of the student's
     own loss (let/grad_cosine, let/grad_ratio). 0: never.

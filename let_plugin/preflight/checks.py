@@ -17,6 +17,7 @@ from torchtitan.trainer import Trainer
 from let_plugin.alignment.layer_mapping import LayerPair
 from let_plugin.config import LetConfig, plan
 from let_plugin.config.errors import ConfigError, Problem, suggest
+from let_plugin.config.schema import check_bounds
 from let_plugin.guidance import stopping, teacher_loss
 from let_plugin.preflight import dry_run, teacher_checks
 from let_plugin.preflight.report import Student, report, report_auxiliary, report_ended
@@ -25,20 +26,6 @@ from let_plugin.runtime.held_out import TwoSplitValidator
 from let_plugin.runtime.upstream import DATASETS, HuggingFaceTextDataLoader
 from let_plugin.teacher.open import open_source
 from let_plugin.teacher.stored.features import Features
-
-# Numbers for which torchtitan itself would fail late or loop for ever: key -> smallest value that makes sense.
-_MINIMA = {
-    "training.steps": 1,
-    "training.local_batch_size": 1,
-    "training.seq_len": 1,
-    "training.max_norm": 0,
-    "training.gc_freq": 1,
-    "metrics.log_freq": 1,
-    "validator.freq": 1,
-    "lr_scheduler.warmup_steps": 0,
-    "let.weight": 0,
-    "let.diagnosis_freq": 0,
-}
 
 
 def run(config: Trainer.Config, world_size: int | None = None) -> str:
@@ -51,8 +38,7 @@ def run(config: Trainer.Config, world_size: int | None = None) -> str:
     checks = _Checks()
     if world_size is None:
         world_size = checks(dry_run.world_size, config.comm, config.parallelism)
-    for key, minimum in _MINIMA.items():
-        checks.at_least(config, key, minimum)
+    check_bounds(config)  # of what Python set; a value of the file or the command line is checked where it is read
     parallel_dims = None if world_size is None else checks(_parallel_dims, config, world_size)
     if parallel_dims is not None:
         checks(_check_batch_size, config, parallel_dims)
@@ -84,7 +70,6 @@ def run(config: Trainer.Config, world_size: int | None = None) -> str:
     checks(plan.loss, let)
     checks(plan.dimension_match, let)
     checks(_check_let_parallelism, config)
-    checks(_check_projection, let)
     if let.target == "labels":
         pairs = checks(plan.pairs, config, None)
         if pairs is not None:
@@ -149,13 +134,6 @@ class _Checks:
             # Two checks may come by the same mistake.
             self.problems += [problem for problem in error.problems if problem not in self.problems]
             return None
-
-    def at_least(self, config: Trainer.Config, key: str, minimum: int) -> None:
-        value: Any = config
-        for name in key.split("."):
-            value = getattr(value, name)
-        if not (math.isfinite(value) and value >= minimum):
-            self.problems.append(Problem(key, f"must be at least {minimum}", value))
 
     def finish(self) -> None:
         if self.problems:
@@ -329,20 +307,6 @@ def _check_validation(config: Trainer.Config) -> None:
         reason = "this validator validates in a way of its own, which the teacher cannot take part in"
     if reason:
         raise ConfigError(Problem("let.adaptive_stop.teacher_loss", f"must be given: {reason}", None))
-
-
-def _check_projection(let: LetConfig) -> None:
-    projector = let.projector
-    problems = [
-        Problem(f"let.projector.{name}", "must be 0 or more", value)
-        for name, value in (("lr_multiplier", projector.lr_multiplier), ("weight_decay", projector.weight_decay))
-        if value is not None and not (math.isfinite(value) and value >= 0)
-    ]
-    if not 0 <= let.teacher.center_momentum < 1:
-        message = "must be at least 0 and less than 1"
-        problems.append(Problem("let.teacher.center_momentum", message, let.teacher.center_momentum))
-    if problems:
-        raise ConfigError(problems)
 
 
 def _check_stages(config: Trainer.Config, pairs: Sequence[LayerPair]) -> None:

@@ -68,12 +68,12 @@ def run(args: argparse.Namespace) -> None:
     from let_plugin.config import load as toml_config
 
     argv = [args.config, *args.overrides]
-    path, runtime = toml_config.read_runtime(argv)
+    source = toml_config.read(argv)
 
     from let_plugin.runtime import host
 
-    host.set_up(runtime.device)
-    loaded = toml_config.resolve(path, argv[1:])
+    host.set_up(source.runtime.device)
+    loaded = toml_config.resolve(source)
 
     from let_plugin.runtime import data
 

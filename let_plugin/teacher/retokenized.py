@@ -77,9 +77,9 @@ def teacher_seq_len(config: Trainer.Config, teacher: TeacherInfo) -> int:
     if wanted is None:
         length = -(-config.training.seq_len * 5 // 64) * 16
         return length if longest is None else min(length, longest)
-    if wanted < 1 or (longest is not None and wanted > longest):
-        limit = "" if longest is None else f" and at most {longest}, for which the teacher was built"
-        raise ConfigError(Problem("let.token_alignment.teacher_seq_len", f"must be at least 1{limit}", wanted))
+    if longest is not None and wanted > longest:
+        message = f"must be at most {longest}, for which the teacher was built"
+        raise ConfigError(Problem("let.token_alignment.teacher_seq_len", message, wanted))
     return wanted
 
 

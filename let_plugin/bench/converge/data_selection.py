@@ -194,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
     from let_plugin.runtime import data, host
 
     try:
-        _, runtime = toml_config.read_runtime([str(args.config), *overrides])
+        runtime = toml_config.read([str(args.config), *overrides]).runtime
         host.set_up(runtime.device)
         data.register()
         config: Any = toml_config.load(args.config, overrides).config

@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
     if request.teacher is not None:
         from let_plugin.runtime import host
 
-        host.set_up(toml_config.read_runtime([request.config])[1].device)  # before torchtitan is imported
+        host.set_up(toml_config.read([request.config]).runtime.device)  # before torchtitan is imported
 
         from let_plugin.bench.throughput.random_teacher import RandomTeacher
 

@@ -3,132 +3,128 @@
 import pytest
 
 from let_plugin.config import PairConfig, command_line
-from let_plugin.config.errors import Problem
+from let_plugin.config.errors import ConfigError
+from let_plugin.config.overlay import Overlay
 
 
 def apply(config, *cli):
-    return command_line.apply(config, list(cli), "let-train")
+    tables, problems = command_line.parse(cli, command_line.choices(config))
+    overlay = Overlay(command_line.SOURCE)
+    result = overlay.configuration(config, tables)
+    return result, problems + overlay.problems
 
 
-def problem_of(config, *cli):
-    (problem,) = apply(config, *cli)[1]
-    assert problem.source == "command line"
-    return problem
+def value_at(config, key):
+    for name in key.split("."):
+        config = (
+            config[name] if isinstance(config, dict) else config[int(name)] if name.isdigit() else getattr(config, name)
+        )
+    return config
 
 
-def test_no_options(config):
-    assert apply(config) == (config, [])
-
-
-def test_good_options(config):
-    result, problems = apply(config, "--training.steps", "3", "--let.no-enable", "--let.teacher.path=a=b")
-    assert not problems
-    assert (result.training.steps, result.let.enable, result.let.teacher.path) == (3, False, "a=b")
-    assert config.let.enable
+OPTIMIZER = "optimizer.param_groups.0.optimizer_kwargs"
 
 
 @pytest.mark.parametrize(
-    ("cli", "key", "value", "message"),
+    ("cli", "key", "expected"),
     [
-        (["--training.steps", "five"], "training.steps", "five", "expected an integer"),
-        (["--training.steps=5.5"], "training.steps", 5.5, "expected an integer"),
-        (["--training.step", "5"], "training.step", 5, "unknown; did you mean 'steps'?"),
-        (["--training.local-batch-sise", "5"], "training.local_batch_sise", 5, "did you mean 'local_batch_size'?"),
-        (["--training.dtype", "bfloat61"], "training.dtype", "bfloat61", "did you mean 'bfloat16'?"),
-        (["--training.dataset", "c4"], "training.dataset", "c4", "torchtitan 0.3 calls it dataloader.dataset"),
-        (["--let.enable", "maybe"], "let.enable", "maybe", "expected true or false"),
-        (["--validator.steps", "0"], "validator.steps", 0, "validation steps must be positive or -1"),
-        (["--parallelism.pipeline-parallel-degree", "2"], "parallelism.pipeline_parallel_degree", 2, "CUDA graphs"),
+        (["--training.steps=3"], "training.steps", 3),
+        (["--let.stop-step", "4"], "let.stop_step", 4),
+        (["--let.stop_step", "4"], "let.stop_step", 4),
+        (["--let.weight", "1"], "let.weight", 1.0),
+        (["--let.weight", ".5"], "let.weight", 0.5),
+        (["--let.teacher.path=a=b"], "let.teacher.path", "a=b"),
+        (["--let.teacher.path", "3"], "let.teacher.path", "3"),
+        (["--let.teacher.spec", "llama3:1B"], "let.teacher.spec", "llama3:1B"),
+        (["--let.enable"], "let.enable", True),
+        (["--let.no-enable"], "let.enable", False),
+        (["--let.enable", "false"], "let.enable", False),
+        (["--lr-scheduler.decay-ratio", "None"], "lr_scheduler.decay_ratio", None),
+        (["--compile.components", "model"], "compile.components", ["model"]),
+        (["--compile.components", "model", "loss"], "compile.components", ["model", "loss"]),
+        (["--compile.components", '["model", "loss"]'], "compile.components", ["model", "loss"]),
+        ([f"--{OPTIMIZER}.lr", "1"], f"{OPTIMIZER}.lr", 1.0),
+        ([f"--{OPTIMIZER}.betas", "0.8", "0.9"], f"{OPTIMIZER}.betas", (0.8, 0.9)),
+        (["--training.steps", "3", "--training.steps", "4"], "training.steps", 4),
+        # Free tables and arrays of tables.
+        (["--let.loss-options.beta", "0.5"], "let.loss_options", {"beta": 0.5}),
+        (["--let.loss-options.beta=2"], "let.loss_options", {"beta": 2}),
+        (["--let.pairs", '[{student = 0, teacher = "embedding", weight = 2}]'], "let.pairs",
+         [PairConfig(student=0, teacher="embedding", weight=2.0)]),
+        (["--let.pairs", "[]"], "let.pairs", []),
+        # A choice may come before or after other options.
+        (["activation-checkpoint:none"], "activation_checkpoint", None),
+        (["activation-checkpoint:full", "--training.steps", "3"], "training.steps", 3),
+        (["--let.enable", "activation-checkpoint:full"], "activation_checkpoint.preserve_rng_state", True),
+        (["activation-checkpoint:full", "--activation-checkpoint.debug"], "activation_checkpoint.debug", True),
     ],
-)
-def test_wrong_option(config, cli, key, value, message):
-    config.training.disable_cuda_graphs = False
-    problem = problem_of(config, *cli)
-    assert (problem.key, problem.value) == (key, value)
-    assert message in problem.message
-
-
-def test_new_keys_of_free_tables_and_arrays_of_tables_are_written_as_in_toml(config):
-    options = ["--let.loss-options.beta", "0.5", "--let.schedule-options.final=0.1", "--training.steps", "3"]
-    pairs = ["--let.pairs", '[{student = 3}, {student = 0, teacher = "embedding", weight = 2}]']
-    result, problems = apply(config, *options, *pairs)
+)  # fmt: skip
+def test_good_options(config, cli, key, expected):
+    result, problems = apply(config, *cli)
     assert not problems
-    assert result.let.loss_options == {"beta": 0.5} and result.let.schedule_options == {"final": 0.1}
-    assert result.let.pairs == [PairConfig(student=3), PairConfig(student=0, teacher="embedding", weight=2.0)]
-    assert result.training.steps == 3
-    assert not config.let.pairs and not config.let.loss_options
-    for text, value in (("1.5", 1.5), ("2", 2.0)):
-        assert apply(result, "--let.loss-options.beta", text)[0].let.loss_options == {"beta": value}
-    assert apply(result, "--let.pairs", "[]")[0].let.pairs == []
-
-
-@pytest.mark.parametrize("option", [["--let.loss-options.beta", "2"], ["--let.pairs=[{student = 3}]"]])
-def test_a_choice_may_follow_them(config, option):
-    result, problems = apply(config, *option, "activation-checkpoint:full")
-    assert not problems
-    assert type(result.activation_checkpoint).__qualname__.startswith("FullAC")
-    assert result.let.loss_options == {"beta": 2} or result.let.pairs == [PairConfig(student=3)]
-
-
-def test_mistakes_in_them(config):
-    problems = apply(config, "--let.pairs", "[{studnt = 3}]", "--let.loss-options", "beta", "--training.steps", "x")[1]
-    assert [problem.key for problem in problems] == [
-        *("let.pairs.0.studnt", "let.pairs.0.student", "let.loss_options", "training.steps"),
-    ]
-    assert {problem.source for problem in problems} == {"command line"}
+    found = value_at(result, key)
+    assert (found, type(found)) == (expected, type(expected))
 
 
 @pytest.mark.parametrize(
     ("cli", "text"),
     [
-        (["--training.steps"], "command line: training.steps: expected an integer"),
-        (["--dump_folder"], "command line: dump_folder: Missing value"),
-        (["--let.enabel"], "command line: let.enabel: unknown; did you mean 'enable'?"),
+        (["--training.steps", "five"], "training.steps = 'five': expected an integer"),
+        (["--training.steps=5.5"], "training.steps = 5.5: expected an integer"),
+        (["--training.steps", "0"], "training.steps = 0: must be at least 1"),
+        (["--training.steps", "3", "4"], "training.steps = [3, 4]: expected an integer"),
+        (["--training.steps"], "training.steps: expected an integer"),
+        (["--dump_folder"], "dump_folder: expected a string"),
+        (["--training.step", "5"], "training.step = 5: unknown; did you mean 'steps'?"),
+        (["--let.enabel"], "let.enabel: unknown; did you mean 'enable'?"),
+        (["--training.local-batch-sise", "5"], "training.local_batch_sise = 5: unknown; did you mean 'local_"),
+        (["--training.dtype", "bfloat61"], "training.dtype = 'bfloat61': not a valid choice; did you mean 'bfloat16'?"),
+        (["--training.dataset", "c4"], "training.dataset = 'c4': unknown; did you mean dataloader.dataset"),
+        (["--let.enable", "maybe"], "let.enable = 'maybe': expected true or false"),
+        (["--let.teacher", "x"], "let.teacher = 'x': expected a table"),
+        (["--let.loss-options", "beta"], "let.loss_options = 'beta': expected a table"),
+        (["--let.pairs.0.weight", "2"], "let.pairs.0: no such element"),
+        (["--let.pairs=[]", "--let.pairs.0.weight", "2"], "let.pairs.0.weight: given as a whole and in part"),
+        (["--validator.steps", "0"], "validator.steps = 0: validation steps must be positive or -1"),
+        (["--parallelism.pipeline-parallel-degree", "2"], "parallelism: CUDA graphs"),
+        (["activation-checkpoint:ful"], "activation_checkpoint.type = 'ful': unknown type; did you mean 'full'?"),
+        (["stray"], "stray: options are written --section.key VALUE"),
     ],
-)
-def test_option_without_a_value(config, cli, text):
-    assert str(problem_of(config, *cli)).startswith(text)
-
-
-def test_all_mistakes_at_once_and_the_good_options_applied(config, capfd):
+)  # fmt: skip
+def test_wrong_option(config, cli, text):
     config.training.disable_cuda_graphs = False
-    cli = ["--training.stepz", "3", "--let.weight", "x", "--training.seq_len", "32"]
+    (problem,) = apply(config, *cli)[1]
+    assert str(problem).startswith(f"command line: {text}")
+
+
+def test_all_mistakes_at_once_and_the_good_options_applied(config):
+    config.training.disable_cuda_graphs = False
+    cli = ["--training.stepz", "3", "--let.weight", "x", "--training.seq_len", "32", "--let.pairs", "[{studnt = 3}]"]
     # Right only together with one that comes later:
     cli += ["--parallelism.pipeline_parallel_degree", "2", "--validator.steps=0", "--training.disable_cuda_graphs"]
     result, problems = apply(config, *cli)
-    assert [problem.key for problem in problems] == ["training.stepz", "let.weight", "validator.steps"]
+    assert [problem.key for problem in problems] == [
+        *("training.stepz", "let.weight", "let.pairs.0.studnt", "let.pairs.0.student", "validator.steps"),
+    ]
     assert (result.training.seq_len, result.parallelism.pipeline_parallel_degree) == (32, 2)
-    assert capfd.readouterr() == ("", "")
+    assert config.training.seq_len == 64
 
 
-def test_help_is_printed_nonetheless(config, capfd):
+def printed_help(capfd, config, section):
     with pytest.raises(SystemExit) as info:
-        apply(config, "--help")
+        command_line.print_help(config, section, "let-train run.toml")
     assert not info.value.code
-    assert "--training.steps" in capfd.readouterr().out
+    return capfd.readouterr().out
 
 
-def test_the_message_in_a_box():
-    box = "log\n+- Error ----+\n| \x1b[31mOne thing\x1b[0m   |\n| or another |\n| ---------- |\n| see --help |\n+---+\n"
-    assert command_line._first_paragraph(box) == "One thing or another"
-    assert command_line._first_paragraph(box.replace("|", "│").replace("-", "─")) == "One thing or another"
-
-
-@pytest.mark.parametrize(
-    ("cli", "keys"),
-    [
-        (["--a.b_c", "1"], {"a.b_c"}),
-        (["--a.b-c=--d"], {"a.b_c"}),
-        (["--a.no-b"], {"a.no_b", "a.b"}),
-        (["--a.0.b", "-1"], {"a.0.b"}),
-        (["activation-checkpoint:full"], {"activation_checkpoint"}),
-    ],
-)
-def test_keys(cli, keys):
-    assert command_line.keys(cli) == keys
-
-
-def test_an_option_that_tyro_alone_refuses_keeps_its_message(config):
-    assert problem_of(config, "stray") == Problem(
-        "stray", "Unrecognized options: stray; options are written --section.key VALUE", source="command line"
+def test_help_of_all_and_of_a_section(config, capfd):
+    assert "--training.steps" in printed_help(capfd, config, "")
+    let = printed_help(capfd, config, "let")
+    assert "--let.weight" in let and "--let.teacher.path" in let
+    assert "--training" not in let and len(let.splitlines()) < 300
+    assert (
+        "--let.teacher.path" in (teacher := printed_help(capfd, config, "let.teacher"))
+        and "--let.weight" not in teacher
     )
+    with pytest.raises(ConfigError, match="--help = 'lett': no such section; did you mean 'let'"):
+        command_line.print_help(config, "lett", "")
