@@ -38,7 +38,8 @@ def run(config: Trainer.Config, world_size: int | None = None) -> str:
     checks = _Checks()
     if world_size is None:
         world_size = checks(dry_run.world_size, config.comm, config.parallelism)
-    check_bounds(config)  # of what Python set; a value of the file or the command line is checked where it is read
+    checks(check_bounds, config)  # a number that Python set; those of a file and the command line are checked when read
+    stop_is_a_number = not any(problem.key.startswith("let.stop_") for problem in checks.problems)
     parallel_dims = None if world_size is None else checks(_parallel_dims, config, world_size)
     if parallel_dims is not None:
         checks(_check_batch_size, config, parallel_dims)
@@ -61,7 +62,7 @@ def run(config: Trainer.Config, world_size: int | None = None) -> str:
         return "\n".join(["preflight", f"  student    {student}", "  LET        off: plain torchtitan"])
 
     stop_step = None
-    if parallel_dims is not None or let.stop_tokens is None:  # only tokens depend on the degree
+    if stop_is_a_number and (parallel_dims is not None or let.stop_tokens is None):  # only tokens depend on the degree
         num_data_parallel = 1 if parallel_dims is None else parallel_dims.dp_replicate * parallel_dims.dp_shard
         stop_step = checks(plan.stop_step, config, num_data_parallel)
     checks(plan.schedule, let)

@@ -104,7 +104,7 @@ def test_mistakes_in_the_values_at_once(tmp_path, tiny_config, capfd, mode):
         tmp_path,
         "let-train: 3 problems in the configuration",
         "command line: training.steps = 0: must be at least 1",
-        "command line: let.weight = -1.0: must be at least 0",
+        "command line: let.weight = -1: must be at least 0",
         "command line: dataloader.dataset = 'let_demo_trian': unknown dataset; did you mean 'let_demo_train'?",
     )
 
@@ -152,7 +152,7 @@ def test_all_kinds_of_mistakes_at_once_each_with_its_source(tmp_path, capfd):
         (path, "runtime.device = 'gpu': not a valid choice; did you mean 'cpu'? valid names: auto, cpu"),
         ("command line", "metrics.log_freq = 'often': expected an integer"),
         ("command line", "training.datazet = 'c4': unknown; did you mean "),
-        ("command line", "let.no_enabel: unknown; did you mean 'enable'?"),
+        ("command line", "let.enabel = False: unknown; did you mean 'enable'?"),
         ("command line", "training.steps = -1: must be at least 1"),
         (path, "training.gc_freq = 0: must be at least 1"),
         ("command line", "parallelism: tensor_parallel_degree = 2: this needs a multiple of 2 processes"),
