@@ -208,9 +208,7 @@ def test_without_a_teacher_its_layers_cannot_be_wrong():
         plan.pairs(config_of(target="labels", pairs=[PairConfig(student=4, teacher=11)]), None)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("pairs", [PairConfig(student=0)]), ("student_block", 1), ("temperature", 0.0)]
-)
+@pytest.mark.parametrize(("name", "value"), [("pairs", [PairConfig(student=0)]), ("student_block", 1)])
 def test_what_has_no_meaning_for_logits_is_refused(name, value):
     assert plan.pairs(config_of(target="logits"), 2) == [LayerPair(3, 1)]
     with pytest.raises(ConfigError, match=f"let.{name}"):
