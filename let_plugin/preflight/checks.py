@@ -54,6 +54,8 @@ def run(config: Trainer.Config, world_size: int | None = None) -> str:
             checks(_check_dataset, key, loader)
     checks(_check_dump_folder, config.dump_folder)
     resumption = checks(checkpoint.find, config)
+    if resumption is not None and parallel_dims is not None:
+        checks(resumption.check_data_parallel, parallel_dims.dp_replicate * parallel_dims.dp_shard)
 
     let: LetConfig = config.let
     if not let.enable:

@@ -141,7 +141,8 @@ def _encode(
     states_LE: torch.Tensor, settings: Mapping[str, Any]
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """A row's columns and, by layer, the cosine of what is stored of each token that has a state with that state."""
-    columns, cosines = {}, {}
+    columns: dict[str, torch.Tensor] = {}
+    cosines: dict[str, torch.Tensor] = {}
     parts = states_LE.split(list(settings["widths"].values()), dim=-1)
     for layer, part_LE in zip(settings["widths"], parts, strict=True):
         encoded = encode(part_LE, settings["encoding"])

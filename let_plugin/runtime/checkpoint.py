@@ -94,10 +94,22 @@ class Resumption:
     Attributes:
         path: Its folder.
         steps_taken: The optimizer steps taken by then.
+        num_data_parallel: Data-parallel ranks whose places in the data it has; None: it has none, or they are not read.
     """
 
     path: str
     steps_taken: int
+    num_data_parallel: int | None = None
+
+    def check_data_parallel(self, num_data_parallel: int) -> None:
+        """ConfigError if a run of so many data-parallel ranks cannot go on: torchtitan cannot share the places anew."""
+        if self.num_data_parallel not in (None, num_data_parallel):
+            message = (
+                f"the checkpoint {self.path} has the places in the data of {self.num_data_parallel} data-parallel "
+                f"ranks, and this run has {num_data_parallel}: run with as many, or begin with the data anew "
+                '(checkpoint.exclude_from_loading = ["dataloader"])'
+            )
+            raise ConfigError(Problem("parallelism", message))
 
 
 def find(config: Trainer.Config) -> Resumption | None:
@@ -121,16 +133,21 @@ def find(config: Trainer.Config) -> Resumption | None:
         raise ConfigError(Problem(f"checkpoint.{key}", f"there is no checkpoint {path}", getattr(settings, key)))
     if model_only or TRAIN_STATE in settings.exclude_from_loading:
         return None
-    state = {TRAIN_STATE: {"step": 0}}
+    state: dict[str, Any] = {TRAIN_STATE: {"step": 0}}
     try:
         reader = dcp_files.open_checkpoint(path)
-        if f"{TRAIN_STATE}.step" not in reader.read_metadata().state_dict_metadata:
+        names = reader.read_metadata().state_dict_metadata
+        if f"{TRAIN_STATE}.step" not in names:
             return None  # weights only: torchtitan says so
+        # A loader of the user's own may share its places among any number of ranks.
+        is_titans = type(config.dataloader).__module__.startswith("torchtitan.")
+        if is_titans and "dataloader.world_size" in names and "dataloader" not in settings.exclude_from_loading:
+            state["dataloader"] = {"world_size": None}
         dcp_files.load(state, reader)
     except (Exception, CheckpointException) as error:  # the latter is no Exception, only a BaseException
         message = f"the checkpoint {path} cannot be read: {type(error).__name__}: {str(error).strip()}".splitlines()[0]
         raise ConfigError(Problem(f"checkpoint.{key}", message, getattr(settings, key))) from error
-    return Resumption(path, state[TRAIN_STATE]["step"])
+    return Resumption(path, state[TRAIN_STATE]["step"], state.get("dataloader", {}).get("world_size"))
 
 
 def _folder(config: Trainer.Config) -> str:

@@ -3,9 +3,11 @@
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
 
 from let_plugin.alignment.adaptive_stop import AdaptiveStop
 from let_plugin.config.errors import ConfigError
+from let_plugin.preflight import checks as preflight
 from let_plugin.runtime import checkpoint
 
 SETTINGS = {"threshold": 0.0, "smoothing": 0.9, "patience": 2}
@@ -46,3 +48,25 @@ def test_the_state_of_something_else_is_refused(config, tmp_path, identity):
     checkpoint.restore("own", checkpoint.Identified(stop, [3, 11]), config, 2)  # its own
     with pytest.raises(ConfigError, match=r"step-2 has a own of other settings .* start afresh"):
         checkpoint.restore("own", checkpoint.Identified(stop, identity), config, 2)
+
+
+def test_a_run_of_another_data_parallel_degree_is_refused_before_a_teacher_is_opened(config, trainer, tmp_path):
+    """torchtitan itself ends in an assertion, when the teacher's states may have been opened."""
+    config.dataloader = HuggingFaceTextDataLoader.Config(dataset="let_demo_train")
+    loader = config.dataloader.build(
+        dp_world_size=4, dp_rank=0, tokenizer=trainer.tokenizer, seq_len=64, local_batch_size=4
+    )
+    state = {"train_state": {"step": 2}, "dataloader": loader}
+    dcp.save(state, checkpoint_id=f"{config.dump_folder}/{config.checkpoint.folder}/step-2", no_dist=True)
+    config.checkpoint.enable = True
+    config.training.steps, config.let.stop_step = 8, 4
+    config.let.teacher.features = str(tmp_path / "nowhere")
+    with pytest.raises(ConfigError) as info:
+        preflight.run(config, world_size=2)
+    found = {problem.key: problem.message for problem in info.value.problems}
+    assert "has the places in the data of 4 data-parallel ranks, and this run has 2" in found["parallelism"]
+    assert checkpoint.find(config) == checkpoint.Resumption(found["parallelism"].split()[2], 2, 4)
+    config.checkpoint.exclude_from_loading = ["dataloader"]
+    with pytest.raises(ConfigError) as info:
+        preflight.run(config, world_size=2)
+    assert [problem.key for problem in info.value.problems] == ["let.teacher.features"]
