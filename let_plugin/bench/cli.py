@@ -21,6 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     _add_converge(subparsers)
     _add_table(subparsers)
     _add_report(subparsers)
+    _add_plot(subparsers)
     _add_eval(subparsers)
     # What is not the benchmark's own is the configuration's: --section.key VALUE.
     args, overrides = parser.parse_known_args(argv)
@@ -217,22 +218,43 @@ def _add_report(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
     parser = subparsers.add_parser(
         "report",
         help="a page of what the rows say",
-        description="Writes a page (index.html, which needs nothing beside it) and its figures as PNG: everything that "
-        "the rows say, and nothing else.",
+        description="Writes a page that needs nothing beside it: what the rows say, and nothing else.",
         allow_abbrev=False,
     )
     parser.add_argument("rows", type=Path, nargs="+", metavar="ROWS.jsonl")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="an older page in it is replaced")
+    parser.add_argument("--out", type=Path, required=True, metavar="PAGE.html", help="an older page is replaced")
     parser.set_defaults(function=_report)
 
 
 def _report(args: argparse.Namespace, others: list[str], command: str) -> None:
     _refuse(others, "report")
 
-    from let_plugin.bench import page
+    from let_plugin.bench import report
 
-    files = page.write(args.rows, args.out)
-    print(f"{files[0]} and {len(files) - 1} PNG files")
+    report.write(args.rows, args.out)
+    print(args.out)
+
+
+def _add_plot(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = subparsers.add_parser(
+        "plot",
+        help="curves of runs, side by side",
+        description="Draws the metrics of runs (metrics.jsonl in their dump folders) side by side, or the held-out "
+        "losses of convergence rows.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="dump folder, or file of rows")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=".html, .png or .svg")
+    parser.set_defaults(function=_plot)
+
+
+def _plot(args: argparse.Namespace, others: list[str], command: str) -> None:
+    _refuse(others, "plot")
+
+    from let_plugin.bench import report
+
+    report.plot(args.runs, args.out)
+    print(args.out)
 
 
 def _add_eval(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -14,7 +14,6 @@ from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 
 from let_plugin.bench import hf_export, rows
-from let_plugin.bench.page.downstream_section import KIND
 from let_plugin.config import load as toml_config
 from let_plugin.config.errors import ConfigError, Problem
 from let_plugin.runtime import data
@@ -88,7 +87,7 @@ def run(checkpoint: str, config_file: Path, overrides: Sequence[str], options: O
         max_length = options.max_length or loaded.config.training.seq_len
         results = _evaluate(folder, max_length, options, manager)
     new = rows.row(
-        KIND,
+        "eval",
         command=command,
         config=toml_config.dump(loaded),
         seed=None,

@@ -25,6 +25,16 @@ from let_plugin.config.errors import ConfigError, Problem
 
 Row = Mapping[str, Any]
 
+# Kinds of rows.
+THROUGHPUT = "throughput"
+PROFILE = "profile"
+CONVERGE = "converge"  # a run to its end: one method with one seed
+CHOICE = "converge_choice"  # of a weight
+DIVERGED = "converge_diverged"  # a run whose held-out loss became NaN; its value is the step
+
+BASELINE = "standard"  # the method that the others are compared with
+CONTROLS = ("labels", "random_teacher", "shuffled_targets")  # of LET, at its weight: what it does without knowledge
+
 # Distributions whose versions a row carries, those of them that are installed.
 _DISTRIBUTIONS = ("let-plugin", "torch", "torchtitan", "transformers")
 

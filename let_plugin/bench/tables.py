@@ -1,41 +1,170 @@
-"""`let-bench table`: the tables of rows that are there, as the commands that measured them print them."""
+"""Tables of rows, as text: what `let-bench table` prints, and what a suite prints at its end."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from let_plugin.bench import rows, summary
-from let_plugin.bench.converge import curves
-from let_plugin.bench.converge import table as convergence_table
-from let_plugin.config.errors import ConfigError, Problem
+import pandas as pd
+
+from let_plugin.bench import frame
+from let_plugin.bench.frame import AXES, Suite
+from let_plugin.bench.rows import BASELINE, THROUGHPUT, Row
+from let_plugin.bench.statistics import median
+
+MIB = 2**20
+_AXIS_NAMES = {"tokens": "tokens", "flops": "FLOPs", "seconds": "seconds"}
 
 
-def text(files: Sequence[Path]) -> str:
-    """A table for each suite in the files, in order.
+def text(files: Sequence[Path], suite: str | None = None) -> str:
+    """The table of each suite in files of rows, in order; or of the suite of this id alone.
 
-    Raises:
-        ConfigError: If a file is missing, holds something else than rows, or has no suite that can be shown.
+    ConfigError lists missing files and lines that are no rows, or says that there is nothing to show.
     """
-    problems = [Problem("ROWS.jsonl", "no such file", str(file)) for file in files if not file.is_file()]
-    if problems:
-        raise ConfigError(problems)
-    parts = []
-    for file in files:
-        found = rows.read(file)
-        suites = dict.fromkeys((row["kind"], row["suite"]) for row in found if "suite" in row)
-        own = [_table(file, found, kind, suite) for kind, suite in suites]
-        if not any(own):
-            kinds = ", ".join(sorted({row["kind"] for row in found})) or "no rows at all"
-            message = f"no complete pair of throughput runs and no results of a convergence suite in it ({kinds})"
-            raise ConfigError(Problem("ROWS.jsonl", message, str(file)))
-        parts += [table for table in own if table]
+    found = [row for row in frame.read(files) if suite is None or row.get("suite") == suite]
+    return "\n\n".join(map(suite_text, frame.suites(found)))
+
+
+def suite_text(suite: Suite) -> str:
+    parts = [lines(table(suite)), "\n".join(notes(suite))]
+    parts += [f"{caption}:\n{lines(profile)}" for caption, profile in map(profile_table, suite.profiles)]
+    parts += ["\n".join(words) for words in (choices(suite), verdicts(suite)) if words]
     return "\n\n".join(parts)
 
 
-def _table(file: Path, found: Sequence[rows.Row], kind: str, suite: str) -> str:
-    """Empty where there is nothing to show, or another kind of the suite's rows shows it."""
-    if kind == "throughput":
-        measured = summary.by_label(found, suite)
-        return summary.table(file, suite) if all(measured.values()) else ""
-    if kind == curves.KIND:
-        return convergence_table.of_rows([row for row in found if row.get("suite") == suite])
-    return ""
+def lines(cells: pd.DataFrame) -> str:
+    """Cells in columns: the index to the left, and the others to the right."""
+    return "\n".join(line.rstrip() for line in cells.add_prefix(" ").to_string().splitlines())
+
+
+def table(suite: Suite) -> pd.DataFrame:
+    """The suite's results as cells of text, for the console and the page."""
+    cells = [_cost_cells(line) if suite.kind == THROUGHPUT else _gain_cells(line, suite) for line in _lines(suite)]
+    first = "case" if suite.kind == THROUGHPUT else "method"
+    return pd.DataFrame(cells, index=suite.frame.index.rename(None)).rename_axis(columns=first)
+
+
+def notes(suite: Suite) -> list[str]:
+    """What was measured, and what the columns mean."""
+    first = suite.rows[0]
+    where = f"{first['device_name']} ({first['device']})"
+    if suite.kind == THROUGHPUT:
+        how = f"{first['num_processes']} process{'es' if first['num_processes'] > 1 else ''}"
+        how += ", steps in turn" if first.get("interleaved") else ""
+        said = [
+            f"{suite.frame['step_time'].iloc[0].num} pairs on {where}, {how}; medians, and the mean ratio to plain "
+            "with its 95 % interval.",
+            "FLOP bound: 1 + N_T / (3 N_S), in distillation with the teacher's head and the student's once more. "
+            "Memory bound: the teacher's parameters per rank + one activation.",
+            f"Break-even: so many times fewer steps pay for a teacher that stays {first['stop_step']} of "
+            f"{first['run_steps']} steps (in distillation: all of them).",
+        ]
+        if not first["peak_is_of_measured_steps"]:
+            said.append("This kernel cannot reset a peak: memory is that of whole runs, also after the stop.")
+        if (slope := frame.slope(suite)) is not None:
+            said.append(f"Overhead against N_T / N_S: slope {slope.text('.3f')}; the FLOP bound has 0.333.")
+        return said
+    seeds = list(dict.fromkeys(row["seed"] for row in suite.rows))
+    said = [
+        f"{len(seeds)} seed{'' if len(seeds) == 1 else 's'} ({', '.join(map(str, seeds))}) of each method on {where}; "
+        f"{first['curve']['tokens'][-1]:,} tokens each, the same in the same order. A seed sets the initial weights.",
+        "Test loss in nats per token, on a split on which nothing was chosen. Means over the seeds, with 95 % "
+        "intervals of the mean paired difference, and of the mean ratio.",
+        f"Speed-up: how many times less it takes to reach {BASELINE}'s final test loss. FLOPs and seconds include the "
+        "preparation, but not the evaluations.",
+    ]
+    for label, before in suite.frame["preparation"].items():
+        if before["what"] != "nothing":
+            seconds = "an unknown time" if before["seconds"] is None else f"{before['seconds']:,.0f} s"
+            what = f"{before['what']}, {before['tokens']:,} tokens, {before['flops']:.3g} FLOPs, {seconds}"
+            said.append(f"{label}: {what}.")
+    for label, own in suite.diverged.items():
+        seeds_text = ", ".join(map(str, sorted(own)))
+        said.append(f"{label} has no result: diverged with seed {seeds_text} (held-out loss is NaN).")
+    return said
+
+
+def verdicts(suite: Suite) -> list[str]:
+    """Each comparison of a convergence suite in words."""
+    if not suite.comparisons:
+        return []
+    if suite.comparisons[0][2].num < 2:
+        return ["One seed: no difference here can be told from chance. Take more (--seeds)."]
+    said = []
+    for label, other, difference in suite.comparisons:
+        interval = f"{difference.value:+.4f} (95 %: {difference.low:+.4f} to {difference.high:+.4f})"
+        if difference.contains(0):
+            said.append(f"{label} and {other}: no difference is resolved, {interval}")
+        else:
+            verdict = "better" if difference.value < 0 else "worse"
+            said.append(f"{label} is {verdict} than {other}, significantly: {interval}")
+    num = f"{len(suite.comparisons)} comparisons, each at 95 % by itself"
+    return [*said, f"{num}: of twenty without any difference, one is called significant on average."]
+
+
+def choices(suite: Suite) -> list[str]:
+    """The weights that were chosen, and by what."""
+    said = []
+    for row in suite.choices:
+        losses = ", ".join(f"{w:g}: {loss:.4f}" for w, loss in zip(row["weights"], row["values"], strict=True))
+        seeds = ", ".join(map(str, row["tuning_seeds"]))
+        line = f"{row['method']}: weight {row['chosen']:g}, by the validation loss (seed {seeds}) of {losses}"
+        diverged = row.get("diverged", [])
+        if diverged:
+            line += f" (diverged: {', '.join(f'{weight:g}' for weight in diverged)})"
+        grid = [*row["weights"], *diverged]
+        at_end = len(grid) > 1 and row["chosen"] in (min(grid), max(grid))
+        said.append(f"{line}; at the end of the grid, so a better one may lie beyond it" if at_end else line)
+    return said
+
+
+def profile_table(row: Row) -> tuple[str, pd.DataFrame]:
+    """Caption and cells: where the time of a profiled step goes."""
+    step = median(row["values"])
+    parts = {**row["parts"], "the student's own step": step - sum(row["parts"].values())}
+    cells = [
+        {"ms/step": f"{1000 * seconds:,.2f}", "of the step": f"{seconds / step:.2%}"} for seconds in parts.values()
+    ]
+    bound = f"FLOP bound of LET {row['flop_bound']:.2%} of plain"
+    caption = f"{row['label']}, profiled ({1000 * step:,.1f} ms/step; {bound})"
+    return caption, pd.DataFrame(cells, index=list(parts)).rename_axis(columns="part")
+
+
+def _lines(suite: Suite) -> list[pd.Series]:
+    return [line for _, line in suite.frame.iterrows()]
+
+
+def _cost_cells(line: pd.Series) -> dict[str, str]:
+    cells = {
+        "tokens/s": f"{line['tokens_per_second']:,.0f}",
+        "ms/step": f"{1000 * line['seconds']:,.1f}",
+        "step time / plain": "1" if line["is_baseline"] else line["step_time"].text(".4f"),
+        "FLOP bound": "" if line["is_baseline"] else f"{line['flop_bound']:.4f}",
+    }
+    for name in (name for name in line.index if name.endswith(" / plain")):
+        kind = name.removesuffix(" / plain")
+        cells |= {
+            f"{kind} MiB": f"{line[kind] / MIB:,.1f}",
+            name: "1" if line["is_baseline"] else line[name].text(".4f"),
+        }
+    if line["is_baseline"]:
+        return cells | {"+ MiB": "", "bound + MiB": "", "break-even": ""}
+    pays = "never" if pd.isna(line["break_even"]) else f"{line['break_even']:.3f}x"
+    cells |= {"+ MiB": f"{line['more_memory'] / MIB:+,.1f}", "bound + MiB": f"{line['memory_bound'] / MIB:+,.1f}"}
+    return cells | {"break-even": pays if line["flop_bound"] > 1 else ""}
+
+
+def _gain_cells(line: pd.Series, suite: Suite) -> dict[str, str]:
+    is_baseline = line.name == BASELINE
+    cells = {"test loss": f"{line['loss'].value:.4f}"}
+    cells[f"less {BASELINE}"] = "" if is_baseline else line["difference"].text("+.4f")
+    for axis in AXES:
+        cells[f"speed-up, {_AXIS_NAMES[axis]}"] = "1" if is_baseline else speed_up(line, axis)
+    cells |= {"FLOPs": f"{line['flops']:.3g}", "seconds": f"{line['seconds']:,.0f}"}
+    return cells | {f"{suite.frame['memory_kind'].iloc[0]} MiB": f"{line['memory'] / MIB:,.0f}"}
+
+
+def speed_up(line: pd.Series, axis: str) -> str:
+    if line[f"{axis}_missed"]:
+        return f"not reached by {line[f'{axis}_missed']} of {line['loss'].num}"
+    estimate = line[f"{axis}_ratio"]
+    interval = "" if estimate.low is None else f" [{estimate.low:.3f}, {estimate.high:.3f}]"
+    return f"{estimate.value:.3f}x{interval}"

@@ -8,7 +8,7 @@ import pytest
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
-from let_plugin.bench import page, rows
+from let_plugin.bench import rows
 from let_plugin.demo import TEACHER, TEXT
 from tests.support import jobs
 from tests.support.config_registry import demo_teacher
@@ -93,9 +93,6 @@ def test_scores_become_a_row_and_the_model_stays(checkpoint, tasks, config, tmp_
     shipped, exported = load_file(f"{TEACHER}/model.safetensors"), load_file(export / "model.safetensors")
     assert shipped.keys() == exported.keys()
     assert all(weight.equal(exported[name]) for name, weight in shipped.items())
-
-    html = page.write([out], tmp_path / "report")[0].read_text()
-    assert f"{scores['acc']:.4f} \N{PLUS-MINUS SIGN} {scores['acc_stderr']:.4f}" in html
 
     # Bad input is named at the start, and changes nothing.
     wrong = ["eval", checkpoint, "--config", config, "--tasks", "let_continuation", "hellaswagg", "--out", out]

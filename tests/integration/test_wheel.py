@@ -42,5 +42,5 @@ def test_a_wheel_installs_and_trains_elsewhere(tmp_path):
 
     assert result.returncode == 0, result.stderr[-4000:]
     assert str(site) in result.stdout.splitlines()[0]
-    assert (site / "let_plugin/bench/page/page.html.jinja").is_file()
+    assert (site / "let_plugin/bench/report.html.jinja").is_file()
     assert jobs.metrics(tmp_path / "run")[0]["let/active"] == 1

@@ -29,7 +29,6 @@ from let_plugin.config import LetConfig, TeacherConfig
 from let_plugin.config.errors import ConfigError, Problem, lookup
 
 SALT_FRACTION = 0.17
-CONTROLS = ("labels", "random_teacher", "shuffled_targets")  # of LET, at its weight: what it does without knowledge
 DISTILLATION_WEIGHT = 1.0  # where nothing is tuned: as much as the student's own loss
 
 

@@ -12,10 +12,10 @@ from torchtitan.components.validate import Validator
 from torchtitan.distributed import ParallelDims
 
 from let_plugin.bench.converge import data_selection, methods, stacking
-from let_plugin.bench.converge.curves import BASELINE
 from let_plugin.bench.converge.methods import METHODS, Resources
 from let_plugin.bench.converge.runs import Preparation, Run, Shallow, label
 from let_plugin.bench.processes import launch_problems, slug
+from let_plugin.bench.rows import BASELINE
 from let_plugin.bench.throughput.costs import active_cost, step_flops
 from let_plugin.config import load as toml_config
 from let_plugin.config import plan

@@ -9,12 +9,11 @@ from typing import Any
 
 from torchtitan.tools.logging import logger
 
-from let_plugin.bench import rows
-from let_plugin.bench.converge import table as convergence_table
-from let_plugin.bench.converge.curves import BASELINE, CHOICE, DIVERGED, KIND, diverged_seeds
+from let_plugin.bench import rows, tables
 from let_plugin.bench.converge.plan import Options, Planner
 from let_plugin.bench.converge.runs import Run, execute, row
 from let_plugin.bench.processes import Progress, RunFailedError
+from let_plugin.bench.rows import BASELINE, CHOICE, CONVERGE, DIVERGED
 from let_plugin.config import load as toml_config
 from let_plugin.runtime import data
 
@@ -81,23 +80,11 @@ class Suite:
         _refuse_without_baseline(found[self._id(run)] for run in runs if self._id(run) in found)
         self._run(runs, "result", [])
         found = self._found()
-        results: dict[str, list[rows.Row]] = {}
         for run in runs:
             own = found[self._id(run)]
             if own["role"] != "result":  # it was run to tune, and is a result as well
-                own |= {"role": "result"}
-                rows.append(self._options.out, own)
-            results.setdefault(run.label, []).append(own)
-        choices = [
-            row
-            for row in rows.read(self._options.out)
-            if row["kind"] == CHOICE and row["suite"] == self.id and row["method"] in self._chosen
-        ]
-        latest = {row["method"]: row for row in choices}
-        diverged = diverged_seeds(row for own in results.values() for row in own)
-        return convergence_table.table(
-            {label: own for label, own in results.items() if label not in diverged}, list(latest.values()), diverged
-        )
+                rows.append(self._options.out, own | {"role": "result"})
+        return tables.text([self._options.out], self.id)
 
     def _run(self, runs: Sequence[Run], role: str, later: Sequence[str]) -> None:
         missing = self._missing(runs)
@@ -165,7 +152,7 @@ class Suite:
         return run.id(self._origin, self._options.num_processes)
 
     def _found(self) -> dict[str, dict[str, Any]]:
-        return {row["run"]: row for row in rows.read(self._options.out) if row["kind"] in (KIND, DIVERGED)}
+        return {row["run"]: row for row in rows.read(self._options.out) if row["kind"] in (CONVERGE, DIVERGED)}
 
     def _missing(self, runs: Sequence[Run]) -> list[Run]:
         found = self._found()

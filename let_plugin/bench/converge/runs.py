@@ -12,7 +12,6 @@ import tomli_w
 
 from let_plugin.bench import rows
 from let_plugin.bench.converge import stacking
-from let_plugin.bench.converge.curves import KIND
 from let_plugin.bench.converge.observe import Request
 from let_plugin.bench.processes import run_module, slug
 from let_plugin.config import load as toml_config
@@ -137,7 +136,7 @@ def row(
         "test_loss": curve["test_loss"],
     }
     return rows.row(
-        KIND,
+        rows.CONVERGE,
         command=command,
         config=run.config,
         seed=run.seed,

@@ -11,7 +11,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
-from let_plugin.bench import summary
+from let_plugin.bench import tables
 from let_plugin.bench.processes import launch_problems
 from let_plugin.bench.throughput import cases, random_teacher, stored_states, suite
 from let_plugin.bench.throughput.cases import CASES, PLAIN, Steps, Variant
@@ -111,7 +111,7 @@ def run(config_file: Path, overrides: Sequence[str], options: Options, command: 
         profile=options.profile,
         interleave=options.interleave,
     )
-    return summary.table(options.out, name)
+    return tables.text([options.out], name)
 
 
 def plan_runs(loaded: Loaded, options: Options) -> list[suite.Run]:

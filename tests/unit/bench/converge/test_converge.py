@@ -5,10 +5,10 @@ import math
 from collections import Counter
 
 import pytest
+from let_plugin.bench.page import convergence_section
 
 from let_plugin.bench import cli, rows, tables
 from let_plugin.bench.converge import run as converge
-from let_plugin.bench.page import convergence_section
 from let_plugin.bench.processes import RunFailedError
 
 # Final validation loss of a run without a process: LET is best at 1, rkd at 0.1; standard is 4.

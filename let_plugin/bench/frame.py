@@ -1,0 +1,222 @@
+"""Rows as pandas frames. Each number of a table, a page or a figure is derived here, once."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+
+from let_plugin.bench import rows, statistics
+from let_plugin.bench.rows import BASELINE, CHOICE, CONTROLS, CONVERGE, DIVERGED, PROFILE, THROUGHPUT, Row
+from let_plugin.bench.statistics import Estimate, median, step_at_loss
+from let_plugin.config.errors import ConfigError, Problem
+
+AXES = ("tokens", "flops", "seconds")  # what a curve may be drawn against
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """What may be compared with each other.
+
+    Attributes:
+        name: The question that it answers: the rows' own `name`, or that of their file.
+        kind: THROUGHPUT or CONVERGE.
+        frame: A line per label: see `costs` and `gains`.
+        rows: What the frame is made of.
+        profiles: Rows of profiled runs.
+        choices: Rows of weights that were chosen, the latest of each method.
+        diverged: Label -> seeds that diverged. Such a label is not in the frame: the other seeds would flatter it.
+        comparisons: Label, the label it is compared with, and the difference of their final losses.
+    """
+
+    name: str
+    kind: str
+    frame: pd.DataFrame
+    rows: Sequence[Row]
+    profiles: Sequence[Row] = ()
+    choices: Sequence[Row] = ()
+    diverged: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    comparisons: Sequence[tuple[str, str, Estimate]] = ()
+
+    @property
+    def time(self) -> str:
+        return max(row["time"] for row in self.rows)
+
+
+def read(files: Sequence[Path]) -> list[Row]:
+    """The rows of the files, each with a `name`: its own, or that of its file.
+
+    ConfigError lists missing files, and lines that are no rows.
+    """
+    problems = [Problem("ROWS.jsonl", "no such file", str(file)) for file in files if not file.is_file()]
+    found: list[Row] = []
+    for file in dict.fromkeys(files):
+        try:
+            found += [{"name": file.stem.replace("_", " "), **row} for row in rows.read(file)]
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return found
+
+
+def suites(found: Sequence[Row]) -> list[Suite]:
+    """In the order of their rows. ConfigError if there is nothing to compare in any of them."""
+    made = []
+    for suite in dict.fromkeys(row["suite"] for row in found if "suite" in row):
+        own = [row for row in found if row.get("suite") == suite]
+        made += [costs(own), gains(own)]
+    shown = [suite for suite in made if suite is not None]
+    if not shown:
+        kinds = ", ".join(sorted({row["kind"] for row in found})) or "no rows at all"
+        message = f"no complete pair of throughput runs and no results of a convergence suite in the rows ({kinds})"
+        raise ConfigError(Problem("ROWS.jsonl", message))
+    return shown
+
+
+def newest(made: Sequence[Suite]) -> list[Suite]:
+    """Without those that a later suite of the same name and kind replaces."""
+    latest = {(suite.name, suite.kind): suite for suite in sorted(made, key=lambda suite: suite.time)}
+    return [suite for suite in made if latest[suite.name, suite.kind] is suite]
+
+
+def costs(own: Sequence[Row]) -> Suite | None:
+    """A suite's throughput rows, complete rounds only: a line per label. Bytes, seconds per step, ratios to plain."""
+    rounds = _complete([row for row in own if row["kind"] == THROUGHPUT], "pair")
+    lines = []
+    for label, measured in rounds.items():
+        first = measured[0]
+        plain = rounds[first["baseline"]]
+        ratios = [_step_time_ratio(row, base) for row, base in zip(measured, plain, strict=True)]
+        step_time = statistics.ratio(ratios, [1.0] * len(ratios))
+        line = {
+            "label": label,
+            "case": first["case"],
+            "is_baseline": label == first["baseline"],
+            "share": (first["num_teacher_params"] or 0) / first["num_student_params"],
+            "tokens_per_second": median([row["tokens_per_second"] for row in measured]),
+            "seconds": median([median(row["values"]) for row in measured]),
+            "ratios": ratios,
+            "step_time": step_time,
+            "flop_bound": 1 + first["flop_bound"],
+            "memory_bound": first["memory_bound_bytes"],
+            "break_even": _break_even(first["run_steps"], first["stop_step"], step_time.value - 1),
+        }
+        for kind in first["peak_memory_bytes"]:
+            peaks, plain_peaks = ([row["peak_memory_bytes"][kind] for row in some] for some in (measured, plain))
+            line |= {kind: median(peaks), f"{kind} / plain": statistics.ratio(peaks, plain_peaks)}
+            line.setdefault("more_memory", median(peaks) - median(plain_peaks))
+        lines.append(line)
+    if not lines:
+        return None
+    used = [row for measured in rounds.values() for row in measured]
+    profiles = [row for row in own if row["kind"] == PROFILE]
+    frame = pd.DataFrame(lines).set_index("label")
+    return Suite(name=used[0]["name"], kind=THROUGHPUT, frame=frame, rows=used, profiles=profiles)
+
+
+def gains(own: Sequence[Row]) -> Suite | None:
+    """A suite's convergence rows: a line per label, over the seeds that all labels have. Losses in nats per token.
+
+    A speed-up is BASELINE's cost of its final loss over the method's cost of the same, each where the curve of that
+    seed is first there. It is None if a seed never gets there: a mean over the others would flatter the method.
+    """
+    diverged: dict[str, list[int]] = {}
+    for row in own:
+        if row["kind"] == DIVERGED and row["role"] == "result":
+            diverged.setdefault(row["label"], []).append(row["seed"])
+    results = [row for row in own if row["kind"] == CONVERGE and row["role"] == "result"]
+    seeds = _complete([row for row in results if row["label"] not in diverged], "seed")
+    if not seeds.get(BASELINE) or len(seeds) + len(diverged) < 2:
+        return None
+    seeds = {BASELINE: seeds.pop(BASELINE)} | seeds
+    losses = {label: [row["final_test_loss"] for row in runs] for label, runs in seeds.items()}
+    lines = []
+    for label, runs in seeds.items():
+        line = {"label": label, "loss": statistics.mean(losses[label]), "preparation": runs[0]["preparation"]}
+        line["difference"] = statistics.difference(losses[label], losses[BASELINE])
+        for axis in AXES:
+            pairs = zip(seeds[BASELINE], runs, losses[BASELINE], strict=True)
+            reached = [(_cost_of(base, loss, axis), _cost_of(run, loss, axis)) for base, run, loss in pairs]
+            missed = sum(own is None for _, own in reached)
+            speed_up = None if missed else statistics.ratio(*zip(*reached, strict=True))
+            line |= {f"{axis}_missed": missed, f"{axis}_ratio": speed_up}
+            line[axis] = sum(row["curve"][axis][-1] for row in runs) / len(runs)
+        peaks = runs[0]["peak_memory_bytes"]
+        kind = max(peaks, key=peaks.get)  # what an accelerator's allocator holds, not what it gave out
+        line["memory"] = sum(row["peak_memory_bytes"][kind] for row in runs) / len(runs)
+        lines.append(line | {"memory_kind": kind})
+    first = {label: runs[0] for label, runs in seeds.items()}
+    compared = [(label, BASELINE) for label in seeds if label != BASELINE]
+    # A control says something about LET at its own weight only.
+    compared += [
+        (let, label)
+        for let in seeds
+        for label in seeds
+        if first[let]["method"] == "let"
+        and first[label]["method"] in CONTROLS
+        and first[label]["weight"] == first[let]["weight"]
+    ]
+    used = [row for runs in seeds.values() for row in runs]
+    return Suite(
+        name=used[0]["name"],
+        kind=CONVERGE,
+        frame=pd.DataFrame(lines).set_index("label"),
+        rows=used,
+        choices=list({row["method"]: row for row in own if row["kind"] == CHOICE}.values()),
+        diverged=diverged,
+        comparisons=[(a, b, statistics.difference(losses[a], losses[b])) for a, b in compared],
+    )
+
+
+def curves(suite: Suite) -> pd.DataFrame:
+    """Of a convergence suite: label, step, mean costs, mean test loss and its interval, at each evaluation."""
+    lines = []
+    for label in suite.frame.index:
+        runs = [pd.DataFrame(row["curve"]).set_index("step") for row in suite.rows if row["label"] == label]
+        for step, at_step in pd.concat(runs).groupby(level=0):
+            loss = statistics.mean(at_step["test_loss"])
+            costs = at_step[list(AXES)].mean()
+            lines.append(
+                {"label": label, "step": step, **costs, "loss": loss.value, "low": loss.low, "high": loss.high}
+            )
+    return pd.DataFrame(lines)
+
+
+def slope(suite: Suite) -> Estimate | None:
+    """How the overhead of a throughput suite grows with N_T / N_S: the mean over rounds of least-squares slopes.
+
+    Rounds are what is independent: what is measured in one has its noise in common. None for fewer than three sizes.
+    """
+    from scipy import stats
+
+    active = suite.frame[suite.frame["case"] == "active"]
+    if active["share"].nunique() < 3 or active["share"].duplicated().any():
+        return None
+    return statistics.mean([stats.linregress(active["share"], ys).slope for ys in zip(*active["ratios"], strict=True)])
+
+
+def _complete(found: Sequence[Row], index: str) -> dict[str, list[Row]]:
+    """Label -> its rows, one for each value of the field `index` that all labels have: the n-th of each are a pair."""
+    by_label: dict[str, dict[int, Row]] = {}
+    for row in found:
+        by_label.setdefault(row["label"], {})[row[index]] = row
+    complete = [key for key in next(iter(by_label.values()), ()) if all(key in own for own in by_label.values())]
+    return {label: [own[key] for key in complete] for label, own in by_label.items()} if complete else {}
+
+
+def _step_time_ratio(row: Row, plain: Row) -> float:
+    """The ratio of the median steps. Steps that were made in turn are pairs, and it is the median of their ratios."""
+    if row.get("interleaved") and plain.get("interleaved"):
+        return median([own / base for own, base in zip(row["values"], plain["values"], strict=True)])
+    return median(row["values"]) / median(plain["values"])
+
+
+def _break_even(steps: int, stop_step: int, overhead: float) -> float | None:
+    """As in the preflight report, which imports torchtitan: a table shall not wait for that. None: it never pays."""
+    affordable_steps = steps - overhead * stop_step
+    return steps / affordable_steps if affordable_steps > 0 else None
+
+
+def _cost_of(row: Row, loss: float, axis: str) -> float | None:
+    return step_at_loss(list(zip(row["curve"][axis], row["curve"]["test_loss"], strict=True)), loss)

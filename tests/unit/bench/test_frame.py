@@ -1,0 +1,129 @@
+"""Known ratios come out of rows as they are."""
+
+import math
+
+import pytest
+
+from let_plugin.bench import frame, rows
+from let_plugin.config.errors import ConfigError
+from tests.support import synthetic_rows
+from tests.support.synthetic_rows import MIB
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "a_question.jsonl"
+
+
+def suite(path):
+    (made,) = frame.suites(frame.read([path]))
+    return made
+
+
+def test_known_costs(path):
+    synthetic_rows.throughput(path)
+    made = suite(path)
+    assert (made.name, made.kind, list(made.frame.index)[-1]) == ("a question", "throughput", "stopped 10%")
+    active = made.frame.loc["active 20%"]
+    assert active["step_time"] == (pytest.approx(1.08), pytest.approx(1.08), pytest.approx(1.08), 7)
+    assert (active["flop_bound"], active["memory_bound"]) == (pytest.approx(1 + 0.2 / 3), 8 * MIB)
+    assert (active["resident"], active["more_memory"]) == (110 * MIB, 10 * MIB)
+    assert active["resident / plain"].value == pytest.approx(1.1)
+    assert active["break_even"] == pytest.approx(100 / (100 - 0.08 * 50))
+    assert made.frame.loc["stopped 10%", "step_time"].value == pytest.approx(1)
+    assert frame.slope(made).value == pytest.approx(0.4)
+
+
+def test_a_teacher_that_never_pays(path):
+    synthetic_rows.throughput(path, shares=(6.0,))
+    assert math.isnan(suite(path).frame.loc["active 600%", "break_even"])
+
+
+def test_a_round_that_is_not_complete_does_not_count(path):
+    synthetic_rows.throughput(path, pairs=3)
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    assert set(suite(path).frame["step_time"].map(lambda e: e.num)) == {2}
+    assert len(suite(path).rows) == 10
+
+
+def test_steps_that_were_made_in_turn_are_pairs(path):
+    """A machine that was slow for two of three steps: for the first of them both runs, for the last one of them."""
+    synthetic_rows.throughput(path, pairs=1, shares=(), interleaved=True)
+    plain, stopped = rows.read(path)
+    own = [plain | {"values": [1.0, 4.0, 4.0], "name": ""}, stopped | {"values": [1.1, 4.4, 9.9], "name": ""}]
+    assert frame.costs(own).frame.loc["stopped 10%", "step_time"].value == pytest.approx(1.1)
+
+
+def test_known_speed_ups(path):
+    synthetic_rows.converge(path)
+    let = suite(path).frame.loc["let@1"]
+    # log10(2) lower, with a tenth more FLOPs and time, and half more memory.
+    assert let["difference"] == (pytest.approx(-0.30103), pytest.approx(-0.30103), pytest.approx(-0.30103), 5)
+    assert let["tokens_ratio"].value == pytest.approx(2)
+    assert let["flops_ratio"].value == pytest.approx(let["seconds_ratio"].value) == pytest.approx(2 / 1.1)
+    assert let["memory"] == 150 * MIB and let["tokens"] == 200_000
+
+
+def test_a_seed_that_never_gets_there_leaves_no_ratio(path):
+    synthetic_rows.converge(path, methods={"standard": 1.0, "slow": 0.5})
+    slow = suite(path).frame.loc["slow"]
+    assert slow["tokens_missed"] == 5 and slow["tokens_ratio"] is None
+
+
+def test_let_is_compared_with_the_controls_at_its_weight(path):
+    methods = {"standard": 1.0, "let@1": 2.0, "let@0.1": 1.5, "labels@1": 1.5, "random_teacher@1": 2.0}
+    synthetic_rows.converge(path, methods=methods)
+    pairs = [(label, other) for label, other, _ in suite(path).comparisons]
+    assert pairs == [
+        *((label, "standard") for label in list(methods)[1:]),
+        ("let@1", "labels@1"),
+        ("let@1", "random_teacher@1"),
+    ]
+    assert suite(path).comparisons[-1][2].value == pytest.approx(0)
+
+
+def test_rows_of_a_suite_in_any_state(path):
+    """Runs that tuned, a method that diverged, and a seed that only some methods have are not in the frame."""
+    synthetic_rows.converge(path, seeds=1, methods={"rkd@0.1": 1.0}, role="tuning")
+    assert frame.gains(frame.read([path])) is None
+    synthetic_rows.converge(path, seeds=2, methods={"standard": 1.0})
+    assert frame.gains(frame.read([path])) is None  # nothing to compare the baseline with
+    synthetic_rows.converge(path, seeds=1, methods={"let@1": 2.0, "wild@9": 1.0})
+    synthetic_rows.append(path, rows.DIVERGED, [7], 1, label="wild@9", role="result", suite="c")
+    made = suite(path)
+    assert list(made.frame.index) == ["standard", "let@1"] and made.diverged == {"wild@9": [1]}
+    assert made.frame.loc["let@1", "loss"].num == 1
+
+
+def test_curves_have_the_mean_over_seeds_and_its_interval(path):
+    synthetic_rows.converge(path)
+    curves = frame.curves(suite(path)).set_index(["label", "step"])
+    losses = [row["curve"]["test_loss"][4] for row in rows.read(path) if row["label"] == "let@1"]
+    at_50 = curves.loc["let@1", 50]
+    assert at_50["loss"] == pytest.approx(sum(losses) / 5) and at_50["low"] < at_50["loss"] < at_50["high"]
+    assert (at_50["tokens"], at_50["flops"], at_50["seconds"]) == (50_000, pytest.approx(3.3e11), pytest.approx(110))
+
+
+def test_the_newest_suite_answers_a_question(path, tmp_path):
+    synthetic_rows.throughput(path, suite="old")
+    synthetic_rows.throughput(path, suite="new", name="a question")
+    synthetic_rows.throughput(path, suite="other", name="Is it fast?")
+    synthetic_rows.converge(path)
+    text = path.read_text().splitlines()
+    for line in range(len(text)):
+        text[line] = text[line].replace('"time": "20', '"time": "19') if '"old"' in text[line] else text[line]
+    path.write_text("\n".join(text))
+    found = frame.newest(frame.suites(frame.read([path])))
+    assert [(made.rows[0]["suite"], made.name) for made in found] == [
+        ("new", "a question"),
+        ("other", "Is it fast?"),
+        ("c", "a question"),
+    ]
+
+
+def test_mistakes(path, tmp_path):
+    path.touch()
+    with pytest.raises(ConfigError, match=r"no complete pair of throughput runs .* \(no rows at all\)"):
+        frame.suites(frame.read([path]))
+    with pytest.raises(ConfigError, match="no such file"):
+        frame.read([path, tmp_path / "no.jsonl"])
