@@ -78,7 +78,7 @@ def notes(suite: Suite) -> list[str]:
             said.append(f"{label}: {what}.")
     for label, own in suite.diverged.items():
         seeds_text = ", ".join(map(str, sorted(own)))
-        said.append(f"{label} has no result: diverged with seed {seeds_text} (held-out loss is NaN).")
+        said.append(f"{label} has no result: it diverged with seed {seeds_text} (held-out loss is NaN).")
     return said
 
 

@@ -63,7 +63,7 @@ def test_gains(path):
     assert lines_of(text, "5 seeds (0, 1, 2, 3, 4) of each method on a CPU")
     assert lines_of(text, "rkd: weight 1, by the validation loss (seed 5) of 0.1: 4.5000, 1: 4.4000; at the end of the")
     assert lines_of(text, "gstack: shallow model, 2,000 tokens, 500 FLOPs, an unknown time.")
-    assert lines_of(text, "salt@9 has no result: diverged with seed 3 (held-out loss is NaN).")
+    assert lines_of(text, "salt@9 has no result: it diverged with seed 3 (held-out loss is NaN).")
 
 
 def test_one_seed_says_nothing(path):

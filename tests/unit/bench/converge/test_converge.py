@@ -5,7 +5,6 @@ import math
 from collections import Counter
 
 import pytest
-from let_plugin.bench.page import convergence_section
 
 from let_plugin.bench import cli, rows, tables
 from let_plugin.bench.converge import run as converge
@@ -114,9 +113,6 @@ def test_a_method_of_which_one_seed_diverges_has_no_result(suite, options):
     assert tables.text([options().out]) == text
     (diverged,) = [row for row in found if row["kind"] == "converge_diverged"]
     assert (diverged["label"], diverged["seed"], diverged["values"], diverged["unit"]) == ("let@1", 1, [2], "step")
-    (section,) = convergence_section.sections(found)
-    assert any("let@1 has no result: it diverged with seed 1" in finding.text for finding in section.findings)
-    assert not any("let@1:" in finding.text for finding in section.findings)
     assert suite(methods=["let@1", "rkd@0.1"]) == ([], text)
 
 
