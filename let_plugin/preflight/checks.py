@@ -1,7 +1,8 @@
 """Checks a configuration before anything is built.
 
 Every mistake is collected, so that one start shows them all. Nothing here needs a process group or a device: models
-are built on the meta device. What the run will do is said by `report`.
+are built on the meta device. A check reads and writes `Facts`, and raises a ConfigError for what is wrong; `report`
+says what the run will do.
 """
 
 import math
@@ -14,18 +15,15 @@ from torchtitan.components.loss import ChunkedLossWrapper
 from torchtitan.distributed import ParallelDims
 from torchtitan.trainer import Trainer
 
-from let_plugin.alignment.layer_mapping import LayerPair
 from let_plugin.config import LetConfig, plan
 from let_plugin.config.errors import ConfigError, Problem, suggest
 from let_plugin.config.schema import check_bounds
 from let_plugin.guidance import stopping, teacher_loss
-from let_plugin.preflight import dry_run, teacher_checks
-from let_plugin.preflight.report import Student, report, report_auxiliary, report_ended
+from let_plugin.preflight import teacher_checks
+from let_plugin.preflight.report import Facts, Student, report
 from let_plugin.runtime import checkpoint, data
 from let_plugin.runtime.held_out import TwoSplitValidator
 from let_plugin.runtime.upstream import DATASETS, HuggingFaceTextDataLoader
-from let_plugin.teacher.open import open_source
-from let_plugin.teacher.stored.features import Features
 
 
 def run(config: Trainer.Config, world_size: int | None = None) -> str:
@@ -35,112 +33,26 @@ def run(config: Trainer.Config, world_size: int | None = None) -> str:
         config: What is to run.
         world_size: On how many processes; None: on those of this job.
     """
-    checks = _Checks()
-    if world_size is None:
-        world_size = checks(dry_run.world_size, config.comm, config.parallelism)
-    checks(check_bounds, config)  # a number that Python set; those of a file and the command line are checked when read
-    stop_is_a_number = not any(problem.key.startswith("let.stop_") for problem in checks.problems)
-    parallel_dims = None if world_size is None else checks(_parallel_dims, config, world_size)
-    if parallel_dims is not None:
-        checks(_check_batch_size, config, parallel_dims)
-    checks(_check_loss_chunks, config)
-    student = checks(_student, config) if config.training.seq_len > 0 else None
-    student_vocabulary = checks(_tokenizer_vocabulary, config)
-    loaders = {"dataloader": config.dataloader, "validator.dataloader": config.validator.dataloader}
-    if isinstance(config.validator, TwoSplitValidator.Config):
-        loaders["validator.test"] = config.validator.test
-    for key, loader in loaders.items():
-        if key == "dataloader" or config.validator.enable:
-            checks(_check_dataset, key, loader)
-    checks(_check_dump_folder, config.dump_folder)
-    resumption = checks(checkpoint.find, config)
-    if resumption is not None and parallel_dims is not None:
-        checks(resumption.check_data_parallel, parallel_dims.dp_replicate * parallel_dims.dp_shard)
-
-    let: LetConfig = config.let
-    if not let.enable:
-        checks.finish()
-        assert student is not None
-        return "\n".join(["preflight", f"  student    {student}", "  LET        off: plain torchtitan"])
-
-    stop_step = None
-    if stop_is_a_number and (parallel_dims is not None or let.stop_tokens is None):  # only tokens depend on the degree
-        num_data_parallel = 1 if parallel_dims is None else parallel_dims.dp_replicate * parallel_dims.dp_shard
-        stop_step = checks(plan.stop_step, config, num_data_parallel)
-    checks(plan.schedule, let)
-    checks(plan.adaptive_stop, let)
-    checks(_check_validation, config)
-    checks(plan.loss, let)
-    checks(plan.dimension_match, let)
-    checks(_check_let_parallelism, config)
-    if let.target == "labels":
-        pairs = checks(plan.pairs, config, None)
-        if pairs is not None:
-            checks(_check_stages, config, pairs)
-        checks.finish()
-        assert student and pairs and stop_step is not None
-        return report_auxiliary(config, student, pairs, stop_step)
-    ended_at = None if stop_step is None else checks(stopping.ended_at, config, stop_step, resumption)
-    if ended_at is not None:
-        checks.finish()
-        assert student
-        return report_ended(student, ended_at)
-    source, pairs, trial, vocabulary = checks(open_source, let.teacher), None, None, None
-    if source is not None:
-        pairs = checks(plan.pairs, config, source.info.num_layers)
-        if pairs is not None:
-            checks(_check_stages, config, pairs)
-            if let.target == "teacher":
-                checks(teacher_checks.check_dimension_match, config, pairs, source.info)
-        checks(teacher_checks.check_tensor_parallel, let, source.info, config.parallelism.tensor_parallel_degree)
-        if isinstance(source, Features):
-            checks(teacher_checks.check_sequence_length, config, source.info)
-            checks(teacher_checks.check_needs_teacher, let)
-            if pairs is not None and parallel_dims is not None and stop_step is not None:
-                known = {problem.key for problem in checks.problems}
-                checks(teacher_checks.check_features, config, source, pairs, parallel_dims, known)
-        elif let.token_alignment.enable and let.target == "logits":
-            message = "the predictions of two tokenizers cannot be compared; take a teacher with the student's"
-            checks.problems.append(Problem("let.token_alignment.enable", message, True))
-        elif let.token_alignment.enable:
-            trial = checks(teacher_checks.try_token_alignment, config, source, not checks.problems)
-        else:
-            checks(teacher_checks.check_sequence_length, config, source.info)
-            if student_vocabulary is not None:
-                vocabulary = checks(teacher_checks.check_vocabulary, student_vocabulary, source, let)
-    checks.finish()
-    assert student and parallel_dims and source and pairs and stop_step is not None
-    return report(
-        config,
-        student,
-        source.info,
-        pairs,
-        stop_step,
-        parallel_dims,
-        vocabulary=vocabulary,
-        features=source if isinstance(source, Features) else None,
-        trial=trial,
-    )
+    facts = Facts(config=config, world_size=world_size)
+    _collect(facts, GENERAL_CHECKS)
+    if config.let.enable and (facts.student is None or facts.student.is_decoder):
+        _collect(facts, LET_CHECKS)
+        if config.let.target == "labels":
+            _collect(facts, [check_pairs])
+        elif facts.ended_at is None:
+            _collect(facts, TEACHER_CHECKS)
+    if facts.problems:
+        raise ConfigError(facts.problems)
+    return report(facts)
 
 
-class _Checks:
-    """Runs checks one after the other and keeps what they complain about."""
-
-    def __init__(self) -> None:
-        self.problems: list[Problem] = []
-
-    def __call__(self, check: Callable[..., Any], *args: Any) -> Any:
-        """The check's result, or None if it raised a ConfigError."""
+def _collect(facts: Facts, checks: Sequence[Callable[[Facts], None]]) -> None:
+    for check in checks:
         try:
-            return check(*args)
+            check(facts)
         except ConfigError as error:
-            # Two checks may come by the same mistake.
-            self.problems += [problem for problem in error.problems if problem not in self.problems]
-            return None
-
-    def finish(self) -> None:
-        if self.problems:
-            raise ConfigError(self.problems)
+            # Two checks may find the same mistake.
+            facts.problems += [problem for problem in error.problems if problem not in facts.problems]
 
 
 @contextmanager
@@ -152,8 +64,29 @@ def _torchtitan_refuses(key: str) -> Iterator[None]:
         raise ConfigError(Problem(key, str(error) or type(error).__name__)) from error
 
 
-def _parallel_dims(config: Trainer.Config, world_size: int) -> ParallelDims:
-    parallelism = config.parallelism
+def find_world_size(facts: Facts) -> None:
+    """In torchtitan's dry run one process takes itself for one of NGPU ranks."""
+    if facts.world_size is not None:
+        return
+    if facts.config.comm.mode == "default":
+        facts.world_size = int(os.environ["WORLD_SIZE"])
+        return
+    num_ranks = os.environ.get("NGPU", "")
+    if not num_ranks.isdecimal() or int(num_ranks) < 1:
+        message = "needs the number of ranks in the environment variable NGPU, as in NGPU=32 let-train ..."
+        raise ConfigError(Problem("comm.mode", message, facts.config.comm.mode))
+    facts.world_size = int(num_ranks)
+
+
+def check_numbers(facts: Facts) -> None:
+    """Numbers that Python set; those of a file and the command line are checked when they are read."""
+    check_bounds(facts.config)
+
+
+def find_parallel_dims(facts: Facts) -> None:
+    if facts.world_size is None:
+        return
+    world_size, parallelism = facts.world_size, facts.config.parallelism
     degrees = {
         "data_parallel_replicate_degree": parallelism.data_parallel_replicate_degree,
         "data_parallel_shard_degree": parallelism.data_parallel_shard_degree,
@@ -181,12 +114,14 @@ def _parallel_dims(config: Trainer.Config, world_size: int) -> ParallelDims:
             )
         )
     with _torchtitan_refuses("parallelism"):
-        return ParallelDims.from_config(config.parallelism, world_size)
+        facts.parallel_dims = ParallelDims.from_config(parallelism, world_size)
 
 
-def _check_batch_size(config: Trainer.Config, parallel_dims: ParallelDims) -> None:
-    training = config.training
-    per_step = training.local_batch_size * parallel_dims.dp_replicate * parallel_dims.dp_shard
+def check_batch_size(facts: Facts) -> None:
+    if facts.parallel_dims is None:
+        return
+    training = facts.config.training
+    per_step = training.local_batch_size * facts.parallel_dims.dp_replicate * facts.parallel_dims.dp_shard
     if training.global_batch_size >= 0 and (
         training.global_batch_size == 0 or per_step == 0 or training.global_batch_size % per_step
     ):
@@ -200,8 +135,8 @@ def _check_batch_size(config: Trainer.Config, parallel_dims: ParallelDims) -> No
         )
 
 
-def _check_loss_chunks(config: Trainer.Config) -> None:
-    loss, seq_len = config.loss, config.training.seq_len
+def check_loss_chunks(facts: Facts) -> None:
+    loss, seq_len = facts.config.loss, facts.config.training.seq_len
     if not isinstance(loss, ChunkedLossWrapper.Config) or min(loss.num_chunks, seq_len) < 1:
         return
     if seq_len % loss.num_chunks:
@@ -210,12 +145,25 @@ def _check_loss_chunks(config: Trainer.Config) -> None:
         )
 
 
-def _student(config: Trainer.Config) -> Student:
+def find_student(facts: Facts) -> None:
+    if facts.config.training.seq_len < 1:
+        return
     with _torchtitan_refuses("training"):
-        return Student(config)
+        facts.student = Student(facts.config)
+    if facts.config.let.enable and not facts.student.is_decoder:
+        message = (
+            f"LET aligns the blocks of a decoder, and {facts.student.name} has no layers, tok_embeddings, norm and "
+            "lm_head; take another base, or train it without LET"
+        )
+        raise ConfigError(Problem("let.enable", message, True))
 
 
-def _tokenizer_vocabulary(config: Trainer.Config) -> dict[str, int]:
+def check_tokenizer(facts: Facts) -> None:
+    config = facts.config
+    assert config.model_spec is not None
+    vocab_size: int | None = getattr(config.model_spec.model, "vocab_size", None)
+    if vocab_size is None:
+        return  # not a model of tokens: its own tokenizer knows what it needs
     path = config.hf_assets_path
     if not os.path.exists(path):
         raise ConfigError(Problem("hf_assets_path", "no such folder; it must hold the student's tokenizer", path))
@@ -226,8 +174,6 @@ def _tokenizer_vocabulary(config: Trainer.Config) -> dict[str, int]:
     except Exception as error:  # the tokenizers library raises plain Exception
         raise ConfigError(Problem("hf_assets_path", f"the tokenizer cannot be loaded: {error}", path)) from error
     vocabulary: dict[str, int] = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
-    assert config.model_spec is not None
-    vocab_size: int = config.model_spec.model.vocab_size
     if vocabulary and max(vocabulary.values()) >= vocab_size:
         raise ConfigError(
             Problem(
@@ -237,7 +183,24 @@ def _tokenizer_vocabulary(config: Trainer.Config) -> dict[str, int]:
                 path,
             )
         )
-    return vocabulary
+    facts.student_vocabulary = vocabulary
+
+
+def check_datasets(facts: Facts) -> None:
+    config = facts.config
+    loaders = {"dataloader": config.dataloader}
+    if config.validator.enable:
+        loaders["validator.dataloader"] = config.validator.dataloader
+        if isinstance(config.validator, TwoSplitValidator.Config):
+            loaders["validator.test"] = config.validator.test
+    problems: list[Problem] = []
+    for key, loader in loaders.items():
+        try:
+            _check_dataset(key, loader)
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
 
 
 def _check_dataset(key: str, loader: Any) -> None:
@@ -255,7 +218,8 @@ def _check_dataset(key: str, loader: Any) -> None:
         raise ConfigError(Problem(f"{key}.dataset_path", "no such file or folder", path))
 
 
-def _check_dump_folder(path: str) -> None:
+def check_dump_folder(facts: Facts) -> None:
+    path = facts.config.dump_folder
     existing = os.path.abspath(path)
     while not os.path.exists(existing):
         existing = os.path.dirname(existing)
@@ -265,7 +229,37 @@ def _check_dump_folder(path: str) -> None:
         raise ConfigError(Problem("dump_folder", f"{existing} is not writable; choose another folder", path))
 
 
-def _check_let_parallelism(config: Trainer.Config) -> None:
+def find_resumption(facts: Facts) -> None:
+    facts.resumption = checkpoint.find(facts.config)
+    if facts.resumption is not None and facts.parallel_dims is not None:
+        facts.resumption.check_data_parallel(facts.parallel_dims.dp_replicate * facts.parallel_dims.dp_shard)
+
+
+def find_stop_step(facts: Facts) -> None:
+    dims = facts.parallel_dims
+    if dims is not None or facts.config.let.stop_tokens is None:  # only tokens depend on the degree
+        facts.stop_step = plan.stop_step(facts.config, 1 if dims is None else dims.dp_replicate * dims.dp_shard)
+
+
+def find_end(facts: Facts) -> None:
+    if facts.stop_step is not None and facts.config.let.target != "labels":
+        facts.ended_at = stopping.ended_at(facts.config, facts.stop_step, facts.resumption)
+
+
+def check_strategies(facts: Facts) -> None:
+    """Names and options of what a name selects."""
+    problems: list[Problem] = []
+    for build in (plan.schedule, plan.adaptive_stop, plan.loss, plan.dimension_match):
+        try:
+            build(facts.config.let)
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+
+
+def check_let_parallelism(facts: Facts) -> None:
+    config = facts.config
     parallelism = config.parallelism
     if parallelism.context_parallel_degree > 1 and parallelism.context_parallel_load_balancer == "ptrr":
         raise ConfigError(
@@ -290,7 +284,9 @@ def _check_let_parallelism(config: Trainer.Config) -> None:
         )
 
 
-def _check_validation(config: Trainer.Config) -> None:
+def check_validation(facts: Facts) -> None:
+    """What an adaptive stop by validation needs."""
+    config = facts.config
     settings = config.let.adaptive_stop
     if settings.criterion != "validation":
         return
@@ -312,16 +308,43 @@ def _check_validation(config: Trainer.Config) -> None:
         raise ConfigError(Problem("let.adaptive_stop.teacher_loss", f"must be given: {reason}", None))
 
 
-def _check_stages(config: Trainer.Config, pairs: Sequence[LayerPair]) -> None:
-    """torchtitan leaves out, silently, a block that no pipeline stage lists."""
-    stages = config.parallelism.module_fqns_per_model_part
-    if config.parallelism.pipeline_parallel_degree <= 1 or not stages:
+def check_pairs(facts: Facts) -> None:
+    """Whether each block exists and is on a pipeline stage. torchtitan leaves out, silently, what no stage lists."""
+    if facts.config.let.target != "labels" and facts.source is None:
         return
-    blocks = {f"layers.{pair.student}" for pair in pairs}
+    facts.pairs = plan.pairs(facts.config, None if facts.source is None else facts.source.info.num_layers)
+    parallelism = facts.config.parallelism
+    stages = parallelism.module_fqns_per_model_part
+    if parallelism.pipeline_parallel_degree <= 1 or not stages:
+        return
+    blocks = {f"layers.{pair.student}" for pair in facts.pairs}
     missing = sorted(block for block in blocks if not any(block in stage for stage in stages))
     if missing:
-        raise ConfigError(
-            Problem(
-                "parallelism.module_fqns_per_model_part", f"no stage has {', '.join(missing)}, which is to be aligned"
-            )
-        )
+        message = f"no stage has {', '.join(missing)}, which is to be aligned"
+        raise ConfigError(Problem("parallelism.module_fqns_per_model_part", message))
+
+
+# In this order: later ones use what earlier ones have found.
+GENERAL_CHECKS = [
+    find_world_size,
+    check_numbers,
+    find_parallel_dims,
+    check_batch_size,
+    check_loss_chunks,
+    find_student,
+    check_tokenizer,
+    check_datasets,
+    check_dump_folder,
+    find_resumption,
+]
+LET_CHECKS = [find_stop_step, check_strategies, check_validation, check_let_parallelism, find_end]
+TEACHER_CHECKS = [
+    teacher_checks.find_source,
+    check_pairs,
+    teacher_checks.check_dimension_match,
+    teacher_checks.check_tensor_parallel,
+    teacher_checks.check_sequence_length,
+    teacher_checks.check_stored_states,
+    teacher_checks.check_token_alignment,
+    teacher_checks.check_vocabulary,
+]

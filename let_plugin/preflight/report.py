@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,16 +11,24 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.trainer import Trainer
 
 from let_plugin.alignment.layer_mapping import EMBEDDING, LayerPair
-from let_plugin.config import LetConfig, TeacherConfig, plan
-from let_plugin.runtime import host
-from let_plugin.teacher.base import TeacherInfo, num_blocks_to
+from let_plugin.config import LetConfig, plan
+from let_plugin.config.errors import Problem
+from let_plugin.runtime import checkpoint, host
+from let_plugin.teacher.base import TeacherInfo, TeacherSource
 from let_plugin.teacher.retokenized import Trial, teacher_seq_len
 from let_plugin.teacher.sharding import sequence_shards, teacher_parallel_dims
 from let_plugin.teacher.stored.features import Features
 
 
 class Student:
-    """How large the student is, read off the meta device. Raises what torchtitan raises for a bad configuration."""
+    """How large the student is, read off the meta device. Raises what torchtitan raises for a bad configuration.
+
+    Attributes:
+        is_decoder: Whether it has what LET needs: blocks in `layers`, and token embeddings and head of its own. All
+            other numbers but `num_params` are known of a decoder only.
+    """
+
+    num_blocks = width = num_head_params = num_matmul_params = 0
 
     def __init__(self, config: Trainer.Config) -> None:
         spec = config.model_spec
@@ -32,15 +40,52 @@ class Student:
         with torch.device("meta"):
             model: Any = spec.model.build()
         self.name = f"{spec.name} {spec.flavor}"
-        self.num_blocks = len(model.layers)
-        self.width: int = spec.model.dim
         self.num_params = sum(p.numel() for p in model.parameters())
-        tied = model.tok_embeddings.weight is model.lm_head.weight
-        self.num_head_params = sum(p.numel() for p in model.lm_head.parameters())
-        self.num_matmul_params = self.num_params - (0 if tied else model.tok_embeddings.weight.numel())
+        self.is_decoder = all(hasattr(model, name) for name in ("layers", "tok_embeddings", "norm", "lm_head"))
+        if self.is_decoder:
+            self.num_blocks = len(model.layers)
+            self.width = spec.model.dim
+            tied = model.tok_embeddings.weight is model.lm_head.weight
+            self.num_head_params = sum(p.numel() for p in model.lm_head.parameters())
+            self.num_matmul_params = self.num_params - (0 if tied else model.tok_embeddings.weight.numel())
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.num_blocks} blocks of width {self.width}, {self.num_params:,} parameters"
+        blocks = f"{self.num_blocks} blocks of width {self.width}, " if self.is_decoder else ""
+        return f"{self.name}: {blocks}{self.num_params:,} parameters"
+
+
+@dataclass(kw_only=True)
+class Facts:
+    """What the checks have found out about a run. None: not known yet, or not needed.
+
+    Attributes:
+        config: What is to run.
+        world_size: On how many processes.
+        student, parallel_dims: Its model and its device meshes.
+        student_vocabulary: Token -> id of its tokenizer; empty if it does not say.
+        resumption: The checkpoint that the run goes on from.
+        stop_step: S_stop.
+        ended_at: The step at which the alignment has ended by the time the run starts.
+        source: The teacher, or its stored states.
+        pairs: What is aligned.
+        trial: That of a teacher with another tokenizer, on the rank that has made it.
+        vocabulary: What the comparison of the two vocabularies has found.
+        problems: What is wrong.
+    """
+
+    config: Trainer.Config
+    world_size: int | None
+    student: Student | None = None
+    parallel_dims: ParallelDims | None = None
+    student_vocabulary: dict[str, int] | None = None
+    resumption: checkpoint.Resumption | None = None
+    stop_step: int | None = None
+    ended_at: int | None = None
+    source: TeacherSource | Features | None = None
+    pairs: list[LayerPair] | None = None
+    trial: Trial | None = None
+    vocabulary: str | None = None
+    problems: list[Problem] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -84,7 +129,7 @@ def cost(
     tokens = tokens // sequence_shards(config, parallel_dims)
     widths = {layer: teacher.width(layer, let.teacher.final_norm) for layer in layers}
     memory = {
-        **({} if features else _teacher_memory(let.teacher, teacher, layers, dtype, parallel_dims)),
+        **({} if features else _teacher_memory(config, teacher, layers, parallel_dims)),
         "target": tokens * sum(widths.values()) * dtype.itemsize,
         "gradient": tokens
         * len({pair.student for pair in pairs})
@@ -132,95 +177,91 @@ def break_even(steps: int, stop_step: int, overhead: float) -> float | None:
     return steps / affordable_steps if affordable_steps > 0 else None
 
 
-def report(
-    config: Trainer.Config,
-    student: Student,
-    teacher: TeacherInfo,
-    pairs: Sequence[LayerPair],
-    stop_step: int,
-    parallel_dims: ParallelDims,
-    *,
-    vocabulary: str | None = None,
-    features: Features | None = None,
-    trial: Trial | None = None,
-) -> str:
-    """The preflight report of a checked configuration, without a final line break.
-
-    Args:
-        vocabulary: What the comparison of the two vocabularies has found, where they were compared.
-        features: The states that were made beforehand, if they are the source.
-        trial: That of a teacher with another tokenizer, on the rank that has made it.
-    """
-    let: LetConfig = config.let
-    steps = config.training.steps
-    costs = cost(config, student, teacher, pairs, parallel_dims, features)
-    layers = plan.teacher_layers(pairs)
-    num_kept, dtype = teacher.num_params_to(layers), plan.teacher_dtype(config)
-    widths = {layer: teacher.width(layer, let.teacher.final_norm) for layer in layers}
-    if features:
-        vocabulary = "the student's tokenizer is the one that the states were made with"
-    elif let.token_alignment.enable:
-        vocabulary = _describe_token_alignment(config, teacher, trial)
-    speed_up = break_even(steps, stop_step, costs.overhead)
-    if features:
-        break_even_line = "at any saving of steps: the teacher ran when the states were made"
-    elif speed_up is not None:
-        break_even_line = f"at {speed_up:.3f}x fewer steps"
+def report(facts: Facts) -> str:
+    """The preflight report of a checked run, without a final line break."""
+    let: LetConfig = facts.config.let
+    lines = [f"  student    {facts.student}"]
+    if not let.enable:
+        return "\n".join(["preflight", *lines, "  LET        off: plain torchtitan"])
+    if facts.ended_at is not None:
+        lines.append(f"  teacher    the alignment has ended at step {facts.ended_at}; the teacher is not needed")
+    elif let.target == "labels":
+        lines += _auxiliary_lines(facts)
     else:
-        break_even_line = "never: the teacher costs more than the whole plain run"
+        lines += _teacher_lines(facts)
+    return "\n".join(["LET preflight", *lines])
+
+
+def _auxiliary_lines(facts: Facts) -> list[str]:
+    """Of the control without a teacher."""
+    student, pairs = facts.student, facts.pairs
+    assert student and pairs
+    costs = auxiliary_cost(student, pairs)
+    return [
+        "  teacher    none: the labels are the target, through the student's own norm and head",
+        f"  blocks     {', '.join(str(pair.student) for pair in pairs)} (of 0 to {student.num_blocks - 1})",
+        f"  lambda     {_describe_schedule(facts)}",
+        f"  memory     + {_mib(sum(costs.memory.values()))} per rank while active",
+        f"  overhead   + {costs.overhead:.1%} FLOPs while active: {student.num_head_params:,} parameters of the "
+        f"head, once per block, beside the student's {student.num_matmul_params:,}",
+    ]
+
+
+def _teacher_lines(facts: Facts) -> list[str]:
+    config, student, source, pairs = facts.config, facts.student, facts.source, facts.pairs
+    assert student and source and pairs and facts.parallel_dims
+    let: LetConfig = config.let
+    teacher, layers = source.info, plan.teacher_layers(pairs)
+    features = source if isinstance(source, Features) else None
+    costs = cost(config, student, teacher, pairs, facts.parallel_dims, features)
+    dtype = str(plan.teacher_dtype(config)).removeprefix("torch.")
+    cut = f", cut over {facts.parallel_dims.tp} tensor-parallel ranks" if let.teacher.tensor_parallel else ""
+    lines = [
+        f"  teacher    {teacher.description}: {teacher.num_layers} blocks of width {teacher.hidden_size}, "
+        f"{teacher.num_params_to(layers):,} parameters in its trunk, {dtype}{cut}"
+    ]
+    if features:
+        lines += [f"  states     {line}" for line in features.describe(config, layers)]
+        vocabulary: str | None = "the student's tokenizer is the one that the states were made with"
+    elif let.token_alignment.enable:
+        vocabulary = _describe_token_alignment(config, teacher, facts.trial)
+    else:
+        vocabulary = facts.vocabulary
     parts = ", ".join(f"{name} {_mib(size)}" for name, size in costs.memory.items())
-    heads = ", and the student's head once more" if let.target == "logits" else ""
+    return [
+        *lines,
+        *(f"  alignment  {_describe(pair, student, teacher, let)}" for pair in pairs),
+        f"  lambda     {_describe_schedule(facts)}",
+        f"  vocabulary {vocabulary}",
+        f"  memory     + {_mib(sum(costs.memory.values()))} per rank while active: {parts}",
+        f"  overhead   {_describe_overhead(facts, costs)}",
+        f"  break-even {_describe_break_even(facts, costs)}",
+    ]
+
+
+def _describe_overhead(facts: Facts, costs: Cost) -> str:
+    config, source, student = facts.config, facts.source, facts.student
+    assert source and student
+    if isinstance(source, Features):
+        return "+ 0.0% FLOPs: the states are read, no teacher runs"
+    heads = ", and the student's head once more" if config.let.target == "logits" else ""
     times = ""
-    if let.token_alignment.enable:
-        times = f" x {teacher_seq_len(config, teacher)} / {config.training.seq_len} tokens"
-    overhead = (
+    if config.let.token_alignment.enable:
+        times = f" x {teacher_seq_len(config, source.info)} / {config.training.seq_len} tokens"
+    return (
         f"+ {costs.overhead:.1%} FLOPs while active: N_T / (3 N_S) = {costs.num_teacher_params:,} / (3 x "
         f"{student.num_matmul_params:,}){times}{heads}, embeddings not counted"
     )
-    states = []
-    if features:
-        overhead = "+ 0.0% FLOPs: the states are read, no teacher runs"
-        states = [f"  states     {line}" for line in features.describe(config, layers)]
-    cut = f", cut over {parallel_dims.tp} tensor-parallel ranks" if let.teacher.tensor_parallel else ""
-    offloaded = []
-    if let.teacher.cpu_offload and not features:
-        num_bytes = num_kept * dtype.itemsize // _num_shards(parallel_dims)
-        offloaded = [f"  offloaded  {_mib(num_bytes)} of the teacher per rank to CPU memory"]
-    return "\n".join(
-        [
-            "LET preflight",
-            f"  student    {student}",
-            f"  teacher    {teacher.description}: {teacher.num_layers} blocks of width {teacher.hidden_size}, "
-            f"{num_kept:,} parameters in its trunk, {str(dtype).removeprefix('torch.')}{cut}",
-            *states,
-            *(f"  alignment  {_describe(pair, widths[pair.teacher], student, teacher, let)}" for pair in pairs),
-            f"  lambda     {_describe_schedule(let)} to 0 at step {stop_step} of {steps}",
-            f"  vocabulary {vocabulary}",
-            f"  memory     + {_mib(sum(costs.memory.values()))} per rank while active: {parts}",
-            *offloaded,
-            f"  overhead   {overhead}",
-            f"  break-even {break_even_line}",
-        ]
-    )
 
 
-def report_auxiliary(config: Trainer.Config, student: Student, pairs: Sequence[LayerPair], stop_step: int) -> str:
-    """The preflight report of the control without a teacher, without a final line break."""
-    let: LetConfig = config.let
-    blocks = ", ".join(str(pair.student) for pair in pairs)
-    costs = auxiliary_cost(student, pairs)
-    return "\n".join(
-        [
-            "LET preflight",
-            f"  student    {student}",
-            "  teacher    none: the labels are the target, through the student's own norm and head",
-            f"  blocks     {blocks} (of 0 to {student.num_blocks - 1})",
-            f"  lambda     {_describe_schedule(let)} to 0 at step {stop_step} of {config.training.steps}",
-            f"  memory     + {_mib(sum(costs.memory.values()))} per rank while active",
-            f"  overhead   + {costs.overhead:.1%} FLOPs while active: {student.num_head_params:,} parameters of the "
-            f"head, once per block, beside the student's {student.num_matmul_params:,}",
-        ]
-    )
+def _describe_break_even(facts: Facts, costs: Cost) -> str:
+    if isinstance(facts.source, Features):
+        return "at any saving of steps: the teacher ran when the states were made"
+    assert facts.stop_step is not None
+    speed_up = break_even(facts.config.training.steps, facts.stop_step, costs.overhead)
+    if speed_up is None:
+        return "never: the teacher costs more than the whole plain run"
+    return f"at {speed_up:.3f}x fewer steps"
 
 
 def _num_shards(parallel_dims: ParallelDims) -> int:
@@ -229,38 +270,15 @@ def _num_shards(parallel_dims: ParallelDims) -> int:
 
 
 def _teacher_memory(
-    config: TeacherConfig,
-    teacher: TeacherInfo,
-    layers: Sequence[int | str],
-    dtype: torch.dtype,
-    parallel_dims: ParallelDims,
+    config: Trainer.Config, teacher: TeacherInfo, layers: Sequence[int | str], parallel_dims: ParallelDims
 ) -> dict[str, int]:
-    """What it is -> bytes that the teacher's weights take on each rank's device."""
-    num_kept = teacher.num_params_to(layers)
-    if config.quantization != "none":
-        num_linear = teacher.num_linear_params_to(layers)  # one byte each; the scales are one per row
-        return {f"teacher ({config.quantization}, not sharded)": (num_kept - num_linear) * dtype.itemsize + num_linear}
-    if config.cpu_offload:
-        # A block runs while the next one is on its way; before the first, the embedding has run.
-        block = max(teacher.block_params[: num_blocks_to(layers)])
-        num_gathered = block + max(block, teacher.num_embedding_params)
-        num_cuts = parallel_dims.tp if config.tensor_parallel else 1
-        return {"teacher (gathered)": num_gathered * dtype.itemsize // num_cuts}
-    return {"teacher": num_kept * dtype.itemsize // _num_shards(parallel_dims)}
+    """What it is -> bytes that the teacher takes on each rank's device."""
+    dtype = plan.teacher_dtype(config)
+    return {"teacher": teacher.num_params_to(layers) * dtype.itemsize // _num_shards(parallel_dims)}
 
 
-def report_ended(student: Student, stop_step: int) -> str:
-    """The preflight report of a run without a step before the end of the alignment, without a final line break."""
-    return "\n".join(
-        [
-            "LET preflight",
-            f"  student    {student}",
-            f"  teacher    the alignment has ended at step {stop_step}; the teacher is not needed",
-        ]
-    )
-
-
-def _describe(pair: LayerPair, width: int, student: Student, teacher: TeacherInfo, let: LetConfig) -> str:
+def _describe(pair: LayerPair, student: Student, teacher: TeacherInfo, let: LetConfig) -> str:
+    width = teacher.width(pair.teacher, let.teacher.final_norm)
     if let.target == "logits":
         return f"the student's predictions with the teacher's, at temperature {let.temperature:g}"
     if pair.teacher == EMBEDDING:
@@ -297,10 +315,12 @@ def _describe_token_alignment(config: Trainer.Config, teacher: TeacherInfo, tria
     )
 
 
-def _describe_schedule(let: LetConfig) -> str:
-    if let.warmup_steps == 0:
-        return f"{let.weight:g} at step 0, {let.schedule}"
-    return f"up to {let.weight:g} at step {let.warmup_steps}, then {let.schedule}"
+def _describe_schedule(facts: Facts) -> str:
+    let: LetConfig = facts.config.let
+    start = f"{let.weight:g} at step 0, {let.schedule}"
+    if let.warmup_steps > 0:
+        start = f"up to {let.weight:g} at step {let.warmup_steps}, then {let.schedule}"
+    return f"{start} to 0 at step {facts.stop_step} of {facts.config.training.steps}"
 
 
 def _mib(num_bytes: float) -> str:

@@ -193,12 +193,10 @@ def swapped(tmp_path):
     [
         (3, {}, "2 heads do not divide by parallelism.tensor_parallel_degree = 3"),
         (1, {"let__teacher__spec": "", "let__teacher__path": TEACHER}, "name one in let.teacher.spec"),
-        (1, {"let__teacher__quantization": "int8"}, "let.teacher.quantization"),
     ],
 )
 def test_a_teacher_that_cannot_be_cut(config, monkeypatch, degree, changes, message):
     pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
-    pytest.importorskip("torchao", reason="pip install torchao")
     monkeypatch.setenv("WORLD_SIZE", str(degree))
     set_all(config, let__teacher__tensor_parallel=True, parallelism__tensor_parallel_degree=degree, **changes)
     config.model_spec = llama_spec("student", dim=48, hidden_dim=96, vocab_size=4096, num_layers=4, num_heads=6)

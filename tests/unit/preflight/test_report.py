@@ -4,6 +4,8 @@ import pytest
 
 from let_plugin.bench.throughput.random_teacher import RandomTeacher
 from let_plugin.config import LetConfig, PairConfig
+from let_plugin.config.errors import ConfigError
+from let_plugin.config.load import load
 from let_plugin.preflight import checks as preflight
 from let_plugin.runtime.models import llama_spec
 from tests.support.fields import set_all
@@ -159,34 +161,26 @@ def test_memory_of_a_sharded_teacher(config, monkeypatch):
     assert f"teacher {mib:.1f} MiB" in line(preflight.run(config), "memory")
 
 
-def test_memory_of_an_int8_teacher_that_is_whole_on_each_rank(config, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    set_all(config, let__teacher__quantization="int8")
-    norms = 32 * (2 * 2 + 1)
-    mib = ((TEACHER_BLOCKS + TEACHER_EMBEDDING - norms - TEACHER_EMBEDDING) + (norms + TEACHER_EMBEDDING) * 4) / 2**20
-    assert f"teacher (int8, not sharded) {mib:.1f} MiB" in line(preflight.run(config), "memory")
-
-
-def test_memory_of_an_offloaded_teacher(config):
-    set_all(config, let__teacher__cpu_offload=True)
-    report = preflight.run(config)
-    mib = (TEACHER_BLOCKS + TEACHER_EMBEDDING) * 4 / 2**20
-    assert line(report, "offloaded") == f"{mib:.1f} MiB of the teacher per rank to CPU memory"
-    block = (TEACHER_BLOCKS - 32) // 2
-    assert f"teacher (gathered) {(TEACHER_EMBEDDING + block) * 4 / 2**20:.1f} MiB" in line(report, "memory")
-
-
 def test_a_teacher_that_is_cut(config, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    set_all(config, parallelism__tensor_parallel_degree=2, let__teacher__cpu_offload=True)
+    set_all(config, parallelism__tensor_parallel_degree=2)
     assert line(preflight.run(config), "teacher").endswith(" parameters in its trunk, float32")
     config.let.teacher.tensor_parallel = True
+    assert line(preflight.run(config), "teacher").endswith(", float32, cut over 2 tensor-parallel ranks")
+
+
+def test_a_base_that_is_no_decoder_runs_without_let_only(monkeypatch, tmp_path):
+    """torchtitan's flux has no `layers`: the plain run is reported, and LET on it is refused with the reason."""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    path = tmp_path / "run.toml"
+    path.write_text('base = "flux.flux_debugmodel"\n')
+    config = load(path, []).config
+    config.dump_folder = str(tmp_path / "out")
     report = preflight.run(config)
-    assert line(report, "teacher").endswith(", float32, cut over 2 tensor-parallel ranks")
-    mib = (TEACHER_BLOCKS + TEACHER_EMBEDDING) * 4 / 2**20
-    assert line(report, "offloaded") == f"{mib / 2:.1f} MiB of the teacher per rank to CPU memory"
-    block = (TEACHER_BLOCKS - 32) // 2
-    assert f"teacher (gathered) {(TEACHER_EMBEDDING + block) * 4 / 2 / 2**20:.1f} MiB" in line(report, "memory")
+    assert line(report, "student").startswith("flux flux-debug: ") and "blocks" not in report
+    config.let = LetConfig(enable=True)
+    with pytest.raises(ConfigError, match=r"^let\.enable = True: LET aligns the blocks of a decoder, and flux"):
+        preflight.run(config)
 
 
 def test_without_let_the_report_says_so_and_needs_no_teacher(config):
