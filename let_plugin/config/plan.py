@@ -33,7 +33,7 @@ def stop_step(config: "Trainer.Config", num_data_parallel: int) -> int:
     """
     let: LetConfig = config.let
     steps = config.training.steps
-    given: dict[str, tuple[Any, Any]] = {
+    given = {
         name: value
         for name in ("stop_step", "stop_tokens", "stop_fraction")
         if (value := getattr(let, name)) is not None

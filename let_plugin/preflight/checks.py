@@ -237,6 +237,8 @@ def find_resumption(facts: Facts) -> None:
 
 def find_stop_step(facts: Facts) -> None:
     dims = facts.parallel_dims
+    if any(problem.key.startswith("let.stop_") for problem in facts.problems):
+        return
     if dims is not None or facts.config.let.stop_tokens is None:  # only tokens depend on the degree
         facts.stop_step = plan.stop_step(facts.config, 1 if dims is None else dims.dp_replicate * dims.dp_shard)
 

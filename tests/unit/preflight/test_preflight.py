@@ -74,6 +74,7 @@ def test_all_mistakes_at_once(config, tmp_path):
         ("let.weight", -0.1, 0),
         ("let.weight", math.nan, 0),
         ("let.weight", math.inf, 0),
+        ("let.stop_fraction", math.nan, 0),
     ],
 )
 def test_numbers_that_make_no_sense(config, key, value, minimum):
