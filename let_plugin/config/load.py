@@ -33,18 +33,13 @@ _BASE_FORMAT = 'expected "module.function", as in base = "llama3.llama3_debugmod
 # Imported so that a `type` key finds their classes by a short name.
 _COMMON_MODULES = (
     "let_plugin.runtime.held_out",
+    "let_plugin.runtime.upstream",
     "let_plugin.tokens.tiktoken",
-    "torchtitan.components.checkpointer",
-    "torchtitan.components.dataloader",
     "torchtitan.components.loss",
-    "torchtitan.components.optimizer",
     "torchtitan.components.tokenizer",
     "torchtitan.components.validate",
     "torchtitan.distributed.activation_checkpoint",
-    "torchtitan.hf_datasets.text_datasets",
 )
-
-_PACKAGES = ("torchtitan.models", "torchtitan.experiments", "torchtitan.experiments.rl.examples")
 
 # Code that a user did not write: this package, installed packages, Python itself.
 _NOT_THE_USERS = (
@@ -266,11 +261,11 @@ def _load_base(base: Any, source: str) -> "Trainer.Config":
 
 def _find(module_name: str, name: str) -> "Callable[[], Trainer.Config] | str":
     """The configuration function; what is wrong if there is none. Raises what the import of a module raises."""
-    from let_plugin.runtime.upstream import SHORT_MODULES
+    from let_plugin.runtime.upstream import PACKAGES, SHORT_MODULES
 
     candidates = [f"{module_name}.config_registry", module_name]
     if module_name in SHORT_MODULES:
-        candidates = [f"{package}.{module_name}.config_registry" for package in _PACKAGES]
+        candidates = [f"{package}.{module_name}.config_registry" for package in PACKAGES]
     for candidate in candidates:
         try:
             module = importlib.import_module(candidate)

@@ -34,11 +34,8 @@ MODELS: frozenset[str] = _supported_models
 SHORT_MODULES: frozenset[str] = _supported_models | _supported_experiments
 """Modules with configuration functions that torchtitan knows by a short name, such as "llama3"."""
 
-
-def load_base(module: str, function: str) -> Any:
-    """What the configuration function returns. Raises what torchtitan's own loader raises, mostly ImportError and
-    ValueError."""
-    return _config_manager()._load_config(["--module", module, "--config", function])[0]
+PACKAGES = ("torchtitan.models", "torchtitan.experiments", "torchtitan.experiments.rl.examples")
+"""The packages that a short name is looked for in."""
 
 
 def tyro_registry() -> Any:

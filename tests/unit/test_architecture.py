@@ -112,7 +112,10 @@ def test_private_and_moved_names_of_torchtitan_are_in_the_seam_only():
                 private = any(part.startswith("_") for part in name.split("."))
                 assert not private and not any(is_in(name, module) for module in SEAM), f"{place(path)}: {name}"
             assert not name.startswith("let_plugin.runtime.upstream._"), f"{place(path)}: {name}"
-        attributes = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        for text in (node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)):
+            assert not any(is_in(text, module) for module in SEAM), f"{place(path)}: {text!r}"
+        attributes = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
         assert not attributes & PRIVATE_METHODS, f"{place(path)}: {attributes & PRIVATE_METHODS}"
 
 
