@@ -55,6 +55,7 @@ def losses(curves: pd.DataFrame) -> Spec:
     domain = [low - 0.02 * (high - low), high + 0.02 * (high - low)]
     ends = curves.groupby("label", sort=False).tail(1).copy()
     ends["place"] = _apart(list(ends["loss"]), gap=14 * (domain[1] - domain[0]) / _HEIGHT)
+    name = "held-out loss, nats/token"
     y_scale = {"domain": domain, "nice": False, "zero": False}
     tip = [{"field": "label", "title": "method"}, {"field": "step"}, {"field": "loss", "format": ".4f"}]
     tip += [{"field": end, "title": f"95 %, {end}", "format": ".4f"} for end in ("low", "high")]
@@ -62,6 +63,7 @@ def losses(curves: pd.DataFrame) -> Spec:
     return {
         "width": "container",
         "height": _HEIGHT,
+        "padding": {"left": 5, "top": 5, "right": 14, "bottom": 5},
         "config": _CONFIG,
         "data": _data(curves.merge(ends[["label", "step", "place"]], how="left")),
         "encoding": {
@@ -77,18 +79,18 @@ def losses(curves: pd.DataFrame) -> Spec:
         "layer": [
             {
                 "mark": {"type": "area", "opacity": 0.14, "clip": True},
-                "encoding": {"y": _y("low", y_scale, "held-out loss, nats/token"), "y2": {"field": "high"}},
+                "encoding": {"y": _y("low", y_scale, name), "y2": {"field": "high"}},
             },
             {
                 "mark": {"type": "line", "clip": True, "strokeWidth": 2},
-                "encoding": {"y": _y("loss", y_scale, None)},
+                "encoding": {"y": _y("loss", y_scale, name)},
                 "params": [_ZOOM],
             },
             {
                 "mark": {"type": "point", "filled": True, "clip": True, "size": 70},
                 "params": [_HOVER],
                 "encoding": {
-                    "y": _y("loss", y_scale, None),
+                    "y": _y("loss", y_scale, name),
                     "opacity": {"condition": {"param": "hover", "empty": False, "value": 1}, "value": 0},
                     "tooltip": tip,
                 },
@@ -96,7 +98,7 @@ def losses(curves: pd.DataFrame) -> Spec:
             {
                 "transform": [{"filter": "isValid(datum.place)"}],
                 "mark": {"type": "text", "align": "left", "dx": 6, "fontWeight": 600, "clip": False},
-                "encoding": {"y": _y("place", y_scale, None), "text": {"field": "label"}},
+                "encoding": {"y": _y("place", y_scale, name), "text": {"field": "label"}},
             },
         ],
     }

@@ -114,8 +114,7 @@ def cost_overview(suites: Sequence[Suite]) -> pd.DataFrame:
         if active is None and stopped is None:
             continue
         memory = next(name for name in suite.frame if name.endswith(" / plain"))
-        cells = {"device": suite.rows[0]["device_name"]}
-        lines[suite.name] = cells | {
+        lines[suite.name] = {
             "teacher / student": "" if active is None else f"{active['share']:.0%}",
             "step time / plain": "" if active is None else active["step_time"].text(".3f"),
             "its bound": "" if active is None else f"{active['flop_bound']:.3f}",
@@ -123,6 +122,7 @@ def cost_overview(suites: Sequence[Suite]) -> pd.DataFrame:
             "its bound ": "" if active is None else f"{_memory_bound(suite, active):.3f}",
             "step time after the stop": "" if stopped is None else stopped["step_time"].text(".3f"),
             "memory after the stop": "" if stopped is None else stopped[memory].text(".3f"),
+            "device": suite.rows[0]["device_name"],
         }
     return pd.DataFrame(lines).T.rename_axis(columns="question")
 
