@@ -16,7 +16,7 @@ from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 from tqdm import tqdm
 
-from let_plugin.preflight.export import Plan
+from let_plugin.preflight.export_plan import Plan
 from let_plugin.runtime.batch_extras import BatchExtras, take_extras
 from let_plugin.teacher.base import StateProvider
 from let_plugin.teacher.open import make_provider, open_source
@@ -75,7 +75,7 @@ def _provider(plan: Plan) -> StateProvider:
         student_tokenizer=plan.config.tokenizer.build(tokenizer_path=plan.config.hf_assets_path),
         device=utils.get_local_device(),
         parallel_dims=dims,
-        layers=plan.layers,
+        layers=plan.settings["layers"],
     )
 
 

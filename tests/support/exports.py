@@ -3,7 +3,7 @@
 import argparse
 
 from let_plugin.preflight import export
-from let_plugin.preflight.export import Plan
+from let_plugin.preflight.export_plan import Plan
 
 
 def plan_of(config, *argv, num_processes=1):

@@ -14,6 +14,7 @@ from let_plugin.runtime import host
 def main():
     num_rows, *argv = sys.argv[1:]
     host.set_up("cpu")
+    from let_plugin.preflight import export_plan
     from let_plugin.teacher.stored.shards import ShardWriter
 
     add, left = ShardWriter.add, int(num_rows)
@@ -26,7 +27,7 @@ def main():
         add(self, *args)
 
     ShardWriter.add = add_or_die
-    export._SHARD_BYTES = 2**14  # two rows of the tiny teacher's
+    export_plan.SHARD_BYTES = 2**14  # two rows of the tiny teacher's
     export.main(argv)
 
 

@@ -116,35 +116,13 @@ class Features:
         """
         let, stored, folder = config.let, self.settings, str(self.folder)
         made = f"{FEATURES_KEY} = {folder!r} was made"
-        again = "set that, or export again"
-        problems = []
-
-        def differs(key: str, value: Any, stored_value: Any) -> None:
-            if value != stored_value:
-                problems.append(Problem(key, f"{made} with {stored_value!r}; {again}", value))
-
-        differs("training.seq_len", config.training.seq_len, stored["seq_len"])
-        if fingerprints.tokenizer(config.hf_assets_path) != stored["tokenizer"]:
-            message = f"not the tokenizer that {made} with; {again}"
-            problems.append(Problem("hf_assets_path", message, config.hf_assets_path))
-        if let.token_alignment.enable:  # else it is as it was when the states were made
-            for name, value in dataclasses.asdict(let.token_alignment).items():
-                differs(f"let.token_alignment.{name}", value, stored["token_alignment"].get(name))
-        options, stored_options = fingerprints.loader(config), stored["loader"]
-        for name in sorted({*options, *stored_options}):
-            # Another dataset has another path.
-            if name != "dataset_path" or options.get("dataset") == stored_options.get("dataset"):
-                differs(f"dataloader.{name}", options.get(name), stored_options.get(name))
+        problems = self._differences(config, layers, f"{made} with")
         if num_data_parallel != stored["data_parallel_degree"]:
             message = (
                 f"{made} for {stored['data_parallel_degree']} data-parallel ranks, and {num_data_parallel} read other "
                 f"rows; run with as many, or export again with --data-parallel-degree {num_data_parallel}"
             )
             problems.append(Problem("parallelism", message))
-        dtype = str(plan.teacher_dtype(config)).removeprefix("torch.")
-        differs("let.teacher.dtype", dtype, stored["teacher"]["dtype"])
-        if self.info.num_layers - 1 in layers:
-            differs("let.teacher.final_norm", let.teacher.final_norm, stored["teacher"]["final_norm"])
         if missing := [layer for layer in layers if layer not in stored["layers"]]:
             message = f"has the states of the teacher's layers {stored['layers']}, not of {missing}; export again"
             problems.append(Problem(FEATURES_KEY, message, folder))
@@ -165,6 +143,28 @@ class Features:
             problems.append(Problem(FEATURES_KEY, message, folder))
         if problems:
             raise ConfigError(problems)
+
+    def _differences(self, config: Trainer.Config, layers: Sequence[int | str], made_with: str) -> list[Problem]:
+        """Keys that decide what the states are, and are not as they were."""
+        stored, wanted = self.settings["run"], fingerprints.run(config)
+        irrelevant = set()
+        if not config.let.token_alignment.enable:  # then it is as it was when the states were made
+            irrelevant |= {key for key in stored if key.startswith("let.token_alignment.")}
+        if self.info.num_layers - 1 not in layers:
+            irrelevant.add("let.teacher.final_norm")
+        if stored.get("dataloader.dataset") != wanted.get("dataloader.dataset"):
+            irrelevant.add("dataloader.dataset_path")  # another dataset has another path
+        problems = []
+        for key in sorted({*stored, *wanted} - irrelevant):
+            value, stored_value = wanted.get(key), stored.get(key)
+            if value == stored_value:
+                continue
+            if key == "hf_assets_path":
+                message, value = f"not the tokenizer that {made_with}; set that, or export again", config.hf_assets_path
+            else:
+                message = f"{made_with} {stored_value!r}; set that, or export again"
+            problems.append(Problem(key, message, value))
+        return problems
 
     def describe(self, config: Trainer.Config, layers: Sequence[int | str]) -> list[str]:
         """Lines for people: how the states are stored, how well, and how much a rank reads in a step."""

@@ -3,6 +3,7 @@
 They are of contents, not of places: a folder may be moved.
 """
 
+import dataclasses
 import glob
 import hashlib
 import json
@@ -12,7 +13,7 @@ from typing import Any
 
 from torchtitan.trainer import Trainer
 
-from let_plugin.config import TeacherConfig
+from let_plugin.config import TeacherConfig, plan
 from let_plugin.config.errors import lookup
 from let_plugin.runtime import data
 from let_plugin.runtime.upstream import DATASETS
@@ -55,6 +56,18 @@ def tokenizer(folder: str) -> str:
     """Of the tokenizer's files in a folder."""
     paths = sorted(Path(folder).glob("*"))
     return _digest([path for path in paths if path.name in _TOKENIZER_FILES or path.suffix == ".tiktoken"])
+
+
+def run(config: Trainer.Config) -> dict[str, Any]:
+    """The keys of a run that decide which states it needs, and their values: JSON values."""
+    values = {
+        "training.seq_len": config.training.seq_len,
+        "hf_assets_path": tokenizer(config.hf_assets_path),
+        "let.teacher.dtype": str(plan.teacher_dtype(config)).removeprefix("torch."),
+        "let.teacher.final_norm": config.let.teacher.final_norm,
+    }
+    values |= {f"let.token_alignment.{name}": v for name, v in dataclasses.asdict(config.let.token_alignment).items()}
+    return values | {f"dataloader.{name}": value for name, value in loader(config).items()}
 
 
 def loader(config: Trainer.Config) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from let_plugin.config import LetConfig, PairConfig
 from let_plugin.config.errors import ConfigError
 from let_plugin.guidance.guidance import Guidance
-from let_plugin.preflight import export, export_rows
+from let_plugin.preflight import export, export_plan, export_rows
 from let_plugin.teacher.stored import shards
 from let_plugin.teacher.stored.features import Features, Manifest
 from let_plugin.teacher.stored.shards import RowReader, row_keys, shard_paths
@@ -193,7 +193,7 @@ def test_rows_that_come_again_are_stored_once(config, parallel_dims, folder, mon
 
 def test_interrupted_and_continued_is_uninterrupted(config, parallel_dims, tmp_path, monkeypatch):
     whole, interrupted = tmp_path / "whole", tmp_path / "interrupted"
-    monkeypatch.setattr(export, "_SHARD_BYTES", 3 * 64 * (32 + 4))  # three rows
+    monkeypatch.setattr(export_plan, "SHARD_BYTES", 3 * 64 * (32 + 4))  # three rows
     exports.run(config, "--out", whole, "--encoding", "int8")
 
     class PowerCutError(Exception):

@@ -1,0 +1,216 @@
+"""What an export is to write, checked: which rows, which layers, and how much space that takes."""
+
+import argparse
+import copy
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torchtitan.config import ParallelismConfig
+from torchtitan.trainer import Trainer
+
+from let_plugin.config import plan
+from let_plugin.config.errors import ConfigError, Problem, suggest
+from let_plugin.preflight import checks as preflight
+from let_plugin.teacher.base import TeacherInfo
+from let_plugin.teacher.open import open_source
+from let_plugin.teacher.stored import fingerprints
+from let_plugin.teacher.stored.features import MANIFEST, Manifest, rows_per_step
+from let_plugin.teacher.stored.shards import ENCODINGS, KEY_BYTES, bytes_per_token, shard_paths
+
+SHARD_BYTES = 2**26  # what an interruption loses at most, of each process
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is to be exported.
+
+    Attributes:
+        config: The run's configuration, with the teacher in place of stored states and data parallelism alone.
+        settings: Of the manifest.
+        folder: Where to.
+        num_processes: Of the export.
+    """
+
+    config: Trainer.Config
+    settings: dict[str, Any]
+    folder: Path
+    num_processes: int
+
+    @staticmethod
+    def make(config: Trainer.Config, args: argparse.Namespace, num_processes: int) -> "Plan":
+        """ConfigError if the run or the export is not as it should be. Reads no weights, writes nothing."""
+        out = args.out or config.let.teacher.features
+        degree = _data_parallel_degree(config, args.data_parallel_degree, num_processes)
+        if problems := _problems(config, args, out):
+            raise ConfigError(problems)
+        is_pipelined = config.parallelism.pipeline_parallel_degree > 1
+        training, parallelism = config.training, config.parallelism
+        batch_size = parallelism.pipeline_parallel_microbatch_size if is_pipelined else training.local_batch_size
+        config = _alone(config, degree)
+        preflight.run(config, degree)
+        info = open_source(config.let.teacher).info
+        return Plan(
+            config=config,
+            settings=_settings(config, info, args.encoding, batch_size, degree),
+            folder=Path(out),
+            num_processes=num_processes,
+        )
+
+    @property
+    def batch_size(self) -> int:
+        """Rows that the run's data loader yields at a time."""
+        return self.settings["batch_size"]
+
+    @property
+    def rows_per_shard(self) -> int:
+        """Rows of each file but the last."""
+        return max(1, SHARD_BYTES // (self._bytes_per_token * self.settings["seq_len"]))
+
+    @property
+    def num_rows(self) -> int:
+        return self.settings["rows_per_rank"] * self.settings["data_parallel_degree"]
+
+    @property
+    def num_bytes(self) -> int:
+        """What is stored of `num_rows` different rows, in bytes; headers not counted."""
+        return self.num_rows * (self._bytes_per_token * self.settings["seq_len"] + KEY_BYTES)
+
+    @property
+    def _bytes_per_token(self) -> int:
+        return sum(bytes_per_token(self.settings["encoding"], width) for width in self.settings["widths"].values())
+
+    def report(self) -> str:
+        """For people: how much there is to write."""
+        settings, widths = self.settings, self.settings["widths"]
+        tokens = self.num_rows * settings["seq_len"]
+        free = shutil.disk_usage(_existing(self.folder)).free
+        return "\n".join(
+            [
+                "LET export",
+                f"  teacher    {settings['teacher']['info']['description']}, {settings['run']['let.teacher.dtype']}",
+                f"  layers     {', '.join(f'{layer} (width {width})' for layer, width in widths.items())}",
+                f"  rows       {self.num_rows:,} of {settings['seq_len']:,} tokens, {tokens:,} tokens in all: "
+                f"{settings['rows_per_rank']:,} rows of each of {settings['data_parallel_degree']} data-parallel ranks",
+                f"  storage    {_size(self.num_bytes):>10}  {self._bytes_per_token:,} B/token, {settings['encoding']}",
+                f"  free       {_size(free):>10}  at {self.folder}",
+            ]
+        )
+
+    def check_folder(self) -> None:
+        """ConfigError if the folder has something else in it, a complete export, or not enough space."""
+        stored, message = 0, ""
+        existing = _existing(self.folder)
+        if self.folder.exists() and not self.folder.is_dir():
+            message = "a file; give a folder"
+        elif (self.folder / MANIFEST).exists():
+            manifest = Manifest.read(self.folder)
+            stored = sum(path.stat().st_size for path in shard_paths(self.folder))
+            if names := _differences(manifest.settings, self.settings):
+                message = f"holds an export of other settings ({', '.join(names)}); give another folder"
+            elif manifest.result is not None:
+                message = "holds this export already, and it is complete"
+        elif self.folder.is_dir() and any(self.folder.iterdir()):
+            message = "is not empty and holds no export; give another folder"
+        if not message and not os.access(existing, os.W_OK):
+            message = f"{existing} is not writable; give another folder"
+        needed, free = self.num_bytes - stored, shutil.disk_usage(existing).free
+        if not message and needed > free:
+            message = f"needs {_size(needed)}, and {_size(free)} are free; see --encoding, and --check"
+        if message:
+            raise ConfigError(Problem("--out", message, str(self.folder)))
+
+
+def _problems(config: Trainer.Config, args: argparse.Namespace, out: str) -> list[Problem]:
+    problems = []
+    if args.encoding not in ENCODINGS:
+        problems.append(Problem("--encoding", f"unknown encoding; {suggest(args.encoding, ENCODINGS)}", args.encoding))
+    if not out:
+        problems.append(Problem("--out", "give the folder to write to, here or as let.teacher.features"))
+    if not config.let.enable or config.let.target != "teacher":
+        key, value = ("let.enable", False) if not config.let.enable else ("let.target", config.let.target)
+        problems.append(Problem(key, "there is no teacher in this run whose states could be exported", value))
+    if config.let.control != "none":
+        message = "a control is made of the teacher's own states when they are read; export without it"
+        problems.append(Problem("let.control", message, config.let.control))
+    return problems
+
+
+def _settings(config: Trainer.Config, info: TeacherInfo, encoding: str, batch_size: int, degree: int) -> dict[str, Any]:
+    """All that the states depend on, for the manifest: JSON values, as they are when they have been read again."""
+    layers = plan.teacher_layers(plan.pairs(config, info.num_layers))
+    options = dataclasses.asdict(config.let.teacher)
+    del options["features"]
+    settings = {
+        "teacher": {
+            "info": dataclasses.asdict(info),
+            "options": options,
+            "fingerprint": fingerprints.teacher(config.let.teacher),
+        },
+        "run": fingerprints.run(config),
+        "layers": layers,
+        "widths": {str(layer): info.width(layer, config.let.teacher.final_norm) for layer in layers},
+        "encoding": encoding,
+        "seq_len": config.training.seq_len,
+        "batch_size": batch_size,
+        "data_parallel_degree": degree,
+        "rows_per_rank": plan.stop_step(config, degree) * rows_per_step(config, degree),
+    }
+    result: dict[str, Any] = json.loads(json.dumps(settings))
+    return result
+
+
+def _data_parallel_degree(config: Trainer.Config, given: int | None, num_processes: int) -> int:
+    """How many streams of rows the run will have. ConfigError if they cannot be shared by so many processes."""
+    parallelism = config.parallelism
+    stated = None
+    if parallelism.data_parallel_shard_degree != -1:
+        stated = parallelism.data_parallel_replicate_degree * parallelism.data_parallel_shard_degree
+    degree = given or stated or num_processes
+    message = ""
+    if given is not None and given < 1:
+        degree, message = given, "must be at least 1"
+    elif stated and degree != stated:
+        message = f"the configuration has {stated} data-parallel ranks (parallelism.data_parallel_*_degree)"
+    elif degree % num_processes:
+        message = f"{num_processes} processes cannot share {degree} data-parallel ranks evenly; start a divisor of them"
+    if message:
+        raise ConfigError(Problem("--data-parallel-degree", message, degree))
+    return degree
+
+
+def _alone(config: Trainer.Config, degree: int) -> Trainer.Config:
+    """The configuration without what is the student's affair: data parallelism alone, and no stored states."""
+    config = copy.copy(config)
+    config.let = copy.copy(config.let)
+    config.let.teacher = dataclasses.replace(config.let.teacher, features="")
+    config.parallelism = ParallelismConfig(data_parallel_shard_degree=degree)
+    return config
+
+
+def _differences(stored: Any, wanted: Any, prefix: str = "") -> list[str]:
+    """Dotted names of the settings in which two manifests differ."""
+    if isinstance(stored, dict) and isinstance(wanted, dict):
+        return [
+            name
+            for key in sorted({*stored, *wanted})
+            for name in _differences(stored.get(key), wanted.get(key), f"{prefix}.{key}" if prefix else key)
+        ]
+    return [] if stored == wanted else [prefix]
+
+
+def _existing(folder: Path) -> Path:
+    folder = folder.absolute()
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def _size(num_bytes: int) -> str:
+    size = float(num_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:,.1f} {unit}"
+        size /= 1024
+    return f"{size:,.1f} TiB"
