@@ -1,23 +1,27 @@
 """LET's numbers, through torchtitan's metrics processor to TensorBoard and W&B, and to `metrics.jsonl`."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torchtitan.components.metrics import BaseLogger
+
+_VALIDATION_LOSS = "validation_metrics/loss"
 
 
 class JsonlLogger(BaseLogger):
     """Adds LET's metrics to torchtitan's, hands them all on, and writes each logged step as one line of JSON.
 
-    Validation is a line of its own, with the step and `validation_metrics/*`.
+    Validation is a line of its own, with the step and `validation_metrics/*`. A run that resumes continues its file
+    without the lines that the interrupted run wrote after its checkpoint. What is not finite is written as null.
 
     Args:
         inner: The logger that torchtitan built (TensorBoard, W&B, or one that does nothing).
-        path: The file to append to; None on the ranks that do not log.
+        path: The file; None on the ranks that do not log.
         extra_metrics: Called once per logged training step, on every rank (it may communicate).
         on_validation: Called with each validation's loss and step, on every rank.
     """
@@ -32,25 +36,53 @@ class JsonlLogger(BaseLogger):
         self._inner = inner
         self._extra_metrics = extra_metrics
         self._on_validation = on_validation
-        self._file = None
-        if path is not None:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            # Appended: a resumed run continues its file. Line-buffered: a killed run keeps what it logged.
-            self._file = open(path, "a", buffering=1)  # noqa: SIM115
+        self._path = path
+        self._file: TextIO | None = None
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
         if "loss_metrics/global_avg_loss" in metrics:
             metrics = {**metrics, **self._extra_metrics()}
-        elif "validation_metrics/loss" in metrics:
-            self._on_validation(metrics["validation_metrics/loss"], step)
+        elif _VALIDATION_LOSS in metrics:
+            self._on_validation(metrics[_VALIDATION_LOSS], step)
         self._inner.log(metrics, step)
-        if self._file is not None:
-            self._file.write(json.dumps({"step": step, "time": time.time(), **metrics}) + "\n")
+        if self._path is None:
+            return
+        if self._file is None:
+            os.makedirs(os.path.dirname(self._path), exist_ok=True)
+            _drop_lines_from(self._path, step, is_validation=_VALIDATION_LOSS in metrics)
+            # Line-buffered: a killed run keeps what it logged.
+            self._file = open(self._path, "a", buffering=1)  # noqa: SIM115
+        line = {"step": step, "time": time.time(), **metrics}
+        # JSON has no NaN and no infinity.
+        line = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in line.items()}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def close(self) -> None:
         self._inner.close()
         if self._file is not None:
             self._file.close()
+
+
+def _drop_lines_from(path: str, step: int, *, is_validation: bool) -> None:
+    """Drops what is about to be logged again: the lines of later steps, and those of this one.
+
+    A validation follows the training line of its step, which stays.
+    """
+    if not os.path.exists(path):
+        return
+    kept = []
+    with open(path) as file:
+        for line in file:
+            try:
+                logged = json.loads(line)
+            except ValueError:
+                continue  # cut off when the run was killed
+            is_before = logged["step"] == step and is_validation and _VALIDATION_LOSS not in logged
+            if logged["step"] < step or is_before:
+                kept.append(line)
+    with open(f"{path}.new", "w") as file:
+        file.writelines(kept)
+    os.replace(f"{path}.new", path)
 
 
 class DeviceTimer:

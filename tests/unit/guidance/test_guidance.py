@@ -59,6 +59,14 @@ def test_a_step_adds_lambdas_share_of_the_gradient_and_reports_the_cosine(traine
     assert metrics["let/teacher_tokens_per_second"] > 0
 
 
+def test_the_teachers_speed_is_a_number_where_no_time_was_measured(trainer, batch, monkeypatch):
+    """With stored states nothing may run between the two events."""
+    guidance = Guidance(trainer, 0)
+    guidance.target(*batch)
+    monkeypatch.setattr(guidance._timer, "pop", lambda: 0.0)
+    assert guidance.metrics()["let/teacher_tokens_per_second"] == 0
+
+
 def test_a_step_that_does_not_reach_the_tap_is_an_error(trainer, batch):
     guidance = Guidance(trainer, 0)
     guidance.start_step(1.0)

@@ -56,12 +56,30 @@ def test_what_was_logged_is_on_disk_before_the_file_is_closed(tmp_path):
     logger.close()
 
 
-def test_a_resumed_run_continues_its_file(tmp_path):
-    for step in (1, 2):
-        logger = JsonlLogger(BaseLogger(), str(tmp_path / "metrics.jsonl"), dict)
-        logger.log(TRAINING, step)
+def test_a_resumed_run_continues_its_file_with_no_step_twice(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+
+    def run(*logged):
+        logger = JsonlLogger(BaseLogger(), str(path), dict)
+        for line, step in logged:
+            logger.log(line, step)
         logger.close()
-    assert [line["step"] for line in read(tmp_path / "metrics.jsonl")] == [1, 2]
+        return [(line["step"], "grad_norm" in line) for line in read(path)]
+
+    run((TRAINING, 1), (TRAINING, 2), (VALIDATION, 2), (TRAINING, 3))
+    with path.open("a") as file:
+        file.write('{"step": 4, "ti')  # killed while it wrote
+    assert run((TRAINING, 2), (VALIDATION, 2)) == [(1, True), (2, True), (2, False)]
+    assert run((VALIDATION, 2), (TRAINING, 3)) == [(1, True), (2, True), (2, False), (3, True)]  # it validates anew
+
+
+def test_what_is_not_finite_is_written_as_json_has_it(tmp_path):
+    logger = JsonlLogger(BaseLogger(), str(tmp_path / "metrics.jsonl"), lambda: {"let/cosine": float("nan")})
+    logger.log({**TRAINING, "grad_norm": float("inf")}, 1)
+    logger.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    (line,) = [json.loads(text, parse_constant=pytest.fail)]
+    assert line["let/cosine"] is None and line["grad_norm"] is None
 
 
 def test_a_rank_that_does_not_write_still_takes_part(tmp_path, monkeypatch):
