@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from let_plugin.alignment.losses import LOSSES, LossEntry, alignment_of, get_loss, negative_cosine, register_loss
 
-SHAPES = [(1, 1, 1), (2, 3, 5), (3, 17, 64), (1, 129, 33)]
+SHAPES = [(1, 1, 1), (2, 3, 5), (1, 33, 33)]
 CASES = [
     ("cosine", {}),
     ("mse", {}),
@@ -117,26 +117,18 @@ def test_losses_and_gradients_equal_the_formula(name, options, shape, dtype, tol
         assert a_BLD.dtype == dtype
         assert_near(a_BLD[counts_BL], b_BLD[counts_BL], tolerance)
 
-
-@all_dtypes
-@all_shapes
-@all_losses
-def test_an_alignment_is_the_weighted_gradient_and_the_sum_of_cosines(name, options, shape, dtype, tolerance):
-    *hidden, counts_BL = batch(shape, dtype)
-    exact = [x_BLD.double().requires_grad_() for x_BLD in hidden]
     align = alignment_of(get_loss(name), options)
     with torch.no_grad():  # as in the tap
-        got = align(*hidden, counts_BL, torch.tensor(0.37))
-
-    expected_BL = reference(name, options, *exact, counts_BL)
-    expected = gradients(expected_BL, 0.37, *exact)
+        states = [x_BLD.detach() for x_BLD in hidden]
+        alignment = align(*states, counts_BL, torch.tensor(0.37))
+        again = align(*states, counts_BL.float(), torch.tensor(0.37))
+    weighted = gradients(reference(name, options, *exact, counts_BL), 0.37, *exact)
     metric_sum = F.cosine_similarity(*exact, dim=-1)[counts_BL].sum().detach()
-    assert got.gradient_BLD.dtype == got.target_gradient_BLD.dtype == dtype
-    assert got.metric_sum.dtype == torch.float32 and got.metric_sum.shape == ()
-    for a, b in zip(got, (*expected, metric_sum), strict=True):
+    assert alignment.gradient_BLD.dtype == alignment.target_gradient_BLD.dtype == dtype
+    assert alignment.metric_sum.dtype == torch.float32 and alignment.metric_sum.shape == ()
+    for a, b, c in zip(alignment, (*weighted, metric_sum), again, strict=True):
         assert_near(a, b, tolerance)
-    for a, b in zip(align(*hidden, counts_BL.float(), torch.tensor(0.37)), got, strict=True):
-        assert torch.equal(a, b)
+        assert torch.equal(a, c)
 
 
 @all_losses

@@ -1,4 +1,4 @@
-"""Logit distillation, against plain PyTorch; `test_strategies.py` has it on several processes."""
+"""Losses at the student's head, against plain PyTorch; `test_strategies.py` has them on several processes."""
 
 import math
 
@@ -7,8 +7,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 
-from let_plugin.config import PairConfig, plan
-from let_plugin.config.errors import ConfigError
+from let_plugin.guidance import heads
 from let_plugin.guidance.guidance import Guidance
 from let_plugin.guidance.heads import distillation
 from let_plugin.runtime.models import llama_spec
@@ -16,6 +15,51 @@ from let_plugin.teacher.titan.source import TEACHER_SPECS, register_teacher_spec
 from tests.support import reference
 from tests.support.config_registry import STUDENT
 from tests.support.probe import full
+
+
+@pytest.fixture
+def labels_trainer(config, request):
+    config.let.target, config.let.student_block = "labels", 1
+    return request.getfixturevalue("trainer")
+
+
+def expected_of_labels(trainer, batch, weight):
+    """Gradients of L_NLL + weight * (cross-entropy of block 1 through norm and head), and that cross-entropy."""
+    (part,) = trainer.model_parts
+    params = {name: full(p).requires_grad_() for name, p in part.named_parameters()}
+    inputs, labels_BL = batch
+    hidden, final_BLD = reference.llama(params, inputs["input"], inputs["positions"], **STUDENT)
+    losses = []
+    for normed_BLD in (final_BLD, reference.rms_norm(hidden[1], params["norm.weight"])):
+        logits_BLV = normed_BLD @ params["lm_head.weight"].T
+        losses.append(F.cross_entropy(logits_BLV.flatten(0, 1), labels_BL.flatten()))
+    (losses[0] + weight * losses[1]).backward()
+    return {name: p.grad for name, p in params.items()}, losses[1].item()
+
+
+@pytest.mark.parametrize("chunk", [2048, 50])
+def test_block_norm_and_head_learn_from_both_losses(labels_trainer, batch, chunk, monkeypatch):
+    monkeypatch.setattr(heads, "_CHUNK", chunk)
+    gradients, loss = expected_of_labels(labels_trainer, batch, 0.5)
+    guidance = Guidance(labels_trainer, 0)
+    assert guidance.teacher is None
+    labels_trainer.guidance = guidance
+    guidance.start_step(0.5)
+    num_valid = (batch[1] != reference.IGNORE_INDEX).sum()
+    labels_trainer.forward_backward_step(input_dict=batch[0], labels=batch[1], global_valid_tokens=num_valid)
+    for name, parameter in labels_trainer.model_parts[0].named_parameters():
+        torch.testing.assert_close(full(parameter.grad), gradients[name], rtol=1e-4, atol=1e-6, msg=name)
+    assert guidance.metrics() == {"let/auxiliary_loss": pytest.approx(loss, rel=1e-5)}
+    guidance.finish_step()
+
+
+def test_nothing_is_left_of_it(labels_trainer):
+    (part,) = labels_trainer.model_parts
+    before = [list(part.state_dict()), len(list(part.buffers())), len(part._forward_pre_hooks)]
+    guidance = Guidance(labels_trainer, 0)
+    guidance.remove()
+    assert [list(part.state_dict()), len(list(part.buffers())), len(part._forward_pre_hooks)] == before
+
 
 SHAPE = {"dim": 32, "num_layers": 2, "num_heads": 2, "hidden_dim": 64}
 
@@ -94,13 +138,3 @@ def random_weights(spec):
         shapes = {name: tensor.shape for name, tensor in spec.model.build().state_dict().items()}
     generator = torch.Generator().manual_seed(0)
     return {name: torch.randn(shape, generator=generator) * shape[-1] ** -0.5 for name, shape in shapes.items()}
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [("pairs", [PairConfig(student=0)]), ("student_block", 1), ("temperature", 0.0)]
-)
-def test_what_has_no_meaning_there_is_refused(config, name, value):
-    config.let.target = "logits"
-    setattr(config.let, name, value)
-    with pytest.raises(ConfigError, match=f"let.{name}"):
-        plan.pairs(config, 2)

@@ -1,13 +1,17 @@
-"""Which kind of teacher a `[let.teacher]` table means."""
+"""Which kind of teacher a `[let.teacher]` table means, and what gives a run its states."""
 
 import sys
 
 import pytest
+import torch
 
 from let_plugin.config import TeacherConfig
 from let_plugin.config.errors import ConfigError
 from let_plugin.demo import TEACHER
-from let_plugin.teacher.open import open_teacher
+from let_plugin.teacher.base import OnlineStates, TeacherSource
+from let_plugin.teacher.open import make_provider, open_source, open_teacher
+from let_plugin.teacher.stored.features import Features, StoredStates
+from tests.support import exports
 
 
 def problem_of(**fields):
@@ -71,3 +75,27 @@ def test_torchtitans_teachers_need_no_optional_dependency(monkeypatch):
     assert open_teacher(TeacherConfig(spec="demo_teacher")).info.hidden_size == 128
     for module in (teacher_open, titan):
         assert not {"transformers", "gguf"} & set(vars(module))  # nor was it imported before
+
+
+def test_stored_states_take_the_teachers_place_where_they_are_named(config, parallel_dims, tmp_path):
+    def provider():
+        source = open_source(config.let.teacher)
+        made = make_provider(
+            source,
+            config=config,
+            student_tokenizer=None,
+            device=torch.device("cpu"),
+            parallel_dims=parallel_dims,
+            layers=[1],
+        )
+        return source, made
+
+    source, made = provider()
+    assert isinstance(source, TeacherSource) and isinstance(made, OnlineStates)
+    exports.run(config, "--out", tmp_path / "features")
+    config.let.teacher.features = str(tmp_path / "features")  # the teacher is named, too
+    stored, made = provider()
+    assert isinstance(stored, Features) and isinstance(made, StoredStates) and made.teacher is None
+    assert stored.info == source.info
+    config.let.teacher = TeacherConfig(features=config.let.teacher.features)
+    assert isinstance(provider()[1], StoredStates)
