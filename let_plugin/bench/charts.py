@@ -16,18 +16,9 @@ AXES = {"tokens": "training tokens", "flops": "FLOPs, preparation included", "se
 _HEIGHT = 320
 _SERIES = [f"var(--series-{number})" for number in range(1, 9)]
 # The page's light colors, for images.
-LIGHT = {
-    "text": "#1c2128",
-    "muted": "#57606b",
-    "line": "#dfe3e8",
-    **dict(
-        zip(
-            (f"series-{number}" for number in range(1, 9)),
-            ("#2563a8", "#b4540a", "#1f7a4d", "#7a4bb0", "#b3264a", "#0f7285", "#6f6a12", "#6b5b4d"),
-            strict=True,
-        )
-    ),
-}
+LIGHT = {"text": "#1c2128", "muted": "#57606b", "line": "#dfe3e8", "series-1": "#2563a8", "series-2": "#b4540a"}
+LIGHT |= {"series-3": "#1f7a4d", "series-4": "#7a4bb0", "series-5": "#b3264a", "series-6": "#0f7285"}
+LIGHT |= {"series-7": "#6f6a12", "series-8": "#6b5b4d"}
 _CONFIG = {
     "background": None,
     "font": "system-ui, sans-serif",
@@ -60,48 +51,19 @@ def losses(curves: pd.DataFrame) -> Spec:
     tip = [{"field": "label", "title": "method"}, {"field": "step"}, {"field": "loss", "format": ".4f"}]
     tip += [{"field": end, "title": f"95 %, {end}", "format": ".4f"} for end in ("low", "high")]
     tip += [{"field": axis, "format": ".4~s"} for axis in AXES]
-    return {
-        "width": "container",
-        "height": _HEIGHT,
-        "padding": {"left": 5, "top": 5, "right": 14, "bottom": 5},
-        "config": _CONFIG,
-        "data": _data(curves.merge(ends[["label", "step", "place"]], how="left")),
-        "encoding": {
-            "x": {
-                "field": "tokens",
-                "type": "quantitative",
-                "title": AXES["tokens"],
-                "scale": {"zero": False},
-                "axis": {"format": "~s", "tickCount": 5},
-            },
-            "color": _color(labels),
-        },
-        "layer": [
-            {
-                "mark": {"type": "area", "opacity": 0.14, "clip": True},
-                "encoding": {"y": _y("low", y_scale, name), "y2": {"field": "high"}},
-            },
-            {
-                "mark": {"type": "line", "clip": True, "strokeWidth": 2},
-                "encoding": {"y": _y("loss", y_scale, name)},
-                "params": [_ZOOM],
-            },
-            {
-                "mark": {"type": "point", "filled": True, "clip": True, "size": 70},
-                "params": [_HOVER],
-                "encoding": {
-                    "y": _y("loss", y_scale, name),
-                    "opacity": {"condition": {"param": "hover", "empty": False, "value": 1}, "value": 0},
-                    "tooltip": tip,
-                },
-            },
-            {
-                "transform": [{"filter": "isValid(datum.place)"}],
-                "mark": {"type": "text", "align": "left", "dx": 6, "fontWeight": 600, "clip": False},
-                "encoding": {"y": _y("place", y_scale, name), "text": {"field": "label"}},
-            },
-        ],
-    }
+    x = {"field": "tokens", "type": "quantitative", "title": AXES["tokens"], "scale": {"zero": False}}
+    band = {"y": _y("low", y_scale, name), "y2": {"field": "high"}}
+    names = {"y": _y("place", y_scale, name), "text": {"field": "label"}}
+    spec = _spec(_HEIGHT, curves.merge(ends[["label", "step", "place"]], how="left"))
+    spec["padding"] = {"left": 5, "top": 5, "right": 14, "bottom": 5}
+    spec["encoding"] = {"x": x | {"axis": {"format": "~s", "tickCount": 5}}, "color": _color("label", labels)}
+    spec["layer"] = [
+        _layer("area", band, opacity=0.14, clip=True),
+        *_lines(_y("loss", y_scale, name), tip),
+        _layer("text", names, align="left", dx=6, fontWeight=600, clip=False)
+        | {"transform": [{"filter": "isValid(datum.place)"}]},
+    ]
+    return spec
 
 
 def ratios(frame: pd.DataFrame, column: str, bound: Mapping[str, float], title: str) -> Spec:
@@ -114,57 +76,23 @@ def ratios(frame: pd.DataFrame, column: str, bound: Mapping[str, float], title: 
     x = {"type": "quantitative", "scale": {"zero": False}, "title": title, "axis": {"tickCount": 5}}
     tip = [{"field": "label", "title": "case"}]
     tip += [{"field": name, "format": ".4f"} for name in ("ratio", "low", "high", "bound")]
-    return {
-        "width": "container",
-        "height": 24 * len(values),
-        "config": _CONFIG,
-        "data": {"values": values},
-        "layer": [
-            {"mark": {"type": "rule", "color": "var(--muted)"}, "encoding": {"x": {"datum": 1}}},
-            _ratio_mark(
-                "rule",
-                {"strokeWidth": 3, "color": _SERIES[0]},
-                {"y": y, "x": x | {"field": "low"}, "x2": {"field": "high"}},
-            ),
-            _ratio_mark(
-                "point",
-                {"filled": True, "size": 70, "opacity": 1, "color": _SERIES[0]},
-                {"y": y, "x": x | {"field": "ratio"}, "tooltip": tip},
-            ),
-            _ratio_mark(
-                "tick",
-                {"thickness": 3, "height": 16, "color": _SERIES[1]},
-                {"y": y, "x": x | {"field": "bound"}, "tooltip": tip},
-            ),
-        ],
-    }
+    spec = _spec(24 * len(values), pd.DataFrame(values))
+    spec["layer"] = [
+        _layer("rule", {"x": {"datum": 1}}, color="var(--muted)"),
+        _layer("rule", {"y": y, "x": x | {"field": "low"}, "x2": {"field": "high"}}, color=_SERIES[0], strokeWidth=3),
+        _layer("point", {"y": y, "x": x | {"field": "ratio"}, "tooltip": tip}, color=_SERIES[0], **_POINT),
+        _layer("tick", {"y": y, "x": x | {"field": "bound"}, "tooltip": tip}, color=_SERIES[1], thickness=3, height=16),
+    ]
+    return spec
 
 
 def metric(lines: pd.DataFrame, name: str) -> Spec:
     """A metric of runs over their steps. `lines` has the columns run, step and value."""
     tip = [{"field": "run"}, {"field": "step"}, {"field": "value", "format": ".4~g"}]
-    return {
-        "width": "container",
-        "height": 220,
-        "config": _CONFIG,
-        "data": _data(lines),
-        "encoding": {
-            "x": {"field": "step", "type": "quantitative", "title": "step"},
-            "color": _color(list(dict.fromkeys(lines["run"]))) | {"legend": {"orient": "top", "title": None}},
-        },
-        "layer": [
-            {"mark": "line", "params": [_ZOOM], "encoding": {"y": _y("value", {"zero": False}, name)}},
-            {
-                "mark": {"type": "point", "filled": True, "size": 60},
-                "params": [_HOVER],
-                "encoding": {
-                    "y": _y("value", {"zero": False}, name),
-                    "opacity": {"condition": {"param": "hover", "empty": False, "value": 1}, "value": 0},
-                    "tooltip": tip,
-                },
-            },
-        ],
-    }
+    color = _color("run", list(dict.fromkeys(lines["run"]))) | {"legend": {"orient": "top", "title": None}}
+    spec = _spec(220, lines)
+    spec["encoding"] = {"x": {"field": "step", "type": "quantitative", "title": "step"}, "color": color}
+    return spec | {"layer": _lines(_y("value", {"zero": False}, name), tip)}
 
 
 def save(specs: Sequence[Spec], out: Path) -> None:
@@ -187,26 +115,35 @@ _ZOOM = {
     "bind": "scales",
     "select": {"type": "interval", "zoom": "wheel![event.ctrlKey || event.shiftKey]"},
 }
+_POINT = {"filled": True, "size": 70, "opacity": 1}
 _HOVER = {"name": "hover", "select": {"type": "point", "on": "pointerover", "nearest": True, "clear": "pointerout"}}
 
 
-def _data(values: pd.DataFrame) -> dict[str, Any]:
-    return {"values": json.loads(values.to_json(orient="records"))}  # NaN is null
+def _spec(height: int, values: pd.DataFrame) -> Spec:
+    data = {"values": json.loads(values.to_json(orient="records"))}  # NaN is null
+    return {"width": "container", "height": height, "config": _CONFIG, "data": data}
+
+
+def _layer(mark: str, encoding: Mapping[str, Any], **style: Any) -> Spec:
+    return {"mark": {"type": mark, **style}, "encoding": encoding}
+
+
+def _lines(y: Mapping[str, Any], tip: Sequence[Mapping[str, str]]) -> list[Spec]:
+    """Lines that can be zoomed, and points that show themselves and their numbers to the pointer."""
+    opacity = {"condition": {"param": "hover", "empty": False, "value": 1}, "value": 0}
+    points = _layer("point", {"y": y, "opacity": opacity, "tooltip": tip}, clip=True, **_POINT)
+    return [_layer("line", {"y": y}, clip=True, strokeWidth=2) | {"params": [_ZOOM]}, points | {"params": [_HOVER]}]
 
 
 def _y(field: str, scale: Mapping[str, Any], title: str | None) -> dict[str, Any]:
     return {"field": field, "type": "quantitative", "scale": scale, "title": title}
 
 
-def _color(labels: Sequence[str]) -> dict[str, Any]:
+def _color(field: str, labels: Sequence[str]) -> dict[str, Any]:
     others = [label for label in labels if label != BASELINE]
     colors = {label: _SERIES[number % len(_SERIES)] for number, label in enumerate(others)} | {BASELINE: "var(--text)"}
     scale = {"domain": labels, "range": [colors[label] for label in labels]}
-    return {"field": "label" if BASELINE in labels else "run", "type": "nominal", "scale": scale, "legend": None}
-
-
-def _ratio_mark(kind: str, style: Mapping[str, Any], encoding: Mapping[str, Any]) -> Spec:
-    return {"mark": {"type": kind, **style}, "encoding": encoding}
+    return {"field": field, "type": "nominal", "scale": scale, "legend": None}
 
 
 def _apart(places: Sequence[float], gap: float) -> list[float]:
