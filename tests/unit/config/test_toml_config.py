@@ -16,22 +16,12 @@ from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss, MSE
 from torchtitan.distributed.activation_checkpoint import FullAC, MemoryBudgetAC, SelectiveAC
 from torchtitan.trainer import Trainer
 
-from let_plugin.config import RuntimeConfig
+from let_plugin.config import RuntimeConfig, plan
 from let_plugin.config import load as toml_config
 from let_plugin.config.errors import ConfigError, Problem
-from let_plugin.config.load import Loaded, dump, load, read
-from let_plugin.config.load import resolve as resolve_source
+from let_plugin.config.load import Loaded, dump, load, read, resolve
 from let_plugin.tokens.tiktoken import TikTokenTokenizer
-
-
-def resolve(path, cli):
-    return resolve_source(read([str(path), *cli]))
-
-
-def read_runtime(argv):
-    source = read(argv)
-    return source.path, source.runtime
-
+from tests.support.jobs import ROOT
 
 DEBUG_MODEL = 'base = "llama3.llama3_debugmodel"\n'
 
@@ -53,7 +43,7 @@ def load_text(text, *cli, base=DEBUG_MODEL):
 
 def resolve_text(text, *cli, base=DEBUG_MODEL):
     Path("run.toml").write_text(base + text)
-    return resolve(Path("run.toml"), list(cli))
+    return resolve(read(["run.toml", *cli]))
 
 
 def config_of(text="", *cli, base=DEBUG_MODEL):
@@ -410,14 +400,14 @@ def test_teacher_shorthand():
     assert (let.teacher.path, let.enable) == ("some/path", True)
 
 
-def test_read_runtime(folder):
+def test_read(folder):
     path = folder / "a.toml"
     path.write_text('base = "x.y"\n[runtime]\ndevice = "cpu"\n')
-    assert read_runtime([str(path)]) == (path, RuntimeConfig(device="cpu"))
-    assert read_runtime([str(path), "--runtime.device", "auto"])[1].device == "auto"
-    assert read_runtime([str(path), "--runtime.device=auto", "--training.steps=3"])[1].device == "auto"
+    assert read([str(path)]).runtime == RuntimeConfig(device="cpu")
+    assert read([str(path), "--runtime.device", "auto"]).runtime.device == "auto"
+    assert read([str(path), "--runtime.device=auto", "--training.steps=3"]).runtime.device == "auto"
     path.write_text("")
-    assert read_runtime([str(path)])[1] == RuntimeConfig()
+    assert read([str(path)]).runtime == RuntimeConfig()
 
 
 @pytest.mark.parametrize(
@@ -432,17 +422,17 @@ def test_read_runtime(folder):
 )
 def test_runtime_errors_wait_for_the_others(folder, text, cli, message):
     (folder / "a.toml").write_text(DEBUG_MODEL + text)
-    assert read_runtime(["a.toml", *cli])[1] == RuntimeConfig()
+    assert read(["a.toml", *cli]).runtime == RuntimeConfig()
     with pytest.raises(ConfigError, match=message):
         load(Path("a.toml"), cli)
 
 
-def test_read_runtime_needs_the_file_first():
+def test_read_needs_the_file_first():
     with pytest.raises(ConfigError, match="the first argument is the TOML file"):
-        read_runtime(["--training.steps", "3"])
+        read(["--training.steps", "3"])
 
 
-def test_read_runtime_imports_neither_torch_nor_torchtitan(folder):
+def test_read_imports_neither_torch_nor_torchtitan(folder):
     (folder / "a.toml").write_text("[runtime]\ndevice = 'cpu'\n")
     code = (
         "import sys; from let_plugin.config.load import read; "
@@ -468,6 +458,25 @@ def test_unreadable_files(folder):
     ]:
         with pytest.raises(ConfigError, match=message):
             load(Path(name), [])
+
+
+# --- shipped files
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "train_configs").rglob("*.toml")), ids=lambda path: path.stem)
+def test_a_shipped_run_can_be_shortened(path):
+    config = load(path, ["--training.steps", "10"]).config
+    assert not config.let.enable or 0 < plan.stop_step(config, 1) <= 10
+
+
+def test_the_home_folder_in_paths(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    text = 'dump_folder = "~/out"\n[let]\nteacher = "~/teacher"\n[tokenizer]\ntype = "TikTokenTokenizer"\n'
+    text += 'eos_token = "~"\n'
+    config = config_of(text, "--hf_assets_path=~/tokenizer", "--dataloader.dataset_path", "~/data")
+    assert (config.dump_folder, config.let.teacher.path) == ("/home/me/out", "/home/me/teacher")
+    assert (config.hf_assets_path, config.dataloader.dataset_path) == ("/home/me/tokenizer", "/home/me/data")
+    assert config.tokenizer.eos_token == "~"
 
 
 # --- base
@@ -499,16 +508,22 @@ def mine():
     return config
 
 def fails():
-    raise ValueError("too small")
+    return helper({})
+
+def helper(sizes):
+    return sizes["width"]
 
 def wrong():
     return 3
 """)
     assert config_of(base='base = "my_configs_a.mine"\n').training.steps == 77
-    assert (
-        "my_configs_a.fails failed: ValueError: too small"
-        in problems_of("", base='base = "my_configs_a.fails"\n')["base"]
-    )
+    first, *frames = problems_of("", base='base = "my_configs_a.fails"\n')["base"].splitlines()
+    assert first == "my_configs_a.fails failed: KeyError: 'width'"
+    file = folder / "my_configs_a.py"
+    assert frames == [
+        f"    {file}:10, in fails: return helper({{}})",
+        f'    {file}:13, in helper: return sizes["width"]',
+    ]
     assert "returns a int" in problems_of("", base='base = "my_configs_a.wrong"\n')["base"]
     assert problems_of("", base='base = "my_configs_a.nine"\n')["base"].endswith("valid names: fails, mine, wrong")
 
@@ -524,36 +539,6 @@ def test_own_module_that_fails_to_import_says_why(folder):
 
 
 # --- command line
-
-
-@pytest.mark.parametrize(
-    ("cli", "path", "expected"),
-    [
-        (["--training.steps=3"], "training.steps", 3),
-        (["--training.steps", "3"], "training.steps", 3),
-        (["--let.weight", "0.2"], "let.weight", 0.2),
-        (["--let.stop-step", "4"], "let.stop_step", 4),
-        (["--let.stop_step", "4"], "let.stop_step", 4),
-        (["--let.teacher.path", "X"], "let.teacher.path", "X"),
-        (["--let.enable"], "let.enable", True),
-        (["--let.no-enable"], "let.enable", False),
-        (["--lr-scheduler.decay-ratio", "None"], "lr_scheduler.decay_ratio", None),
-        (["activation-checkpoint:none"], "activation_checkpoint", None),
-        (["activation-checkpoint:full", "--training.steps", "3"], "training.steps", 3),
-        (["activation-checkpoint:full", "--activation-checkpoint.debug"], "activation_checkpoint.debug", True),
-    ],
-)
-def test_command_line(cli, path, expected):
-    value = config_of("", *cli)
-    for name in path.split("."):
-        value = getattr(value, name)
-    assert value == expected
-
-
-def test_command_line_reaches_list_elements():
-    config = config_of("", "--optimizer.param_groups.0.optimizer_kwargs.lr", "1e-3")
-    assert config.optimizer.param_groups[0].optimizer_kwargs["lr"] == 1e-3
-    assert config.optimizer.param_groups[0].optimizer_kwargs["betas"] == (0.9, 0.95)
 
 
 def test_command_line_keeps_everything_else():
