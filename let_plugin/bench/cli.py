@@ -1,8 +1,8 @@
 """The `let-bench` command. Bad input ends with one clear message and exit code 2, as let-train's does."""
 
 import argparse
+import logging
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from let_plugin.bench.rows import command_line
@@ -10,293 +10,162 @@ from let_plugin.config import load as toml_config
 from let_plugin.config.errors import ConfigError, Problem, listing
 
 _PROGRAM = "let-bench"
+_OF_LET_TRAIN = "Other options, --section.key VALUE, are let-train's."
+_GOES_ON = "Called again with the same settings, it continues where it was stopped."
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line; SystemExit with code 2 for bad input, 1 for a run that failed, 130 if interrupted."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog=_PROGRAM, description="Measures what LET costs and what it brings.")
-    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_throughput(subparsers)
-    _add_converge(subparsers)
-    _add_table(subparsers)
-    _add_report(subparsers)
-    _add_plot(subparsers)
-    _add_eval(subparsers)
-    # What is not the benchmark's own is the configuration's: --section.key VALUE.
-    args, overrides = parser.parse_known_args(argv)
+    args, options = parse(argv)
+    command = command_line(_PROGRAM, argv)
     try:
-        args.function(args, overrides, command_line(_PROGRAM, argv))
+        if args.command in ("table", "report", "plot"):
+            _show(args, options)
+        else:
+            print(f"\n{_of_configuration(args, options, command)}")
     except ConfigError as error:
         print(listing(error, _PROGRAM), file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print(f"\n{_PROGRAM}: interrupted; the same command goes on from here", file=sys.stderr)
+        print(f"\n{_PROGRAM}: interrupted; the same command continues from here", file=sys.stderr)
         raise SystemExit(130) from None
 
 
-def _add_throughput(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = subparsers.add_parser(
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The command with its own options, and let-train's options."""
+    parser = argparse.ArgumentParser(prog=_PROGRAM, description="Measures what LET costs and what it brings.")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+
+    def command(name: str, help_: str, description: str) -> argparse.ArgumentParser:
+        return subparsers.add_parser(name, help=help_, description=description, allow_abbrev=False)
+
+    throughput = command(
         "throughput",
-        help="tokens/s, step time and peak memory with LET and without",
-        description="Measures tokens/s, step time and peak memory of a configuration with LET and without: each case "
-        "in a process of its own, the cases in turn. Called again with the same settings, it goes on where it was "
-        "stopped.",
-        epilog="Options of the configuration, --section.key VALUE, are let-train's.",
-        allow_abbrev=False,
+        "tokens/s, step time and peak memory with LET and without",
+        "Measures tokens/s, step time and peak memory of a configuration with LET and without: each case in a process "
+        f"of its own, the cases in turn. {_GOES_ON} {_OF_LET_TRAIN}",
     )
-    parser.add_argument("config", type=Path, metavar="CONFIG.toml")
-    parser.add_argument(
-        "--cases",
-        nargs="+",
-        default=["active", "stopped"],
-        metavar="CASE",
-        help="beside plain: active, stopped, features, rkd (active stopped)",
-    )
-    parser.add_argument("--pairs", type=int, default=7, help="how often each case is measured (7)")
-    parser.add_argument("--steps", type=int, default=8, help="measured steps of a run, after 4 that are not (8)")
-    parser.add_argument(
-        "--teacher-share",
-        type=float,
-        nargs="+",
-        default=[],
-        metavar="P",
-        help="random teachers of P %% of the student's size, in place of the configured one",
-    )
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[], metavar="B", help="local batch sizes")
-    parser.add_argument("--seq-lens", type=int, nargs="+", default=[], metavar="L", help="sequence lengths")
-    parser.add_argument("--processes", type=int, default=1, help="processes of a run, by torchrun (1)")
-    parser.add_argument("--profile", action="store_true", help="one more run per case: where the overhead goes")
-    parser.add_argument(
-        "--interleave",
-        action="store_true",
-        help="the cases make their steps in turn: for noisy machines, with memory for all of them at once",
-    )
-    parser.add_argument("--out", type=Path, default=Path("outputs/bench/throughput.jsonl"), help="file of rows")
-    parser.add_argument("--work-dir", type=Path, default=Path("outputs/bench"), help="logs, random teachers")
-    parser.set_defaults(function=_throughput)
-
-
-def _add_converge(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = subparsers.add_parser(
+    converge = command(
         "converge",
-        help="held-out loss of LET and what it is compared with, over seeds",
-        description="Trains a configuration with one method after the other, on the same data in the same order, and "
-        "with each seed: held-out loss, speed-up, and what is significant. Called again with the same settings, it "
-        "goes on where it was stopped.",
-        epilog="Options of the configuration, --section.key VALUE, are let-train's.",
-        allow_abbrev=False,
+        "held-out loss of LET and of what it is compared with, over seeds",
+        "Trains a configuration with one method after the other, on the same data in the same order, and with each "
+        f"seed: held-out loss, speed-up, and what is significant. {_GOES_ON} {_OF_LET_TRAIN}",
     )
-    parser.add_argument("config", type=Path, metavar="CONFIG.toml")
-    parser.add_argument(
-        "--methods",
-        nargs="+",
-        default=["let", "rkd", "salt", "labels", "random_teacher", "shuffled_targets"],
-        metavar="M",
-        help="beside standard: let, rkd, salt, kd_large, labels, random_teacher, shuffled_targets, gstack, miniplm; "
-        "let@0.1 is LET at that weight, and so for all but standard, gstack and miniplm (let rkd salt and the three "
-        "controls)",
+    _add_throughput(throughput)
+    _add_converge(converge)
+    for suite, name in ((throughput, "throughput"), (converge, "converge")):
+        out = Path("outputs/bench")
+        suite.add_argument("config", type=Path, metavar="CONFIG.toml")
+        suite.add_argument("--processes", type=int, default=1, help="processes of a run, by torchrun (1)")
+        suite.add_argument("--out", type=Path, default=out / f"{name}.jsonl", help="file of rows")
+        suite.add_argument("--work-dir", type=Path, default=out / name, help="for logs and what runs write")
+    table = command("table", "the tables of rows that are there", "Prints the tables of rows, as their suites do.")
+    report = command("report", "a page of what the rows say", "Writes a page that needs nothing beside it.")
+    report.add_argument("--out", type=Path, required=True, metavar="PAGE.html", help="an older page is replaced")
+    description = "Draws the metrics of runs (metrics.jsonl), or the held-out losses of convergence rows, side by side."
+    plot = command("plot", "curves of runs, side by side", description)
+    plot.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="dump folder, or file of rows")
+    plot.add_argument("--out", type=Path, required=True, metavar="FILE", help=".html, .png or .svg")
+    for reader in (table, report):
+        reader.add_argument("rows", type=Path, nargs="+", metavar="ROWS.jsonl")
+    export = command(
+        "export",
+        "a checkpoint as a folder that transformers opens",
+        f"Exports a checkpoint to Hugging Face's format, for lm-eval and others. {_OF_LET_TRAIN}",
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], metavar="S", help="(0 1 2 3 4)")
-    parser.add_argument(
-        "--weights", type=float, nargs="+", default=[], metavar="W", help="a grid to choose each method's weight from"
+    export.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a torchtitan checkpoint (.../step-N)")
+    export.add_argument("--config", type=Path, required=True, metavar="CONFIG.toml", help="what it was trained with")
+    export.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new folder for the model")
+    args, options = parser.parse_known_args(argv)
+    if args.command == "converge" and args.tuning_seeds is None:
+        args.tuning_seeds = [max(args.seeds) + 1]
+    return args, options
+
+
+def _add_throughput(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    help_ = "beside plain: active, stopped, features, rkd, control (active stopped)"
+    add("--cases", nargs="+", default=["active", "stopped"], metavar="CASE", help=help_)
+    add("--pairs", type=int, default=7, help="how often each case is measured (7)")
+    add("--steps", type=int, default=8, help="measured steps of a run, after 4 that are not (8)")
+    help_ = "random teachers of P %% of the student's size, instead of the configured one"
+    add("--teacher-share", type=float, nargs="+", default=[], metavar="P", help=help_)
+    add("--batch-sizes", type=int, nargs="+", default=[], metavar="B", help="local batch sizes")
+    add("--seq-lens", type=int, nargs="+", default=[], metavar="L", help="sequence lengths")
+    add("--profile", action="store_true", help="one more run per case: where the overhead goes")
+    help_ = "the cases make their steps in turn: for noisy machines, with memory for all of them at once"
+    add("--interleave", action="store_true", help=help_)
+
+
+def _add_converge(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    methods = ["let", "rkd", "salt", "labels", "random_teacher", "shuffled_targets"]
+    help_ = (
+        "beside standard: let, rkd, salt, labels, random_teacher, shuffled_targets, gstack, miniplm, or of "
+        "--methods-file; let@0.1 is LET at that weight; 'NAME = let --section.key VALUE ...' is a method of your own "
+        "(let rkd salt and the three controls)"
     )
-    parser.add_argument(
-        "--tuning-seeds", type=int, nargs="+", metavar="S", help="of the runs that choose (the one after --seeds)"
-    )
-    parser.add_argument("--test-dataset", default="", metavar="NAME", help="dataset that the result is read on")
-    parser.add_argument("--test-path", default="", metavar="PATH", help="its files, if the name does not say so")
-    parser.add_argument("--large-teacher", metavar="MODEL", help="of kd_large: a path, or a table as [let.teacher] has")
-    parser.add_argument("--selected-text", type=Path, metavar="FILE", help="of miniplm: see its data_selection")
-    parser.add_argument("--gstack-blocks", type=int, metavar="N", help="of gstack: blocks of the shallow model")
-    parser.add_argument("--gstack-steps", type=int, metavar="N", help="of gstack: steps of the shallow model")
-    parser.add_argument("--processes", type=int, default=1, help="processes of a run, by torchrun (1)")
-    parser.add_argument("--out", type=Path, default=Path("outputs/bench/converge.jsonl"), help="file of rows")
-    parser.add_argument("--work-dir", type=Path, default=Path("outputs/bench/converge"), help="logs, dump folders")
-    parser.set_defaults(function=_converge)
+    add("--methods", nargs="+", default=methods, metavar="M", help=help_)
+    add("--methods-file", type=Path, metavar="FILE.toml", help="methods as NAME = [options of let-train]")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], metavar="S", help="of the results (0 1 2 3 4)")
+    help_ = "an option of let-train and values to choose from for each method; several: all combinations"
+    add("--grid", nargs="+", action="append", default=[], metavar=("KEY", "VALUE"), help=help_)
+    add("--weights", type=float, nargs="+", default=[], metavar="W", help="the same as --grid let.weight W ...")
+    help_ = "of the runs that choose (the one after --seeds)"
+    add("--tuning-seeds", type=int, nargs="+", metavar="S", help=help_)
+    add("--test-dataset", default="", metavar="NAME", help="dataset that the result is read on")
+    add("--test-path", default="", metavar="PATH", help="its files, if the name does not say so")
+    add("--selected-text", type=Path, metavar="FILE", help="of miniplm: see its data_selection")
+    add("--gstack-blocks", type=int, metavar="N", help="of gstack: blocks of the shallow model")
+    add("--gstack-steps", type=int, metavar="N", help="of gstack: steps of the shallow model")
 
 
-def _set_up(args: argparse.Namespace, overrides: list[str]) -> None:
-    """Before torchtitan is imported."""
-    runtime = toml_config.read([str(args.config), *overrides]).runtime
+def _show(args: argparse.Namespace, others: list[str]) -> None:
+    """Shows what is there: rows as tables or a page, or the curves of runs."""
+    if others:
+        raise ConfigError(Problem(other, f"no such option of {_PROGRAM} {args.command}") for other in others)
+    if args.command == "table":
+        from let_plugin.bench import tables
 
-    from let_plugin.runtime import host
+        print(tables.text(args.rows))
+        return
+    from let_plugin.bench import report
 
-    host.set_up(runtime.device)
+    if args.command == "report":
+        report.write(args.rows, args.out)
+    else:
+        report.plot(args.runs, args.out)
+    print(args.out)
 
 
-def _print(measure: Callable[[], str]) -> None:
-    """Prints the table that `measure` returns; SystemExit with code 1 if a run fails."""
+def _of_configuration(args: argparse.Namespace, options: list[str], command: str) -> str:
+    """Runs a suite and returns its table, or exports. SystemExit with code 1 if a run fails."""
+    runtime = toml_config.read([str(args.config), *options]).runtime
+
+    from let_plugin.runtime import data, host
+
+    host.set_up(runtime.device)  # before torchtitan is imported
+    data.register()
+
+    from torchtitan.tools.logging import logger
+
+    from let_plugin.bench import export_hf
+    from let_plugin.bench.converge import plan
+    from let_plugin.bench.converge import run as converge
     from let_plugin.bench.processes import RunFailedError
+    from let_plugin.bench.throughput import suite as throughput
 
+    logger.setLevel(logging.ERROR)  # torchtitan's remarks on each of many configurations
+    if args.command == "export":
+        export_hf.export(toml_config.load(args.config, options).config, args.checkpoint, args.out)
+        return f"wrote {args.out}"
     try:
-        print(f"\n{measure()}")
+        if args.command == "throughput":
+            throughput.check(args)
+            return throughput.run(args, options, command)
+        plan.check(args)
+        return converge.run(args, options, command)
     except RunFailedError as error:
         print(f"{_PROGRAM}: {error}", file=sys.stderr)
         raise SystemExit(1) from None
-
-
-def _converge(args: argparse.Namespace, overrides: list[str], command: str) -> None:
-    _set_up(args, overrides)
-
-    from let_plugin.bench.converge import run as converge
-    from let_plugin.bench.converge.data_selection import parse_model
-    from let_plugin.bench.converge.methods import Resources
-    from let_plugin.bench.converge.plan import Options
-
-    large_teacher = None if args.large_teacher is None else parse_model(args.large_teacher, "--large-teacher")
-    options = Options(
-        methods=args.methods,
-        seeds=args.seeds,
-        tuning_seeds=[max(args.seeds) + 1] if args.tuning_seeds is None else args.tuning_seeds,
-        weights=args.weights,
-        test_dataset=args.test_dataset,
-        test_path=args.test_path,
-        resources=Resources(
-            large_teacher=large_teacher,
-            selected_text=args.selected_text,
-            shallow_blocks=args.gstack_blocks,
-            shallow_steps=args.gstack_steps,
-        ),
-        num_processes=args.processes,
-        out=args.out,
-        work=args.work_dir,
-    )
-    options.check()
-    _print(lambda: converge.run(args.config, overrides, options, command))
-
-
-def _throughput(args: argparse.Namespace, overrides: list[str], command: str) -> None:
-    _set_up(args, overrides)
-
-    from let_plugin.bench.throughput import run as throughput
-    from let_plugin.bench.throughput.cases import Steps
-
-    options = throughput.Options(
-        cases=args.cases,
-        pairs=args.pairs,
-        steps=Steps(measured=args.steps),
-        num_processes=args.processes,
-        teacher_shares=[share / 100 for share in args.teacher_share],
-        local_batch_sizes=args.batch_sizes,
-        seq_lens=args.seq_lens,
-        out=args.out,
-        work=args.work_dir,
-        profile=args.profile,
-        interleave=args.interleave,
-    )
-    options.check()
-    _print(lambda: throughput.run(args.config, overrides, options, command))
-
-
-def _add_table(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = subparsers.add_parser(
-        "table",
-        help="the tables of rows that are there",
-        description="Prints the tables of throughput and convergence rows, as the commands that measured them do.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("rows", type=Path, nargs="+", metavar="ROWS.jsonl")
-    parser.set_defaults(function=_table)
-
-
-def _table(args: argparse.Namespace, others: list[str], command: str) -> None:
-    _refuse(others, "table")
-
-    from let_plugin.bench import tables
-
-    print(tables.text(args.rows))
-
-
-def _refuse(others: list[str], command: str) -> None:
-    """ConfigError for what is no option of a command that takes no configuration."""
-    if others:
-        raise ConfigError(Problem(other, f"no such option of let-bench {command}") for other in others)
-
-
-def _add_report(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = subparsers.add_parser(
-        "report",
-        help="a page of what the rows say",
-        description="Writes a page that needs nothing beside it: what the rows say, and nothing else.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("rows", type=Path, nargs="+", metavar="ROWS.jsonl")
-    parser.add_argument("--out", type=Path, required=True, metavar="PAGE.html", help="an older page is replaced")
-    parser.set_defaults(function=_report)
-
-
-def _report(args: argparse.Namespace, others: list[str], command: str) -> None:
-    _refuse(others, "report")
-
-    from let_plugin.bench import report
-
-    report.write(args.rows, args.out)
-    print(args.out)
-
-
-def _add_plot(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = subparsers.add_parser(
-        "plot",
-        help="curves of runs, side by side",
-        description="Draws the metrics of runs (metrics.jsonl in their dump folders) side by side, or the held-out "
-        "losses of convergence rows.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="dump folder, or file of rows")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=".html, .png or .svg")
-    parser.set_defaults(function=_plot)
-
-
-def _plot(args: argparse.Namespace, others: list[str], command: str) -> None:
-    _refuse(others, "plot")
-
-    from let_plugin.bench import report
-
-    report.plot(args.runs, args.out)
-    print(args.out)
-
-
-def _add_eval(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = subparsers.add_parser(
-        "eval",
-        help="downstream tasks, by lm-eval",
-        description="Exports a checkpoint to Hugging Face's format and evaluates it by lm-eval; the scores are "
-        "appended to a file of rows. The default tasks are the paper's nine, whose data come from the network.",
-        epilog="Options of the configuration, --section.key VALUE, are let-train's.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a torchtitan checkpoint (.../step-N)")
-    parser.add_argument("--config", type=Path, required=True, metavar="CONFIG.toml", help="what it was trained with")
-    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="lm-eval's names (the paper's nine)")
-    parser.add_argument("--include-path", type=Path, metavar="FOLDER", help="tasks of your own, as YAML")
-    parser.add_argument("--num-fewshot", type=int, default=1, help="examples in the prompt (1)")
-    parser.add_argument("--limit", type=int, help="documents per task (all)")
-    parser.add_argument("--batch-size", type=int, default=8, help="requests at a time (8)")
-    parser.add_argument("--max-length", type=int, help="longest input in tokens (training.seq_len)")
-    parser.add_argument("--export", type=Path, metavar="FOLDER", help="keep the exported model there")
-    parser.add_argument("--out", type=Path, default=Path("outputs/bench/eval.jsonl"), help="file of rows")
-    parser.set_defaults(function=_eval)
-
-
-def _eval(args: argparse.Namespace, overrides: list[str], command: str) -> None:
-    runtime = toml_config.read([str(args.config), *overrides]).runtime
-
-    from let_plugin.runtime import host
-
-    host.set_up(runtime.device)  # before torchtitan is imported
-
-    from let_plugin.bench import evaluation
-
-    options = evaluation.Options(
-        tasks=args.tasks or evaluation.TASKS,
-        num_fewshot=args.num_fewshot,
-        include_path=args.include_path,
-        limit=args.limit,
-        batch_size=args.batch_size,
-        max_length=args.max_length,
-        export=args.export,
-        out=args.out,
-    )
-    options.check()
-    print(f"\n{evaluation.run(args.checkpoint, args.config, overrides, options, command)}")

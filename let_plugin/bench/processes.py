@@ -1,66 +1,92 @@
-"""One run after the other, each in a process of its own, and how long the rest will take."""
+"""Runs, each in a process of its own, and how long the rest will take."""
 
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 from let_plugin.config.errors import Problem
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-    class Request(DataclassInstance, Protocol):
-        """What a run is told: a dataclass of JSON values."""
-
-        @property
-        def out(self) -> str:
-            """Where it writes its result, as JSON; .log and .request.json lie beside it."""
-
-
 # What torchrun and host.set_up put into the environment: a run gets its own.
 _JOB_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-# Large tensors on the CPU in huge pages, where the kernel has them (torch reads this): in small ones one of two equal
-# runs can be slower throughout, by where its pages happen to lie.
+# Puts large CPU tensors into huge pages, where the kernel has them (torch reads this). With small pages, one of two
+# equal runs can be slower throughout, depending on where its pages happen to lie.
 _HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
+# Between SIGTERM and SIGKILL. torchrun itself gives its processes 30 seconds.
+_GRACE_SECONDS, _GRACE_SECONDS_TORCHRUN = 10.0, 40.0
 
 
 class RunFailedError(RuntimeError):
-    """A run did not end as it should; the message has its last lines and where the rest is."""
+    """A run failed. The message has the last lines of its log, and where the log is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One run of let-train that `child.main` makes and measures. All values are JSON.
+
+    Attributes:
+        measure: What to measure: "throughput" or "convergence".
+        argv: The arguments of let-train: a TOML file and options.
+        out: File for the result, as JSON. The log and the request lie beside it.
+        settings: Further arguments of the measuring class.
+        num_blocks: Train only the first blocks of the student; None: all.
+        test: (dataset, path) of the test split; None: what the configuration says.
+    """
+
+    measure: str
+    argv: Sequence[str]
+    out: str
+    settings: Mapping[str, Any]
+    num_blocks: int | None = None
+    test: Sequence[str] | None = None
 
 
 class Running:
-    """A run that has been started: `python -m MODULE REQUEST.json`, by torchrun if it is more than one process.
+    """A module that runs in a process of its own, under torchrun for more than one process.
 
     Args:
-        module: What to run.
-        request: What it is told.
-        what: Names it, for messages.
-        num_processes: Of the run.
+        module: Run as `python -m MODULE ARGS`.
+        args: Its arguments.
+        out: File for its result, as JSON; the log lies beside it.
+        what: Its name, for messages.
+        num_processes: Processes of the run.
     """
 
-    def __init__(self, module: str, request: "Request", *, what: str, num_processes: int) -> None:
+    def __init__(self, module: str, args: Sequence[str], out: Path, *, what: str, num_processes: int) -> None:
         self._what = what
-        self._out = Path(request.out)
-        self._log = self._out.with_suffix(".log")
-        self._out.parent.mkdir(parents=True, exist_ok=True)
-        self._out.unlink(missing_ok=True)
-        file = self._out.with_suffix(".request.json")
-        file.write_text(json.dumps(asdict(request)))
+        self._out = out
+        self._log = out.with_suffix(".log")
+        self._grace = _GRACE_SECONDS
         launcher = [sys.executable, "-m"]
         if num_processes > 1:
+            self._grace = _GRACE_SECONDS_TORCHRUN
             launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes), "-m"]
         environment = {key: value for key, value in os.environ.items() if key not in _JOB_VARIABLES}
         environment.setdefault(_HUGE_PAGES, "1")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.unlink(missing_ok=True)
         with self._log.open("w") as stream:
-            command = [*launcher, module, str(file)]
-            self._process = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+            command = [*launcher, module, *args]
+            # A process group of its own, to be killed as a whole. Ctrl-C then reaches let-bench only, which stops it.
+            self._process = subprocess.Popen(
+                command, env=environment, stdout=stream, stderr=subprocess.STDOUT, process_group=0
+            )
+
+    @classmethod
+    def of(cls, request: Request, *, what: str, num_processes: int) -> "Running":
+        """A run of let-train that is measured (see `Request`)."""
+        out = Path(request.out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        file = out.with_suffix(".request.json")
+        file.write_text(json.dumps(asdict(request)))
+        return cls("let_plugin.bench.child", [str(file)], out, what=what, num_processes=num_processes)
 
     def check(self) -> None:
         """RunFailedError if it has ended."""
@@ -68,15 +94,28 @@ class Running:
             self._fail()
 
     def stop(self) -> None:
-        """Ends it, if it is still there."""
+        """Ends it, if it is still there: by SIGTERM, and after a while by SIGKILL, with all that it has started."""
         if self._process.poll() is None:
             self._process.terminate()
+            try:
+                self._process.wait(self._grace)
+            except (subprocess.TimeoutExpired, KeyboardInterrupt):  # a second Ctrl-C: at once
+                os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.wait()
+
+    def wait(self) -> None:
+        """Waits for its end; RunFailedError if it failed. An interruption ends the run."""
+        try:
             self._process.wait()
+        finally:
+            self.stop()
+        if self._process.returncode != 0:
+            self._fail()
 
     def result(self) -> dict[str, Any]:
-        """What it has written, once it has ended. RunFailedError if it failed, or wrote nothing."""
-        self._process.wait()
-        if self._process.returncode != 0 or not self._out.exists():
+        """What it has written, once it has ended (see `wait`). RunFailedError if it wrote nothing."""
+        self.wait()
+        if not self._out.exists():
             self._fail()
         return json.loads(self._out.read_text())
 
@@ -87,21 +126,8 @@ class Running:
         raise RunFailedError(f"{self._what!r} {how}\n{last_lines}\nall of it: {self._log}")
 
 
-def run_module(module: str, request: "Request", *, what: str, num_processes: int) -> dict[str, Any]:
-    """Runs it to its end (see Running), and returns what it has written. RunFailedError if it fails."""
-    return finish(Running(module, request, what=what, num_processes=num_processes))
-
-
-def finish(run: Running) -> dict[str, Any]:
-    """Waits for its end, and returns what it has written (see `Running.result`). An interruption ends the run."""
-    try:
-        return run.result()
-    finally:
-        run.stop()
-
-
 def launch_problems(out: Path, work: Path) -> list[Problem]:
-    """What is wrong with where a suite is to write (--out, --work-dir), and with where it was started."""
+    """What is wrong with where a suite writes (--out, --work-dir), and with where it was started."""
     problems = []
     for option, path in (("--out", out), ("--work-dir", work)):
         if path.exists() and path.is_dir() != (option == "--work-dir"):
@@ -112,15 +138,15 @@ def launch_problems(out: Path, work: Path) -> list[Problem]:
 
 
 def slug(label: str) -> str:
-    """`label` as a file name, the end of it if it is long."""
+    """`label` as a file name; the end of it if it is long."""
     return re.sub(r"[^\w.]+", "-", label)[-100:].strip("-")
 
 
 class Progress:
-    """Says what is done and how long the rest will take: each run as long as the last one of its label.
+    """Prints what is done and how long the rest will take: each run as long as the last one of its label.
 
     Args:
-        labels: Of the runs to come, in order.
+        labels: The runs to come, in order.
     """
 
     def __init__(self, labels: Sequence[str]) -> None:
@@ -130,12 +156,12 @@ class Progress:
         self._started = time.monotonic()
 
     def expect(self, labels: Sequence[str]) -> None:
-        """Other runs than it was thought are still to come."""
+        """Replaces the list of the runs to come."""
         self._num += len(labels) - len(self._left)
         self._left = list(labels)
 
     def after(self, message: str, num_more: int = 0) -> None:
-        """The next of the runs has ended, and `num_more` that ran beside it: the time is shared out."""
+        """The next run has ended, and `num_more` that ran beside it and share its time."""
         now = time.monotonic()
         took = (now - self._started) / (1 + num_more)
         self._started += took

@@ -12,12 +12,9 @@ import shlex
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-import tomli
 
 import let_plugin
 from let_plugin.bench.statistics import quantiles
@@ -35,31 +32,15 @@ DIVERGED = "converge_diverged"  # a run whose held-out loss became NaN; its valu
 BASELINE = "standard"  # the method that the others are compared with
 CONTROLS = ("labels", "random_teacher", "shuffled_targets")  # of LET, at its weight: what it does without knowledge
 
-# Distributions whose versions a row carries, those of them that are installed.
 _DISTRIBUTIONS = ("let-plugin", "torch", "torchtitan", "transformers")
-
-# Field -> what it may be. None: the run was not in a checkout of this project; the seed was not fixed.
-_FIELDS: dict[str, tuple[type, ...]] = {
-    "kind": (str,),
-    "command": (str,),
-    "time": (str,),
-    "commit": (str, type(None)),
-    "dirty": (bool, type(None)),
-    "versions": (dict,),
-    "device": (str,),
-    "config": (str,),
-    "seed": (int, type(None)),
-    "unit": (str,),
-    "quantiles": (dict,),
-    "values": (list,),
-}
+_REQUIRED = {"kind", "command", "time", "commit", "versions", "device", "config", "seed", "unit", "values"}
 
 
 def provenance() -> dict[str, Any]:
-    """Where a result comes from: time, commit, whether the package has been changed since, device, versions.
+    """Where a result comes from: time, commit, whether the package has changed since, device, versions.
 
-    The commit is that of this package's own checkout; None for an installed package, whatever repository it is in.
-    `code` names the package's files as they are: other commits may have the same.
+    The commit is that of this package's own checkout; None for an installed package. `code` names the package's files
+    as they are: another commit may have the same.
     """
     folder = Path(let_plugin.__file__).parent
     commit = dirty = code = None
@@ -82,19 +63,19 @@ def provenance() -> dict[str, Any]:
 
 
 def fingerprint(origin: Mapping[str, Any], *content: Any) -> str:
-    """Names what may be compared: the same content (JSON), and the same code, versions and device.
-
-    Args:
-        origin: `provenance()`.
-        content: What else must be the same.
-    """
+    """Names what may be compared: the same content (JSON), and the same code, versions and device of `provenance()`."""
     fixed = {key: origin[key] for key in ("code", "versions", "device")}
     return hashlib.sha256(json.dumps([*content, fixed], sort_keys=True).encode()).hexdigest()[:12]
 
 
 def command_line(program: str, argv: Sequence[str]) -> str:
-    """A command as one would type it."""
-    return shlex.join([program, *argv])
+    """A command as one would type it. Absolute paths inside the checkout are made relative."""
+    return without_checkout(f"{program} {shlex.join(argv)}")
+
+
+def without_checkout(text: str) -> str:
+    """Makes absolute paths inside the checkout relative, so that rows do not have the paths of a machine."""
+    return text.replace(f"{Path(let_plugin.__file__).parent.parent}/", "")
 
 
 def row(
@@ -111,27 +92,23 @@ def row(
     """A row.
 
     Args:
-        kind: What has been measured ("throughput").
+        kind: What has been measured, such as "throughput".
         command: The command that measured it.
-        config: The run's full effective configuration as TOML; paths in this package's folder become relative to what
-            it lies in, which is nobody's business.
+        config: The run's full effective configuration as TOML.
         seed: Its seed; None if it was not fixed.
-        unit: Of the values.
-        values: The raw measurements, at least one.
-        origin: `provenance()`, of before the run.
-        details: What else the kind of row has.
+        unit: Unit of the values.
+        values: The raw measurements, finite, at least one.
+        origin: `provenance()`, taken before the run.
+        details: Fields of this kind of row.
     """
-    config = config.replace(f"{Path(let_plugin.__file__).parent.parent}/", "")
-    fields = {"kind": kind, "command": command, **origin, "config": config, "seed": seed, "unit": unit}
-    return {**fields, "quantiles": quantiles(values), "values": list(values), **details}
+    if not values or not all(map(math.isfinite, values)):
+        raise ValueError(f"expected finite numbers, at least one: {values}")
+    fields = {"kind": kind, "command": command, **origin, "config": without_checkout(config), "seed": seed}
+    return {**fields, "unit": unit, "quantiles": quantiles(values), "values": list(values), **details}
 
 
 def append(path: Path, new: Mapping[str, Any]) -> None:
-    """Adds a row to a file, which is made if it is missing. What is there is left as it is.
-
-    AssertionError for a row that `read` would refuse.
-    """
-    assert not (problems := _problems(new)), problems
+    """Adds a row to a file, which is made if it is missing. What is there is left as it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(new, allow_nan=False) + "\n")  # in one piece: a killed suite leaves no part of a row
@@ -143,66 +120,33 @@ def read(path: Path) -> list[dict[str, Any]]:
     """The rows of a file, in order; none if there is no such file. ConfigError lists every line that is no row."""
     if not path.exists():
         return []
-    found: list[dict[str, Any]] = []
-    problems: list[Problem] = []
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(Problem(str(path), f"cannot be read: {error}")) from error
+    found: list[dict[str, Any]] = []
+    problems: list[Problem] = []
     for number, line in enumerate(lines, start=1):
-        where = f"{path}:{number}"
         try:
-            content = json.loads(line)
-        except json.JSONDecodeError as error:
-            remedy = "a write that was cut off, or another kind of file? remove the line, or choose another file"
-            problems.append(Problem(where, f"not JSON ({error}); {remedy}"))
-            continue
-        if not isinstance(content, dict):
-            problems.append(Problem(where, "expected a JSON object"))
-            continue
-        problems += [Problem(f"{where}: {field}", message) for field, message in _problems(content)]
-        found.append(content)
+            found.append(json.loads(line))
+            missing = _REQUIRED - found[-1].keys()
+            message = f"not a row: it has no {', '.join(sorted(missing))}" if missing else ""
+        except (json.JSONDecodeError, AttributeError):
+            message = "not a JSON object; if a write was cut off, remove the line"
+        if message:
+            problems.append(Problem(f"{path}:{number}", message))
     if problems:
         raise ConfigError(problems)
     return found
 
 
-def _problems(content: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(field, what is wrong with it), of all fields."""
-    problems = []
-    for name, types in _FIELDS.items():
-        if name not in content:
-            problems.append((name, "missing"))
-        elif not isinstance(content[name], types) or (isinstance(content[name], bool) and bool not in types):
-            expected = " or ".join("null" if t is type(None) else t.__name__ for t in types)
-            problems.append((name, f"expected {expected}, got {type(content[name]).__name__}"))
-    if problems:
-        return problems
-    try:
-        datetime.strptime(content["time"], "%Y-%m-%dT%H:%M:%S%z")
-    except ValueError as error:
-        problems.append(("time", str(error)))
-    try:
-        tomli.loads(content["config"])
-    except tomli.TOMLDecodeError as error:
-        problems.append(("config", f"not valid TOML: {error}"))
-    values = content["values"]
-    if not values or not all(type(v) in (int, float) and math.isfinite(v) for v in values):
-        problems.append(("values", "expected finite numbers, at least one"))
-    elif not _agree(content["quantiles"], values):
-        problems.append(("quantiles", "are not those of the values; rows are not edited by hand"))
-    return problems
-
-
-def _agree(stated: Mapping[str, Any], values: Sequence[float]) -> bool:
-    try:
-        expected = quantiles(values, [float(p) for p in stated])
-    except ValueError:
-        return False
-    return bool(expected) and all(
-        isinstance(q, int | float) and math.isclose(q, e, rel_tol=1e-9, abs_tol=1e-12)
-        for q, e in zip(stated.values(), expected.values(), strict=True)
-    )
+def complete_rounds(found: Sequence[Row], suite: str, labels: Sequence[str]) -> list[int]:
+    """Numbers of a throughput suite's rounds in which every label has been measured, in order."""
+    measured: dict[int, set[str]] = {}
+    for row in found:
+        if row["kind"] == THROUGHPUT and row.get("suite") == suite:
+            measured.setdefault(row["pair"], set()).add(row["label"])
+    return sorted(number for number, have in measured.items() if have >= set(labels))
 
 
 def _git(folder: Path, *args: str) -> str | None:

@@ -101,17 +101,22 @@ def verdicts(suite: Suite) -> list[str]:
 
 
 def choices(suite: Suite) -> list[str]:
-    """The weights that were chosen, and by what."""
+    """What was chosen out of a grid, and by what."""
+
+    def name(point: float | str) -> str:
+        return point if isinstance(point, str) else f"{point:g}"  # several keys as text, or a weight
+
     said = []
     for row in suite.choices:
-        losses = ", ".join(f"{w:g}: {loss:.4f}" for w, loss in zip(row["weights"], row["values"], strict=True))
+        losses = ", ".join(f"{name(w)}: {loss:.4f}" for w, loss in zip(row["weights"], row["values"], strict=True))
         seeds = ", ".join(map(str, row["tuning_seeds"]))
-        line = f"{row['method']}: weight {row['chosen']:g}, by the validation loss (seed {seeds}) of {losses}"
+        chosen = row["chosen"] if isinstance(row["chosen"], str) else f"weight {row['chosen']:g}"
+        line = f"{row['method']}: {chosen}, by the validation loss (seed {seeds}) of {losses}"
         diverged = row.get("diverged", [])
         if diverged:
-            line += f" (diverged: {', '.join(f'{weight:g}' for weight in diverged)})"
+            line += f" (diverged: {', '.join(map(name, diverged))})"
         grid = [*row["weights"], *diverged]
-        at_end = len(grid) > 1 and row["chosen"] in (min(grid), max(grid))
+        at_end = row.get("at_end", len(grid) > 1 and row["chosen"] in (min(grid), max(grid)))
         said.append(f"{line}; at the end of the grid, so a better one may lie beyond it" if at_end else line)
     return said
 

@@ -1,7 +1,7 @@
 """`python -m let_plugin.demo [CONFIG.toml]`: trains a configuration with and without LET, and compares the two runs.
 
 Same seed, same order of the data; each run is a process of its own, so that neither warms the other up. What the
-runs logged is kept; the comparison is printed, plotted, and written to `result.json` with where it came from.
+runs logged is kept; the comparison is printed, plotted, and written to `result.json` with its provenance.
 """
 
 import argparse
@@ -22,30 +22,29 @@ def main() -> None:
     parser.add_argument("config", nargs="?", default="train_configs/demo.toml", help="a TOML file with a [let] table")
     parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="parent of the new result folder")
     parser.add_argument("--record", type=Path, help="a .jsonl file to append the result to, as a row")
-    args, overrides = parser.parse_known_args()
+    args, options = parser.parse_known_args()
 
     origin = rows.provenance()
     out: Path = args.out / time.strftime("%Y%m%d-%H%M%S")
     started = time.monotonic()
+    let_train = [sys.executable, "-m", "let_plugin.train", args.config]
     runs = {}
     for name, switch in (("plain", "--let.no-enable"), ("let", "--let.enable")):
-        command = [sys.executable, "-m", "let_plugin.train", args.config, switch, *overrides]
-        command += ["--dump_folder", str(out / name)]
+        command = [*let_train, switch, *options, "--dump_folder", str(out / name)]
         print(f"\n=== {name}: let-train {' '.join(command[3:])}", flush=True)
         code = subprocess.run(command).returncode
         if code != 0:
             raise SystemExit(code)
-        runs[name] = compare.read_run(out / name)
+        runs[name] = compare.read(out / name)
 
     result = compare.compare(runs["plain"], runs["let"])
-    own_command = " ".join(["python -m let_plugin.demo", *sys.argv[1:]])
     seconds = round(time.monotonic() - started, 1)
     # The configuration of the run with LET; the plain one has `let.enable = false`.
-    show = [sys.executable, "-m", "let_plugin.train", args.config, "--let.enable", *overrides, "--print-config"]
+    show = [*let_train, "--let.enable", *options, "--print-config"]
     config = subprocess.run(show, check=True, stdout=subprocess.PIPE, text=True).stdout
     row = rows.row(
         "demo",
-        command=own_command,
+        command=rows.command_line("python -m let_plugin.demo", sys.argv[1:]),
         config=config,
         seed=tomli.loads(config).get("debug", {}).get("seed"),
         unit="nats/token",

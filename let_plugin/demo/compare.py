@@ -1,13 +1,12 @@
 """Two runs that differ only in LET, side by side: what their `metrics.jsonl` say, as numbers, a table and a plot."""
 
 import json
-import statistics
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from let_plugin.bench.statistics import step_at_loss
+from let_plugin.bench.statistics import median, step_at_loss
 
 VALIDATION_LOSS = "validation_metrics/loss"
 TOKENS_PER_SECOND = "throughput(tps)"
@@ -15,102 +14,75 @@ PEAK_MEMORY = "memory/max_reserved(GiB)"
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run's logged steps.
+class History:
+    """What a run has logged.
 
     Attributes:
-        folder: Its dump folder.
         train: The lines of `metrics.jsonl` that log training steps, in order.
         validation: (step, held-out loss in nats per token), in order.
     """
 
-    folder: Path
     train: list[dict[str, Any]]
     validation: list[tuple[int, float]]
 
-    @property
-    def final_loss(self) -> float:
-        """Held-out loss at the last evaluation."""
-        return self.validation[-1][1]
-
-    def over_steps(self, key: str, keep: Callable[[dict[str, Any]], bool]) -> list[float]:
-        """Values of a metric over the logged steps that `keep` accepts.
+    def values(self, key: str, active: int | None = None) -> list[float]:
+        """A metric over the logged steps, or over those with the teacher (1) or without it (0).
 
         The first logged step is left out: it contains compilation and warm-up.
         """
-        return [line[key] for line in self.train[1:] if keep(line)]
+        return [line[key] for line in self.train[1:] if active in (None, line.get("let/active"))]
 
 
-def read_run(folder: Path) -> Run:
-    """Reads `folder`/metrics.jsonl."""
+def read(folder: Path) -> History:
+    """Reads `folder`/metrics.jsonl. Of a step that a resumed run has logged twice, the later line counts."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return Run(
-        folder=folder,
-        train=[line for line in lines if VALIDATION_LOSS not in line],
-        validation=[(line["step"], line[VALIDATION_LOSS]) for line in lines if VALIDATION_LOSS in line],
-    )
+    train = {line["step"]: line for line in lines if VALIDATION_LOSS not in line}
+    validation = {line["step"]: line[VALIDATION_LOSS] for line in lines if VALIDATION_LOSS in line}
+    return History([train[step] for step in sorted(train)], sorted(validation.items()))
 
 
-def compare(plain: Run, let: Run) -> dict[str, Any]:
-    """The numbers of the comparison; None where a run has none (no step after the stop, say)."""
+def compare(plain: History, let: History) -> dict[str, Any]:
+    """The numbers of the comparison; None where a run has none, such as no step after the stop."""
 
-    def active(line: dict[str, Any]) -> bool:
-        return line["let/active"] == 1
+    def of_phases(key: str, statistic: Any) -> dict[str, float | None]:
+        phases = {"plain": plain.values(key), "let_active": let.values(key, 1), "let_ended": let.values(key, 0)}
+        return {name: statistic(values) if values else None for name, values in phases.items()}
 
-    def ended(line: dict[str, Any]) -> bool:
-        return line["let/active"] == 0
-
-    def median(values: list[float]) -> float | None:
-        return statistics.median(values) if values else None
-
-    def peak(values: list[float]) -> float | None:
-        return max(values, default=None)
-
+    steps, plain_loss = plain.validation[-1]
     return {
-        "steps": plain.validation[-1][0],
-        "held_out_loss": {"plain": plain.final_loss, "let": let.final_loss},
-        "let_reached_plain_final_loss_at_step": step_at_loss(let.validation, plain.final_loss),
-        "tokens_per_second": {
-            "plain": median(plain.over_steps(TOKENS_PER_SECOND, lambda _: True)),
-            "let_active": median(let.over_steps(TOKENS_PER_SECOND, active)),
-            "let_ended": median(let.over_steps(TOKENS_PER_SECOND, ended)),
-        },
-        "peak_memory_gib": {
-            "plain": peak(plain.over_steps(PEAK_MEMORY, lambda _: True)),
-            "let_active": peak(let.over_steps(PEAK_MEMORY, active)),
-            "let_ended": peak(let.over_steps(PEAK_MEMORY, ended)),
-        },
+        "steps": steps,
+        "held_out_loss": {"plain": plain_loss, "let": let.validation[-1][1]},
+        "let_reached_plain_final_loss_at_step": step_at_loss(let.validation, plain_loss),
+        "tokens_per_second": of_phases(TOKENS_PER_SECOND, median),
+        "peak_memory_gib": of_phases(PEAK_MEMORY, max),
     }
 
 
 def table(result: dict[str, Any]) -> str:
     """The comparison as a small table for the console."""
-    loss, speed, memory = (result[key] for key in ("held_out_loss", "tokens_per_second", "peak_memory_gib"))
-    difference = loss["let"] - loss["plain"]
+    loss, steps = result["held_out_loss"], result["steps"]
+    let_loss = f"{loss['let']:.4f} ({loss['let'] - loss['plain']:+.4f})"
     reached = result["let_reached_plain_final_loss_at_step"]
-    if reached is None:
-        verdict = f"LET did not reach the plain run's final loss in {result['steps']} steps"
-    else:
-        verdict = (
-            f"LET reached the plain run's final loss at step {reached:.0f} of {result['steps']}: "
-            f"{result['steps'] / reached:.2f}x fewer steps"
-        )
+    verdict = f"LET did not reach the plain run's final loss in {steps} steps"
+    if reached is not None:
+        fewer = f"{steps / reached:.2f}x fewer steps"
+        verdict = f"LET reached the plain run's final loss at step {reached:.0f} of {steps}: {fewer}"
 
-    def number(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
+    def cells(key: str, form: str) -> Sequence[str]:
+        return ["-" if value is None else format(value, form) for value in result[key].values()]
 
-    rows = [
+    lines = [
         ("", "plain", "LET, teacher active", "LET, after the stop"),
-        ("tokens/s (median)", *(number(speed[k], ",.0f") for k in ("plain", "let_active", "let_ended"))),
-        ("peak memory, GiB", *(number(memory[k], ".2f") for k in ("plain", "let_active", "let_ended"))),
-        ("held-out loss, nats/token", f"{loss['plain']:.4f}", "", f"{loss['let']:.4f} ({difference:+.4f})"),
+        ("tokens/s (median)", *cells("tokens_per_second", ",.0f")),
+        ("peak memory, GiB", *cells("peak_memory_gib", ".2f")),
+        ("held-out loss, nats/token", f"{loss['plain']:.4f}", "", let_loss),
     ]
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, verdict])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+    return "\n".join([*padded, verdict])
 
 
-def plot(plain: Run, let: Run, path: Path) -> None:
+def plot(plain: History, let: History, path: Path) -> None:
     """Writes a PNG: both held-out curves, and below them lambda and the cosine."""
     import matplotlib
 
@@ -118,20 +90,16 @@ def plot(plain: Run, let: Run, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (upper, lower) = plt.subplots(2, 1, sharex=True, figsize=(7, 6), height_ratios=(3, 2), layout="constrained")
-    for run, name, colour in ((plain, "plain", "tab:grey"), (let, "LET", "tab:blue")):
-        upper.plot(*zip(*run.validation, strict=True), marker="o", markersize=3, color=colour, label=name)
-    upper.axhline(plain.final_loss, color="tab:grey", linewidth=0.8, linestyle=":")
+    for run, name, color in ((plain, "plain", "tab:grey"), (let, "LET", "tab:blue")):
+        upper.plot(*zip(*run.validation, strict=True), marker="o", markersize=3, color=color, label=name)
+    upper.axhline(plain.validation[-1][1], color="tab:grey", linewidth=0.8, linestyle=":")
     upper.set_ylabel("held-out loss (nats per token)")
     upper.legend()
-
-    steps = [line["step"] for line in let.train]
-    lower.plot(steps, [line["let/lambda"] for line in let.train], color="tab:orange", label="lambda")
-    lower.set_ylabel("lambda", color="tab:orange")
-    cosine_axis = lower.twinx()
-    cosines = [(line["step"], line["let/cosine"]) for line in let.train if "let/cosine" in line]
-    if cosines:
-        cosine_axis.plot(*zip(*cosines, strict=True), color="tab:blue")
-    cosine_axis.set_ylabel("cosine with the teacher", color="tab:blue")
+    axes = ((lower, "let/lambda", "lambda", "tab:orange"), (lower.twinx(), "let/cosine", "cosine", "tab:blue"))
+    for axis, key, name, color in axes:
+        points = [(line["step"], line[key]) for line in let.train if key in line]
+        axis.plot([step for step, _ in points], [value for _, value in points], color=color)
+        axis.set_ylabel(name, color=color)
     lower.set_xlabel("step")
     figure.savefig(path, dpi=130)
     plt.close(figure)

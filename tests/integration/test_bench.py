@@ -18,7 +18,11 @@ def test_throughput(tmp_path, tiny_config):
     found = rows.read(out)
     assert [row["label"] for row in found] == 2 * ["plain", "stopped 10%", "features 10%", "rkd 10%"]
     for row in found:
-        assert row["command"].startswith("let-bench throughput") and row["tokens_per_second"] > 0
+        assert (
+            row["let_train"].startswith("let-train ")
+            and row["command"].startswith("let-bench throughput")
+            and row["tokens_per_second"] > 0
+        )
         assert len(row["values"]) == 2 and row["peak_memory_bytes"]["resident"] > 0
         assert "seq_len = 32" in row["config"] and row["seq_len"] == 32
     bounds = {row["case"]: row["flop_bound"] for row in found}
@@ -75,21 +79,22 @@ def test_methods_that_need_something_first(tmp_path, tiny_config):
     corpus, kept, out = (tmp_path / name for name in ("corpus.jsonl", "kept.jsonl.xz", "rows.jsonl"))
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     data = ["--dataloader.dataset", "text_files", "--dataloader.dataset_path", corpus]
-    known = "tokenizer_path = 'let_plugin/demo/assets/tokenizer'"
+    known = "let_plugin/demo/assets/tokenizer"
     # The teacher is the demo's: what the random reference does not know, it does.
     teacher = ["--let.teacher.spec", "demo_teacher", "--let.teacher.path", ""]
-    selection = [tiny_config, "--reference", f"{{spec = 'tiny_teacher', path = '{reference}', {known}}}", "--out", kept]
+    own = f"--let.teacher.spec tiny_teacher --let.teacher.path {reference} --let.teacher.tokenizer_path {known}"
+    selection = [tiny_config, "--reference", own, "--out", kept]
     jobs.run("let_plugin.bench.converge.data_selection", *selection, *data, *teacher)
 
-    args = ["converge", tiny_config, *data, "--methods", "miniplm", "kd_large", "--seeds", "0"]
-    args += ["--selected-text", kept, "--large-teacher", "{spec = 'demo_teacher'}", "--training.steps", "2"]
+    args = ["converge", tiny_config, *data, "--seeds", "0", "--selected-text", kept, "--training.steps", "2"]
+    args += ["--methods", "miniplm", "large = rkd --let.teacher.spec demo_teacher --let.teacher.path ''"]
     args += ["--test-dataset", "let_demo_test", "--validator.freq", "2", "--validator.steps", "1"]
     jobs.run("let_plugin.bench", *args, "--out", out, "--work-dir", tmp_path / "work")
     plain, selected, distilled = rows.read(out)
     assert [row["label"] for row in (plain, selected, distilled)] == [
         "standard",
         f"miniplm [{kept}]",
-        "kd_large@1 [demo_teacher]",
+        "large@1",
     ]
     assert selected["preparation"]["tokens"] > 0 and str(kept) in selected["config"]
     flops = [row["curve"]["flops"][-1] for row in (plain, selected, distilled)]
@@ -100,9 +105,10 @@ def test_methods_that_need_something_first(tmp_path, tiny_config):
 @pytest.mark.slow
 def test_a_run_of_two_processes_is_profiled(tmp_path, tiny_config):
     out, request = tmp_path / "result.json", tmp_path / "request.json"
-    content = {"config": str(tiny_config), "warmup": 1, "total": 4, "is_active": True, "profile": True}
-    request.write_text(json.dumps(content | {"out": str(out)}))
-    jobs.run("let_plugin.bench.throughput.measure", request, processes=2, OMP_NUM_THREADS="1")
+    settings = {"warmup": 1, "total": 4, "is_active": True, "profile": True}
+    content = {"measure": "throughput", "argv": [str(tiny_config)], "out": str(out), "settings": settings}
+    request.write_text(json.dumps(content))
+    jobs.run("let_plugin.bench.child", request, processes=2, OMP_NUM_THREADS="1")
     result = json.loads(out.read_text())
     assert result["tokens_per_step"] == 2 * 4 * 64 and len(result["step_seconds"]) == 3
     in_teacher = ("matrix products", "attention", "all else")

@@ -7,8 +7,10 @@ the training documents of CONFIG.toml and scores each by
 
 The teacher is `let.teacher`, the reference a smaller or less trained model of the same tokenizer. The documents with
 the highest scores are kept, in the order of the corpus (difference sampling of MiniPLM, arXiv 2410.17215). A run reads
-them by `dataloader.dataset = "text_files"` and `dataset_path = "FILE.jsonl.xz"`. What it has cost lies beside it, in
-FILE.jsonl.xz.costs.json.
+them by `dataloader.dataset = "text_files"` and `dataset_path = "FILE.jsonl.xz"`. FILE.jsonl.xz.costs.json says what the
+selection took.
+
+Shape legend: B batch, L sequence.
 """
 
 import argparse
@@ -16,99 +18,60 @@ import dataclasses
 import gzip
 import json
 import lzma
+import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from let_plugin.config import TeacherConfig
-from let_plugin.config.errors import ConfigError, Problem
+from let_plugin.config.errors import ConfigError, Problem, listing
 
 # torchtitan is imported in the functions: the command line sets the host up first.
 
+_PROGRAM = "data_selection"
 _OPENERS: dict[str, Callable[..., IO[str]]] = {".xz": lzma.open, ".gz": gzip.open, ".jsonl": open}
-
-
-def costs_path(out: Path) -> Path:
-    """Where the costs of a selection lie."""
-    return out.with_name(f"{out.name}.costs.json")
+_BATCH_TOKENS = 2**14  # that go through a model at a time, about
 
 
 def read_costs(out: Path) -> dict[str, Any]:
-    """`flops`, `tokens` and `seconds` of the selection that made a file. ConfigError if it is none of ours."""
+    """`flops`, `tokens` and `seconds` of the selection that made a file. ConfigError if it is not from here."""
     try:
-        content = json.loads(costs_path(out).read_text())
-        return {
-            "flops": float(content["flops"]),
-            "tokens": int(content["tokens"]),
-            "seconds": float(content["seconds"]),
-        }
+        content = json.loads(_costs_path(out).read_text())
+        types = {"flops": float, "tokens": int, "seconds": float}
+        return {name: make(content[name]) for name, make in types.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         message = f"no selection of let_plugin.bench.converge.data_selection: its costs cannot be read ({error})"
         raise ConfigError(Problem("--selected-text", message, str(out))) from error
 
 
-def parse_model(text: str, key: str) -> TeacherConfig:
-    """A model that the command line names: what `let.teacher.path` may be, or a table, '{spec = "x", path = "y"}'.
-
-    ConfigError, naming the option `key`.
-    """
-    import tomli
-
-    from let_plugin.config.overlay import Overlay
-
-    table: Any = {"path": text}
-    if text.lstrip().startswith("{"):
-        try:
-            table = tomli.loads(f"model = {text}")["model"]
-        except tomli.TOMLDecodeError as error:
-            raise ConfigError(Problem(key, f"not an inline table of TOML: {error}", text)) from error
-    overlay = Overlay("")
-    config = overlay.value(key, table, TeacherConfig, TeacherConfig())
-    if overlay.problems:
-        raise ConfigError(overlay.problems)
-    return config
-
-
 def select(config: Any, reference: TeacherConfig, out: Path, keep: float) -> dict[str, Any]:
-    """Scores the documents, writes those that are kept to `out`, and what it took beside it.
+    """Scores the documents, and writes those that are kept to `out`.
 
     Returns:
-        What was written beside it.
+        What it took, which is written beside `out`.
 
     Raises:
         ConfigError: Before any model is loaded, for what is wrong with the files; then for weights that are.
     """
-    import torch
-    from torchtitan.tools import utils
-
-    from let_plugin.bench.converge.scoring import document_losses, kept
-    from let_plugin.config import plan
     from let_plugin.teacher.open import open_teacher
 
     _check(config, out, keep)
-    student_tokenizer = config.tokenizer.build(tokenizer_path=config.hf_assets_path)
-    sources = [open_teacher(dataclasses.replace(config.let.teacher, features="")), open_teacher(reference)]
-    device = torch.device(utils.device_type)
+    tokenizer = config.tokenizer.build(tokenizer_path=config.hf_assets_path)
+    models = {"let.teacher": dataclasses.replace(config.let.teacher, features=""), "--reference": reference}
+    sources = {key: open_teacher(model) for key, model in models.items()}
+    for key, source in sources.items():
+        _check_vocabulary(tokenizer, source, models[key], key)
     started = time.perf_counter()
-    means: list[list[float]] = []
+    means: dict[str, list[float]] = {}
     flops = num_tokens = 0
-    options = {"let.teacher": config.let.teacher, "--reference": reference}
-    for source, (key, option) in zip(sources, options.items(), strict=True):
-        _check_vocabulary(student_tokenizer, source, option, key)
-    for source in sources:
-        seq_len = min(config.training.seq_len, source.info.max_seq_len or config.training.seq_len)
-        model = source.language_model(dtype=plan.teacher_dtype(config), device=device, seq_len=seq_len)
-        ids = (student_tokenizer.encode(text, add_bos=True, add_eos=True) for text in _texts(config))
-        vocab_size = source.info.vocab_size
-        losses = list(document_losses(model, ids, seq_len=seq_len, vocab_size=vocab_size, device=device))
-        del model
-        num_tokens = sum(count for _, count in losses)
-        flops += 2 * source.info.num_language_model_params * num_tokens
-        means.append([loss / max(count, 1) for loss, count in losses])
-    teacher_means, reference_means = means
-    scores = [reference - teacher for teacher, reference in zip(teacher_means, reference_means, strict=True)]
+    for key, source in sources.items():
+        losses = _losses(config, tokenizer, source)
+        num_tokens += sum(count for _, count in losses)
+        flops += 2 * source.info.num_language_model_params * sum(count for _, count in losses)
+        means[key] = [loss / max(count, 1) for loss, count in losses]
+    scores = [own - teacher for teacher, own in zip(means["let.teacher"], means["--reference"], strict=True)]
     if not scores:
         raise ConfigError(Problem("dataloader.dataset", "there are no documents", config.dataloader.dataset))
     numbers = kept(scores, keep)
@@ -120,18 +83,98 @@ def select(config: Any, reference: TeacherConfig, out: Path, keep: float) -> dic
                 file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
     costs = {
         "flops": float(flops),
-        "tokens": 2 * num_tokens,  # two models have read them
+        "tokens": num_tokens,  # that two models have read
         "seconds": time.perf_counter() - started,
         "documents": len(scores),
         "kept": len(numbers),
         "lowest_score_kept": min(scores[number] for number in numbers),
-        "mean_teacher_nll": sum(teacher_means) / len(scores),
-        "mean_reference_nll": sum(reference_means) / len(scores),
-        "teacher": sources[0].info.description,
-        "reference": sources[1].info.description,
+        "mean_teacher_nll": sum(means["let.teacher"]) / len(scores),
+        "mean_reference_nll": sum(means["--reference"]) / len(scores),
+        "teacher": sources["let.teacher"].info.description,
+        "reference": sources["--reference"].info.description,
     }
-    costs_path(out).write_text(json.dumps(costs, indent=1) + "\n")
+    _costs_path(out).write_text(json.dumps(costs, indent=1) + "\n")
     return costs
+
+
+def document_losses(
+    model: Any, documents: Iterable[Sequence[int]], *, seq_len: int, vocab_size: int, device: Any
+) -> Iterator[tuple[float, int]]:
+    """(sum of the cross-entropy in nats, number of tokens predicted) of each document, in order.
+
+    A document longer than `seq_len` is cut, as torchtitan's data loader cuts it: each part is predicted from itself
+    alone, and the first token of the document is not predicted.
+
+    Args:
+        model: A `LanguageModel` on `device`.
+        documents: Token ids.
+        seq_len: Longest row.
+        vocab_size: Of the model.
+        device: Where it is.
+    """
+    import torch
+    from torchtitan.components.loss import IGNORE_INDEX
+
+    from let_plugin.teacher.language_model import row_loss_sums
+
+    max_rows = max(1, _BATCH_TOKENS // seq_len)
+    rows: list[tuple[Sequence[int], Sequence[int]]] = []
+    num_rows: list[int] = []  # of each document
+
+    def flush() -> Iterator[tuple[float, int]]:
+        length = max((len(tokens) for tokens, _ in rows), default=0)
+        # Causal: what stands behind a row's end changes nothing before it.
+        tokens_BL = torch.zeros(len(rows), length, dtype=torch.int64)
+        labels_BL = torch.full((len(rows), length), IGNORE_INDEX)
+        for i, (tokens, labels) in enumerate(rows):
+            tokens_BL[i, : len(tokens)] = torch.tensor(tokens)
+            labels_BL[i, : len(labels)] = torch.tensor(labels)
+        sums_B2 = torch.zeros(len(rows), 2, dtype=torch.float64)
+        for start in range(0, len(rows), max_rows):
+            part = slice(start, start + max_rows)
+            given = (tokens_BL[part].to(device), None, labels_BL[part].to(device))
+            sums_B2[part] = row_loss_sums(model, *given, vocab_size=vocab_size).cpu()
+        for sums_N2 in sums_B2.split(num_rows):
+            loss, num_tokens = sums_N2.sum(dim=0).tolist()
+            yield loss, int(num_tokens)
+        rows.clear()
+        num_rows.clear()
+
+    for document in documents:
+        inputs, labels = document[:-1], document[1:]
+        cuts = range(0, len(inputs), seq_len)
+        rows += [(inputs[cut : cut + seq_len], labels[cut : cut + seq_len]) for cut in cuts]
+        num_rows.append(len(cuts))
+        if len(rows) >= max_rows:
+            yield from flush()
+    yield from flush()
+
+
+def kept(scores: Sequence[float], keep: float) -> list[int]:
+    """Numbers of the documents with the highest scores, a share `keep` of them, at least one, in order.
+
+    Of equal scores the first are kept.
+    """
+    count = max(1, int(keep * len(scores)))
+    return sorted(sorted(range(len(scores)), key=lambda i: -scores[i])[:count])
+
+
+def _losses(config: Any, tokenizer: Any, source: Any) -> list[tuple[float, int]]:
+    """`document_losses` of the corpus under a model, which is loaded for it."""
+    import torch
+    from torchtitan.tools import utils
+
+    from let_plugin.config import plan
+
+    device = torch.device(utils.device_type)
+    seq_len = min(config.training.seq_len, source.info.max_seq_len or config.training.seq_len)
+    model = source.language_model(dtype=plan.teacher_dtype(config), device=device, seq_len=seq_len)
+    ids = (tokenizer.encode(text, add_bos=True, add_eos=True) for text in _texts(config))
+    return list(document_losses(model, ids, seq_len=seq_len, vocab_size=source.info.vocab_size, device=device))
+
+
+def _costs_path(out: Path) -> Path:
+    return out.with_name(f"{out.name}.costs.json")
 
 
 def _check(config: Any, out: Path, keep: float) -> None:
@@ -151,19 +194,19 @@ def _check(config: Any, out: Path, keep: float) -> None:
         raise ConfigError(problems)
 
 
-def _check_vocabulary(student_tokenizer: Any, source: Any, option: TeacherConfig, key: str) -> None:
+def _check_vocabulary(tokenizer: Any, source: Any, model: TeacherConfig, key: str) -> None:
     """Both models must read the student's tokens."""
     from let_plugin.tokens.vocabulary import compare_vocabularies
 
-    if not option.check_vocabulary:
+    if not model.check_vocabulary:
         return
-    known = source.vocabulary()
+    known, message = source.vocabulary(), ""
     if not known:
         message = "it has no tokenizer to compare; name its tokenizer_path, or set check_vocabulary = false"
-        raise ConfigError(Problem(key, message, option.path or option.spec))
-    if difference := compare_vocabularies(student_tokenizer.get_vocab(), known).num_differing:
+    elif difference := compare_vocabularies(tokenizer.get_vocab(), known).num_differing:
         message = f"its tokenizer is not the student's: {difference:,} ids differ"
-        raise ConfigError(Problem(key, message, option.path or option.spec))
+    if message:
+        raise ConfigError(Problem(key, message, model.path or model.spec))
 
 
 def _texts(config: Any) -> Iterator[str]:
@@ -177,31 +220,31 @@ def _texts(config: Any) -> Iterator[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m let_plugin.bench.converge.data_selection",
-        description=__doc__.split("\n\n")[0],
-        allow_abbrev=False,
-    )
+    description = __doc__.split("\n\n")[0]
+    parser = argparse.ArgumentParser(prog=_PROGRAM, description=description, allow_abbrev=False)
     parser.add_argument("config", type=Path, metavar="CONFIG.toml", help="its documents, and let.teacher")
-    parser.add_argument("--reference", required=True, metavar="MODEL", help="path, or a table as [let.teacher] has")
-    parser.add_argument(
-        "--out", required=True, type=Path, metavar="FILE", help="new file: .jsonl, .jsonl.xz, .jsonl.gz"
-    )
+    help_ = "path, or options of let-train ('--let.teacher.spec x --let.teacher.path y'), for the reference"
+    parser.add_argument("--reference", required=True, metavar="MODEL", help=help_)
+    help_ = "new file: .jsonl, .jsonl.xz, .jsonl.gz"
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help=help_)
     parser.add_argument("--keep", type=float, default=0.5, help="share of the documents that is kept (0.5)")
-    args, overrides = parser.parse_known_args(argv)
+    args, options = parser.parse_known_args(argv)
 
     from let_plugin.config import load as toml_config
     from let_plugin.runtime import data, host
 
+    own = ["--let.teacher.path", args.reference, "--let.teacher.spec", ""]
+    if args.reference.lstrip().startswith("--"):
+        own = ["--let.teacher.path", "", *shlex.split(args.reference)]
     try:
-        runtime = toml_config.read([str(args.config), *overrides]).runtime
+        runtime = toml_config.read([str(args.config), *options]).runtime
         host.set_up(runtime.device)
         data.register()
-        config: Any = toml_config.load(args.config, overrides).config
-        costs = select(config, parse_model(args.reference, "--reference"), args.out, args.keep)
+        config: Any = toml_config.load(args.config, options).config
+        reference: Any = toml_config.load(args.config, [*options, "--let.teacher.features", "", *own]).config
+        costs = select(config, reference.let.teacher, args.out, args.keep)
     except ConfigError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
+        print(listing(error, _PROGRAM), file=sys.stderr)
         return 2
     print(
         f"wrote {args.out}: {costs['kept']:,} of {costs['documents']:,} documents; mean NLL per token and document: "

@@ -1,4 +1,4 @@
-"""What `let-bench converge` compares: each method is a change of one configuration, for one trainer.
+"""What `let-bench converge` compares: each method is a name with options of let-train.
 
 | name | what it is | source |
 | --- | --- | --- |
@@ -6,47 +6,32 @@
 | let | the configuration's own `[let]` table | arXiv 2602.05393 |
 | rkd | logit distillation from LET's teacher, at one weight, throughout | reverse distillation, there a baseline |
 | salt | the same for the first 17 % of the run, then without | arXiv 2410.18779 |
-| kd_large | logit distillation throughout, from a larger teacher | arXiv 1503.02531 |
-| labels | control: the block's own cross-entropy in the place of the teacher's states | arXiv 1409.5185, in kind |
+| labels | control: the block's own cross-entropy in place of the teacher's states | similar to arXiv 1409.5185 |
 | random_teacher | control: LET with a teacher whose matrices are drawn anew | |
-| shuffled_targets | control: LET with each token's target that of another token | |
-| gstack | without LET, from a shallow model's blocks, stacked | arXiv 2405.15319 |
+| shuffled_targets | control: LET with each token's target taken from another token | |
+| gstack | without LET, starting from the stacked blocks of a shallow model | arXiv 2405.15319 |
 | miniplm | without LET, on the documents that a teacher finds easier than a reference does | arXiv 2410.17215 |
 
-Neither weight nor temperature of rkd and salt is known from public sources: tune the weight. The controls keep all of
-LET but the teacher's knowledge, its weight as well.
+Public sources do not give weight or temperature of rkd and salt: tune the weight. The controls keep all of LET but
+the teacher's knowledge, and take its tuned settings.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from torchtitan.trainer import Trainer
+import tomli
 
-from let_plugin.alignment.registry import Registry
-from let_plugin.config import LetConfig, TeacherConfig
-from let_plugin.config.errors import ConfigError, Problem, lookup
+from let_plugin.bench.rows import BASELINE
+from let_plugin.config.errors import ConfigError, Problem, suggest
 
-SALT_FRACTION = 0.17
-DISTILLATION_WEIGHT = 1.0  # where nothing is tuned: as much as the student's own loss
+WEIGHT = "let.weight"
+_OFF = "--let.no-enable"
 
-
-@dataclass(frozen=True, kw_only=True)
-class Resources:
-    """What some of the methods need.
-
-    Attributes:
-        large_teacher: Of kd_large.
-        selected_text: Of miniplm: what `let_plugin.bench.converge.data_selection` has written.
-        shallow_blocks: Of gstack: blocks of the shallow model.
-        shallow_steps: Of gstack: steps that it is trained for.
-    """
-
-    large_teacher: TeacherConfig | None = None
-    selected_text: Path | None = None
-    shallow_blocks: int | None = None
-    shallow_steps: int | None = None
+# A grid: key of let-train -> the values to choose from, as on its command line.
+Grid = Mapping[str, Sequence[str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,131 +39,118 @@ class Method:
     """A way to train.
 
     Attributes:
-        configure: Changes a configuration in place. ConfigError for a resource that is missing.
-        weight: Which `let.weight` it has: "none"; one of its own; LET's.
-        untuned_weight: Its own weight, unless another is asked for; None: the configuration's.
-        variant: Which of the resources it is with, to tell two such methods apart; None: it needs none.
+        name: Its name.
+        options: Options of let-train.
+        defaults: Options before these, which a grid may override.
+        like: The method whose tuned settings it takes; empty: it is tuned by itself.
+        grid: What it is tuned over; None: the grid of the command line.
+        asked: Its name as it was asked for, with a weight (let@0.1).
     """
 
-    configure: Callable[[Trainer.Config, Resources], None]
-    weight: Literal["none", "own", "let"] = "none"
-    untuned_weight: float | None = None
-    variant: Callable[[Resources], str] | None = None
+    name: str
+    options: tuple[str, ...] = ()
+    defaults: tuple[str, ...] = ()
+    like: str = ""
+    grid: Grid | None = field(default=None, hash=False)
+    asked: str = ""
+
+    def tuned_over(self, grid: Grid) -> dict[str, Sequence[str]]:
+        """What of the grid applies: no key that its options set, and no key of LET without LET."""
+        fixed = {_key(option) for option in self.options if option.startswith("--")}
+        is_off = _OFF in self.options
+        own = grid if self.grid is None else self.grid
+        return {k: v for k, v in own.items() if k not in fixed and not (is_off and k.startswith("let."))}
 
 
-METHODS: Registry[Method] = Registry("method", "let_plugin.methods")
+_DISTIL = (
+    *("--let.enable", "--let.target", "logits", "--let.control", "none", "--let.schedule", "constant"),
+    *("--let.warmup-steps", "0", "--let.adaptive-stop.criterion", "none", "--let.dimension-match", "interpolate"),
+    # Layers have no meaning here, and stored states are no predictions.
+    *("--let.pairs", "[]", "--let.student-block", "None", "--let.teacher.features", ""),
+    *("--let.teacher.final-norm", "--let.teacher.no-center", "--let.stop-step", "None", "--let.stop-tokens", "None"),
+)
+_WEIGHT_1 = (f"--{WEIGHT}", "1.0")  # as much as the student's own loss
+_LET = ("--let.enable",)
 
-
-def configure(config: Trainer.Config, name: str, weight: float | None, resources: Resources) -> None:
-    """Makes `config`, whose `[let]` table is LET as the user wants it, a run of a method, in place.
-
-    Args:
-        config: A copy of the user's.
-        name: Of the method.
-        weight: Its weight, if it has one; None: its untuned one.
-        resources: What it may need.
-    """
-    method = lookup(METHODS.get, name, key="--methods")
-    method.configure(config, resources)
-    if method.weight != "none":
-        untuned = config.let.weight if method.untuned_weight is None else method.untuned_weight
-        config.let.weight = untuned if weight is None else weight
-
-
-def _standard(config: Trainer.Config, resources: Resources) -> None:
-    config.let = LetConfig()
-
-
-def _let(config: Trainer.Config, resources: Resources) -> None:
-    config.let.enable = True
-    if (config.let.target, config.let.control) != ("teacher", "none"):
-        found = f"target = {config.let.target!r}, control = {config.let.control!r}"
-        raise ConfigError(Problem("let", f"must be LET itself, which the others are compared with, not {found}"))
-
-
-def _control(**changes: Any) -> Callable[[Trainer.Config, Resources], None]:
-    def apply(config: Trainer.Config, resources: Resources) -> None:
-        _let(config, resources)
-        config.let = replace(config.let, **changes)
-
-    return apply
-
-
-def _distil(config: Trainer.Config, teacher: TeacherConfig, **changes: Any) -> None:
-    """Logit distillation: of LET's own table only what it has in common with it."""
-    own = config.let
-    config.let = LetConfig(
-        enable=True,
-        target="logits",
-        temperature=own.temperature,
-        diagnosis_freq=own.diagnosis_freq,
-        math_dtype=own.math_dtype,
-        cuda_graphs=own.cuda_graphs,
-        # Stored states are no predictions.
-        teacher=replace(teacher, features="", final_norm=True, center=False),
-        **changes,
+METHODS = {
+    method.name: method
+    for method in (
+        Method(name=BASELINE, options=(_OFF,)),
+        Method(name="let", options=_LET),
+        Method(name="rkd", options=_DISTIL, defaults=(*_WEIGHT_1, "--let.stop-fraction", "1.0")),
+        Method(name="salt", options=_DISTIL, defaults=(*_WEIGHT_1, "--let.stop-fraction", "0.17")),
+        Method(name="labels", options=(*_LET, "--let.target", "labels"), like="let"),
+        Method(name="random_teacher", options=(*_LET, "--let.control", "random_teacher"), like="let"),
+        Method(name="shuffled_targets", options=(*_LET, "--let.control", "shuffled_targets"), like="let"),
+        Method(name="gstack", options=(_OFF,)),
+        Method(name="miniplm", options=(_OFF, "--dataloader.dataset", "text_files")),
     )
+}
 
 
-def _rkd(config: Trainer.Config, resources: Resources) -> None:
-    _distil(config, config.let.teacher, schedule="constant", stop_fraction=1.0)
+def read_file(path: Path) -> dict[str, Method]:
+    """Methods of a TOML file beside the built-in ones, which it may replace.
 
-
-def _salt(config: Trainer.Config, resources: Resources) -> None:
-    _distil(config, config.let.teacher, schedule="constant", stop_fraction=SALT_FRACTION)
-
-
-def _kd_large(config: Trainer.Config, resources: Resources) -> None:
-    if resources.large_teacher is None:
-        raise ConfigError(Problem("--large-teacher", "missing; kd_large needs it"))
-    _distil(config, resources.large_teacher, schedule="constant", stop_fraction=1.0)
-
-
-def _gstack(config: Trainer.Config, resources: Resources) -> None:
-    problems = [
-        Problem(option, "missing; gstack needs it" if value is None else "must be at least 1", value)
-        for option, value in (
-            ("--gstack-blocks", resources.shallow_blocks),
-            ("--gstack-steps", resources.shallow_steps),
-        )
-        if value is None or value < 1
+    An entry is `name = ["--key", "value", ...]`, or a table with `options`, `like` and `grid`, of which `grid` is a
+    table of key = [values]. ConfigError lists what is wrong.
+    """
+    try:
+        content = tomli.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomli.TOMLDecodeError) as error:
+        raise ConfigError(Problem("--methods-file", f"cannot be read: {error}", str(path))) from error
+    found, problems = dict(METHODS), []
+    for name, entry in content.items():
+        table: dict[str, Any] = entry if isinstance(entry, dict) else {"options": entry}
+        grid = table.get("grid")
+        right = table.keys() <= {"options", "like", "grid"} and _is_list(table.get("options", []), str)
+        right = right and isinstance(table.get("like", ""), str) and (grid is None or isinstance(grid, dict))
+        if not right or any(not _is_list(values, (str, int, float)) for values in (grid or {}).values()):
+            message = "expected a list of let-train options, or a table of options, like and grid"
+            problems.append(Problem(f"--methods-file: {name}", message, entry))
+            continue
+        grid = grid and {_key(key): [str(value) for value in values] for key, values in grid.items()}
+        options = tuple(table.get("options", []))
+        found[name] = Method(name=name, options=options, like=table.get("like", ""), grid=grid)
+    problems += [
+        Problem(f"--methods-file: {method.name}.like", f"unknown method; {suggest(method.like, found)}", method.like)
+        for method in found.values()
+        if method.like and method.like not in found
     ]
     if problems:
         raise ConfigError(problems)
-    config.let = LetConfig()
+    return found
 
 
-def _miniplm(config: Trainer.Config, resources: Resources) -> None:
-    if resources.selected_text is None:
-        message = "missing; miniplm needs it: python -m let_plugin.bench.converge.data_selection makes it"
-        raise ConfigError(Problem("--selected-text", message))
-    config.let = LetConfig()
-    loader: Any = config.dataloader
-    if not {"dataset", "dataset_path"} <= {field.name for field in fields(loader)}:
-        message = "miniplm reads another text, and this data loader has no dataset and dataset_path to say so"
-        raise ConfigError(Problem("dataloader", message))
-    config.dataloader = replace(loader, dataset="text_files", dataset_path=str(resources.selected_text))
+def parse(text: str, known: Mapping[str, Method]) -> Method:
+    """The method of an entry of `--methods`. ConfigError if there is no such method.
+
+    Args:
+        text: NAME; NAME@WEIGHT, at that `let.weight`; or 'NEW = NAME --key value ...', which adds options to one.
+        known: Name -> method.
+    """
+    new, equals, definition = text.partition("=")
+    if equals and not new.strip().startswith("-"):
+        base, *options = shlex.split(definition)
+        return replace(parse(base, known), name=new.strip(), options=(*parse(base, known).options, *options))
+    name, at, weight = text.partition("@")
+    if name not in known:
+        raise ConfigError(Problem("--methods", f"unknown method; {suggest(name, known)}", text))
+    method = known[name]
+    if not at:
+        return method
+    try:
+        is_weight = 0 < float(weight) < float("inf")
+    except ValueError:
+        is_weight = False
+    if not is_weight or _OFF in method.options:
+        message = f"{name} has no weight" if _OFF in method.options else "the weight must be a number above 0"
+        raise ConfigError(Problem("--methods", message, text))
+    return replace(method, options=(*method.options, f"--{WEIGHT}", weight), asked=text)
 
 
-def _which_large_teacher(resources: Resources) -> str:
-    assert resources.large_teacher is not None
-    return " ".join(filter(None, [resources.large_teacher.spec, resources.large_teacher.path]))
+def _is_list(value: Any, types: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(element, types) for element in value)
 
 
-def _which_shallow_model(resources: Resources) -> str:
-    return f"{resources.shallow_blocks} blocks, {resources.shallow_steps} steps"
-
-
-METHODS.register("standard", Method(configure=_standard))
-METHODS.register("let", Method(configure=_let, weight="own"))
-METHODS.register("rkd", Method(configure=_rkd, weight="own", untuned_weight=DISTILLATION_WEIGHT))
-METHODS.register("salt", Method(configure=_salt, weight="own", untuned_weight=DISTILLATION_WEIGHT))
-METHODS.register(
-    "kd_large",
-    Method(configure=_kd_large, weight="own", untuned_weight=DISTILLATION_WEIGHT, variant=_which_large_teacher),
-)
-METHODS.register("labels", Method(configure=_control(target="labels"), weight="let"))
-METHODS.register("random_teacher", Method(configure=_control(control="random_teacher"), weight="let"))
-METHODS.register("shuffled_targets", Method(configure=_control(control="shuffled_targets"), weight="let"))
-METHODS.register("gstack", Method(configure=_gstack, variant=_which_shallow_model))
-METHODS.register("miniplm", Method(configure=_miniplm, variant=lambda resources: str(resources.selected_text)))
+def _key(option: str) -> str:
+    return option.partition("=")[0].removeprefix("--").replace("-", "_")

@@ -1,67 +1,49 @@
-"""`python -m let_plugin.bench.converge.observe REQUEST.json`: one run of a convergence suite, in a process of its own.
+"""What a run of a convergence suite does at each evaluation: its losses, and the time and memory of training."""
 
-REQUEST.json says what to run (see `Request`); rank 0 writes what was seen at each evaluation. The run is let-train's.
-"""
-
-import dataclasses
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from let_plugin import train
+import torch
+from torch import nn
+from torchtitan.components.validate import Validator
+from torchtitan.tools import utils
+from torchtitan.trainer import Trainer
+
 from let_plugin.bench.throughput.measure import largest_of_ranks, local_peak_memory
-
-if TYPE_CHECKING:
-    from torch import nn
-    from torchtitan.trainer import Trainer
+from let_plugin.config.errors import ConfigError, Problem
+from let_plugin.runtime.held_out import TwoSplitValidator
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
-    """A run.
-
-    Attributes:
-        config: TOML file, complete; its validator is a TwoSplitValidator.
-        out: Where the result goes, as JSON, after the evaluation at the last step.
-        num_blocks: Train a shallower model of so many of the student's blocks.
-    """
-
-    config: str
-    out: str
-    num_blocks: int | None = None
-
-
-def main(argv: list[str]) -> None:
-    request = Request(**json.loads(Path(argv[0]).read_text()))
-
-    def shorten(config: "Trainer.Config") -> None:
-        if request.num_blocks is not None:
-            from let_plugin.bench.converge import stacking
-
-            stacking.shorten(config, request.num_blocks)
-
-    train.main([request.config], on_built=lambda trainer: Observer(trainer, request.out).start(), on_loaded=shorten)
+def add_test_split(config: Trainer.Config, dataset: str, path: str) -> None:
+    """Makes a run evaluate a test split as well, which is read as its validation split is. In place."""
+    validator: Any = config.validator
+    loader = validator.dataloader
+    if type(validator) not in (Validator.Config, TwoSplitValidator.Config) or not hasattr(loader, "dataset_path"):
+        message = "--test-dataset needs torchtitan's own validator and text; else set a TwoSplitValidator yourself"
+        raise ConfigError(Problem("validator", message))
+    values = {field.name: getattr(validator, field.name) for field in fields(validator)}
+    test = replace(loader, dataset=dataset, dataset_path=path or None)
+    config.validator = TwoSplitValidator.Config(**values | {"test": test})
 
 
 class Observer:
-    """Notes at each evaluation what it found, and what training has taken until then; evaluations take no part in that.
+    """Notes at each evaluation its losses, and what training has taken until then, evaluations left out.
 
     Args:
-        trainer: Before its first step.
-        out: Where rank 0 writes the result.
+        trainer: Before its first step, with a TwoSplitValidator.
+        out: Where rank 0 writes the result, after the evaluation at the last step.
     """
 
-    def __init__(self, trainer: "Trainer", out: str) -> None:
-        from torchtitan.tools import utils
-
+    def __init__(self, trainer: Trainer, out: str) -> None:
         self._trainer: Any = trainer
         self._out = out
         self._train_step = trainer.train_step
-        self._validate = trainer.validator.validate
+        self._validate = self._trainer.validator.validate
         self._device_module: Any = utils.device_module
         self._peaks: dict[str, int] = {}
         self._seconds = 0.0
@@ -72,7 +54,7 @@ class Observer:
     def start(self) -> None:
         self._trainer.train_step = self._count
         self._trainer.validator.validate = self._evaluate
-        # torchtitan lets the peak start anew whenever it logs.
+        # torchtitan resets the peak whenever it logs.
         monitor = self._trainer.metrics_processor.device_memory_monitor
         self._reset, monitor.reset_peak_stats = monitor.reset_peak_stats, self._note_peak
         self._reset()
@@ -88,22 +70,15 @@ class Observer:
             self._peaks = {name: max(value, self._peaks.get(name, 0)) for name, value in found.items()}
         self._reset()
 
-    def _evaluate(self, model_parts: "list[nn.Module]", step: int) -> None:
+    def _evaluate(self, model_parts: list[nn.Module], step: int) -> None:
         self._device_module.synchronize()
         self._seconds += time.perf_counter() - self._started
         self._note_peak()
         self._is_evaluating = True
         self._validate(model_parts, step)
         validation, test = self._trainer.validator.losses
-        self._curve.append(
-            {
-                "step": step,
-                "active_steps": self._active_steps,
-                "seconds": self._seconds,
-                "validation_loss": validation,
-                "test_loss": test,
-            }
-        )
+        point = {"step": step, "active_steps": self._active_steps, "seconds": self._seconds}
+        self._curve.append(point | {"validation_loss": validation, "test_loss": test})
         if step == self._trainer.config.training.steps:
             self._write()
         self._reset()
@@ -111,8 +86,6 @@ class Observer:
         self._started = time.perf_counter()
 
     def _write(self) -> None:
-        import torch
-
         device = self._trainer.device
         memory = largest_of_ranks(self._peaks, device)
         # With pipeline parallelism only the last stage knows the losses; the others have less than any.
@@ -131,7 +104,3 @@ class Observer:
         }
         if os.environ["RANK"] == "0":
             Path(self._out).write_text(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -1,162 +1,222 @@
 """`let-bench converge`: methods x seeds on the same data in the same order, tuned on one split and read on another."""
 
-import logging
+import argparse
 import math
-import os
+import shlex
+import shutil
+import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torchtitan.tools.logging import logger
-
 from let_plugin.bench import rows, tables
-from let_plugin.bench.converge.plan import Options, Planner
-from let_plugin.bench.converge.runs import Run, execute, row
-from let_plugin.bench.processes import Progress, RunFailedError
+from let_plugin.bench.converge import stacking
+from let_plugin.bench.converge.methods import WEIGHT, Method
+from let_plugin.bench.converge.plan import Planner, Point
+from let_plugin.bench.processes import Progress, Request, RunFailedError, Running, slug
 from let_plugin.bench.rows import BASELINE, CHOICE, CONVERGE, DIVERGED
+from let_plugin.bench.runs import Run
 from let_plugin.config import load as toml_config
-from let_plugin.runtime import data
 
 
-def run(config_file: Path, overrides: Sequence[str], options: Options, command: str) -> str:
-    """Runs what is missing, and returns the table. The host is set up.
+def run(args: argparse.Namespace, options: Sequence[str], command: str) -> str:
+    """Runs what is missing, and returns the table.
 
     Raises:
         ConfigError: Before anything is run.
         RunFailedError: If a run fails; what was run before is in the result file.
     """
-    logger.setLevel(logging.ERROR)  # torchtitan's remarks on each of many configurations
-    loaded = toml_config.load(config_file, list(overrides))
-    data.register()
-    os.environ["WORLD_SIZE"] = str(options.num_processes)  # of the runs, which the checks are for
-    suite = Suite(Planner(loaded, options), options, command)
+    suite = Suite(Planner(args, options), args, command)
     suite.tune()
-    return suite.finish()
+    suite.finish()
+    return tables.text([args.out], suite.id)
 
 
 class Suite:
-    """Runs what is not in the result file yet, in turn: each method with one seed, then with the next.
+    """Runs what is not in the result file yet: each method with one seed, then with the next.
 
     What a killed suite has left in the file counts; a run that was broken off starts from zero.
     """
 
-    def __init__(self, planner: Planner, options: Options, command: str) -> None:
+    def __init__(self, planner: Planner, args: argparse.Namespace, command: str) -> None:
         self._planner = planner
-        self._options = options
+        self._args = args
         self._command = command
         self._origin = rows.provenance()
-        self.id = rows.fingerprint(self._origin, planner.text, options.num_processes)
-        self._tuning = planner.tuning_runs()
-        self._chosen: dict[str, float] = {}
-        # Which weights will be chosen is not known yet; the runs are as long with any.
-        some_weights = {method: weight for weight in options.weights[:1] for method in planner.tuned()}
-        results = [(method, seed) for seed in options.seeds for method, _ in planner.cells(some_weights)]
-        tuning = self._missing(self._tuning)
-        self._results = [method for method, _ in results]
-        self._progress = Progress([*(run.method for run in tuning), *self._results])
+        self._common = toml_config.dump(planner.setup.load([]))
+        self.id = rows.fingerprint(self._origin, self._common, args.processes)
+        self._tuned = {method: planner.points(method) for method in planner.tuned()}
+        self._chosen: dict[Method, Point] = {}
+        self._num_results = len(args.seeds) * len(planner.methods)
+        self._progress = Progress([])
 
     def tune(self) -> None:
-        """Runs the grid, and chooses by the validation split."""
-        self._run(self._tuning, "tuning", self._results)
+        """Runs the grids, and chooses by the validation split."""
+        seeds = self._args.tuning_seeds
+        cells = [(method, point) for method, points in self._tuned.items() for point in points]
+        runs = {(*cell, seed): self._planner.run(*cell, seed) for seed in seeds for cell in cells}
+        self._run(list(runs.values()), "tuning", [""] * self._num_results)
         found = self._found()
-        for method in self._planner.tuned():
-            runs = [run for run in self._tuning if run.method == method]
-            losses = {
-                weight: [_final_loss(found[self._id(run)]) for run in runs if run.weight == weight]
-                for weight in self._options.weights
-            }
-            means = {weight: sum(own) / len(own) for weight, own in losses.items()}
-            best = min(means, key=means.__getitem__)
-            if not math.isfinite(means[best]):
-                raise RunFailedError(f"{method!r} has diverged at each weight of the grid; take smaller ones")
-            self._chosen[method] = best
-            self._note_choice(method, means)
+        for method, points in self._tuned.items():
+            losses = [
+                sum(_final_loss(found[self._id(runs[method, point, seed])]) for seed in seeds) / len(seeds)
+                for point in points
+            ]
+            best = min(range(len(points)), key=losses.__getitem__)
+            if not math.isfinite(losses[best]):
+                raise RunFailedError(f"{method.name!r} has diverged at each point of the grid; take smaller values")
+            self._chosen[method] = points[best]
+            self._note_choice(method, points, losses, best)
 
-    def finish(self) -> str:
-        """Runs the rest; returns the table."""
-        cells = self._planner.cells(self._chosen)
-        runs = [self._planner.plan(*cell, seed) for seed in self._options.seeds for cell in cells]
+    def finish(self) -> None:
+        """Runs the methods with each seed."""
+        cells = [(method, self._planner.chosen(method, self._chosen)) for method in self._planner.methods]
+        runs = {self._id(own): own for seed in self._args.seeds for own in (self._planner.run(*c, seed) for c in cells)}
         found = self._found()
-        _refuse_without_baseline(found[self._id(run)] for run in runs if self._id(run) in found)
-        self._run(runs, "result", [])
-        found = self._found()
-        for run in runs:
-            own = found[self._id(run)]
+        _refuse_without_baseline(found[id_] for id_ in runs if id_ in found)
+        self._run(list(runs.values()), "result", [])
+        for own in (self._found()[id_] for id_ in runs):
             if own["role"] != "result":  # it was run to tune, and is a result as well
-                rows.append(self._options.out, own | {"role": "result"})
-        return tables.text([self._options.out], self.id)
+                rows.append(self._args.out, own | {"role": "result"})
 
     def _run(self, runs: Sequence[Run], role: str, later: Sequence[str]) -> None:
-        missing = self._missing(runs)
+        found = self._found()
+        missing = [own for own in runs if self._id(own) not in found]
         if known := len(runs) - len(missing):
-            print(f"{self._options.out} has {known} of {len(runs)} {role} runs already", flush=True)
-        self._progress.expect([*(run.method for run in missing), *later])
-        for run in missing:
+            print(f"{self._args.out} has {known} of {len(runs)} {role} runs already", flush=True)
+        self._progress.expect([*(own.details["method"] for own in missing), *later])
+        for own in missing:
             origin = rows.provenance()
-            if rows.fingerprint(origin, self._planner.text, self._options.num_processes) != self.id:
+            if rows.fingerprint(origin, self._common, self._args.processes) != self.id:
                 raise RunFailedError("let_plugin has changed since the suite began: what is run now is other code")
-            result = execute(run, self._options.work / self.id, self._options.num_processes)
-            details: dict[str, Any] = {"suite": self.id, "run": self._id(run), "role": role}
-            details["num_processes"] = self._options.num_processes
-            curve = result["curve"]
-            losses = zip(curve["step"], curve["validation_loss"], curve["test_loss"], strict=True)
-            step = next((step for step, *values in losses if not all(map(math.isfinite, values))), None)
-            if step is not None:
-                new = self._diverged_row(run, step, origin, details)
-                text = f"diverged, by step {step}"
-            else:
-                new = row(run, result, origin, self._command, details)
-                text = f"validation {new['final_validation_loss']:.4f}, test {new['final_test_loss']:.4f}"
-            rows.append(self._options.out, new)
+            result = self._execute(own)
+            details = {"suite": self.id, "run": self._id(own), "role": role, "num_processes": self._args.processes}
+            new = row(own, result, origin, self._command, details)
+            rows.append(self._args.out, new)
             _refuse_without_baseline([new])
-            self._progress.after(f"{role}, {run.label}, seed {run.seed}: {text}")
+            text = f"diverged, by step {new['values'][0]}"
+            if new["kind"] == CONVERGE:
+                text = f"validation {new['final_validation_loss']:.4f}, test {new['final_test_loss']:.4f}"
+            self._progress.after(f"{role}, {own.label}, seed {own.details['seed']}: {text}")
 
-    def _diverged_row(self, run: Run, step: int, origin: dict[str, Any], details: dict[str, Any]) -> dict[str, Any]:
-        return rows.row(
-            DIVERGED,
-            command=self._command,
-            config=run.config,
-            seed=run.seed,
-            unit="step",
-            values=[step],
-            origin=origin,
-            label=run.label,
-            method=run.method,
-            weight=run.weight,
-            **details,
+    def _execute(self, own: Run) -> dict[str, Any]:
+        """What was observed in a run, and its `preparation`. RunFailedError if it fails."""
+        name = f"{slug(own.label)}-seed-{own.details['seed']}"
+        folder, scratch = self._args.work_dir / self.id, self._args.work_dir / "dump" / f"{name}-shallow"
+        # Of a run that was broken off.
+        shutil.rmtree(self._args.work_dir / "dump" / name, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
+        preparation = own.details["preparation"]
+        if preparation["what"] == "shallow model":
+            steps, blocks = str(self._args.gstack_steps), self._args.gstack_blocks
+            saved = ["--checkpoint.enable", "--checkpoint.async_mode", "disabled", "--checkpoint.folder", "saved"]
+            saved += ["--training.steps", steps, "--validator.freq", steps, "--dump_folder", str(scratch)]
+            shallow = replace(own, argv=(*own.argv, *saved), num_blocks=blocks)
+            observed = self._observe(shallow, folder / f"{name}-shallow")
+            started = time.perf_counter()
+            config = toml_config.load(self._args.config, list(own.argv[1:])).config
+            stacking.grow(config, blocks, str(scratch / "saved" / f"step-{steps}"), scratch.absolute() / "initial")
+            seconds = observed["wall_seconds"] + time.perf_counter() - started
+            preparation = preparation | {"seconds": seconds}
+            initial = ["--checkpoint.initial-load-path", str(scratch.absolute() / "initial")]
+            own = replace(own, argv=(*own.argv, "--checkpoint.enable", "--checkpoint.load-only", *initial))
+        result = self._observe(own, folder / name)
+        shutil.rmtree(scratch, ignore_errors=True)
+        return result | {"preparation": preparation}
+
+    def _observe(self, own: Run, stem: Path) -> dict[str, Any]:
+        test = (self._args.test_dataset, self._args.test_path) if self._args.test_dataset else None
+        request = Request(
+            measure="convergence",
+            argv=own.argv,
+            out=str(stem.parent / f"{stem.name}.json"),
+            settings=own.settings,
+            num_blocks=own.num_blocks,
+            test=test,
         )
+        return Running.of(request, what=stem.name, num_processes=self._args.processes).result()
 
-    def _note_choice(self, method: str, losses: Mapping[float, float]) -> None:
-        finite = {weight: loss for weight, loss in losses.items() if math.isfinite(loss)}
+    def _note_choice(self, method: Method, points: Sequence[Point], losses: Sequence[float], best: int) -> None:
+        names = [_point_name(point) for point in points]
+        finite = {name: loss for name, loss in zip(names, losses, strict=True) if math.isfinite(loss)}
         new = rows.row(
             CHOICE,
             command=self._command,
-            config=self._planner.text,
+            config=self._common,
             seed=None,
             unit="nats/token",
             values=list(finite.values()),
             origin=self._origin,
             suite=self.id,
-            method=method,
+            method=method.asked or method.name,
             weights=list(finite),
-            diverged=[weight for weight in losses if weight not in finite],
-            chosen=self._chosen[method],
-            tuning_seeds=list(self._options.tuning_seeds),
+            diverged=[name for name in names if name not in finite],
+            chosen=names[best],
+            at_end=at_end(points, best),
+            tuning_seeds=list(self._args.tuning_seeds),
         )
         same = ("kind", "suite", "method", "weights", "values", "tuning_seeds")
-        old = [row for row in rows.read(self._options.out) if row["kind"] == CHOICE and row["method"] == method]
+        old = [row for row in rows.read(self._args.out) if row["kind"] == CHOICE and row["method"] == new["method"]]
         if not old or any(old[-1][key] != new[key] for key in same):
-            rows.append(self._options.out, new)
+            rows.append(self._args.out, new)
+        if new["at_end"]:
+            print(f"{method.name}: the best {', '.join(new['at_end'])} is at the end of the grid", flush=True)
 
-    def _id(self, run: Run) -> str:
-        return run.id(self._origin, self._options.num_processes)
+    def _id(self, own: Run) -> str:
+        return own.id(self._origin, self._args.processes, shlex.join([self._args.test_dataset, self._args.test_path]))
 
     def _found(self) -> dict[str, dict[str, Any]]:
-        return {row["run"]: row for row in rows.read(self._options.out) if row["kind"] in (CONVERGE, DIVERGED)}
+        return {row["run"]: row for row in rows.read(self._args.out) if row["kind"] in (CONVERGE, DIVERGED)}
 
-    def _missing(self, runs: Sequence[Run]) -> list[Run]:
-        found = self._found()
-        return [run for run in runs if self._id(run) not in found]
+
+def row(own: Run, result: Mapping[str, Any], origin: Any, command: str, details: Mapping[str, Any]) -> dict[str, Any]:
+    """The row of a run, of the kind DIVERGED if its loss was not finite at some evaluation.
+
+    FLOPs and seconds of its curve include the preparation, its tokens do not.
+    """
+    curve, preparation = result["curve"], result["preparation"]
+    losses = zip(curve["step"], curve["validation_loss"], curve["test_loss"], strict=True)
+    diverged = [step for step, *values in losses if not all(map(math.isfinite, values))]
+    if diverged:
+        return own.row(DIVERGED, origin, command, "step", diverged[:1], **details)
+    per_step, per_active_step = own.details["step_flops"], own.details["active_flops"]
+    active = curve["active_steps"]
+    full_curve = {
+        "step": curve["step"],
+        "tokens": [step * own.details["tokens_per_step"] for step in curve["step"]],
+        "flops": [
+            preparation["flops"] + per_step * step + per_active_step * num_active
+            for step, num_active in zip(curve["step"], active, strict=True)
+        ],
+        "seconds": [(preparation["seconds"] or 0.0) + seconds for seconds in curve["seconds"]],
+        "validation_loss": curve["validation_loss"],
+        "test_loss": curve["test_loss"],
+    }
+    own = replace(own, details={**own.details, **result, "curve": full_curve})
+    final = {f"final_{name}": full_curve[name][-1] for name in ("validation_loss", "test_loss")}
+    values = [final["final_test_loss"]]
+    return own.row(CONVERGE, origin, command, "nats/token", values, active_steps=active[-1], **final, **details)
+
+
+def at_end(points: Sequence[Point], best: int) -> list[str]:
+    """The keys whose best value is the smallest or the largest that was tried: the grid should go further there."""
+    found = []
+    for i, (key, value) in enumerate(points[best]):
+        try:
+            values = {float(point[i][1]) for point in points}
+        except ValueError:
+            continue  # names have no order
+        if len(values) > 1 and float(value) in (min(values), max(values)):
+            found.append(key)
+    return found
+
+
+def _point_name(point: Point) -> float | str:
+    """The weight, if that is all that is tuned."""
+    if [key for key, _ in point] == [WEIGHT]:
+        return float(point[0][1])
+    return ", ".join(f"{key} {value}" for key, value in point)
 
 
 def _refuse_without_baseline(found: Iterable[Mapping[str, Any]]) -> None:
@@ -166,6 +226,6 @@ def _refuse_without_baseline(found: Iterable[Mapping[str, Any]]) -> None:
             raise RunFailedError(f"{what}: there is nothing to compare with. Change the configuration or the seeds")
 
 
-def _final_loss(row: Mapping[str, Any]) -> float:
+def _final_loss(own: Mapping[str, Any]) -> float:
     """On the validation split; infinite for a run that has diverged."""
-    return math.inf if row["kind"] == DIVERGED else row["final_validation_loss"]
+    return math.inf if own["kind"] == DIVERGED else own["final_validation_loss"]

@@ -1,43 +1,21 @@
-"""What is measured: cases, each a change of a user's configuration, in the sizes that were asked for."""
+"""What `let-bench throughput` measures: cases, each a list of let-train options, in the sizes that were asked for."""
 
-import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 
-from torchtitan.trainer import Trainer
-
-from let_plugin.alignment.registry import Registry
-from let_plugin.bench.converge import methods
-from let_plugin.bench.converge.methods import Resources
-from let_plugin.bench.throughput.random_teacher import RandomTeacher
-from let_plugin.config.errors import lookup
+from let_plugin.bench.converge.methods import METHODS
+from let_plugin.bench.runs import QUIET
 
 PLAIN = "plain"
 
+# Steps before the measured ones: those with a teacher, in a run that stops it, and those after its stop. They compile,
+# and fill caches and the optimizer's state. All cases measure the same steps, so the same batches.
+ACTIVE_STEPS, SETTLING_STEPS = 2, 2
+WARMUP_STEPS = ACTIVE_STEPS + SETTLING_STEPS
 
-@dataclass(frozen=True)
-class Steps:
-    """The steps of a run. All cases measure the same ones: the same batches, and garbage collection in the same places.
-
-    Attributes:
-        active: Steps with the teacher, in a run that goes on without.
-        settling: Steps after those that are not measured yet.
-        measured: How many are measured.
-    """
-
-    active: int = 2
-    settling: int = 2
-    measured: int = 8
-
-    @property
-    def warmup(self) -> int:
-        """Steps that are not measured: they compile, and fill caches and the optimizer's state."""
-        return self.active + self.settling
-
-    @property
-    def total(self) -> int:
-        return self.warmup + self.measured
+_TURN_SECONDS = str(24 * 3600)
 
 
 @dataclass(frozen=True)
@@ -45,44 +23,28 @@ class Case:
     """Something to measure.
 
     Attributes:
-        configure: Changes a configuration, whose stop is at the run's end, in place.
-        is_active: Whether LET is to be active in the measured steps: a run where it is not so is an error.
-        has_teacher: Whether there is one per size of teacher.
-        reads_states: Whether the teacher's states are to be made beforehand; the run reads them and has no teacher.
+        options: Options of let-train, beside those of all cases.
+        is_active: Whether the teacher is there in the measured steps; a run where it is not so is an error.
+        has_teacher: Whether it runs with LET, and once for each size of teacher.
+        reads_states: Whether the teacher's states are written beforehand, and read by the run.
         is_throughout: Whether the teacher would stay for a whole run, whatever the configuration's stop.
     """
 
-    configure: Callable[[Trainer.Config, Steps], None]
-    is_active: bool
-    has_teacher: bool
+    options: tuple[str, ...] = ()
+    is_active: bool = False
+    has_teacher: bool = True
     reads_states: bool = False
     is_throughout: bool = False
 
 
-def _plain(config: Trainer.Config, steps: Steps) -> None:
-    config.let.enable = False
-
-
-def _active(config: Trainer.Config, steps: Steps) -> None:
-    config.let.stop_step = steps.total
-
-
-def _stopped(config: Trainer.Config, steps: Steps) -> None:
-    config.let.stop_step = steps.active
-
-
-def _rkd(config: Trainer.Config, steps: Steps) -> None:
-    methods.configure(config, "rkd", None, Resources())
-    config.let.stop_step = steps.total
-
-
-CASES: Registry[Case] = Registry("benchmark case", "let_plugin.bench_cases")
-CASES.register(PLAIN, Case(_plain, is_active=False, has_teacher=False))
-CASES.register("control", Case(_plain, is_active=False, has_teacher=False))
-CASES.register("active", Case(_active, is_active=True, has_teacher=True))
-CASES.register("stopped", Case(_stopped, is_active=False, has_teacher=True))
-CASES.register("features", Case(_active, is_active=True, has_teacher=True, reads_states=True))
-CASES.register("rkd", Case(_rkd, is_active=True, has_teacher=True, is_throughout=True))
+CASES = {
+    PLAIN: Case(has_teacher=False),
+    "control": Case(has_teacher=False),
+    "active": Case(is_active=True),
+    "stopped": Case(),
+    "features": Case(is_active=True, reads_states=True),
+    "rkd": Case((*METHODS["rkd"].defaults, *METHODS["rkd"].options), is_active=True, is_throughout=True),
+}
 
 
 @dataclass(frozen=True)
@@ -93,91 +55,72 @@ class Variant:
         case: Name of the case.
         local_batch_size: Sequences per data-parallel rank and microbatch.
         seq_len: Tokens per sequence.
-        teacher: A random teacher in place of the configured one.
-        teacher_share: The share of the student's size that was asked for, with a random teacher.
-        label: Names it apart from the others in a suite.
+        teacher_share: Size of a random teacher, as a share of the student's; None: the configured teacher.
+        baseline: Label of the plain case of the same size.
+        label: Its name in the suite.
     """
 
     case: str
     local_batch_size: int
     seq_len: int
-    teacher: RandomTeacher | None
     teacher_share: float | None
+    baseline: str
     label: str
 
 
-def matrix(
-    cases: Sequence[str],
-    *,
-    teachers: Sequence[tuple[float | None, RandomTeacher | None]],
-    local_batch_sizes: Sequence[int],
-    seq_lens: Sequence[int],
+def variants(
+    cases: Sequence[str], shares: Sequence[float], local_batch_sizes: Sequence[int], seq_lens: Sequence[int]
 ) -> list[Variant]:
-    """All cases in all sizes, in the order in which each round measures them: what is compared is close in time.
+    """All cases in all sizes, in the order of a round: what is compared is close in time.
 
     Args:
-        cases: Names of cases; the plain one, which the others are compared with, comes first in any case.
-        teachers: (share, teacher) of each size; (None, None) is the configured teacher.
+        cases: Names of cases; the plain one is always there, and first.
+        shares: Sizes of random teachers; none: the configured teacher.
         local_batch_sizes: One or more.
         seq_lens: One or more.
     """
-    variants = []
+    found = []
     for batch, length in product(local_batch_sizes, seq_lens):
         size = f" batch {batch}" if len(local_batch_sizes) > 1 else ""
         size += f" length {length}" if len(seq_lens) > 1 else ""
-        others = [name for name in dict.fromkeys(cases) if name != PLAIN]
-        for name in [PLAIN, *others]:
-            sizes = teachers if lookup(CASES.get, name, key="--cases").has_teacher else [(None, None)]
-            for share, teacher in sizes:
+        for name in dict.fromkeys([PLAIN, *cases]):
+            for share in (shares if CASES[name].has_teacher else ()) or (None,):
                 label = f"{name}{'' if share is None else f' {100 * share:g}%'}{size}"
-                variants.append(Variant(name, batch, length, teacher, share, label))
-    return variants
+                found.append(Variant(name, batch, length, share, f"{PLAIN}{size}", label))
+    return found
 
 
-def baseline(variant: Variant, variants: Sequence[Variant]) -> Variant:
-    """The plain one of the same size."""
-    size = (variant.local_batch_size, variant.seq_len)
-    return next(v for v in variants if v.case == PLAIN and (v.local_batch_size, v.seq_len) == size)
-
-
-def configure(
-    base: Trainer.Config, variant: Variant, steps: Steps, *, dump_folder: str, weights: str, states: str = ""
-) -> Trainer.Config:
-    """A copy of the user's configuration for one variant, with nothing in it that disturbs a measurement.
+def options(
+    variant: Variant, *, measured: int, interleave: bool, work: Path, teacher: Path | None, states: Path | None = None
+) -> list[str]:
+    """The options of let-train for a variant, with nothing in it that disturbs a measurement.
 
     Args:
-        base: The user's.
-        variant: What to make of it.
-        steps: Of the run.
-        dump_folder: Where the run writes.
-        weights: Folder of the random teacher's weights, if the variant has one.
-        states: Folder of the teacher's states, for a case that reads them once they are there; empty: the teacher.
+        variant: What to run.
+        measured: Number of measured steps.
+        interleave: Whether the runs make their steps in turn.
+        work: Folder for what runs write.
+        teacher: Folder of the random teacher; None: the configured one.
+        states: Folder of the teacher's states, for a case that reads them, once they are there.
     """
-    config = copy.deepcopy(base)
-    config.dump_folder = dump_folder
-    config.training.steps = steps.total
-    config.training.local_batch_size = variant.local_batch_size
-    config.training.seq_len = variant.seq_len
-    config.validator.enable = False
-    config.checkpoint.enable = False
-    config.profiler.enable_profiling = False
-    config.profiler.enable_memory_snapshot = False
+    total = str(WARMUP_STEPS + measured)
+    found = [*QUIET, "--validator.no-enable", "--dump_folder", str(work / "dump"), "--training.steps", total]
+    found += ["--training.local_batch_size", str(variant.local_batch_size), "--training.seq_len", str(variant.seq_len)]
     # The first step is logged, which nobody measures, and then none.
-    config.metrics.log_freq = steps.total + 1
-    config.metrics.enable_tensorboard = config.metrics.enable_wandb = False
-    config.debug.enable_structured_logging = False
-
-    let = config.let
-    let.enable = True
-    let.warmup_steps = 0
-    let.stop_step, let.stop_tokens, let.stop_fraction = steps.total, None, None
-    let.adaptive_stop.criterion = "none"
-    if variant.teacher is not None:
-        let.target = "teacher"
-        let.teacher = type(let.teacher)(
-            spec=variant.teacher.name, path=weights, check_vocabulary=False, dtype=let.teacher.dtype
-        )
-    lookup(CASES.get, variant.case, key="--cases").configure(config, steps)
-    if states:
-        let.teacher = replace(let.teacher, features=states, spec="", path="")
-    return config
+    found += ["--metrics.log_freq", f"{WARMUP_STEPS + measured + 1}"]
+    if interleave:  # a process waits for its turn in a collective while others compile
+        found += ["--comm.init-timeout-seconds", _TURN_SECONDS, "--comm.train-timeout-seconds", _TURN_SECONDS]
+    case = CASES[variant.case]
+    if not case.has_teacher:
+        return [*found, "--let.no-enable"]
+    found += ["--let.enable", "--let.warmup-steps", "0", "--let.adaptive-stop.criterion", "none"]
+    if teacher is not None:
+        found += ["--let.teacher.path", str(teacher), "--let.teacher.spec", "", "--let.teacher.features", ""]
+        found += ["--let.teacher.tokenizer_path", "", "--let.teacher.no-check-vocabulary"]
+        found += ["--let.teacher.final-norm", "--let.teacher.no-center", "--let.token-alignment.no-enable"]
+    found += case.options
+    stop = WARMUP_STEPS + measured if case.is_active else ACTIVE_STEPS
+    found += ["--let.stop-tokens", "None", "--let.stop-fraction", "None", "--let.stop-step", str(stop)]
+    if states is not None:
+        found += ["--let.teacher.features", str(states), "--let.teacher.path", "", "--let.teacher.spec", ""]
+    return found

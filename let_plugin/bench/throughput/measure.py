@@ -1,77 +1,55 @@
-"""`python -m let_plugin.bench.throughput.measure REQUEST.json`: one run of a suite, in a process of its own.
+"""What a run of a throughput suite measures: the times of whole steps, and memory.
 
-REQUEST.json says what to run (see `Request`); rank 0 writes what was measured. The run is let-train's, and watched from
-outside, around whole steps: the host waits for the device before the first measured step and after the last, and never
-between them, unless it takes turns with other runs.
+The host waits for the device before the first measured step and after the last, and never between them, unless the run
+takes turns with others.
 """
 
-import dataclasses
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from let_plugin import train
+import torch
+from torchtitan.tools import utils
+from torchtitan.trainer import Trainer
+
 from let_plugin.bench.throughput.turns import Turn
-from let_plugin.config import load as toml_config
-
-if TYPE_CHECKING:
-    import torch
-    from torchtitan.trainer import Trainer
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Request:
-    """A run.
-
-    Attributes:
-        config: TOML file, complete.
-        warmup: Steps that are not measured.
-        total: Steps of the run; those after the warm-up are measured.
-        out: Where the result goes, as JSON.
-        is_active: Whether LET is to be active in the measured steps; None: whatever it is.
-        teacher: Fields of the random teacher that the configuration names, if it does.
-        profile: Say where the time of the steps goes (which takes time itself).
-        turns: Where to get the turn for each step (see `turns`); None: it runs alone.
-    """
-
-    config: str
-    warmup: int
-    total: int
-    out: str
-    is_active: bool | None = None
-    teacher: dict[str, int] | None = None
-    profile: bool = False
-    turns: str | None = None
-
-
-def main(argv: list[str]) -> None:
-    request = Request(**json.loads(Path(argv[0]).read_text()))
-    if request.teacher is not None:
-        from let_plugin.runtime import host
-
-        host.set_up(toml_config.read([request.config]).runtime.device)  # before torchtitan is imported
-
-        from let_plugin.bench.throughput.random_teacher import RandomTeacher
-
-        RandomTeacher(**request.teacher).register()
-    train.main([request.config], on_built=lambda trainer: Watch(trainer, request).start())
+from let_plugin.config import plan
+from let_plugin.runtime import host
 
 
 class Watch:
-    """Measures the steps of a run and, after the last one, writes the result.
+    """Measures the steps of a run and writes the result after the last one.
 
     Raises RuntimeError if LET is active in a measured step and should not be, or the reverse.
+
+    Args:
+        trainer: Before its first step.
+        out: Where rank 0 writes the result.
+        warmup: Steps that are not measured.
+        total: Steps of the run; those after the warm-up are measured.
+        is_active: Whether LET is to be active in the measured steps.
+        profile: Also say where the time of the steps goes, which takes time itself.
+        turns: Address that gives the turn for each step (see `turns`); None: it runs alone.
     """
 
-    def __init__(self, trainer: "Trainer", request: Request) -> None:
-        from torchtitan.tools import utils
-
+    def __init__(
+        self,
+        trainer: Trainer,
+        out: str,
+        *,
+        warmup: int,
+        total: int,
+        is_active: bool,
+        profile: bool = False,
+        turns: str | None = None,
+    ) -> None:
         self._trainer: Any = trainer
-        self._request = request
+        self._out = out
+        self._warmup, self._total, self._is_active = warmup, total, is_active
+        self._profile, self._turns = profile, turns
         self._train_step = trainer.train_step
         self._device_module: Any = utils.device_module
         self._clock = StepClock(trainer.device)
@@ -80,37 +58,35 @@ class Watch:
 
     def start(self) -> None:
         self._trainer.train_step = self._step
-        if self._request.turns is not None and os.environ["RANK"] == "0":
-            self._turn = Turn(self._request.turns)
+        if self._turns is not None and os.environ["RANK"] == "0":
+            self._turn = Turn(self._turns)
 
     def _step(self, data_iterator: Iterator[Any]) -> None:
         number = self._trainer.step  # counts from 1
         # What the loop did between two steps belongs to the one before.
-        if number > self._request.warmup + 1:
+        if number > self._warmup + 1:
             self._clock.stop()
-        if self._request.turns is not None:
+        if self._turns is not None:
             self._next_turn(is_first=number == 1)
-        if number == max(self._request.warmup, 1):
+        if number == max(self._warmup, 1):
             # LET does so at its stop, a run without it never; what the allocator keeps is not to be compared.
             self._device_module.empty_cache()
-        if number == self._request.warmup + 1:
+        if number == self._warmup + 1:
             self._begin()
-        if number > self._request.warmup:
+        if number > self._warmup:
             self._clock.start()
         self._train_step(data_iterator)
-        if number <= self._request.warmup:
+        if number <= self._warmup:
             return
         is_active = getattr(self._trainer, "guidance", None) is not None
-        if self._request.is_active not in (None, is_active):
+        if self._is_active != is_active:
             raise RuntimeError(f"step {number} was to be measured with LET {'off' if is_active else 'active'}")
-        if number == self._request.total:
+        if number == self._total:
             self._clock.stop()
             self._end()
 
     def _next_turn(self, *, is_first: bool) -> None:
         """Lets the others make their steps. Rank 0 waits, and the other ranks for rank 0."""
-        import torch
-
         self._device_module.synchronize()
         if self._turn is not None:
             if not is_first:
@@ -119,7 +95,7 @@ class Watch:
         torch.distributed.barrier()
 
     def _begin(self) -> None:
-        if self._request.profile:
+        if self._profile:
             from let_plugin.bench.throughput.profiling import StepProfiler
 
             self._profiler = StepProfiler(self._trainer)
@@ -128,17 +104,13 @@ class Watch:
         self._started = time.perf_counter()
 
     def _end(self) -> None:
-        import torch
-
-        from let_plugin.config import plan
-
         self._device_module.synchronize()
         wall_seconds = time.perf_counter() - self._started
         device = self._trainer.device
         # Before anything else is allocated.
         memory = largest_of_ranks(local_peak_memory(device, self._device_module), device)
         step_seconds = self._clock.seconds()
-        if self._request.turns is not None:
+        if self._turns is not None:
             wall_seconds = sum(step_seconds)  # the others' steps left out
         dims = self._trainer.parallel_dims
         result = {
@@ -152,27 +124,23 @@ class Watch:
             "peak_is_of_measured_steps": getattr(self._device_module, "peak_is_resettable", True),
         }
         if self._profiler is not None:
-            result["parts"] = self._profiler.finish(num_steps=self._request.total - self._request.warmup)
+            result["parts"] = self._profiler.finish(num_steps=self._total - self._warmup)
         if os.environ["RANK"] == "0":
-            Path(self._request.out).write_text(json.dumps(result))
+            Path(self._out).write_text(json.dumps(result))
         if self._turn is not None:
             self._turn.end()
 
 
-def local_peak_memory(device: "torch.device", device_module: Any) -> dict[str, int]:
+def local_peak_memory(device: torch.device, device_module: Any) -> dict[str, int]:
     """Of this rank, since the last reset. CPU: resident; accelerator: what the allocator gave out, and what it held."""
-    from let_plugin.runtime import host
-
     if device.type == "cpu":
         return {"resident": host.peak_resident_memory()}
     statistics = device_module.memory_stats()
     return {name: statistics[f"{name}_bytes.all.peak"] for name in ("allocated", "reserved")}
 
 
-def largest_of_ranks(values: Mapping[str, int], device: "torch.device") -> dict[str, int]:
+def largest_of_ranks(values: Mapping[str, int], device: torch.device) -> dict[str, int]:
     """Each value of the rank that has most; all ranks call it."""
-    import torch
-
     largest = torch.tensor(list(values.values()), dtype=torch.int64, device=device)
     torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
     return dict(zip(values, largest.tolist(), strict=True))
@@ -181,7 +149,7 @@ def largest_of_ranks(values: Mapping[str, int], device: "torch.device") -> dict[
 class StepClock:
     """Times of steps. On an accelerator they are events on its stream, read at the end: the host does not wait."""
 
-    def __init__(self, device: "torch.device") -> None:
+    def __init__(self, device: torch.device) -> None:
         self._device = device
         self._starts: list[Any] = []
         self._ends: list[Any] = []
@@ -202,12 +170,6 @@ class StepClock:
     def _now(self) -> Any:
         if self._device.type == "cpu":
             return time.perf_counter()
-        import torch
-
         event = torch.Event(self._device, enable_timing=True)
         event.record()
         return event
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -1,165 +1,208 @@
-"""Runs in turn, each in a process of its own, until all that was asked for is in the result file.
+"""`let-bench throughput`: what LET costs in tokens/s and memory, beside the bounds, for a user's configuration.
 
-A round measures every variant once (A B C, A B C, ...), so that what is compared is close in time. What a killed suite
-has left in the file counts, by whole rounds: a round that was broken off is measured anew, under a new number.
+Each run is a process of its own. A round measures every variant once (A B C, A B C, ...), so that what is compared is
+close in time. What a killed suite has left in the file counts by whole rounds: a round that was broken off is measured
+again, under a new number.
 """
 
+import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from let_plugin.bench import rows
-from let_plugin.bench.processes import Progress, RunFailedError, Running, finish, slug
+from torchtitan.trainer import Trainer
+
+from let_plugin.bench import rows, tables
+from let_plugin.bench.processes import Progress, Request, RunFailedError, Running, launch_problems, slug
+from let_plugin.bench.rows import PROFILE, THROUGHPUT, complete_rounds
+from let_plugin.bench.runs import Run, Setup, active_cost
 from let_plugin.bench.statistics import median
-from let_plugin.bench.throughput.measure import Request
+from let_plugin.bench.throughput import cases, random_teacher
+from let_plugin.bench.throughput.cases import CASES, PLAIN, WARMUP_STEPS, Variant
 from let_plugin.bench.throughput.turns import take_turns
+from let_plugin.config import plan
+from let_plugin.config.errors import ConfigError, Problem, suggest
+from let_plugin.preflight.report import Student
+from let_plugin.teacher.stored.features import MANIFEST, Manifest
 
 
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """What a suite measures once per round.
+def check(args: argparse.Namespace) -> None:
+    """ConfigError with all that is wrong with the command line itself."""
+    problems = []
+    # Without a spread there is no interval.
+    minima = (("--pairs", args.pairs, 2), ("--steps", args.steps, 2), ("--processes", args.processes, 1))
+    for name, value, minimum in minima:
+        if value < minimum:
+            problems.append(Problem(name, f"must be at least {minimum}", value))
+    lengths = (("--batch-sizes", args.batch_sizes), ("--seq-lens", args.seq_lens))
+    for name, sizes in lengths:
+        problems += [Problem(name, "must be at least 1", size) for size in sizes if size < 1]
+    for name, given in (("--teacher-share", args.teacher_share), *lengths):
+        problems += [Problem(name, "given twice", s) for s in dict.fromkeys(given) if given.count(s) > 1]
+    message = "must be more than 0 and at most 100, in percent"
+    problems += [Problem("--teacher-share", message, share) for share in args.teacher_share if not 0 < share <= 100]
+    unknown = [name for name in args.cases if name not in CASES]
+    problems += [Problem("--cases", f"unknown benchmark case; {suggest(name, CASES)}", name) for name in unknown]
+    problems += launch_problems(args.out, args.work_dir)
+    if problems:
+        raise ConfigError(problems)
 
-    Attributes:
-        label: Its name in the suite.
-        config: Full effective configuration, TOML.
-        seed: The configuration's.
-        warmup: Steps that are not measured.
-        total: Steps in all.
-        is_active: Whether LET is active in the measured steps.
-        teacher: Fields of the random teacher, if it has one.
-        details: What its rows say besides.
+
+def run(args: argparse.Namespace, options: Sequence[str], command: str) -> str:
+    """Measures what is missing, and returns the table.
+
+    Raises:
+        ConfigError: Before anything is measured.
+        RunFailedError: If a run fails; what was measured before is in the result file.
+    """
+    suite = Suite(plan_runs(args, options), args, command)
+    suite.measure()
+    return tables.text([args.out], suite.id)
+
+
+def plan_runs(args: argparse.Namespace, options: Sequence[str]) -> list[Run]:
+    """The checked runs of a round. ConfigError lists all that is wrong with any of them.
+
+    Writes the weights of random teachers once the plain run has passed its checks, and the states that a case reads
+    once all have.
+    """
+    setup = Setup(args.config, options, args.processes)
+    base: Any = setup.load([]).config
+    batches = args.batch_sizes or [base.training.local_batch_size]
+    lengths = args.seq_lens or [base.training.seq_len]
+    teachers: dict[float | None, Path] = {}
+
+    def own(variant: Variant, states: Path | None = None) -> list[str]:
+        teacher = teachers.get(variant.teacher_share)
+        where = {"work": args.work_dir, "teacher": teacher, "states": states}
+        return cases.options(variant, measured=args.steps, interleave=args.interleave, **where)
+
+    variants = cases.variants(args.cases, [share / 100 for share in args.teacher_share], batches, lengths)
+    setup.check([own(variant) for variant in variants if variant.case == PLAIN])
+    for share in args.teacher_share:
+        size = random_teacher.shape(Student(base), share / 100)
+        folder = args.work_dir / "teachers"
+        teachers[share / 100] = random_teacher.write(size, base.model_spec.model.vocab_size, folder)
+    setup.check([own(variant) for variant in variants])
+    dims = setup.dims
+    degree = dims.dp_replicate * dims.dp_shard
+    # The stop of a whole run; LET may be off in the configuration, but not what it says of the stop.
+    stop_step = plan.stop_step(base, degree)
+    runs = []
+    for variant in variants:
+        chosen, case = own(variant), CASES[variant.case]
+        if case.reads_states:
+            chosen = own(variant, _stored_states(setup.argv(chosen), variant.label, degree, args.work_dir / "states"))
+        config: Trainer.Config = setup.load(chosen).config
+        student = Student(config)
+        costs = active_cost(config, student, dims)
+        held = sum(size for name, size in costs.memory.items() if name.startswith(("teacher", "gradient")))
+        details = {
+            "case": variant.case,
+            "seed": config.debug.seed,
+            "baseline": variant.baseline,
+            "local_batch_size": variant.local_batch_size,
+            "seq_len": variant.seq_len,
+            "teacher_share": variant.teacher_share,
+            # N_T and N_S of the bound: parameters that are multiplied.
+            "num_teacher_params": costs.num_teacher_params,
+            "num_student_params": student.num_matmul_params,
+            "flop_bound": costs.overhead if case.is_active else 0.0,
+            "memory_bound_bytes": held if case.is_active else 0,
+            "run_steps": base.training.steps,
+            "stop_step": base.training.steps if case.is_throughout else stop_step,
+            "warmup_steps": WARMUP_STEPS,
+        }
+        settings = {"warmup": WARMUP_STEPS, "total": WARMUP_STEPS + args.steps, "is_active": case.is_active}
+        runs.append(setup.run(variant.label, chosen, settings=settings, details=details))
+    return runs
+
+
+class Suite:
+    """Measures rounds of runs, and notes each run in the result file.
+
+    Args:
+        runs: The runs of a round.
+        args: The command line of `let-bench throughput`.
+        command: The same as text, for the rows.
     """
 
-    label: str
-    config: str
-    seed: int | None
-    warmup: int
-    total: int
-    is_active: bool | None
-    teacher: dict[str, int] | None
-    details: Mapping[str, Any]
+    def __init__(self, runs: Sequence[Run], args: argparse.Namespace, command: str) -> None:
+        self._runs = runs
+        self._args = args
+        self._command = command
+        self.id = self._id(rows.provenance())
+
+    def measure(self) -> None:
+        """Measures what is missing. RunFailedError if a run fails."""
+        args, labels = self._args, [run.label for run in self._runs]
+        found = rows.read(args.out)
+        # What is started together, under which number; profiles have none.
+        groups: list[tuple[int | None, Sequence[Run]]] = []
+        for pair in missing_rounds(found, self.id, labels, args.pairs):
+            groups += [(pair, self._runs)] if args.interleave else [(pair, [run]) for run in self._runs]
+        if num_known := len(complete_rounds(found, self.id, labels)):
+            print(f"{args.out} has {num_known} of {args.pairs} pairs already; another --out measures anew", flush=True)
+        if args.profile:
+            profiled = {row["label"] for row in found if row["kind"] == PROFILE and row.get("suite") == self.id}
+            active = [run for run in self._runs if run.settings["is_active"]]
+            groups += [(None, [run]) for run in active if run.label not in profiled]
+        progress = Progress([run.label for _, group in groups for run in group])
+        for number, group in groups:
+            self._measure_group(number, group, progress)
+
+    def _measure_group(self, number: int | None, group: Sequence[Run], progress: Progress) -> None:
+        what = f"pair {number + 1}" if number is not None else "profile"
+        origin = rows.provenance()
+        if self._id(origin) != self.id:
+            raise RunFailedError("let_plugin has changed since the suite began: what is measured now is other code")
+        starts = [self._starter(run, what) for run in group]
+        results = take_turns(starts, seed=number or 0) if len(group) > 1 else [starts[0](None).result()]
+        common: dict[str, Any] = {"suite": self.id, "num_processes": self._args.processes}
+        if number is not None:
+            common |= {"pair": number, "interleaved": self._args.interleave}
+        for left, (run, result) in enumerate(zip(group, results, strict=True)):
+            seconds = result.pop("step_seconds")
+            speed = result["tokens_per_step"] * len(seconds) / result["wall_seconds"]
+            kind = THROUGHPUT if number is not None else PROFILE
+            more = {"tokens_per_second": speed, **result, **common}
+            rows.append(self._args.out, run.row(kind, origin, self._command, "s/step", seconds, **more))
+            message = f"{what}, {run.label}: {speed:,.0f} tokens/s, {median(seconds):.3f} s/step"
+            progress.after(message, num_more=len(group) - 1 - left)
+
+    def _starter(self, run: Run, what: str) -> Callable[[str | None], Running]:
+        """Starts the run, given where it gets its turns, if it takes any."""
+        out = self._args.work_dir / "runs" / self.id / f"{slug(run.label)}-{what.replace(' ', '-')}.json"
+
+        def start(turns: str | None) -> Running:
+            settings: Mapping[str, Any] = {**run.settings, "profile": what == "profile", "turns": turns}
+            request = Request(measure="throughput", argv=run.argv, out=str(out), settings=settings)
+            return Running.of(request, what=run.label, num_processes=self._args.processes)
+
+        return start
+
+    def _id(self, origin: Mapping[str, Any]) -> str:
+        """Names what may be compared: the same runs, measured in the same way by the same code on the same device."""
+        known = [run.id(origin) for run in self._runs]
+        return rows.fingerprint(origin, known, self._args.processes, self._args.interleave)
 
 
-def suite_id(runs: Sequence[Run], num_processes: int, origin: Mapping[str, Any], interleaved: bool = False) -> str:
-    """Names what may be compared: the same runs, measured in the same way; the same code, versions and device."""
-    content = [asdict(run) | {"details": dict(run.details)} for run in runs]
-    return rows.fingerprint(origin, content, num_processes, interleaved)
-
-
-def complete_rounds(found: Sequence[Mapping[str, Any]], suite: str, labels: Sequence[str]) -> list[int]:
-    """Numbers of the suite's rounds in which every variant has been measured, in order."""
-    measured: dict[int, set[str]] = {}
-    for row in found:
-        if row["kind"] == "throughput" and row.get("suite") == suite:
-            measured.setdefault(row["pair"], set()).add(row["label"])
-    return sorted(number for number, have in measured.items() if have >= set(labels))
-
-
-def missing_rounds(found: Sequence[Mapping[str, Any]], suite: str, labels: Sequence[str], pairs: int) -> list[int]:
-    """Numbers of the rounds that are still to be measured; behind all that the file knows, the broken ones too."""
+def missing_rounds(found: Sequence[rows.Row], suite: str, labels: Sequence[str], pairs: int) -> list[int]:
+    """Numbers of the rounds that are still to be measured: above all that the file has, broken ones too."""
     missing = pairs - len(complete_rounds(found, suite, labels))
-    known = [row["pair"] for row in found if row["kind"] == "throughput" and row.get("suite") == suite]
+    known = [row["pair"] for row in found if row["kind"] == THROUGHPUT and row.get("suite") == suite]
     first = max(known, default=-1) + 1
     return list(range(first, first + max(missing, 0)))
 
 
-def measure(
-    runs: Sequence[Run],
-    *,
-    pairs: int,
-    num_processes: int,
-    out: Path,
-    work: Path,
-    command: str,
-    profile: bool,
-    interleave: bool,
-) -> str:
-    """Measures what is missing in `out`, and says how it goes. Returns the suite's id.
-
-    Args:
-        runs: Of a round.
-        pairs: Rounds.
-        num_processes: Of a run.
-        out: Result file.
-        work: Folder for logs.
-        command: For the rows.
-        profile: Also profile each run with a teacher.
-        interleave: The runs of a round make their steps in turn, instead of one after the other.
-
-    Raises:
-        ConfigError: If `out` holds something else than rows.
-        RunFailedError: If a run fails; what was measured before is in `out`.
-    """
-    origin = rows.provenance()
-    suite = suite_id(runs, num_processes, origin, interleave)
-    found = rows.read(out)
-    labels = [run.label for run in runs]
-    # What is started together, under which number; profiles have none.
-    groups: list[tuple[int | None, list[Run]]] = []
-    for pair in missing_rounds(found, suite, labels, pairs):
-        groups += [(pair, list(runs))] if interleave else [(pair, [run]) for run in runs]
-    num_known = len(complete_rounds(found, suite, labels))
-    if num_known:
-        print(f"{out} has {num_known} of {pairs} pairs already; another --out measures anew", flush=True)
-    if profile:
-        profiled = {row["label"] for row in found if row["kind"] == "profile" and row.get("suite") == suite}
-        groups += [(None, [run]) for run in runs if run.is_active and run.label not in profiled]
-    progress = Progress([run.label for _, group in groups for run in group])
-    for number, group in groups:
-        what = f"pair {number + 1}" if number is not None else "profile"
-        origin = rows.provenance()
-        if suite_id(runs, num_processes, origin, interleave) != suite:
-            raise RunFailedError("let_plugin has changed since the suite began: what is measured now is other code")
-        starts = [_starter(run, work / suite, what, num_processes) for run in group]
-        results = take_turns(starts, seed=number or 0) if len(group) > 1 else [finish(starts[0](None))]
-        for left, (run, result) in enumerate(zip(group, results, strict=True)):
-            row = _row(run, result, origin, command) | {"suite": suite, "num_processes": num_processes}
-            if number is not None:
-                row |= {"pair": number, "interleaved": interleave}
-            rows.append(out, row)
-            speed = f"{row['tokens_per_second']:,.0f} tokens/s, {median(row['values']):.3f} s/step"
-            progress.after(f"{what}, {run.label}: {speed}", num_more=len(group) - 1 - left)
-    return suite
-
-
-def _row(run: Run, result: dict[str, Any], origin: dict[str, Any], command: str) -> dict[str, Any]:
-    seconds = result.pop("step_seconds")
-    return rows.row(
-        "profile" if "parts" in result else "throughput",
-        command=command,
-        config=run.config,
-        seed=run.seed,
-        unit="s/step",
-        values=seconds,
-        origin=origin,
-        label=run.label,
-        warmup_steps=run.warmup,
-        tokens_per_second=result["tokens_per_step"] * len(seconds) / result["wall_seconds"],
-        teacher=run.teacher,
-        **result,
-        **run.details,
-    )
-
-
-def _starter(run: Run, folder: Path, what: str, num_processes: int) -> Callable[[str | None], Running]:
-    """Starts the run in a process of its own, or in `num_processes`, given where it gets its turns, if it takes any."""
-    name = f"{slug(run.label)}-{what.replace(' ', '-')}"
-
-    def start(turns: str | None) -> Running:
-        folder.mkdir(parents=True, exist_ok=True)
-        config = folder / f"{name}.toml"
-        config.write_text(run.config)
-        request = Request(
-            config=str(config),
-            warmup=run.warmup,
-            total=run.total,
-            out=str(folder / f"{name}.json"),
-            is_active=run.is_active,
-            teacher=run.teacher,
-            profile=what == "profile",
-            turns=turns,
-        )
-        return Running("let_plugin.bench.throughput.measure", request, what=run.label, num_processes=num_processes)
-
-    return start
+def _stored_states(argv: Sequence[str], label: str, data_parallel_degree: int, work: Path) -> Path:
+    """The folder with the states of a run with the teacher; let-teacher's export writes them, unless they are there."""
+    export = [*argv, "--data-parallel-degree", str(data_parallel_degree)]
+    folder = work / rows.fingerprint(rows.provenance(), export)
+    if (folder / MANIFEST).exists() and Manifest.read(folder).result is not None:
+        return folder
+    log = work / f"{folder.name}.json"
+    arguments = [*export, "--out", str(folder)]
+    Running("let_plugin.teacher.export", arguments, log, what=f"states for {label}", num_processes=1).wait()
+    print(f"stored the teacher's states for {label}", flush=True)
+    return folder

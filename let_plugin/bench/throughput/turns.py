@@ -1,9 +1,8 @@
 """Runs that take turns: of all that have been started, one at a time makes a step, and then the next one does.
 
-What is compared is then seconds apart and not minutes, so that a drift of the machine, or what its neighbours do, hits
-all alike. Each lap has an order of its own, so that no run owes its times to the one before it. The runs are processes
-of their own; a connection to each says when it is its turn. A byte to the run gives it the turn, a byte back returns
-it, and a connection that is closed is a run at its end.
+What is compared is then seconds apart instead of minutes, so that a drift of the machine, or what its neighbours do,
+affects all alike. Each lap has an order of its own. A connection to each run says when it is its turn: a byte to the
+run gives it the turn, a byte back returns it, and a connection that is closed is a run at its end.
 """
 
 import random
@@ -34,14 +33,14 @@ def take_turns(starts: Sequence[Callable[[str], Running]], seed: int = 0) -> lis
     runs: list[Running] = []
     connections: dict[int, socket.socket] = {}
     with ExitStack() as stack:
-        # Each has a door of its own: they all start at the same time, and it does not matter who is ready first.
+        # A server for each run: they all start at the same time, and it does not matter which is ready first.
         servers = [stack.enter_context(socket.create_server((_HOST, 0))) for _ in starts]
 
         def close() -> None:
             for connection in connections.values():
                 connection.close()
 
-        stack.callback(close)
+        stack.callback(close)  # after the runs have been stopped: a run takes the end of its connection for an error
         for start, server in zip(starts, servers, strict=True):
             runs.append(start(f"{_HOST}:{server.getsockname()[1]}"))
             stack.callback(runs[-1].stop)
@@ -55,7 +54,7 @@ def take_turns(starts: Sequence[Callable[[str], Running]], seed: int = 0) -> lis
                 connection.sendall(b".")
                 if not _returned(connection, runs[number]):
                     connections.pop(number).close()
-                    runs[number].result()  # when it has ended: that is not to be in the others' turns
+                    runs[number].result()  # waits for its end, which is not to be in the others' turns
         return [run.result() for run in runs]
 
 

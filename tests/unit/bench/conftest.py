@@ -1,9 +1,8 @@
-"""A suite of `let-bench converge` on the tiny student."""
+"""A command line of let-bench on the tiny student."""
 
 import pytest
 
-from let_plugin.bench.converge.methods import Resources
-from let_plugin.bench.converge.plan import Options
+from let_plugin.bench import cli
 
 TOML = """\
 base = "tests.support.tiny"
@@ -35,20 +34,11 @@ def config_file(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def options(tmp_path):
-    def make(**changes):
-        values = {
-            "methods": ["let", "rkd", "random_teacher"],
-            "seeds": [0, 1],
-            "tuning_seeds": [2],
-            "weights": [],
-            "test_dataset": "let_demo_test",
-            "test_path": "",
-            "resources": Resources(),
-            "num_processes": 1,
-            "out": tmp_path / "rows.jsonl",
-            "work": tmp_path / "work",
-        }
-        return Options(**values | changes)
+def parsed(config_file, tmp_path):
+    """(arguments, options of let-train) of a command line, as text; it writes into the test's folder."""
 
-    return make
+    def parse(command, text="", *more):
+        files = ["--out", str(tmp_path / "rows.jsonl"), "--work-dir", str(tmp_path / "work")]
+        return cli.parse([command, str(config_file), *files, *text.split(), *more])
+
+    return parse

@@ -2,7 +2,7 @@
 
 import pytest
 
-from let_plugin.bench.throughput.random_teacher import RandomTeacher
+from let_plugin.bench.throughput import random_teacher
 from let_plugin.config import LetConfig, PairConfig
 from let_plugin.config.errors import ConfigError
 from let_plugin.config.load import load
@@ -121,10 +121,8 @@ def test_a_teacher_that_never_pays(config, tmp_path):
     """More than three times the student, to the end: four steps cost more than four plain ones by themselves."""
     config.model_spec = llama_spec("narrow", dim=2, num_layers=1, num_heads=1, hidden_dim=2, vocab_size=4096)
     # Like the tiny one, of four times as many blocks.
-    teacher = RandomTeacher(dim=32, num_layers=8, num_heads=2, hidden_dim=64, vocab_size=4096)
-    teacher.register()
-    path = str(teacher.write(tmp_path))
-    set_all(config, let__teacher__spec=teacher.name, let__teacher__path=path, let__stop_step=4)
+    path = random_teacher.write({"dim": 32, "num_layers": 8, "num_heads": 2, "hidden_dim": 64}, 4096, tmp_path)
+    set_all(config, let__teacher__spec="", let__teacher__path=str(path), let__stop_step=4)
     overhead = 4 * (TEACHER_BLOCKS - 32) / (3 * (4 * 4 + 3 * 4 + 3 * 2 + 4096 * 2))
     assert overhead > 1
     assert line(preflight.run(config), "break-even") == "never: the teacher costs more than the whole plain run"

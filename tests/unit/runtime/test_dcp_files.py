@@ -12,7 +12,7 @@ from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
-from let_plugin.bench import hf_export
+from let_plugin.bench import export_hf
 from let_plugin.bench.converge import stacking
 from let_plugin.config import TeacherConfig
 from let_plugin.config.errors import ConfigError
@@ -76,7 +76,7 @@ def test_every_reader_refuses(malicious, config, capsys, tmp_path):
         (resumed, lambda: checkpoint.find(config)),
         ("let", lambda: checkpoint.read("own", None, malicious)),
         ("", lambda: stacking.stack({"layers.0.w": torch.Size([1])}, malicious)),
-        ("", lambda: hf_export.export(config, malicious, tmp_path / "out")),
+        ("", lambda: export_hf.export(config, malicious, tmp_path / "out")),
     ):
         with pytest.raises(ConfigError, match=rf"{key}.*{REFUSED}"):
             reads()

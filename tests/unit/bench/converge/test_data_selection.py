@@ -5,8 +5,11 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
 from let_plugin.bench.converge import data_selection
+from let_plugin.bench.converge.data_selection import document_losses, kept
 from let_plugin.config.errors import ConfigError
 from let_plugin.demo import TEACHER, TOKENIZER
 from let_plugin.runtime import data
@@ -60,7 +63,7 @@ def mean_nll(folder, text):
 def test_the_documents_that_the_teacher_finds_easier(corpus, tmp_path, capsys):
     config, texts, reference = corpus
     out = tmp_path / "kept.jsonl.xz"
-    option = f'{{path = "{reference}", tokenizer_path = "{TOKENIZER}"}}'
+    option = f"--let.teacher.spec '' --let.teacher.path {reference} --let.teacher.tokenizer_path {TOKENIZER}"
     assert data_selection.main([str(config), "--reference", option, "--out", str(out)]) == 0
     assert f"wrote {out}: 4 of 8 documents" in capsys.readouterr().out
 
@@ -78,7 +81,7 @@ def test_the_documents_that_the_teacher_finds_easier(corpus, tmp_path, capsys):
     num_params = 4 * (4 * 128**2 + 3 * 128 * 352 + 2 * 128) + 128 + 4096 * 128
     assert costs["tokens"] == 2 * num_tokens and costs["flops"] == 2 * (2 * num_params) * num_tokens
     assert costs["seconds"] > 0
-    content = json.loads(data_selection.costs_path(out).read_text())
+    content = json.loads(out.with_name(f"{out.name}.costs.json").read_text())
     assert content["lowest_score_kept"] == pytest.approx(min(scores[i] for i in best), abs=2e-3)
 
     # Nothing is overwritten.
@@ -90,8 +93,7 @@ def test_the_documents_that_the_teacher_finds_easier(corpus, tmp_path, capsys):
     ("arguments", "key"),
     [
         (["--reference", "nowhere", "--out", "x.jsonl"], "nowhere"),
-        (["--reference", "{path = ", "--out", "x.jsonl"], "--reference"),
-        (["--reference", "{pth = 'x'}", "--out", "x.jsonl"], "--reference.pth"),
+        (["--reference", "--let.teacher.pth x", "--out", "x.jsonl"], "let.teacher.pth"),
         (["--reference", TEACHER, "--out", "x.txt"], "--out"),
         (["--reference", TEACHER, "--out", "x.jsonl", "--keep", "1.5"], "--keep"),
     ],
@@ -105,3 +107,43 @@ def test_mistakes(corpus, tmp_path, capsys, monkeypatch, arguments, key):
 def test_a_file_that_is_no_selection(tmp_path):
     with pytest.raises(ConfigError, match="--selected-text"):
         data_selection.read_costs(tmp_path / "text.jsonl")
+
+
+CPU = torch.device("cpu")
+VOCAB_SIZE = 17
+TABLE_VV = torch.randn(VOCAB_SIZE, VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
+
+
+def causal_model(tokens_BL, positions_BL):
+    """Logits that depend on all tokens of the row up to each, and on their number."""
+    counts_L = torch.arange(1, tokens_BL.shape[1] + 1)
+    return TABLE_VV[tokens_BL].cumsum(dim=1) / counts_L[:, None]
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 24, 2**14])
+def test_each_document_by_itself(monkeypatch, batch_tokens):
+    monkeypatch.setattr(data_selection, "_BATCH_TOKENS", batch_tokens)
+    generator = torch.Generator().manual_seed(1)
+    lengths = [5, 1, 9, 8, 25, 2, 17]
+    documents = [torch.randint(VOCAB_SIZE, (n,), generator=generator).tolist() for n in lengths]
+    found = list(document_losses(causal_model, documents, seq_len=8, vocab_size=VOCAB_SIZE, device=CPU))
+    assert [count for _, count in found] == [n - 1 for n in lengths]
+    for document, (loss, _) in zip(documents, found, strict=True):
+        expected = 0.0
+        for start in range(0, len(document) - 1, 8):  # each part predicted from itself alone
+            part = torch.tensor(document[start : start + 9])
+            logits_LV = causal_model(part[None, :-1], None)[0]
+            expected += F.cross_entropy(logits_LV, part[1:], reduction="sum").item()
+        assert loss == pytest.approx(expected, abs=1e-4)
+
+
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=30), st.floats(0.05, 0.95))
+def test_the_best_are_kept_in_the_order_of_the_corpus(scores, keep):
+    numbers = kept(scores, keep)
+    assert numbers == sorted(set(numbers)) and len(numbers) == max(1, int(keep * len(scores)))
+    left = set(range(len(scores))) - set(numbers)
+    assert all(scores[i] >= scores[j] for i in numbers for j in left)
+
+
+def test_of_equal_scores_the_first_are_kept():
+    assert kept([1.0, 2.0, 2.0, 2.0, 0.0, 3.0], 0.5) == [1, 2, 5]

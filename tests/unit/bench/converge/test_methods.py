@@ -1,101 +1,199 @@
-"""Each method is a configuration that the trainer's own checks accept."""
+"""Methods and the runs that they make: each is a configuration that the trainer's own checks accept."""
 
-import copy
 import dataclasses
+import json
 
 import pytest
+import tomli
 
-from let_plugin.bench.converge.methods import METHODS, Resources, configure
-from let_plugin.config import TeacherConfig, plan
+from let_plugin.bench import rows
+from let_plugin.bench.converge.methods import METHODS, parse, read_file
+from let_plugin.bench.converge.plan import Planner, check
+from let_plugin.config import plan
 from let_plugin.config.errors import ConfigError
-from let_plugin.demo import TEACHER, TEXT, TOKENIZER
-from let_plugin.preflight import checks as preflight
+from let_plugin.demo import TEACHER, TOKENIZER
+from tests.support import exports
+from tests.unit.preflight.test_report import STUDENT_BLOCKS, STUDENT_EMBEDDING, TEACHER_BLOCKS
 
-RESOURCES = Resources(
-    large_teacher=TeacherConfig(path=TEACHER, tokenizer_path=TOKENIZER),
-    selected_text=TEXT["validation"],
-    shallow_blocks=2,
-    shallow_steps=3,
-)
+NUM_STUDENT = STUDENT_BLOCKS + STUDENT_EMBEDDING  # the head is as large as the embedding
+NUM_TEACHER = 4 * (4 * 128**2 + 3 * 128 * 352 + 2 * 128) + 128  # the demo's
+TOKENS = 4 * 64
 
 
 @pytest.fixture
-def config(config):
-    config.let.teacher = TeacherConfig(spec="demo_teacher", center=True, final_norm=False)
-    config.let.temperature = 2.0
-    config.training.steps = 200
-    return config
+def planned(parsed):
+    def planned(text, *more, test="let_demo_test"):
+        args, options = parsed("converge", f"--test-dataset {test} --seeds 0 {text}", *more)
+        check(args)
+        return Planner(args, options)
+
+    return planned
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "miniplm"])
-def test_each_passes_the_checks(config, name):
-    configure(config, name, None, RESOURCES)
-    report = preflight.run(config)
-    is_plain = name in ("standard", "gstack")
-    assert ("LET        off" in report) == is_plain and config.let.enable != is_plain
-    assert config.let.weight == {"rkd": 1.0, "salt": 1.0, "kd_large": 1.0}.get(name, 0.1 if is_plain else 0.5)
+def config_of(planner, method, point=(), seed=0):
+    return planner.setup.load(planner.run(method, point, seed).argv[1:]).config
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if METHODS.get(name).weight != "none"])
-def test_another_weight_is_all_that_it_changes(config, name):
-    other = copy.deepcopy(config)
-    configure(config, name, None, RESOURCES)
-    configure(other, name, 0.3, RESOURCES)
-    assert other.let.weight == 0.3
-    assert dataclasses.replace(other.let, weight=config.let.weight) == config.let
+def test_names():
+    assert parse("let", METHODS) is METHODS["let"]
+    assert parse("let@0.1", METHODS).options == (*METHODS["let"].options, "--let.weight", "0.1")
+    mine = parse("mine = rkd@2 --let.temperature 3 --let.teacher.path 'a b'", METHODS)
+    own = ("--let.weight", "2", "--let.temperature", "3", "--let.teacher.path", "a b")
+    assert (mine.name, mine.options) == ("mine", (*METHODS["rkd"].options, *own))
+    for name in ("lett", "let@", "let@x", "let@-1", "let@nan", "standard@1", "gstack@2", "mine=lett"):
+        with pytest.raises(ConfigError, match="--methods"):
+            parse(name, METHODS)
+    assert {method.name for method in METHODS.values() if method.like == "let"} == set(rows.CONTROLS)
 
 
-def test_what_the_baselines_are(config):
-    def let_of(name):
-        changed = copy.deepcopy(config)
-        configure(changed, name, None, RESOURCES)
-        return changed.let, plan.stop_step(changed, 1), plan.schedule(changed.let)
-
-    rkd, stop, schedule = let_of("rkd")
-    assert (rkd.target, rkd.temperature, stop) == ("logits", 2.0, 200)
-    assert [schedule(step, stop_step=stop) for step in (0, 100, 199)] == [1, 1, 1]
-    assert rkd.teacher.spec == "demo_teacher" and rkd.teacher.final_norm and not rkd.teacher.center
-    salt, stop, schedule = let_of("salt")
-    assert salt.target == "logits" and stop == 34  # 17 % of 200
-    assert [schedule(step, stop_step=stop) for step in (0, 33, 34)] == [1, 1, 0]
-    assert let_of("kd_large")[0].teacher.path == TEACHER
+def test_what_the_methods_are(planned):
+    own = "--training.steps 200 --let.teacher.center --let.teacher.no-final-norm --let.temperature 2"
+    planner = planned(f"--methods rkd salt labels random_teacher shuffled_targets {own}")  # each is checked
+    standard, rkd, salt, *controls = (config_of(planner, method) for method in planner.methods)
+    assert not standard.let.enable
+    for config, stop in ((rkd, 200), (salt, 34)):  # 17 % of 200
+        schedule, let = plan.schedule(config.let), config.let
+        assert plan.stop_step(config, 1) == stop and (let.target, let.temperature, let.weight) == ("logits", 2.0, 1.0)
+        assert [schedule(step, stop_step=stop) for step in (0, stop // 2, stop - 1, stop)] == [1, 1, 1, 0]
+        assert let.teacher.spec == "demo_teacher" and let.teacher.final_norm and not let.teacher.center
     # Controls keep all else.
-    own = config.let
-    assert let_of("labels")[0] == dataclasses.replace(own, target="labels")
-    assert let_of("random_teacher")[0] == dataclasses.replace(own, control="random_teacher")
-    assert let_of("shuffled_targets")[0] == dataclasses.replace(own, control="shuffled_targets")
+    let = planner.setup.load([]).config.let
+    assert [config.let for config in controls] == [
+        dataclasses.replace(let, target="labels"),
+        dataclasses.replace(let, control="random_teacher"),
+        dataclasses.replace(let, control="shuffled_targets"),
+    ]
 
 
-def test_the_baselines_run_the_teacher_even_where_its_states_are_stored(config):
-    config.let.teacher.features = "somewhere"
-    configure(config, "salt", None, RESOURCES)
-    assert config.let.teacher.features == ""
+def test_a_grid_over_any_option(planned, tmp_path):
+    untuned = planned("--methods let rkd labels let@0.1")
+    assert untuned.tuned() == []
+    labels = [untuned.run(method, untuned.chosen(method, {}), 0).label for method in untuned.methods]
+    assert labels == ["standard", "let@0.5", "rkd@1", "labels@0.5", "let@0.1"]
+
+    tuned = planned("--methods let rkd labels let@0.1 --weights 0.1 1 --grid lr_scheduler.warmup_steps 1 2")
+    names = [method.name for method in tuned.tuned()]
+    assert names == ["standard", "let", "rkd", "let"]  # the last one is let@0.1: its other key only
+    points = [tuned.points(method) for method in tuned.tuned()]
+    assert [len(own) for own in points] == [2, 4, 4, 2]
+    best = (("lr_scheduler.warmup_steps", "2"), ("let.weight", "1"))
+    labels = tuned.methods[3]
+    assert tuned.chosen(labels, {tuned.methods[1]: best}) == best
+    assert tuned.run(labels, best, 5).label == "labels@1 [lr_scheduler.warmup_steps 2]"
+    config = config_of(tuned, labels, best, 5)
+    assert (config.let.weight, config.debug.seed) == (1.0, 5)
+
+    alone = planned("--methods labels --weights 1")
+    assert [method.name for method in alone.tuned()] == ["let"]  # whose weight it takes
 
 
-def test_selected_text_is_read_in_the_place_of_the_corpus(config):
-    configure(config, "miniplm", None, RESOURCES)
-    assert (config.dataloader.dataset, config.dataloader.dataset_path) == ("text_files", TEXT["validation"])
-    preflight.run(config)
+def test_a_file_of_methods(planned, tmp_path):
+    file = tmp_path / "methods.toml"
+    file.write_text(
+        'early = ["--let.stop-step", "1"]\n[basis]\noptions = ["--let.loss", "mse"]\nlike = "early"\n'
+        '[wide]\noptions = []\ngrid = {"let.weight" = [0.1, 2, 3]}\n[narrow]\ngrid = {"let.weight" = [0.1]}\n'
+    )
+    planner = planned(f"--methods early basis wide --weights 0.3 0.4 --methods-file {file}")
+    assert [method.name for method in planner.tuned()] == ["early", "wide"]
+    assert [len(planner.points(method)) for method in planner.tuned()] == [2, 3]
+    early, basis = planner.methods[1:3]
+    basis = config_of(planner, basis, planner.chosen(basis, {early: planner.points(early)[1]}))
+    assert (basis.let.loss, basis.let.weight) == ("mse", 0.4)
+    with pytest.raises(ConfigError, match="every method gets the same budget"):
+        planned(f"--methods wide narrow --methods-file {file}")
+    file.write_text('a = 3\n[b]\noption = []\n[c]\nlike = "d"\n')
+    with pytest.raises(ConfigError) as error:
+        read_file(file)
+    assert [problem.key for problem in error.value.problems] == [
+        f"--methods-file: {key}" for key in ("a", "b", "c.like")
+    ]
+
+
+def test_a_run_is_the_users_configuration_but_for_the_method(planned):
+    planner = planned("--methods let --training.steps 8 --metrics.enable_tensorboard")
+    plain, let = (tomli.loads(planner.run(method, (), 5).config) for method in planner.methods)
+    assert plain["debug"]["seed"] == let["debug"]["seed"] == 5
+    assert (plain["let"]["enable"], let["let"]["enable"]) == (False, True)
+    for key in ("training", "dataloader", "validator", "optimizer", "lr_scheduler", "metrics", "checkpoint"):
+        assert plain[key] == let[key]  # the data among them
+    assert not plain["metrics"]["enable_tensorboard"] and not plain["checkpoint"]["enable"]
+    assert plain["validator"]["dataloader"]["dataset"] == "let_demo_validation"
+    assert plain["validator"]["test"]["dataset"] == "let_demo_test"
+
+
+def test_what_makes_another_run(planned):
+    planner, origin = planned("--methods let"), rows.provenance()
+    own = planner.run(planner.methods[1], (), 0)
+    known = own.id(origin | {"time": "later"}, 1)
+    assert own.id(origin, 1) == known
+    others = [
+        planner.run(planner.methods[1], (), 1).id(origin, 1),
+        dataclasses.replace(own, config='base = "y"\n').id(origin, 1),
+        own.id(origin, 2),
+        own.id(origin | {"code": "0000000"}, 1),
+    ]
+    assert len({known, *others}) == 1 + len(others)
+
+
+def test_costs(planned, tmp_path):
+    kept = tmp_path / "kept.jsonl"
+    kept.write_text("")
+    (tmp_path / "kept.jsonl.costs.json").write_text(json.dumps({"flops": 7.0, "tokens": 8, "seconds": 9.0}))
+    large = f"--let.teacher.spec '' --let.teacher.path {TEACHER} --let.teacher.tokenizer_path {TOKENIZER}"
+    resources = f"--gstack-blocks 2 --gstack-steps 2 --selected-text {kept}"
+    planner = planned(f"{resources} --methods let rkd gstack miniplm", f"large=rkd {large}")
+    runs = {method.name: planner.run(method, (), 0).details for method in planner.methods}
+    assert {details["step_flops"] for details in runs.values()} == {6 * NUM_STUDENT * TOKENS}
+    active = {name: details["active_flops"] for name, details in runs.items()}
+    assert active["standard"] == active["gstack"] == active["miniplm"] == 0
+    assert active["let"] == pytest.approx(2 * NUM_TEACHER * TOKENS)
+    # The teacher's head, forward; the student's own once more, forward and backward.
+    heads = 2 * 4096 * 128 + 6 * 4096 * 48
+    assert active["rkd"] == active["large"] == pytest.approx((2 * NUM_TEACHER + heads) * TOKENS)
+    num_shallow = NUM_STUDENT - STUDENT_BLOCKS // 4 * 2
+    shallow = runs["gstack"]["preparation"]
+    assert shallow["flops"] == pytest.approx(6 * num_shallow * TOKENS * 2, rel=1e-3)  # the final norm is in neither
+    assert (shallow["tokens"], shallow["seconds"]) == (2 * TOKENS, None)
+    assert runs["miniplm"]["preparation"] == {
+        "what": "selection of documents",
+        "flops": 7.0,
+        "tokens": 8,
+        "seconds": 9.0,
+    }
+
+
+def test_states_that_are_stored_were_made_before(config, planned, parallel_dims, tmp_path):
+    """Of the two steps that are aligned, of 4 x 64 tokens."""
+    exports.run(config, "--out", tmp_path / "features")
+    features = ["--let.teacher.spec", "", "--let.teacher.features", str(tmp_path / "features")]
+    planner = planned("--methods let", *features)
+    details = planner.run(planner.methods[1], (), 0).details
+    assert details["active_flops"] == 0
+    flops = 2 * TEACHER_BLOCKS * 512
+    assert details["preparation"] == {"what": "stored states", "flops": flops, "tokens": 512, "seconds": None}
 
 
 @pytest.mark.parametrize(
-    ("name", "keys"),
+    ("text", "keys"),
     [
-        ("kd_large", ["--large-teacher"]),
-        ("miniplm", ["--selected-text"]),
-        ("gstack", ["--gstack-blocks", "--gstack-steps"]),
+        ("--test-dataset=", ["--test-dataset"]),
+        ("--test-dataset let_demo_validation", ["--test-dataset"]),
+        ("--test-dataset let_demo_tset", ["validator.test.dataset"]),
+        ("--validator.freq 3", ["validator.freq"]),
+        ("--training.max_norm -1", ["training.max_norm"]),
+        ("--let.target logits", ["let"]),
+        ("--methods miniplm gstack", ["--selected-text", "--gstack-blocks", "--gstack-steps"]),
+        ("--methods gstack --gstack-blocks 3 --gstack-steps 1", ["--gstack-blocks"]),
+        (
+            "--methods lett rkd rkd --tuning-seeds -1 --weights 0",
+            ["--methods", "--tuning-seeds", "--weights", "--methods"],
+        ),
+        ("--grid let.weight --processes 0", ["--grid", "--processes"]),
+        ("--grid let.wieght 1 --methods let", ["let.wieght"]),
     ],
 )
-def test_what_is_missing_is_said(config, name, keys):
+def test_mistakes(planned, tmp_path, text, keys):
     with pytest.raises(ConfigError) as error:
-        configure(config, name, None, Resources())
-    assert [problem.key for problem in error.value.problems] == keys
-
-
-def test_let_must_be_let(config):
-    config.let.target = "logits"
-    for name in ("let", "random_teacher"):
-        with pytest.raises(ConfigError, match="must be LET itself"):
-            configure(copy.deepcopy(config), name, None, RESOURCES)
-    with pytest.raises(ConfigError, match="did you mean 'rkd'"):
-        configure(config, "rdk", None, RESOURCES)
+        planned(text)
+    assert sorted(problem.key for problem in error.value.problems) == sorted(keys)
+    assert not (tmp_path / "work").exists()

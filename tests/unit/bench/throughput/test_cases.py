@@ -1,101 +1,127 @@
-"""The matrix of cases, and what each makes of a configuration."""
+"""From a command line to the runs of a round: their options, bounds, and what is refused."""
+
+import shlex
 
 import pytest
+import tomli
 
-from let_plugin.bench.throughput import cases
-from let_plugin.bench.throughput.cases import Steps, matrix
-from let_plugin.bench.throughput.random_teacher import RandomTeacher
+from let_plugin.bench import cli
+from let_plugin.bench.throughput import cases, suite
+from let_plugin.bench.throughput.cases import WARMUP_STEPS
 from let_plugin.config.errors import ConfigError
-from let_plugin.preflight import checks as preflight
-
-STEPS = Steps(measured=4)
-NO_TEACHERS = [(None, None)]
-SMALL, LARGE = RandomTeacher(16, 1, 1, 48, 4096), RandomTeacher(32, 2, 2, 80, 4096)
+from let_plugin.config.load import load
+from tests.support import jobs
+from tests.unit.preflight.test_report import STUDENT_BLOCKS, STUDENT_EMBEDDING, TEACHER_BLOCKS, TEACHER_EMBEDDING
 
 
-def labels(names, **sizes):
-    sizes = {"teachers": NO_TEACHERS, "local_batch_sizes": [4], "seq_lens": [64]} | sizes
-    return [variant.label for variant in matrix(names, **sizes)]
+def labels(names, shares=(), batches=(4,), lengths=(64,)):
+    return [variant.label for variant in cases.variants(names, shares, batches, lengths)]
 
 
-def test_plain_is_there_once_and_first():
+def test_all_cases_in_all_sizes_plain_once_and_first():
     assert labels(["active", "stopped"]) == ["plain", "active", "stopped"]
     assert labels(["stopped", "plain", "stopped"]) == ["plain", "stopped"]
-    # Plain once more: what it differs by is the measurement's own doing. It has no teacher, so it is there once.
-    sizes = {"teachers": [(0.02, SMALL), (0.1, LARGE)]}
-    assert labels(["control", "stopped"], **sizes) == ["plain", "control", "stopped 2%", "stopped 10%"]
-
-
-def test_sizes():
-    teachers = [(0.02, SMALL), (0.1, LARGE)]
-    assert labels(["active", "stopped"], teachers=teachers) == [
-        "plain",
-        "active 2%",
-        "active 10%",
-        "stopped 2%",
-        "stopped 10%",
-    ]
-    assert labels(["active"], local_batch_sizes=[1, 2], seq_lens=[32]) == [
-        "plain batch 1",
-        "active batch 1",
-        "plain batch 2",
-        "active batch 2",
-    ]
-    names = labels(["active"], teachers=teachers, local_batch_sizes=[1, 2], seq_lens=[32, 64])
-    assert len(names) == len(set(names)) == 2 * 2 * 3
-
-
-def test_a_case_is_compared_with_the_plain_one_of_its_size():
-    variants = matrix(["active"], teachers=NO_TEACHERS, local_batch_sizes=[1, 2], seq_lens=[32, 64])
+    # A case without a teacher is there once.
+    assert labels(["control", "stopped"], [0.02, 0.1]) == ["plain", "control", "stopped 2%", "stopped 10%"]
+    assert labels(["active"], batches=[1, 2]) == ["plain batch 1", "active batch 1", "plain batch 2", "active batch 2"]
+    variants = cases.variants(["active"], [0.02, 0.1], [1, 2], [32, 64])
+    assert len({variant.label for variant in variants}) == len(variants) == 2 * 2 * 3
+    by_label = {variant.label: variant for variant in variants}
     for variant in variants:
-        plain = cases.baseline(variant, variants)
+        plain = by_label[variant.baseline]
         assert plain.case == "plain"
         assert (plain.local_batch_size, plain.seq_len) == (variant.local_batch_size, variant.seq_len)
 
 
-def test_unknown_case():
-    with pytest.raises(ConfigError, match="did you mean 'stopped'"):
-        labels(["stoped"])
+@pytest.fixture
+def planned(tiny_config, tmp_path, monkeypatch):
+    """Label -> run, of a command line; and the configuration that a row's line of let-train gives."""
+    from let_plugin.runtime import data
+
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    data.register()
+
+    def plan(text):
+        files = ["--out", str(tmp_path / "rows.jsonl"), "--work-dir", str(tmp_path / "work")]
+        args, options = cli.parse(["throughput", str(tiny_config), *files, *text.split()])
+        suite.check(args)
+        return {run.label: run for run in suite.plan_runs(args, options)}
+
+    return plan
 
 
-def configured(config, case, teacher=None, **folders):
-    (variant,) = [
-        v
-        for v in matrix([case], teachers=[(0.1 if teacher else None, teacher)], local_batch_sizes=[2], seq_lens=[32])
-        if v.case == case
-    ]
-    return cases.configure(config, variant, STEPS, dump_folder="bench", **{"weights": ""} | folders)
+def test_bounds_are_those_of_the_preflight_report(planned):
+    runs = planned("--steps 3 --training.steps 20")
+    plain, active, stopped = (runs[name].details for name in ("plain", "active", "stopped"))
+    num_student = STUDENT_BLOCKS + STUDENT_EMBEDDING
+    assert active["flop_bound"] == TEACHER_BLOCKS / (3 * num_student)
+    # Teacher and one activation [4, 64, 48], both in fp32.
+    assert active["memory_bound_bytes"] == 4 * (TEACHER_BLOCKS + TEACHER_EMBEDDING + 4 * 64 * 48)
+    assert (active["num_teacher_params"], active["num_student_params"]) == (TEACHER_BLOCKS, num_student)
+    assert (active["run_steps"], active["stop_step"]) == (20, 4)  # of the user's run, not of the measured one
+    for details in (plain, stopped):
+        assert (details["flop_bound"], details["memory_bound_bytes"]) == (0, 0)
+    assert {details["baseline"] for details in (plain, active, stopped)} == {"plain"}
+    assert [runs[name].settings["is_active"] for name in ("plain", "active", "stopped")] == [False, True, False]
 
 
-def test_configurations(config, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    config.let.warmup_steps, config.let.stop_step, config.let.stop_fraction = 1, None, 0.25
-    config.let.adaptive_stop.criterion, config.metrics.enable_tensorboard = "gradient", True
-    config.checkpoint.enable = config.validator.enable = True
-    plain, active, stopped, rkd = (configured(config, name) for name in ("plain", "active", "stopped", "rkd"))
-    for each in (plain, active, stopped, rkd):
-        preflight.run(each)
-        assert each.training.steps == STEPS.total == 8
-        assert (each.training.local_batch_size, each.training.seq_len, each.dump_folder) == (2, 32, "bench")
-        assert not (each.checkpoint.enable or each.validator.enable or each.metrics.enable_tensorboard)
-        assert each.metrics.log_freq > STEPS.total  # no measured step is logged
-    assert [each.let.enable for each in (plain, active, stopped, rkd)] == [False, True, True, True]
-    assert active.let.stop_step == rkd.let.stop_step == STEPS.total
-    assert (active.let.target, rkd.let.target, rkd.let.schedule) == ("teacher", "logits", "constant")
-    assert stopped.let.stop_step < STEPS.warmup
-    # The user's own is left as it was.
-    assert config.training.steps == 4 and config.let.stop_fraction == 0.25 and config.metrics.enable_tensorboard
+def test_a_run_is_what_its_line_of_let_train_says(planned, tiny_config):
+    """Whatever the user's own settings are, nothing disturbs the measured steps."""
+    own = "--let.warmup-steps 1 --let.stop-step None --let.stop-fraction 0.25 --let.adaptive-stop.criterion gradient"
+    own += " --metrics.enable_tensorboard --checkpoint.enable --validator.enable"
+    runs = planned(f"--steps 4 --cases active stopped rkd control --batch-sizes 2 --seq-lens 32 {own}")
+    total, configs = WARMUP_STEPS + 4, {}
+    for label, run in runs.items():
+        line = run.row("throughput", {}, "", "s/step", [1.0])["let_train"]
+        program, file, *options = shlex.split(line)
+        assert (program, file) == ("let-train", str(tiny_config))
+        config = configs[label] = load(tiny_config, options).config
+        assert tomli.loads(run.config)["training"]["steps"] == config.training.steps == total
+        assert (config.training.local_batch_size, config.training.seq_len) == (2, 32)
+        assert not (config.checkpoint.enable or config.validator.enable or config.metrics.enable_tensorboard)
+        assert config.metrics.log_freq > total  # no measured step is logged
+    enabled = {label: config.let.enable for label, config in configs.items()}
+    assert enabled == {"plain": False, "active": True, "stopped": True, "rkd": True, "control": False}
+    assert configs["active"].let.stop_step == configs["rkd"].let.stop_step == total
+    assert configs["stopped"].let.stop_step < WARMUP_STEPS
+    assert [configs[name].let.target for name in ("active", "rkd")] == ["teacher", "logits"]
 
 
-def test_a_random_teacher_takes_the_place_of_the_configured_one(config, tmp_path):
-    SMALL.register()
-    config.let.teacher.center = True
-    path = SMALL.write(tmp_path)
-    active = configured(config, "active", SMALL, weights=str(path))
-    assert f"teacher    torchtitan llama3 {SMALL.name}, DCP from {path}: 1 blocks of width 16" in preflight.run(active)
+def test_random_teachers_of_a_configuration_without_let(planned):
+    runs = planned("--let.no-enable --teacher-share 5 20 --cases active")
+    assert list(runs) == ["plain", "active 5%", "active 20%"]
+    for label, share in (("active 5%", 0.05), ("active 20%", 0.2)):
+        assert 3 * runs[label].details["flop_bound"] == pytest.approx(share, rel=0.05)
+        assert runs[label].details["teacher_share"] == share
+        assert tomli.loads(runs[label].config)["let"]["enable"]
 
 
-def test_states_take_the_place_of_the_teacher(config):
-    features = configured(config, "features", states="states").let
-    assert (features.teacher.features, features.teacher.path, features.teacher.spec) == ("states", "", "")
-    assert features.target == "teacher" and features.stop_step == STEPS.total
+def test_mistakes_of_the_configuration(planned, tmp_path):
+    with pytest.raises(ConfigError) as error:
+        planned("--training.max_norm -1 --teacher-share 10 --seq-lens 60")
+    assert {problem.key for problem in error.value.problems} == {"training.max_norm", "training.seq_len"}
+    assert not (tmp_path / "work").exists()
+
+
+def test_mistakes_of_the_options(planned, tmp_path):
+    with pytest.raises(ConfigError) as error:
+        planned(
+            "--pairs 1 --steps 1 --processes 0 --cases active stoped --teacher-share 0 150 --batch-sizes 0 "
+            f"--seq-lens 64 32 64 --out {tmp_path}"
+        )
+    keys = ["--pairs", "--steps", "--processes", "--batch-sizes", "--seq-lens", "--teacher-share", "--teacher-share"]
+    assert [problem.key for problem in error.value.problems] == [*keys, "--cases", "--out"]
+    assert "did you mean 'stopped'" in error.value.problems[-2].message
+
+
+def test_the_command_refuses_with_one_message(tiny_config, tmp_path, capfd):
+    args = ["throughput", str(tiny_config), "--pairs", "0", "--work-dir", str(tmp_path / "work")]
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*args, "--out", str(tmp_path / "rows.jsonl")])
+    assert stop.value.code == 2
+    message = "let-bench: 1 problem in the configuration\n  --pairs = 0: must be at least 2\n"
+    assert capfd.readouterr() == ("", message)
+    assert not (tmp_path / "work").exists()
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["throughput", str(jobs.ROOT / "no.toml")])
+    assert stop.value.code == 2 and "no such file" in capfd.readouterr().err

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from let_plugin.bench.throughput.random_teacher import RandomTeacher, of_share
+from let_plugin.bench.throughput import random_teacher
 from let_plugin.config import TeacherConfig
 from let_plugin.preflight.report import Student
 from let_plugin.runtime.models import llama_spec
@@ -27,27 +27,27 @@ def students():
     ]
 
 
-@pytest.mark.parametrize("share", [0.02, 0.05, 0.1, 0.2])
+@pytest.mark.parametrize("share", [0.02, 0.05, 0.1, 0.2, 1.0])
 def test_shares(students, share):
     for each in students:
-        teacher = of_share(each, share, 4096)
-        assert teacher.num_matmul_params / each.num_matmul_params == pytest.approx(share, rel=0.05)
-        assert teacher.dim % teacher.num_heads == 0 and teacher.dim // teacher.num_heads % 16 == 0
+        size = random_teacher.shape(each, share)
+        num_params = random_teacher.num_matmul_params(size["dim"], size["num_layers"], size["hidden_dim"])
+        assert num_params / each.num_matmul_params == pytest.approx(share, rel=0.05)
+        head_width, rest = divmod(size["dim"], size["num_heads"])
+        assert rest == 0 and head_width % 16 == 0
         # Shaped like the student, as far as so few parameters can be.
-        aspect = (teacher.dim / teacher.num_layers) / (each.width / each.num_blocks)
-        assert 0.4 < aspect < 2.5
+        assert 0.4 < (size["dim"] / size["num_layers"]) / (each.width / each.num_blocks) < 2.5
 
 
-def test_written_registered_and_found(tmp_path):
-    teacher = RandomTeacher(dim=32, num_layers=3, num_heads=2, hidden_dim=80, vocab_size=64)
-    path = teacher.write(tmp_path)
+def test_written_once_and_found(students, tmp_path):
     state = torch.random.get_rng_state()
+    size = random_teacher.shape(students[0], 0.1)
+    path = random_teacher.write(size, 64, tmp_path)
     before = {file.name: file.stat().st_mtime_ns for file in path.iterdir()}
-    assert teacher.write(tmp_path) == path
+    assert random_teacher.write(size, 64, tmp_path) == path
     assert {file.name: file.stat().st_mtime_ns for file in path.iterdir()} == before
     assert torch.equal(torch.random.get_rng_state(), state)
-    teacher.register()
-    teacher.register()
-    info = open_teacher(TeacherConfig(spec=teacher.name, path=str(path))).info
-    assert (info.hidden_size, info.num_layers, info.vocab_size) == (32, 3, 64)
-    assert info.num_trunk_params - info.num_embedding_params == teacher.num_matmul_params
+    info = open_teacher(TeacherConfig(path=str(path), check_vocabulary=False)).info
+    assert (info.hidden_size, info.num_layers, info.vocab_size) == (size["dim"], size["num_layers"], 64)
+    num_params = random_teacher.num_matmul_params(size["dim"], size["num_layers"], size["hidden_dim"])
+    assert info.num_trunk_params - info.num_embedding_params == num_params

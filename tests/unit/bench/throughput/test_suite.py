@@ -7,20 +7,15 @@ import sys
 import pytest
 
 from let_plugin.bench import processes, rows
+from let_plugin.bench.rows import complete_rounds
+from let_plugin.bench.runs import Run
 from let_plugin.bench.throughput import suite
-from let_plugin.bench.throughput.suite import Run, complete_rounds, missing_rounds, suite_id
+from let_plugin.bench.throughput.suite import missing_rounds
 
 LABELS = ["plain", "active", "stopped"]
-RUN = Run(
-    label="plain",
-    config='base = "x"\n',
-    seed=0,
-    warmup=2,
-    total=4,
-    is_active=False,
-    teacher=None,
-    details={"baseline": "plain"},
-)
+SETTINGS = {"warmup": 2, "total": 4, "is_active": False}
+DETAILS = {"seed": 0, "baseline": "plain"}
+RUN = Run(label="plain", argv=("run.json",), config='base = "x"\n', settings=SETTINGS, details=DETAILS)
 
 
 def measured(*rounds, suite="s", kind="throughput"):
@@ -48,18 +43,21 @@ def test_other_rows_do_not_count():
     assert missing_rounds(found, "s", LABELS, 1) == [0]
 
 
-def test_what_makes_another_suite():
-    origin = rows.provenance()
-    same = suite_id([RUN], 1, origin | {"time": "later"})
-    assert suite_id([RUN], 1, origin) == same
+def test_what_makes_another_suite(parsed):
+    def suite_id(runs, text="", **origin):
+        args, _ = parsed("throughput", text)
+        return suite.Suite(runs, args, "")._id(rows.provenance() | origin)
+
+    same = suite_id([RUN])
+    assert suite_id([RUN], time="later") == suite_id([RUN], "--pairs 9") == same
     others = [
-        suite_id([dataclasses.replace(RUN, config='base = "y"\n')], 1, origin),
-        suite_id([dataclasses.replace(RUN, warmup=3)], 1, origin),
-        suite_id([RUN, dataclasses.replace(RUN, label="active")], 1, origin),
-        suite_id([RUN], 2, origin),
-        suite_id([RUN], 1, origin, interleaved=True),
-        suite_id([RUN], 1, origin | {"code": "0000000"}),
-        suite_id([RUN], 1, origin | {"versions": {"torch": "9"}}),
+        suite_id([dataclasses.replace(RUN, config='base = "y"\n')]),
+        suite_id([dataclasses.replace(RUN, settings=SETTINGS | {"warmup": 3})]),
+        suite_id([RUN, dataclasses.replace(RUN, label="active")]),
+        suite_id([RUN], "--processes 2"),
+        suite_id([RUN], "--interleave"),
+        suite_id([RUN], code="0000000"),
+        suite_id([RUN], versions={"torch": "9"}),
     ]
     assert len({same, *others}) == 1 + len(others)
 
@@ -67,7 +65,7 @@ def test_what_makes_another_suite():
 FAKE_RUN = """\
 import json, os, socket, sys
 request = json.load(open(sys.argv[-1]))
-label = os.path.basename(request["config"])
+label = os.path.basename(request["out"])
 
 
 def step():
@@ -75,8 +73,8 @@ def step():
         file.write(label + "\\n")
 
 
-if request["turns"]:
-    host, port = request["turns"].split(":")
+if request["settings"]["turns"]:
+    host, port = request["settings"]["turns"].split(":")
     turns = socket.create_connection((host, int(port)))
     turns.recv(1)
     step()
@@ -91,14 +89,14 @@ json.dump({{"device_name": "d", "num_threads": 1, "wall_seconds": 1.0, "step_sec
 
 
 @pytest.fixture
-def measure(tmp_path, monkeypatch):
-    """`suite.measure` with runs that take no time; returns the order in which they ran."""
+def measure(tmp_path, monkeypatch, parsed):
+    """`Suite.measure` with runs that take no time; returns the order in which they ran."""
     order, fail, script = tmp_path / "order", tmp_path / "fail", tmp_path / "fake_run.py"
     script.write_text(FAKE_RUN.format(order=str(order), fail=str(fail)))
     real_popen = processes.subprocess.Popen
 
     def popen(command, **kwargs):
-        if "let_plugin.bench.throughput.measure" in command:
+        if "let_plugin.bench.child" in command:
             command = [sys.executable, str(script), command[-1]]
         return real_popen(command, **kwargs)
 
@@ -108,10 +106,9 @@ def measure(tmp_path, monkeypatch):
 
     def measure(pairs, interleave=False):
         order.write_text("")
-        settings = {"num_processes": 1, "out": out, "work": tmp_path / "work", "command": "x", "profile": False}
-        settings["interleave"] = interleave
+        args, _ = parsed("throughput", f"--pairs {pairs} {'--interleave' if interleave else ''}")
         try:
-            suite.measure(runs, pairs=pairs, **settings)
+            suite.Suite(runs, args, "x").measure()
         finally:
             measure.order = order.read_text().split()
         return measure.order
@@ -121,13 +118,13 @@ def measure(tmp_path, monkeypatch):
 
 
 def test_cases_run_in_turn_and_only_what_is_missing(measure, capsys):
-    assert measure(2) == ["plain-pair-1.toml", "active-pair-1.toml", "plain-pair-2.toml", "active-pair-2.toml"]
+    assert measure(2) == ["plain-pair-1.json", "active-pair-1.json", "plain-pair-2.json", "active-pair-2.json"]
     assert "[4/4] pair 2, active: 16 tokens/s, 0.500 s/step" in capsys.readouterr().out
     found = rows.read(measure.out)
     assert [(row["label"], row["pair"]) for row in found] == [("plain", 0), ("active", 0), ("plain", 1), ("active", 1)]
     # Killed before the last row was written.
     measure.out.write_text("".join(json.dumps(row) + "\n" for row in found[:3]))
-    assert measure(2) == ["plain-pair-3.toml", "active-pair-3.toml"]
+    assert measure(2) == ["plain-pair-3.json", "active-pair-3.json"]
     assert rows.read(measure.out)[:3] == found[:3]
     assert measure(2) == []
     assert "has 2 of 2 pairs already" in capsys.readouterr().out
@@ -142,7 +139,7 @@ def test_a_run_that_fails_says_why_and_leaves_what_was_measured(measure):
 
 
 def test_steps_in_turn(measure):
-    plain, active = "plain-pair-1.toml", "active-pair-1.toml"
+    plain, active = "plain-pair-1.json", "active-pair-1.json"
     order = measure(1, interleave=True)
     assert sorted(order[:2]) == sorted(order[2:]) == [active, plain]
     assert [(row["label"], row["pair"], row["interleaved"]) for row in rows.read(measure.out)] == [

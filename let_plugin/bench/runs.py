@@ -1,0 +1,129 @@
+"""The runs of a suite: a user's TOML file and options, with those of a case or a method after them."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torchtitan.distributed import ParallelDims
+from torchtitan.trainer import Trainer
+
+from let_plugin.bench import child, rows
+from let_plugin.config import load as toml_config
+from let_plugin.config import plan
+from let_plugin.config.errors import ConfigError, Problem
+from let_plugin.config.load import Loaded
+from let_plugin.preflight import checks as preflight
+from let_plugin.preflight.report import Cost, Student, auxiliary_cost, cost
+from let_plugin.teacher.open import open_source
+from let_plugin.teacher.stored.features import Features
+
+# Switches off what disturbs a measurement, or writes or reads what another run does not.
+QUIET = (
+    *("--checkpoint.no-enable", "--debug.no-enable-structured-logging"),
+    *("--metrics.no-enable-tensorboard", "--metrics.no-enable-wandb"),
+    *("--profiler.no-enable-profiling", "--profiler.no-enable-memory-snapshot"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run of a suite.
+
+    Attributes:
+        label: Its name in the suite.
+        argv: The arguments of let-train.
+        config: The full effective configuration, as TOML.
+        settings: What is measured, for the process that runs it: see `processes.Request`.
+        num_blocks: Train only the first blocks of the student; None: all.
+        details: What its rows say besides.
+    """
+
+    label: str
+    argv: Sequence[str]
+    config: str
+    settings: Mapping[str, Any]
+    num_blocks: int | None = None
+    details: Mapping[str, Any]
+
+    def id(self, origin: Mapping[str, Any], *more: Any) -> str:
+        """The same for the same run of the same code on the same device. `more`: what else must be the same."""
+        return rows.fingerprint(origin, asdict(self), *more)
+
+    def row(self, kind: str, origin: Mapping[str, Any], command: str, unit: str, values: Any, **more: Any) -> Any:
+        """A row of what it has measured (see `rows.row`)."""
+        own: dict[str, Any] = {"label": self.label, "let_train": rows.command_line("let-train", self.argv)}
+        seed = self.details["seed"]
+        fields = {"command": command, "config": self.config, "seed": seed, "unit": unit, "values": values}
+        details = {key: value for key, value in self.details.items() if key != "seed"}
+        return rows.row(kind, origin=origin, **fields, **own, **details, **more)
+
+
+class Setup:
+    """What all runs of a suite have in common. The host is set up.
+
+    Args:
+        toml: The user's TOML file.
+        options: The user's options of let-train, as on the command line.
+        num_processes: Processes of each run.
+        test: (dataset, path) of a test split to evaluate as well; None: what the configuration says.
+
+    Attributes:
+        dims: The parallel dimensions of the runs, once `check` has passed.
+    """
+
+    def __init__(self, toml: Path, options: Sequence[str], num_processes: int, test: Sequence[str] | None = None):
+        self._toml = toml
+        self._options = options
+        self._num_processes = num_processes
+        self._test = test
+        os.environ["WORLD_SIZE"] = str(num_processes)  # of the runs, which the checks are for
+
+    @property
+    def dims(self) -> ParallelDims:
+        return ParallelDims.from_config(self.load([]).config.parallelism, self._num_processes)
+
+    def argv(self, options: Sequence[str]) -> list[str]:
+        """The arguments of let-train for a run with more options. A later one overrides an earlier one."""
+        return [str(self._toml), *self._options, *options]
+
+    def load(self, options: Sequence[str], num_blocks: int | None = None) -> Loaded:
+        """The configuration of such a run. ConfigError for mistakes in it."""
+        loaded = toml_config.load(self._toml, self.argv(options)[1:])
+        child.adapt(loaded.config, num_blocks, self._test)
+        return loaded
+
+    def check(self, variants: Sequence[Sequence[str]]) -> None:
+        """Checks runs with these options, each as let-train does. ConfigError lists all that is wrong with any."""
+        problems: list[Problem] = []
+        for options in variants:
+            try:
+                loaded = toml_config.resolve(toml_config.read(self.argv(options)))
+                child.adapt(loaded.config, None, self._test)
+                loaded.apply(preflight.run)
+            except ConfigError as error:
+                problems += [problem for problem in error.problems if problem not in problems]
+        if problems:
+            raise ConfigError(problems)
+
+    def run(self, label: str, options: Sequence[str], **fields: Any) -> Run:
+        """A `Run`, of a configuration that has been checked."""
+        config = toml_config.dump(self.load(options))
+        return Run(label=label, argv=tuple(self.argv(options)), config=config, **fields)
+
+
+def active_cost(config: Trainer.Config, student: Student, dims: ParallelDims) -> Cost:
+    """What a step costs more while the teacher is there, or what takes its place; zero without LET."""
+    if not config.let.enable:
+        return Cost(0, 0.0, {})
+    if config.let.target == "labels":
+        return auxiliary_cost(student, plan.pairs(config, None))
+    source = open_source(config.let.teacher)
+    features = source if isinstance(source, Features) else None
+    return cost(config, student, source.info, plan.pairs(config, source.info.num_layers), dims, features)
+
+
+def step_flops(student: Student, tokens_per_step: int) -> float:
+    """FLOPs of a plain step of the whole job: 6 N per token. Attention between tokens is not counted."""
+    return 6.0 * student.num_matmul_params * tokens_per_step
