@@ -88,6 +88,10 @@ class Setup:
         """The arguments of let-train for a run with more options. A later one overrides an earlier one."""
         return [str(self._toml), *self._options, *options]
 
+    def resolve(self, options: Sequence[str]) -> Loaded:
+        """The configuration of such a run without what is wrong with it, which `check` tells. It has no test split."""
+        return toml_config.resolve(toml_config.read(self.argv(options)))
+
     def load(self, options: Sequence[str], num_blocks: int | None = None) -> Loaded:
         """The configuration of such a run. ConfigError for mistakes in it."""
         loaded = toml_config.load(self._toml, self.argv(options)[1:])
@@ -99,7 +103,7 @@ class Setup:
         problems: list[Problem] = []
         for options in variants:
             try:
-                loaded = toml_config.resolve(toml_config.read(self.argv(options)))
+                loaded = self.resolve(options)
                 child.adapt(loaded.config, None, self._test)
                 loaded.apply(preflight.run)
             except ConfigError as error:

@@ -68,7 +68,7 @@ class Planner:
         label, details = self.cell(method, point)
         folder = self._args.work_dir / "dump" / f"{slug(label)}-seed-{seed}"
         own = ["--debug.seed", str(seed), "--dump_folder", str(folder)]
-        fields = {"settings": {}, "details": {"seed": seed, "point": dict(point), **details}}
+        fields = {"settings": {}, "details": {"seed": seed, **details}}
         return self.setup.run(label, [*self._options(method, point), *own], **fields)
 
     def _cell(self, method: Method, point: Point) -> tuple[str, dict[str, Any]]:

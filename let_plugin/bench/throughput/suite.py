@@ -67,7 +67,7 @@ def plan_runs(args: argparse.Namespace, options: Sequence[str]) -> list[Run]:
     once all have.
     """
     setup = Setup(args.config, options, args.processes)
-    base: Any = setup.load([]).config
+    base: Any = setup.resolve([]).config
     batches = args.batch_sizes or [base.training.local_batch_size]
     lengths = args.seq_lens or [base.training.seq_len]
     teachers: dict[float | None, Path] = {}
