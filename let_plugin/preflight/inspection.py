@@ -154,7 +154,7 @@ def _measure(
 def encode_document(tokenizer: Any, text: str, *, max_tokens: int) -> tuple[list[int], int]:
     """Token ids of (the beginning of) a document, and how many bytes of text all but the first of them stand for.
 
-    A document begins with the tokenizer's own beginning-of-sequence token, if it has one, and ends without any.
+    It begins with the tokenizer's beginning-of-sequence token, if there is one, and ends without an end.
     """
     from let_plugin.tokens.encoding import role_id
 

@@ -71,7 +71,7 @@ def row_keys(input_dict: Mapping[str, torch.Tensor]) -> list[bytes]:
 
 
 def write_safely(path: Path, content: bytes) -> None:
-    """Writes a file that is there as a whole or not at all."""
+    """Writes a file completely or not at all."""
     temporary = path.with_name(f".{path.name}.part")
     with temporary.open("wb") as file:
         file.write(content)
