@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -181,20 +180,6 @@ def test_another_seed_gives_other_weights(name, options):
 def test_bad_options(name, widths, options, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         make(name, *widths, options)
-
-
-@pytest.mark.parametrize("width", [1, 5, 8, 13])
-def test_interpolation_along_channels_equals_numpy(width):
-    hidden_BLE = torch.randn(2, 3, 8)
-    at = np.clip((np.arange(width) + 0.5) * 8 / width - 0.5, 0, 7)
-    expected = np.apply_along_axis(lambda row: np.interp(at, np.arange(8), row), -1, hidden_BLE.numpy())
-    torch.testing.assert_close(interpolate(hidden_BLE, width), torch.from_numpy(expected).float(), rtol=1e-5, atol=1e-6)
-
-
-def test_align_corners_keeps_the_first_and_the_last_channel():
-    hidden_BLE = torch.randn(2, 3, 8)
-    got = interpolate(hidden_BLE, 13, align_corners=True)
-    torch.testing.assert_close(got[..., [0, -1]], hidden_BLE[..., [0, -1]])
 
 
 def test_interpolation_to_an_equal_width_is_the_identity():

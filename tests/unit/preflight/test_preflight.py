@@ -142,20 +142,19 @@ def test_global_batch_sizes_that_fit(config, monkeypatch, world_size, global_bat
     preflight.run(config)
 
 
-def test_hf_assets_path_that_is_not_there(config, tmp_path):
-    config.hf_assets_path = str(tmp_path / "none")
-    assert "no such folder" in problem_of(config, "hf_assets_path").message
-
-
-def test_hf_assets_path_without_a_tokenizer(config, tmp_path):
-    config.hf_assets_path = str(tmp_path)
-    assert "the tokenizer cannot be loaded" in problem_of(config, "hf_assets_path").message
-
-
-def test_damaged_tokenizer(config, tmp_path):
-    (tmp_path / "tokenizer.json").write_text("{")
-    config.hf_assets_path = str(tmp_path)
-    assert "the tokenizer cannot be loaded" in problem_of(config, "hf_assets_path").message
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "no such folder"), ("", "the tokenizer cannot be loaded"), ("{", "the tokenizer cannot be loaded")],
+    ids=["no folder", "no tokenizer", "damaged"],
+)
+def test_a_tokenizer_that_cannot_be_loaded(config, tmp_path, content, message):
+    folder = tmp_path / "assets"
+    if content is not None:
+        folder.mkdir()
+    if content:
+        (folder / "tokenizer.json").write_text(content)
+    config.hf_assets_path = str(folder)
+    assert message in problem_of(config, "hf_assets_path").message
 
 
 def test_tokenizer_with_more_ids_than_the_model_has_embeddings(config):
