@@ -32,11 +32,14 @@ class TeacherConfig:
     Relative paths are relative to the working directory, as torchtitan's are.
     """
 
+    revision: str = ""
+    """Branch, tag or commit of a teacher on the hub. Empty: the newest of its main branch."""
+
     spec: str = ""
     """
     Name of a torchtitan ModelSpec: one added by `register_teacher_spec`, or "model:flavor" of torchtitan's own
-    ("llama3:1B"). The teacher is then torchtitan code throughout. Empty: `transformers` builds it from `path`. A
-    registered spec may bring its own `path` and `tokenizer_path`.
+    ("llama3:1B"). A registered spec may bring its own `path` and `tokenizer_path`. Empty: torchtitan runs a Llama,
+    whose spec is made from its config.json, and `transformers` any other. "transformers": it runs a Llama, too.
     """
 
     tokenizer_path: str = ""
@@ -53,18 +56,6 @@ class TeacherConfig:
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Data type of the teacher's weights and maths. "auto": the student's `training.mixed_precision_param`."""
-
-    cpu_offload: bool = False
-    """
-    Keep the teacher's weights in CPU memory, and bring them to the device block by block in each forward pass (FSDP2).
-    Slower; for a teacher that does not fit beside the student.
-    """
-
-    quantization: Literal["none", "int8"] = "none"
-    """
-    "int8": the weights of the teacher's linear layers as 8-bit integers with one scale per row, by torchao. Such a
-    teacher is held whole by each rank. Not together with `cpu_offload`.
-    """
 
     tensor_parallel: bool = False
     """

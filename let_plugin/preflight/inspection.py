@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> None:
         tokenizer_path=options.tokenizer,
         trust_remote_code=options.trust_remote_code,
     )
-    if options.spec:
+    if options.spec not in ("", "transformers"):
         from let_plugin.teacher.titan.source import describe_spec, with_spec_paths
 
         config = with_spec_paths(config)

@@ -16,7 +16,7 @@ from let_plugin.config.errors import Problem
 from let_plugin.runtime import checkpoint, host
 from let_plugin.teacher.base import TeacherInfo, TeacherSource
 from let_plugin.teacher.retokenized import Trial, teacher_seq_len
-from let_plugin.teacher.sharding import sequence_shards, teacher_parallel_dims
+from let_plugin.teacher.sharding import num_peers, sequence_shards, teacher_parallel_dims
 from let_plugin.teacher.stored.features import Features
 
 
@@ -272,9 +272,18 @@ def _num_shards(parallel_dims: ParallelDims) -> int:
 def _teacher_memory(
     config: Trainer.Config, teacher: TeacherInfo, layers: Sequence[int | str], parallel_dims: ParallelDims
 ) -> dict[str, int]:
-    """What it is -> bytes that the teacher takes on each rank's device."""
+    """What it is -> bytes per rank: the teacher's weights and, if `transformers` runs it, its attention mask."""
     dtype = plan.teacher_dtype(config)
-    return {"teacher": teacher.num_params_to(layers) * dtype.itemsize // _num_shards(parallel_dims)}
+    memory = {"teacher": teacher.num_params_to(layers) * dtype.itemsize // _num_shards(parallel_dims)}
+    if not teacher.is_native:
+        num_rows, peers = config.training.local_batch_size, num_peers(config, parallel_dims)
+        num_rows = num_rows // peers if num_rows % peers == 0 else num_rows
+        seq_len = config.training.seq_len
+        if config.let.token_alignment.enable:
+            seq_len = teacher_seq_len(config, teacher)
+        # [B, 1, L, L]: boolean, and in the query's dtype while SDPA uses it.
+        memory["teacher's dense attention mask"] = num_rows * seq_len**2 * (1 + dtype.itemsize)
+    return memory
 
 
 def _describe(pair: LayerPair, student: Student, teacher: TeacherInfo, let: LetConfig) -> str:

@@ -48,8 +48,8 @@ def check_tensor_parallel(facts: Facts) -> None:
     message = ""
     if let.teacher.features:
         message = "no teacher runs: its states are read from let.teacher.features; leave this off"
-    elif not let.teacher.spec:
-        message = "only torchtitan's own models have a plan for it: name one in let.teacher.spec, or leave this off"
+    elif not teacher.is_native:
+        message = "only torchtitan's own models have a plan for it, and transformers runs this teacher; leave this off"
     else:
         heads = {"heads": teacher.num_heads, "key-value heads": teacher.num_kv_heads}
         uneven = [f"{number} {name}" for name, number in heads.items() if number is not None and number % degree]

@@ -52,10 +52,9 @@ class TeacherInfo:
         num_embedding_params: Those of the token (and position) embeddings alone: looked up, not multiplied.
         block_params: Parameters of each block.
         residual_size: Width of its residual stream, if it is another: OPT-350m projects its last hidden state.
-        num_linear_params: Weights of its linear layers: those that `let.teacher.quantization` changes.
-        block_linear_params: Those of each block.
         num_heads: Attention heads of a block, if it is known.
         num_kv_heads: Key-value heads, if it is known.
+        is_native: Whether torchtitan runs it.
     """
 
     description: str
@@ -67,10 +66,9 @@ class TeacherInfo:
     num_embedding_params: int
     block_params: tuple[int, ...]
     residual_size: int | None = None
-    num_linear_params: int = 0
-    block_linear_params: tuple[int, ...] = ()
     num_heads: int | None = None
     num_kv_heads: int | None = None
+    is_native: bool = False
 
     @property
     def num_language_model_params(self) -> int:
@@ -83,10 +81,6 @@ class TeacherInfo:
         The final norm counts, though a torchtitan teacher leaves it out too where it is not needed.
         """
         return self.num_trunk_params - sum(self.block_params[num_blocks_to(layers) :])
-
-    def num_linear_params_to(self, layers: Sequence[int | str]) -> int:
-        """Weights of the linear layers among `num_params_to`."""
-        return self.num_linear_params - sum(self.block_linear_params[num_blocks_to(layers) :])
 
     def width(self, layer: int | str, final_norm: bool) -> int:
         """Width of a layer's state; `final_norm` as in TeacherSource.build."""

@@ -71,7 +71,7 @@ def row_loss_sums(
 
 
 class TransformersLanguageModel:
-    """A `transformers` causal language model, with the attention function of `hf_attention.py`: [B, L] to [B, L, V].
+    """A `transformers` causal language model, with the attention function of `hf/attention.py`: [B, L] to [B, L, V].
 
     Everything that its family does to the logits (soft caps, scales) is done.
     """
@@ -81,14 +81,6 @@ class TransformersLanguageModel:
         self.head: nn.Module = model.get_output_embeddings()
 
     def __call__(self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor | None) -> torch.Tensor:
-        from let_plugin.teacher.hf.attention import DocumentMask
+        from let_plugin.teacher.hf.attention import model_inputs
 
-        documents = DocumentMask(positions_BL)
-        if positions_BL is None:
-            positions_BL = torch.arange(tokens_BL.shape[1], device=tokens_BL.device).expand_as(tokens_BL)
-        arguments: dict[str, Any] = {
-            "input_ids": tokens_BL,
-            "position_ids": positions_BL,
-            "let_documents": documents,
-        }
-        return self._model(**arguments, use_cache=False).logits
+        return self._model(**model_inputs(tokens_BL, positions_BL)).logits

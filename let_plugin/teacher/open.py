@@ -1,6 +1,5 @@
 """From the `[let.teacher]` table to a teacher, or to its stored states."""
 
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,27 +19,25 @@ if TYPE_CHECKING:
 def open_teacher(config: TeacherConfig) -> TeacherSource:
     """Finds the teacher and reads what its files say of it, not its weights. ConfigError says what is missing or wrong.
 
-    Each kind of teacher is imported when it is asked for: `transformers` and `gguf` are optional dependencies.
+    Without `spec`, torchtitan runs a Llama, by its config.json, and `transformers` runs any other model.
     """
-    if config.spec:
-        from let_plugin.teacher.titan.source import TitanTeacherSource
+    from let_plugin.teacher.titan.source import TRANSFORMERS, TitanTeacherSource
 
+    if config.spec not in ("", TRANSFORMERS):
         return TitanTeacherSource(config)
     if not config.path:
-        raise ConfigError(
-            Problem(
-                "let.teacher.path",
-                "no teacher is given; set it to a folder in Hugging Face format, a hub name or a .gguf file",
-                config.path,
-            )
-        )
-    if config.path.endswith(".gguf") or (os.path.isfile(config.path) and not config.path.endswith(".safetensors")):
-        from let_plugin.teacher.hf.gguf import GGUFTeacherSource
-
-        return GGUFTeacherSource(config)
+        message = "no teacher is given; set it to a folder in Hugging Face format, a hub name or a .gguf file"
+        raise ConfigError(Problem("let.teacher.path", message, config.path))
+    # Optional dependencies are imported when they are needed.
+    from let_plugin.teacher.hf.checkpoint import Checkpoint
     from let_plugin.teacher.hf.source import HFTeacherSource
+    from let_plugin.teacher.titan.spec import obstacle
 
-    return HFTeacherSource(config)
+    checkpoint = Checkpoint(config)
+    reason = f"teacher.spec = {TRANSFORMERS!r}" if config.spec else obstacle(checkpoint.model_config)
+    if reason:
+        return HFTeacherSource(config, checkpoint, reason)
+    return TitanTeacherSource(config, checkpoint)
 
 
 def open_source(config: TeacherConfig) -> TeacherSource | Features:

@@ -15,9 +15,9 @@ pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
 
 from let_plugin.alignment.layer_mapping import EMBEDDING
 from let_plugin.config import TeacherConfig
+from let_plugin.config.errors import ConfigError
 from let_plugin.runtime import host
-from let_plugin.teacher.hf.source import HFTeacherSource
-from let_plugin.teacher.hf.trunk import HFTeacher
+from let_plugin.teacher.hf.source import HFTeacher, HFTeacherSource
 from tests.support import jobs
 
 
@@ -50,6 +50,18 @@ def _build(path: str, degrees: dict[str, int], layers: list[int | str]) -> HFTea
     )
 
 
+def _spoil(path: str, rank: int) -> None:
+    from safetensors.torch import load_file, save_file
+
+    if rank == 0:
+        weights = load_file(Path(path, "model.safetensors"))
+        weights["model.embed_tokens.weight"][-1] = torch.nan
+        save_file(weights, Path(path, "spoiled.safetensors"), metadata={"format": "pt"})
+        Path(path, "model.safetensors").rename(Path(path, "whole.safetensors"))
+        Path(path, "spoiled.safetensors").rename(Path(path, "model.safetensors"))
+    torch.distributed.barrier()
+
+
 def _worker(path: str, out: str, degrees: dict[str, int], layers: list[int | str], shards: int) -> None:
     from torch.distributed.tensor import DTensor
 
@@ -70,6 +82,10 @@ def _worker(path: str, out: str, degrees: dict[str, int], layers: list[int | str
         if isinstance(parameter, DTensor):
             assert parameter.device_mesh.size() == shards
             assert parameter.to_local().numel() < parameter.numel()
+    if degrees == {"dp_shard": 2}:
+        _spoil(path, rank)
+        with pytest.raises(ConfigError, match="NaN"):  # the rank that has not read hears of it
+            _build(path, degrees, layers)
     torch.save(first, Path(out) / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -105,6 +121,8 @@ def test_states_equal_those_of_one_process(tmp_path, family, degrees, layers, sh
     jobs.run(module, *arguments, processes=processes, OMP_NUM_THREADS="1")
 
     host.set_up("cpu")
+    if Path(tmp_path, "whole.safetensors").exists():
+        Path(tmp_path, "whole.safetensors").rename(tmp_path / "model.safetensors")
     teacher = _build(str(tmp_path), {}, layers)
     for rank in range(processes):
         with torch.no_grad():

@@ -13,7 +13,7 @@ def write_llama(
     hidden: int = 16,
     vocab_size: int = 32,
     quantization: str = "F32",
-    **changed: np.ndarray,
+    **changed: np.ndarray | None,
 ) -> str:
     """Writes one whose weights are all 1.
 
@@ -24,7 +24,7 @@ def write_llama(
         hidden: Of its feed-forward networks.
         vocab_size: Rows of its embedding.
         quantization: Of its matrices, by gguf's name.
-        **changed: Tensors instead, "blk_0_attn_q" for instance, not quantised.
+        **changed: Tensors instead, "blk_0_attn_q" for instance, not quantized; None leaves one out.
 
     Returns:
         The file.
@@ -50,6 +50,8 @@ def write_llama(
     kind = GGMLQuantizationType[quantization]
     for name, shape in shapes.items():
         weights = changed.get(name.replace(".", "_"))
+        if weights is None and name.replace(".", "_") in changed:
+            continue
         if weights is None and len(shape) == 2 and quantization != "F32":
             writer.add_tensor(f"{name}.weight", quants.quantize(np.ones(shape, np.float32), kind), raw_dtype=kind)
         else:

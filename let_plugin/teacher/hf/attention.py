@@ -1,14 +1,11 @@
 """Attention of a `transformers` decoder over packed documents: each token sees its own document's past only.
 
-`transformers` builds the mask in the model, from `position_ids`, and looks into them on the host while doing so
-(`if (...).all()`): one device synchronisation per forward, and OPT does not hand its positions to the mask at all. A
-ready-made 4-D mask is not the way either: the families with sliding windows would use it as it is and lose the window.
-
-So the teacher's attention is an attention function of our own, which `transformers` provides for
-(`AttentionInterface.register`). For a function without a registered mask builder, the model builds no mask (as for
-vLLM and TGI), and hands the window of each layer, and our `let_documents` argument, to the function. It adds the
-mask itself: none where SDPA's `is_causal` says it all (so the flash kernels stay available), else one boolean mask for
-each window, made once per forward and shared by the layers.
+`transformers` would build the mask from `position_ids`, and read them on the host to do so (one synchronization per
+forward); OPT does not pass its positions to the mask at all; a ready-made 4-D mask would lose the sliding windows. So
+the teacher's attention is a function of our own (`AttentionInterface.register`). For a function without a registered
+mask builder the model builds no mask, and passes each layer's window and our `let_documents` on to the function, which
+adds the mask: none where `is_causal` says it all (one document per row), else one dense boolean mask for each window, made
+once per forward and shared by the layers.
 
 Shape legend: B batch, L sequence, N query heads, K key-value heads, H head width.
 """
@@ -57,6 +54,14 @@ class DocumentMask:
                 mask_BLL = mask_BLL & (self._documents_BL[:, :, None] == self._documents_BL[:, None, :])
             self._masks[window] = mask_BLL[:, None]
         return self._masks[window]
+
+
+def model_inputs(tokens_BL: torch.Tensor, positions_BL: torch.Tensor | None) -> dict[str, Any]:
+    """What a `transformers` model with this attention function is called with; the arguments are Teacher.forward's."""
+    documents = DocumentMask(positions_BL)
+    if positions_BL is None:
+        positions_BL = torch.arange(tokens_BL.shape[1], device=tokens_BL.device).expand_as(tokens_BL)
+    return {"input_ids": tokens_BL, "position_ids": positions_BL, "let_documents": documents, "use_cache": False}
 
 
 def attention(

@@ -1,52 +1,26 @@
-"""What can be wrong with a checkpoint that `transformers` is to read: found here, and said in one ConfigError.
+"""Whether a `transformers` model can be a teacher: asked of its class and configuration, then seen from a short run.
 
-In the order in which they are asked: the folder, then the architecture. `safetensors_files.py` checks the weight files,
-`hf_weights.py` how they fit, `hf_trials.py` how the teacher runs.
+Shape legend: B batch, L sequence, E teacher width.
 """
 
 import inspect
-import json
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from let_plugin.config import TeacherConfig
 from let_plugin.config.errors import ConfigError, Problem
-from let_plugin.teacher.hf.safetensors_files import INDEX, SINGLE_FILE
+from let_plugin.teacher.base import Teacher, TeacherInfo, num_blocks_to
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 _PATH_KEY = "let.teacher.path"
 _LAYER_TYPES = {"full_attention", "sliding_attention"}  # as `transformers` names them
-_PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
-
-
-def check_folder(config: TeacherConfig) -> None:
-    """ConfigError unless `config.path` is a folder with a config.json and safetensors that can be used."""
-    folder = Path(config.path)
-    if not folder.is_dir():
-        message = "not a folder; give the folder with config.json and *.safetensors (or a .gguf file)"
-        raise ConfigError(Problem(_PATH_KEY, message, config.path))
-    problems = []
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        message = "no config.json in this folder; a teacher needs config.json and *.safetensors, as save_pretrained"
-        problems.append(Problem(_PATH_KEY, f"{message} writes them", config.path))
-    else:
-        problems += _config_file_problems(config_file, config)
-    if not (folder / SINGLE_FILE).is_file() and not (folder / INDEX).is_file():
-        if any(file.suffix in _PICKLE_SUFFIXES for file in folder.iterdir()):
-            message = (
-                "only pickled weights there, which can run code when they are read and are refused; convert them, "
-                "where you trust them: AutoModelForCausalLM.from_pretrained(path).save_pretrained(new_path)"
-            )
-        else:
-            message = f"no {SINGLE_FILE} (or {INDEX}) in this folder"
-        problems.append(Problem(_PATH_KEY, message, config.path))
-    if problems:
-        raise ConfigError(problems)
+_LENGTH = 6  # tokens of a document in the trial
 
 
 def check_is_decoder(config: "PreTrainedConfig", teacher_config: TeacherConfig) -> None:
@@ -66,14 +40,14 @@ def check_is_decoder(config: "PreTrainedConfig", teacher_config: TeacherConfig) 
     elif model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not teacher_config.trust_remote_code:
         message = f"{model_type} is not a causal language model"
     elif getattr(config, "quantization_config", None) is not None:
-        message = "its weights are quantised; give a checkpoint in bfloat16 or float32, or a .gguf file"
+        message = "its weights are quantized; give a checkpoint in bfloat16 or float32, or a .gguf file"
     else:
         return
     raise ConfigError(Problem(_PATH_KEY, f"a teacher is a text decoder: {message}", teacher_config.path))
 
 
 def check_isolates_documents(config: "PreTrainedConfig", trunk: nn.Module, path: str) -> None:
-    """ConfigError for what can be told from the model's class and configuration; `hf_trials` does the rest."""
+    """ConfigError for what can be told from the model's class and configuration; `try_out` does the rest."""
     family = config.model_type
     layer_types = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
     reason = ""
@@ -106,25 +80,115 @@ def find_layers(trunk: nn.Module, num_layers: int) -> nn.ModuleList:
     raise ValueError(f"{type(trunk).__name__} has no list of {num_layers} layers")
 
 
-def remote_code_problem() -> Problem:
-    message = (
-        "the checkpoint comes with Python code of its own; set it to true if you trust that code, or choose a teacher "
-        "that transformers knows"
-    )
-    return Problem("let.teacher.trust_remote_code", message, False)
+@torch.no_grad()
+def cut(trunk: nn.Module, blocks: nn.ModuleList, info: TeacherInfo, layers: Sequence[int | str]) -> bool:
+    """Takes away the blocks behind the deepest layer of a trunk on the meta device.
+
+    In a family that runs its blocks in loops, a later block may come before an earlier one. Whether that is so is seen
+    from a run without values.
+
+    Returns:
+        Whether it was seen: a few families look at values as they run. Then `try_out` sees to it.
+
+    Raises:
+        ConfigError: If the states of the layers depend on blocks behind them.
+    """
+    from let_plugin.teacher.hf.attention import model_inputs
+
+    num_blocks = num_blocks_to(layers)
+    if num_blocks == info.num_layers:
+        return True
+    with _order_of(blocks) as order:
+        try:
+            with torch.device("meta"):
+                trunk(**model_inputs(*_two_documents(info, torch.device("meta"))))
+        except Exception:  # it asks for a value, and there is none
+            order.clear()
+    for layer in layers:
+        if layer in order:
+            last_call = len(order) - 1 - order[::-1].index(layer)
+            if any(block >= num_blocks for block in order[:last_call]):
+                raise _loops(info, layers)
+    del blocks[num_blocks:]
+    return bool(order)
 
 
-def _config_file_problems(config_file: Path, config: TeacherConfig) -> list[Problem]:
-    from transformers import CONFIG_MAPPING
+@torch.no_grad()
+def try_out(
+    teacher: Teacher,
+    blocks: nn.ModuleList,
+    info: TeacherInfo,
+    *,
+    layers: Sequence[int | str],
+    width: int,
+    in_order: bool,
+    device: torch.device,
+    path: str,
+) -> None:
+    """Runs a teacher that is loaded, on its device. Collective over the ranks that it is sharded over.
 
+    Two documents of 6 tokens in each of 2 rows, twice: milliseconds for a small teacher. A family that passes
+    `check_isolates_documents` but has other ways from token to token (a convolution, say) is caught here.
+
+    Args:
+        teacher: The teacher.
+        blocks: Those of its blocks that are there.
+        info: What is known of it.
+        layers: Those whose states it returns.
+        width: The width E that the states must have.
+        in_order: Whether it is to be refused unless each block runs once, in order.
+        device: This rank's device.
+        path: The checkpoint, for messages.
+
+    Raises:
+        ConfigError: If it does not run, has another width, or a document's states depend on the one before it.
+    """
+    tokens_BL, positions_BL = _two_documents(info, device)
+    changed_BL = tokens_BL.clone()
+    changed_BL[0, :_LENGTH] = (changed_BL[0, :_LENGTH] + 1) % info.vocab_size
     try:
-        content = json.loads(config_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return [Problem(_PATH_KEY, f"its config.json cannot be read: {error}", config.path)]
-    model_type = content.get("model_type") if isinstance(content, dict) else None
-    if model_type in CONFIG_MAPPING:
-        return []
-    if isinstance(content, dict) and "auto_map" in content:
-        return [] if config.trust_remote_code else [remote_code_problem()]
-    message = f"transformers knows no model_type {model_type!r} (in config.json); a newer transformers may"
-    return [Problem(_PATH_KEY, message, config.path)]
+        with _order_of(blocks) as order:
+            states_BLE = teacher(tokens_BL, positions_BL)
+        changed_BLE = teacher(changed_BL, positions_BL)
+    except Exception as error:  # whatever this family's code raises when it is given our arguments
+        message = f"{info.description} cannot run over packed documents: {error}"
+        raise ConfigError(Problem(_PATH_KEY, message, path)) from error
+    if in_order and order != list(range(len(blocks))):
+        raise _loops(info, layers)
+    if states_BLE.shape[-1] != width:
+        message = f"its states have width {states_BLE.shape[-1]}, its configuration says {width}"
+        raise ConfigError(Problem(_PATH_KEY, message, path))
+    # A masked token contributes exactly 0, but a mixture-of-experts layer groups tokens differently: hence a tolerance
+    # relative to the effect that the change has where it may have one.
+    effect = (changed_BLE - states_BLE)[0, :_LENGTH].float().norm()
+    leak = (changed_BLE - states_BLE)[0, _LENGTH:].float().norm()
+    if not leak <= 1e-2 * effect:
+        message = f"{info.description}: a document's states depend on the document before it; choose another teacher"
+        raise ConfigError(Problem(_PATH_KEY, message, path))
+
+
+@contextmanager
+def _order_of(blocks: nn.ModuleList) -> Iterator[list[int]]:
+    """The numbers of the blocks that run inside, call by call."""
+    order: list[int] = []
+
+    def note(number: int) -> Any:
+        return lambda *_: order.append(number)
+
+    handles = [block.register_forward_hook(note(i)) for i, block in enumerate(blocks)]
+    try:
+        yield order
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _two_documents(info: TeacherInfo, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """tokens_BL and positions_BL of two documents in each of 2 rows."""
+    tokens_BL = torch.arange(2 * _LENGTH, device=device).repeat(2, 1) % info.vocab_size
+    return tokens_BL, torch.arange(_LENGTH, device=device).repeat(2, 2)
+
+
+def _loops(info: TeacherInfo, layers: Sequence[int | str]) -> ConfigError:
+    message = f"{info.description}: the states of these layers depend on blocks behind them; choose its last layer"
+    return ConfigError(Problem("let.pairs", message, list(layers)))

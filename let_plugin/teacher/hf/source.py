@@ -1,76 +1,83 @@
-"""A teacher in Hugging Face format, in a folder or on the hub: its configuration, files and tokenizer.
+"""Teachers that `transformers` builds.
 
-Safetensors only, and only a checkpoint that holds every weight: a newly initialised weight is an error. What is made of
-them is in `hf_trunk.py`.
+* The trunk alone (`AutoModel`): a language-model head is never built, nor run.
+* Cut behind the deepest layer that is asked for. The final norm runs all the same.
+* Read by one of the ranks that share it, and sharded from there: see `read_once.py`.
+* Packed documents are isolated in every family that is accepted: see `attention.py`. `build` tries it out.
+
+Shape legend: B batch, L sequence, E teacher width.
 """
 
-import os
-import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from let_plugin.config import TeacherConfig
-from let_plugin.config.errors import ConfigError, Problem
-from let_plugin.teacher import quantization
-from let_plugin.teacher.base import LanguageModel, TeacherSource
-from let_plugin.teacher.hf import weights as hf_weights
-from let_plugin.teacher.hf.checks import check_folder, remote_code_problem
-from let_plugin.teacher.hf.safetensors_files import INDEX
-from let_plugin.teacher.hf.trunk import (
-    HFTeacher,
-    import_transformers,
-    make_language_model,
-    make_teacher,
-    make_whole_trunk,
-    teacher_info,
-)
-from let_plugin.tokens.vocabulary import open_tokenizer
+from let_plugin.teacher.base import LanguageModel, Teacher, TeacherInfo, TeacherSource, freeze, keep_rng_state
+from let_plugin.teacher.hf import checks
+from let_plugin.teacher.hf.checkpoint import Checkpoint, quiet_transformers, tensors_of
+from let_plugin.teacher.hf.read_once import hand_out, read_once
+from let_plugin.teacher.language_model import TransformersLanguageModel
+from let_plugin.teacher.layers import LayerStates
 
 if TYPE_CHECKING:
     from torchtitan.distributed import ParallelDims
     from torchtitan.trainer import Trainer
-    from transformers import PreTrainedConfig
 
-_PATH_KEY = "let.teacher.path"
-_HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
-_HUB_FILES = ["config.json", "model*.safetensors", INDEX]
+
+class HFTeacher(Teacher):
+    """A frozen `transformers` trunk.
+
+    Args:
+        trunk: An `AutoModel` with the attention function of `attention.py`.
+        states: Takes the layers' states out of it.
+    """
+
+    def __init__(self, trunk: nn.Module, states: LayerStates) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self._states = states
+
+    def forward(
+        self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor | None, student_masks: Any = None
+    ) -> torch.Tensor:
+        """Returns the layers' states, concatenated along channels, [B, L, E], in the teacher's dtype.
+
+        Reads no tensor on the host, except in families whose rotary frequencies depend on the length of the input
+        ("dynamic" and "longrope" scaling): `transformers` does it there.
+
+        Args:
+            tokens_BL: Token ids, int64.
+            positions_BL: Position of each token within its own document, int64: 0 starts a document. None: one
+                document per row.
+            student_masks: Not used: `transformers` has its own kind.
+        """
+        from let_plugin.teacher.hf.attention import model_inputs
+
+        inputs = model_inputs(tokens_BL, positions_BL)
+        return self._states.collect(lambda: self.trunk(**inputs).last_hidden_state)
 
 
 class HFTeacherSource(TeacherSource):
-    """A `transformers` decoder in a local folder (config.json + safetensors, sharded or not), or on the hub.
+    """A decoder in a local folder (config.json and safetensors), on the hub or in a .gguf file, run by `transformers`.
 
     Args:
-        config: The `[let.teacher]` table. `path` is a hub name only if it looks like one ("org/name") and there is no
-            such path on this machine. A local teacher never touches the network.
+        config: The `[let.teacher]` table.
+        checkpoint: What it means, if that has been opened already.
+        reason: Why it is not run by torchtitan, for the report.
 
     Raises:
-        ConfigError: If there is no such teacher, it is not a decoder that can be a teacher, or the headers of a local
-            teacher's files do not fit its configuration.
+        ConfigError: As Checkpoint.
     """
 
-    def __init__(self, config: TeacherConfig) -> None:
-        import_transformers()
-        quantization.check(config)
-        self._teacher_config = config
-        self._is_local = os.path.exists(config.path)
-        if self._is_local:
-            check_folder(config)
-        elif not _HUB_NAME.match(config.path):
-            message = 'there is no such folder, and it is not a hub name ("org/name"); give a folder with config.json'
-            raise ConfigError(Problem(_PATH_KEY, f"{message} and *.safetensors", config.path))
-        self._model_config = self._load_config()
-        where = "folder" if self._is_local else "hub"
-        self._whole_trunk = make_whole_trunk(self._model_config, config)
-        self.info = teacher_info(self._whole_trunk, f"{where} {config.path}")
-        self._fit: hf_weights.Fit | None = None
-        if self._is_local:
-            self._fit = self._check_fit(config.path)
+    def __init__(self, config: TeacherConfig, checkpoint: Checkpoint | None = None, reason: str = "") -> None:
+        self._checkpoint = checkpoint or Checkpoint(config)
+        self.info = _describe(self._checkpoint, reason)
 
     def tokenizer(self) -> Any | None:
-        return open_tokenizer(self._teacher_config)
+        return self._checkpoint.tokenizer()
 
     def build(
         self,
@@ -81,58 +88,73 @@ class HFTeacherSource(TeacherSource):
         parallel_dims: "ParallelDims",
         layers: Sequence[int | str],
         final_norm: bool,
-    ) -> "HFTeacher":
-        """See TeacherSource. No rank holds more of the teacher than its shard: see `hf_weights.py`."""
-        if self._fit is None:
-            self._fit = self._check_fit(self._download())
-        return make_teacher(
-            self._model_config,
-            self.info,
-            self._fit.steps,
-            config=self._teacher_config,
-            dtype=dtype,
-            device=device,
-            parallel_dims=parallel_dims,
-            layers=layers,
-            final_norm=final_norm,
-        )
+    ) -> HFTeacher:
+        """See TeacherSource. Each shard group's first rank holds the teacher in CPU memory while it is read."""
+        from let_plugin.teacher.hf.attention import ATTENTION
 
-    def _check_fit(self, folder: str) -> hf_weights.Fit:
-        fit = hf_weights.fit_safetensors(Path(folder), self._whole_trunk)
-        fit.check(self._whole_trunk, self.info.num_layers, self._teacher_config.path)
-        return fit
-
-    def _download(self) -> str:
-        """The folder on this machine with the files of a hub name. They are fetched where they are not there yet."""
-        from huggingface_hub import snapshot_download
-
-        path = self._teacher_config.path
-        try:
-            return snapshot_download(path, allow_patterns=_HUB_FILES)
-        except Exception as error:  # OSError, ValueError and the hub client's own
-            raise ConfigError(Problem(_PATH_KEY, f"it cannot be fetched from the hub: {error}", path)) from error
+        with keep_rng_state(device), quiet_transformers():
+            tensors, dtypes = read_once(lambda: tensors_of(self._checkpoint.load(dtype)), parallel_dims)
+            trunk = self._checkpoint.on_meta(attention=ATTENTION, dtype=dtype)
+            for name, parameter in trunk.named_parameters():  # some families keep some weights in fp32
+                parameter.data = parameter.data.to(dtypes[name])
+            blocks = checks.find_layers(trunk, self.info.num_layers)
+            order_is_known = checks.cut(trunk, blocks, self.info, layers)
+            states = LayerStates(list(blocks), layers, output_layer=self.info.num_layers - 1 if final_norm else None)
+            teacher = HFTeacher(trunk, states)
+            freeze(teacher)
+            if parallel_dims.dp_shard_enabled:
+                _shard(trunk, blocks, parallel_dims)
+            trunk._apply(lambda t: torch.empty_like(t, device=device))
+            hand_out(tensors, tensors_of(trunk).items(), parallel_dims)
+            checks.try_out(
+                teacher,
+                blocks,
+                self.info,
+                layers=layers,
+                width=sum(self.info.width(layer, final_norm) for layer in layers),
+                in_order=not order_is_known,
+                device=device,
+                path=self._checkpoint.config.path,
+            )
+        return teacher
 
     def language_model(self, *, dtype: torch.dtype, device: torch.device, seq_len: int) -> LanguageModel:
-        folder = Path(self._teacher_config.path if self._is_local else self._download())
-        return make_language_model(
-            self._model_config,
-            self._teacher_config,
-            lambda model: hf_weights.fit_safetensors(folder, model),
-            num_layers=self.info.num_layers,
-            dtype=dtype,
-            device=device,
-        )
+        from let_plugin.teacher.hf.attention import ATTENTION
 
-    def _load_config(self) -> "PreTrainedConfig":
-        from transformers import AutoConfig
+        with keep_rng_state(device):
+            model = self._checkpoint.load(dtype, head=True, attention=ATTENTION)
+        freeze(model)
+        nn.Module.to(model, device)
+        return TransformersLanguageModel(model)
 
-        path = self._teacher_config.path
-        try:
-            return AutoConfig.from_pretrained(
-                path, local_files_only=self._is_local, trust_remote_code=self._teacher_config.trust_remote_code
-            )
-        except Exception as error:  # OSError, ValueError, JSON and hub errors, and whatever remote code raises
-            if "trust_remote_code" in str(error):
-                raise ConfigError(remote_code_problem()) from error
-            remedy = "" if self._is_local else " (no local folder of that name either)"
-            raise ConfigError(Problem(_PATH_KEY, f"its configuration cannot be read{remedy}: {error}", path)) from error
+
+def _shard(trunk: Any, blocks: nn.ModuleList, parallel_dims: "ParallelDims") -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    # Only the sharding axis of the (perhaps 2-D) data-parallel mesh: the replicas along the other axis hold the same
+    # frozen weights, and have no gradients to agree on.
+    mesh = parallel_dims.get_mesh("fsdp")
+    # Explicit: by default FSDP2 leaves a root that never runs backward gathered.
+    for module in (trunk.get_input_embeddings(), *blocks, trunk):
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+
+
+def _describe(checkpoint: Checkpoint, reason: str) -> TeacherInfo:
+    trunk, config = checkpoint.trunk, checkpoint.model_config
+    blocks = checks.find_layers(trunk, config.num_hidden_layers)
+    embeddings = [module for module in trunk.modules() if isinstance(module, nn.Embedding)]
+    route = f"run by transformers ({reason})" if reason else "run by transformers"
+    return TeacherInfo(
+        description=f"{config.model_type} ({type(trunk).__name__}), {checkpoint.where}, {route}",
+        # OPT-350m alone projects its last hidden state back to the width of its embedding.
+        hidden_size=getattr(config, "word_embed_proj_dim", None) or config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        vocab_size=trunk.get_input_embeddings().weight.shape[0],
+        max_seq_len=getattr(config, "max_position_embeddings", None),
+        num_trunk_params=sum(parameter.numel() for parameter in trunk.parameters()),
+        num_embedding_params=sum(module.weight.numel() for module in embeddings),
+        block_params=tuple(sum(parameter.numel() for parameter in block.parameters()) for block in blocks),
+        residual_size=config.hidden_size,
+        num_heads=getattr(config, "num_attention_heads", None),
+        num_kv_heads=getattr(config, "num_key_value_heads", None),
+    )

@@ -4,14 +4,13 @@ import copy
 import dataclasses
 import importlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.profiler import record_function
 from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
 from torchtitan.distributed import ParallelDims
-from torchtitan.distributed.compile import apply_compile
 from torchtitan.models.common.attention import FlexAttention, VarlenAttention
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.protocols.model_spec import ModelSpec
@@ -22,7 +21,6 @@ from let_plugin.alignment.registry import Registry
 from let_plugin.config import TeacherConfig
 from let_plugin.config.errors import ConfigError, Problem, lookup, suggest
 from let_plugin.runtime import host, upstream
-from let_plugin.teacher import quantization
 from let_plugin.teacher.base import (
     MASK_RANGE,
     LanguageModel,
@@ -34,11 +32,13 @@ from let_plugin.teacher.base import (
     num_blocks_to,
 )
 from let_plugin.teacher.layers import LayerStates
-from let_plugin.teacher.sharding import SPMD_BACKEND, raise_together
-from let_plugin.teacher.titan.hf_config import check_agrees, read_hf_config
-from let_plugin.teacher.titan.specs import BUILT_IN_SPECS
+from let_plugin.teacher.sharding import SPMD_BACKEND
+from let_plugin.teacher.titan.spec import check_agrees, make_spec, read_hf_config
 from let_plugin.teacher.titan.weights import TitanWeights
 from let_plugin.tokens.vocabulary import open_tokenizer
+
+if TYPE_CHECKING:
+    from let_plugin.teacher.hf.checkpoint import Checkpoint
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +56,8 @@ class TeacherSpec:
     tokenizer_path: str = ""
 
 
+TRANSFORMERS = "transformers"  # in place of a spec's name: transformers runs the teacher
+
 TEACHER_SPECS: Registry[TeacherSpec] = Registry("teacher spec", "let_plugin.teacher_specs")
 
 
@@ -66,17 +68,27 @@ def register_teacher_spec(
     TEACHER_SPECS.register(name, TeacherSpec(make_spec=make_spec, path=path, tokenizer_path=tokenizer_path))
 
 
-for _name, _make in BUILT_IN_SPECS.items():
-    register_teacher_spec(_name, _make)
-
-
 class TitanTeacherSource(TeacherSource):
-    """A torchtitan ModelSpec and a folder with its weights: DCP, or safetensors through the spec's adapter."""
+    """A torchtitan ModelSpec and its weights.
 
-    def __init__(self, config: TeacherConfig) -> None:
-        config = with_spec_paths(config)
-        quantization.check(config)
-        self._config = config
+    Args:
+        config: The `[let.teacher]` table: the name of a ModelSpec, and a folder with DCP or safetensors.
+        checkpoint: A checkpoint without an `obstacle` (see spec.py), whose config.json takes the place of the name.
+
+    Raises:
+        ConfigError: For a spec or weights that cannot be found, or do not fit each other.
+    """
+
+    def __init__(self, config: TeacherConfig, checkpoint: "Checkpoint | None" = None) -> None:
+        self._checkpoint = checkpoint
+        if checkpoint is not None:
+            self._config = config
+            self._spec = make_spec(checkpoint.model_config)
+            host.adapt_model_spec(self._spec)
+            self._weights = TitanWeights(config.path, self._spec, "of its config.json", checkpoint)
+            self.info = describe(self._spec, f"{checkpoint.where}, run by torchtitan (its config.json is a Llama's)")
+            return
+        self._config = config = with_spec_paths(config)
         self._spec = _make_spec(config.spec)
         self._weights = TitanWeights(config.path, self._spec, config.spec)
         hf_config = read_hf_config(config.path)
@@ -91,7 +103,7 @@ class TitanTeacherSource(TeacherSource):
             self.info = dataclasses.replace(self.info, max_seq_len=max_seq_len)
 
     def tokenizer(self) -> Any | None:
-        return open_tokenizer(self._config)
+        return open_tokenizer(self._config) if self._checkpoint is None else self._checkpoint.tokenizer()
 
     def build(
         self,
@@ -113,12 +125,11 @@ class TitanTeacherSource(TeacherSource):
             fsdp_reshard_after_forward="always",
             spmd_backend=parallel_dims.spmd_backend,
         )
-        offloads = self._config.cpu_offload
         training = dataclasses.replace(
             config.training,
             mixed_precision_param=str(dtype).removeprefix("torch."),
             disable_cuda_graphs=True,
-            enable_cpu_offload=offloads,
+            enable_cpu_offload=False,
         )
         compile_config = CompileConfig(**dataclasses.asdict(config.compile))
         model_config: Any = self._spec.model
@@ -133,28 +144,22 @@ class TitanTeacherSource(TeacherSource):
                 _cut(model, layers, final_norm)
             if compile_config.enable:
                 _compile_apart(model)
-            if self._config.quantization == "none":
-                model = self._spec.parallelize_fn(
-                    model,
-                    parallel_dims=parallel_dims,
-                    training=training,
-                    parallelism=parallelism,
-                    compile_config=compile_config,
-                    ac_config=None,
-                    dump_folder=config.dump_folder,
-                )
-                if isinstance(model, FSDPModule):
-                    model.set_reshard_after_forward(True)  # torchtitan leaves the root, with the norm, to the default
-            elif compile_config.enable and "model" in compile_config.components:
-                # Held whole: FSDP2, which torchtitan always applies, cannot hold int8 weights.
-                apply_compile(model, compile_config=compile_config, parallel_dims=parallel_dims)
-            model.to_empty(device="cpu" if offloads else device)
+            model = self._spec.parallelize_fn(
+                model,
+                parallel_dims=parallel_dims,
+                training=training,
+                parallelism=parallelism,
+                compile_config=compile_config,
+                ac_config=None,
+                dump_folder=config.dump_folder,
+            )
+            if isinstance(model, FSDPModule):
+                model.set_reshard_after_forward(True)  # torchtitan leaves the root, with the norm, to the default
+            model.to_empty(device=device)
             with torch.no_grad():
                 # The buffers (RoPE); the weights are overwritten below.
-                model.init_weights(buffer_device=device if offloads else None)
-            raise_together(self._weights.load(model), parallel_dims)
-            if self._config.quantization != "none":
-                quantization.quantize_linear(model)
+                model.init_weights(buffer_device=None)
+            self._weights.load(model, dtype, parallel_dims)
         student = config.model_spec.model if config.model_spec else None
         teacher = TitanTeacher(model, layers, takes_student_masks=_makes_same_masks(model_config, student))
         freeze(teacher)
@@ -174,8 +179,7 @@ class TitanTeacherSource(TeacherSource):
             model.to_empty(device=device)
             with torch.no_grad():
                 model.init_weights(buffer_device=None)  # the buffers (RoPE), and ties the weights
-        if problems := self._weights.load(model):
-            raise ConfigError(problems)
+        self._weights.load(model, dtype)
         freeze(model)
         return TitanLanguageModel(model)
 
@@ -237,10 +241,9 @@ def describe(spec: ModelSpec, where: str) -> TeacherInfo:
         num_trunk_params=sum(p.numel() for p in trunk.parameters()),
         num_embedding_params=sum(p.numel() for p in trunk.tok_embeddings.parameters()),
         block_params=tuple(sum(p.numel() for p in block.parameters()) for block in trunk.layers.values()),
-        num_linear_params=quantization.num_linear_params(trunk),
-        block_linear_params=tuple(quantization.num_linear_params(block) for block in trunk.layers.values()),
         num_heads=getattr(attention, "n_heads", None),
         num_kv_heads=getattr(attention, "n_kv_heads", None),
+        is_native=True,
     )
 
 

@@ -1,28 +1,35 @@
-"""The weights of a torchtitan model in a folder: a torchtitan checkpoint (DCP), or Hugging Face safetensors.
+"""The weights of a torchtitan model: a torchtitan checkpoint (DCP), Hugging Face safetensors or a .gguf file.
 
 What the files say of themselves is compared with the model before anything is built; then each rank reads its shards.
+(GGUF is read by one rank: see `hf/read_once.py`.)
 """
 
 import copy
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
-from torch.futures import Future
+from torchtitan.distributed import ParallelDims
 from torchtitan.protocols.model_spec import ModelSpec
 
 from let_plugin.config.errors import ConfigError, Problem
 from let_plugin.runtime import dcp_files
-from let_plugin.teacher.hf.safetensors_files import pieces, read_headers, some_names
+from let_plugin.teacher.hf.files import read_headers, some_names, weight_files
+from let_plugin.teacher.hf.read_once import hand_out, read_once
+from let_plugin.teacher.sharding import raise_together
+
+if TYPE_CHECKING:
+    from let_plugin.teacher.hf.checkpoint import Checkpoint
 
 _PATH_KEY = "let.teacher.path"
 _BLOCK = re.compile(r"(?:model\.)?layers\.(\d+)\.")
@@ -35,20 +42,24 @@ class TitanWeights:
         path: The folder.
         spec: The model; its adapter translates safetensors.
         name: Of the specification, for messages.
+        checkpoint: The checkpoint that the specification was made from, if it was; it has been checked already.
 
     Attributes:
-        format: "DCP" or "safetensors".
+        format: "DCP", "safetensors" or "GGUF".
 
     Raises:
         ConfigError: If the folder is not there, or holds neither.
     """
 
-    def __init__(self, path: str, spec: ModelSpec, name: str) -> None:
-        self.format = _weights_format(path, spec)
+    def __init__(self, path: str, spec: ModelSpec, name: str, checkpoint: "Checkpoint | None" = None) -> None:
         self._path = path
         self._spec = spec
         self._name = name
-        self._in_parts = False  # whether they can be read block by block
+        self._checkpoint = checkpoint
+        if checkpoint is None:
+            self.format = _weights_format(path, spec)
+        else:
+            self.format = "GGUF" if checkpoint.is_gguf else "safetensors"
 
     def check(self, trunk: nn.Module, num_blocks: int) -> None:
         """Compares what the files say of themselves with a whole trunk on the meta device; reads no weights.
@@ -64,10 +75,11 @@ class TitanWeights:
             if self.format == "DCP":
                 described = dcp_files.open_checkpoint(self._path).read_metadata()
             else:
-                read_headers(Path(self._path), every_file=True)
-                adapter = self._adapter(None)
+                read_headers(weight_files(Path(self._path), any_name=True))
+                adapter = self._adapter()
                 wanted = adapter.to_hf(wanted)
-                described = adapter.get_hf_storage_reader(self._path).read_metadata()
+                with _linked(self._path) as folder:
+                    described = adapter.get_hf_storage_reader(folder).read_metadata()
             messages = _differences(described, wanted, num_blocks)
             if self.format == "DCP":
                 names = [name for name in wanted if _is_tensor(described, name)]
@@ -81,102 +93,81 @@ class TitanWeights:
             raise self._unfit(f"{type(error).__name__}: {error}".splitlines()[0]) from error
         if messages:
             raise ConfigError([Problem(_PATH_KEY, message, self._path) for message in messages])
-        self._in_parts = self._has_parts(trunk)
 
-    def load(self, model: Any) -> list[Problem]:
-        """Reads this rank's own shards into `model`.
+    def load(self, model: Any, dtype: torch.dtype, parallel_dims: ParallelDims | None = None) -> None:
+        """Reads this rank's own shards into `model`. Collective over the ranks that share it, if there are several.
 
-        Returns:
-            What was wrong: files that have become others since `check`, or tensors that hold NaN or infinities.
+        Raises:
+            ConfigError: For files that have become others since `check`, or tensors that hold NaN or infinities: on
+                all of these ranks.
         """
-        not_finite = []
+        state_dict = model.state_dict()
+        if model.enable_weight_tying:
+            state_dict.pop("lm_head.weight", None)  # one tensor with the embedding
+        if self.format == "GGUF":
+            self._load_gguf(state_dict, dtype, parallel_dims, head=model.lm_head is not None)
+            return
+        problems = []
         try:
-            # torchtitan gathers what it turns about or splits (queries, keys, values), so it gets one block at a time.
-            for prefix, module in _parts(model) if self._in_parts else [("", model)]:
-                state_dict = module.state_dict(prefix=prefix)
-                if model.enable_weight_tying:
-                    state_dict.pop("lm_head.weight", None)  # one tensor with the embedding
-                if not state_dict:
-                    continue
-                read = self._read(state_dict)
-                loaded = {name: read[name] for name in state_dict}
-                not_finite += [name for name, tensor in loaded.items() if not _is_finite(tensor)]
-                loaded = {name.removeprefix(prefix): tensor for name, tensor in loaded.items()}
-                module.load_state_dict(loaded, strict=not model.enable_weight_tying)
+            read = self._read(state_dict)
+            loaded = {name: read[name] for name in state_dict}
+            not_finite = [name for name, tensor in loaded.items() if not _is_finite(tensor)]
+            model.load_state_dict(loaded, strict=not model.enable_weight_tying)
+            if not_finite:
+                message = f"these tensors hold NaN or infinite values: {some_names(not_finite)}; fetch the files again"
+                problems = [Problem(_PATH_KEY, message, self._path)]
+        except ConfigError as error:
+            problems = list(error.problems)
         except (Exception, CheckpointException) as error:  # the latter is no Exception, only a BaseException
-            return self._unfit(_first_cause(error)).problems
-        if not not_finite:
-            return []
-        message = f"these tensors hold NaN or infinite values: {some_names(not_finite)}; fetch the files again"
-        return [Problem(_PATH_KEY, message, self._path)]
+            problems = list(self._unfit(_first_cause(error)).problems)
+        if parallel_dims is not None:
+            raise_together(problems, parallel_dims)
+        elif problems:
+            raise ConfigError(problems)
 
     def _read(self, state_dict: dict[str, Any]) -> Mapping[str, Any]:
-        """Reads this rank's rows of some of the model's tensors, maybe in place."""
+        """Reads this rank's rows of the model's tensors, maybe in place."""
         # Every rank plans and reads for itself, so that ranks without a teacher need not take part.
         if self.format == "DCP":
             dcp_files.load(state_dict, dcp_files.open_checkpoint(self._path))
             return state_dict
-        adapter = self._adapter(self._path)
+        adapter = self._adapter()
         hf_state_dict = adapter.to_hf(state_dict)
-        dcp.load(hf_state_dict, storage_reader=_row_reader(adapter, self._path), no_dist=True)
+        with _linked(self._checkpoint.weights_folder() if self._checkpoint else self._path) as folder:
+            dcp.load(hf_state_dict, storage_reader=adapter.get_hf_storage_reader(folder), no_dist=True)
         return adapter.from_hf(hf_state_dict)
 
-    def _has_parts(self, trunk: nn.Module) -> bool:
-        """Whether a model's parts make the whole, also for its adapter; `trunk` is on the meta device."""
-        found: list[str] = []
-        try:
-            for prefix, module in _parts(trunk):
-                state_dict = module.state_dict(prefix=prefix)
-                if self.format != "DCP":
-                    adapter = self._adapter(None)
-                    state_dict = adapter.from_hf(adapter.to_hf(state_dict))
-                found += state_dict
-        except Exception:  # an adapter may need the others, in any way
-            return False
-        return sorted(found) == sorted(trunk.state_dict())
+    def _load_gguf(
+        self, state_dict: dict[str, Any], dtype: torch.dtype, parallel_dims: ParallelDims | None, *, head: bool
+    ) -> None:
+        def read() -> dict[str, torch.Tensor]:
+            assert self._checkpoint is not None
+            prefix = "" if head else "model."
+            weights = self._checkpoint.load(dtype, head=head).state_dict()
+            return self._adapter().from_hf({f"{prefix}{name}": tensor for name, tensor in weights.items()})
 
-    def _adapter(self, path: str | None) -> Any:
+        dims = parallel_dims or ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=1, ep=1, world_size=1)
+        tensors, _ = read_once(read, dims)
+        hand_out(tensors, state_dict.items(), dims)
+
+    def _adapter(self) -> Any:
         assert self._spec.state_dict_adapter is not None
         config: Any = copy.copy(self._spec.model)
         config.enable_weight_tying = False  # a tied head is the embedding, and no part of what is read
-        return self._spec.state_dict_adapter(config, path)
+        return self._spec.state_dict_adapter(config, None)
 
     def _unfit(self, cause: str) -> ConfigError:
         message = f"the weights do not fit the teacher spec {self._name!r} or cannot be read: {cause}"
         return ConfigError(Problem(_PATH_KEY, message, self._path))
 
 
-def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """A decoder's blocks and what it has besides, each with what the names of its tensors begin with."""
-    for name, child in model.named_children():
-        if name == "layers":
-            yield from ((f"layers.{number}.", block) for number, block in child.named_children())
-        else:
-            yield f"{name}.", child
-
-
-class _RowReader(HuggingFaceStorageReader):
-    """Reads the rows that are asked for, a piece at a time, where torch's maps the files into memory (see
-    `safetensors_files`)."""
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        tensors = read_headers(Path(self.path), every_file=True)
-        for item in plan.items:
-            stored, target = tensors[item.storage_index.fqn], planner.resolve_tensor(item).detach()
-            first, *others = item.storage_offsets or (0,)
-            columns = [slice(offset, offset + size) for offset, size in zip(others, item.lengths[1:], strict=True)]
-            for start, piece in pieces(target):
-                piece.copy_(stored.rows(first + start, first + start + len(piece))[(slice(None), *columns)])
-            planner.commit_tensor(item, target)
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
-
-
-def _row_reader(adapter: Any, path: str) -> HuggingFaceStorageReader:
-    reader = adapter.get_hf_storage_reader(path)
-    # An adapter may have one of its own, which does more than read.
-    return _RowReader(path) if type(reader) is HuggingFaceStorageReader else reader
+@contextmanager
+def _linked(folder: str) -> Iterator[str]:
+    """A folder with links to the files that make up a checkpoint: torch's reader takes all that lie side by side."""
+    with TemporaryDirectory(prefix="let_plugin_weights_") as links:
+        for i, file in enumerate(weight_files(Path(folder), any_name=True)):
+            os.symlink(file.resolve(), Path(links, f"model-{i:05d}.safetensors"))
+        yield links
 
 
 def _weights_format(path: str, spec: ModelSpec) -> str:
@@ -187,7 +178,7 @@ def _weights_format(path: str, spec: ModelSpec) -> str:
     files = os.listdir(path)
     if ".metadata" in files:
         return "DCP"
-    if any(f.endswith(".safetensors") for f in files):
+    if any(f.endswith((".safetensors", ".safetensors.index.json")) for f in files):
         if spec.state_dict_adapter is None:
             message = f"{spec.name} has no adapter for Hugging Face weights; give a torchtitan checkpoint (DCP)"
             raise ConfigError(Problem(_PATH_KEY, message, path))

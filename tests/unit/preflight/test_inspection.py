@@ -12,8 +12,6 @@ import torch.nn.functional as F
 
 from let_plugin.demo import TEACHER, TOKENIZER
 from let_plugin.preflight import teacher_cli as cli
-from let_plugin.teacher.stored.shards import bytes_per_token
-from let_plugin.teacher.titan.specs import BUILT_IN_SPECS
 from tests.support import config_registry as tiny
 from tests.support.jobs import ROOT
 
@@ -116,29 +114,6 @@ def test_a_tokenizer_of_another_model(inspect, tmp_path):
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     shutil.copy(f"{TOKENIZER}/tokenizer.json", tmp_path)
     assert inspect(tmp_path)[0] == 2
-
-
-def test_the_documentations_table_of_teachers_is_what_the_command_says(inspect):
-    text = (ROOT / "docs/teachers.md").read_text()
-    table = text.split("| `teacher.spec` | width |")[1].split("\n\n")[0]
-    rows = {name: cells.split(" | ") for name, cells in re.findall(r"^\| `([\w.-]+)` \| (.*) \|$", table, flags=re.M)}
-    assert rows.keys() == BUILT_IN_SPECS.keys()
-    for name, (*cells, licence) in rows.items():
-        status, said = inspect("--spec", name)
-        assert status == 0 and licence
-        width = cells[0]
-        parameters, embeddings = re.findall(r"[\d,]+", said["trunk"])[:2]
-        expected = [
-            *reversed(re.match(r"(\d+) of width (\d+),", said["blocks"]).groups()),
-            f"{parameters} ({embeddings})",
-            said["vocabulary"].removesuffix(" rows"),
-            said["positions"].removeprefix("at most "),
-            "{} / {}".format(*re.findall(r"[\d,.]+(?= MiB)", said["memory"])),
-            said["cost"].partition(" ")[0],
-            # Bytes per token are GB per billion tokens.
-            " / ".join(f"{bytes_per_token(encoding, int(width)):,}" for encoding in ("bfloat16", "int8")),
-        ]
-        assert cells == expected, name
 
 
 @pytest.mark.slow

@@ -192,7 +192,7 @@ def swapped(tmp_path):
     ("degree", "changes", "message"),
     [
         (3, {}, "2 heads do not divide by parallelism.tensor_parallel_degree = 3"),
-        (1, {"let__teacher__spec": "", "let__teacher__path": TEACHER}, "name one in let.teacher.spec"),
+        (1, {"let__teacher__spec": "transformers", "let__teacher__path": TEACHER}, "transformers runs this teacher"),
     ],
 )
 def test_a_teacher_that_cannot_be_cut(config, monkeypatch, degree, changes, message):

@@ -159,6 +159,17 @@ def test_memory_of_a_sharded_teacher(config, monkeypatch):
     assert f"teacher {mib:.1f} MiB" in line(preflight.run(config), "memory")
 
 
+def test_the_dense_mask_of_a_teacher_that_transformers_runs_is_counted(config):
+    pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
+    set_all(config, let__teacher__spec="", let__teacher__path=TEACHER)
+    assert "run by torchtitan" in line(preflight.run(config), "teacher")
+    assert "mask" not in line(preflight.run(config), "memory")
+    set_all(config, let__teacher__spec="transformers")
+    assert "run by transformers (teacher.spec = 'transformers')" in line(preflight.run(config), "teacher")
+    mib = config.training.local_batch_size * config.training.seq_len**2 * (1 + 4) / 2**20
+    assert f"teacher's dense attention mask {mib:.1f} MiB" in line(preflight.run(config), "memory")
+
+
 def test_a_teacher_that_is_cut(config, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     set_all(config, parallelism__tensor_parallel_degree=2)

@@ -19,9 +19,7 @@ from torchtitan.distributed import ParallelDims  # noqa: E402
 from let_plugin.alignment.layer_mapping import EMBEDDING  # noqa: E402
 from let_plugin.config import TeacherConfig  # noqa: E402
 from let_plugin.config.errors import ConfigError  # noqa: E402
-from let_plugin.teacher import quantization  # noqa: E402
-from let_plugin.teacher.hf.source import HFTeacherSource  # noqa: E402
-from let_plugin.teacher.hf.trunk import HFTeacher  # noqa: E402
+from let_plugin.teacher.hf.source import HFTeacher, HFTeacherSource  # noqa: E402
 from let_plugin.teacher.sharding import teacher_parallel_dims  # noqa: E402
 
 ONE_RANK = {"dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1, "pp": 1, "ep": 1, "world_size": 1}
@@ -376,7 +374,7 @@ def test_sharded_checkpoint(folders, tmp_path) -> None:
     assert torch.equal(states_BLE, build(source_of(folders["llama"]))(tokens_BL, positions_BL))
     shard = sorted(tmp_path.glob("*.safetensors"))[1]
     shard.unlink()
-    assert f"{shard.name} is missing" in problems_of(tmp_path)
+    assert f"names files that are not there: {shard.name}; fetch them" in problems_of(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     assert "index.json cannot be read" in problems_of(tmp_path)
 
@@ -429,7 +427,7 @@ def test_no_such_path(tmp_path) -> None:
     text = problems_of(tmp_path / "absent")
     assert "let.teacher.path" in text
     assert "no such folder" in text
-    assert "not a folder" in problems_of(__file__)
+    assert "not a GGUF file" in problems_of(__file__)
 
 
 def test_hub_name_that_cannot_be_had(monkeypatch) -> None:
@@ -447,12 +445,11 @@ def test_hub_name_in_the_hub_clients_cache(folders, tmp_path, monkeypatch) -> No
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     source = source_of("org/name")
-    assert source.info.description.endswith("hub org/name")
+    assert "hub org/name (in the cache)" in source.info.description
     batch = packed_batch()[:2]
     assert torch.equal(build(source)(*batch), build(source_of(folders["llama"]))(*batch))
     shutil.rmtree(repository)
-    with pytest.raises(ConfigError, match=r"let\.teacher\.path = 'org/name': it cannot be fetched from the hub"):
-        source._download()
+    assert "not in the hub client's cache" in problems_of("org/name")
 
 
 def test_folder_without_config_and_weights(tmp_path) -> None:
@@ -485,7 +482,7 @@ def test_unknown_model_type(llama) -> None:
 
 def test_quantised_weights_are_refused(llama) -> None:
     edit_config(llama, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
-    assert "quantised" in problems_of(llama)
+    assert "quantized" in problems_of(llama)
 
 
 @pytest.mark.parametrize(
@@ -523,51 +520,6 @@ def test_a_window_that_the_family_does_not_hand_on_is_refused(tmp_path) -> None:
     assert "sliding window" in problems_of(tmp_path, load=True)
 
 
-# Offloaded and quantised
-
-
-@torch.no_grad()
-def test_an_offloaded_teacher_equals_the_plain_one(folders, one_rank) -> None:
-    from torch.distributed.tensor import DTensor
-
-    batch = packed_batch()[:2]
-    plain = build(source_of(folders["llama"]))
-    teacher = build(source_of(folders["llama"], cpu_offload=True), parallel_dims=one_rank)
-    for _ in range(2):
-        assert torch.equal(teacher(*batch), plain(*batch))
-        for parameter in teacher.parameters():  # gathered for each forward pass, and given back: the root's as well
-            assert isinstance(parameter, DTensor) and parameter.device.type == "cpu"
-    for module in (teacher.trunk, teacher.trunk.embed_tokens, *teacher.trunk.layers):
-        (group,) = module._get_fsdp_state()._fsdp_param_groups
-        assert all(parameter.offload_to_cpu for parameter in group.fsdp_params)
-        assert group._reshard_after_forward
-
-
-@pytest.mark.parametrize("family", ["llama", "opt", "gemma2"])
-@torch.no_grad()
-def test_an_int8_teacher_is_near_the_plain_one_and_smaller(folders, family) -> None:
-    pytest.importorskip("torchao", reason="pip install torchao")
-    batch = packed_batch()[:2]
-    source = source_of(folders[family], quantization="int8")
-    small, plain = build(source), build(source_of(folders[family]))
-    cosine_BL = torch.nn.functional.cosine_similarity(small(*batch), plain(*batch), dim=-1)
-    assert 0.99 < cosine_BL.min() < 1 - 1e-7
-    sizes = [sum(map(quantization.num_bytes, teacher.parameters())) for teacher in (plain, small)]
-    # 4 bytes of each linear weight become 1, and each row (of 32 weights or more) gets a scale of 4.
-    linear = source.info.num_linear_params
-    assert 3 * linear - 4 * linear / 32 <= sizes[0] - sizes[1] < 3 * linear
-    assert linear == quantization.num_linear_params(plain)
-    assert not any(p.requires_grad or p.is_meta for p in small.parameters())
-
-
-def test_quantisation_that_cannot_be_had(folders, monkeypatch) -> None:
-    assert "no nn.Linear layers to quantise" in problems_of(folders["gpt2"], quantization="int8")
-    monkeypatch.setattr(quantization, "find_spec", lambda name: None)
-    text = problems_of(folders["llama"], quantization="int8", cpu_offload=True)
-    assert "let.teacher.quantization = 'int8': it needs the torchao package: pip install torchao" in text
-    assert "not together with let.teacher.cpu_offload" in text
-
-
 # Damaged weights
 
 
@@ -597,7 +549,7 @@ def test_mismatching_tensor_is_named(llama) -> None:
 def test_a_tensor_of_another_kind_is_named(llama) -> None:
     name = "model.layers.0.mlp.down_proj.weight"
     edit_weights(llama, lambda tensors: {**tensors, name: tensors[name].to(torch.int8)})
-    assert "layers.0.mlp.down_proj.weight (file int8, configuration float32)" in problems_of(llama)
+    assert "layers.0.mlp.down_proj.weight (file integers, configuration floating-point numbers)" in problems_of(llama)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
@@ -622,7 +574,7 @@ def test_a_file_that_shrinks_after_its_header_was_read(llama) -> None:
     source = source_of(llama)
     file = llama / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ConfigError, match=r"cannot be read: OSError: model.safetensors ends too early"):
+    with pytest.raises(ConfigError, match=r"its weights cannot be read: SafetensorError"):
         build(source)
 
 
@@ -630,7 +582,7 @@ def test_experts_that_do_not_combine_are_named(folders, tmp_path) -> None:
     folder = Path(shutil.copytree(folders["olmoe"], tmp_path / "olmoe"))
     edit_weights(folder, lambda tensors: {k: v for k, v in tensors.items() if "experts.3.gate_proj" not in k})
     text = problems_of(folder)
-    assert "layers.0.mlp.experts" in text
+    assert "mlp.experts.gate_up_proj" in text
     assert "not as its configuration says" in text
 
 
@@ -645,7 +597,7 @@ def test_truncated_weights_are_named(llama) -> None:
     file = llama / "model.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[:-100])
-    assert "model.safetensors is truncated: it lacks (part of) model." in problems_of(llama)
+    assert "model.safetensors is truncated" in problems_of(llama)
     for damaged in (b"", b"123", content[:50], b"x" * 100, (2).to_bytes(8, "little") + b"[]" + b"x"):
         file.write_bytes(damaged)
         assert "model.safetensors is " in problems_of(llama)

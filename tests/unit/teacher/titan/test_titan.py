@@ -20,7 +20,6 @@ from let_plugin.config.errors import ConfigError
 from let_plugin.demo import TEACHER, TOKENIZER
 from let_plugin.runtime import host
 from let_plugin.runtime.models import llama_spec
-from let_plugin.teacher import quantization
 from let_plugin.teacher.titan.source import TEACHER_SPECS, TitanTeacherSource, describe_spec, register_teacher_spec
 from tests.support import config_registry as tiny
 from tests.support import jobs, reference
@@ -154,36 +153,6 @@ def test_bf16_states_are_near_the_fp32_ones(tiny_teacher, build):
 
 
 # Layers
-
-
-@torch.no_grad()
-def test_an_offloaded_teacher_equals_the_plain_one(tiny_teacher, build):
-    path, _ = tiny_teacher
-    batch = packed_batch()
-    teacher = build(path, cpu_offload=True)
-    assert torch.equal(teacher(*batch), build(path)(*batch))
-    assert torch.equal(teacher(*batch), build(path)(*batch))
-    for parameter in teacher.parameters():  # gathered for each forward pass, and given back
-        assert isinstance(parameter, DTensor) and parameter.device.type == "cpu"
-    for module in (teacher.model, *teacher.model.layers.values()):
-        for group in module._get_fsdp_state()._fsdp_param_groups:
-            assert all(parameter.offload_to_cpu for parameter in group.fsdp_params)
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-@torch.no_grad()
-def test_an_int8_teacher_is_near_the_plain_one_and_smaller(build, config, compiled):
-    pytest.importorskip("torchao", reason="pip install torchao")
-    config.compile = CompileConfig(enable=compiled)
-    batch = packed_batch()
-    whole, small = build("", spec="demo_teacher"), build("", spec="demo_teacher", quantization="int8")
-    cosine_BL = torch.nn.functional.cosine_similarity(small(*batch), whole(*batch), dim=-1)
-    assert 0.99 < cosine_BL.min() < 1 - 1e-7
-    linear = quantization.num_linear_params(whole)
-    assert linear == TitanTeacherSource(TeacherConfig(spec="demo_teacher")).info.num_linear_params
-    saved = sum(map(quantization.num_bytes, whole.parameters())) - sum(map(quantization.num_bytes, small.parameters()))
-    assert 0.95 < saved / (3 * linear) <= 1  # 4 bytes have become 1, and a scale for each row
-    assert not any(p.requires_grad for p in small.parameters())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -105,13 +105,13 @@ def test_damaged_metadata(dcp_folder):
 @pytest.mark.parametrize("num_bytes", [-100, -2_000_000])
 def test_tensors_that_are_not_wholly_in_a_safetensors_file_are_named(safetensors, num_bytes):
     cut(safetensors / FILE, num_bytes)
-    assert f"{FILE} is truncated: it lacks (part of) model." in problem_of(safetensors, "demo_teacher")
+    assert f"{FILE} is truncated" in problem_of(safetensors, "demo_teacher")
 
 
 @pytest.mark.parametrize("num_bytes", [20, 0])
 def test_safetensors_without_their_header(safetensors, num_bytes):
     cut(safetensors / FILE, num_bytes)
-    assert f"{FILE} is truncated, or is not a safetensors file" in problem_of(safetensors, "demo_teacher")
+    assert f"{FILE} is truncated or not a safetensors file" in problem_of(safetensors, "demo_teacher")
 
 
 def test_files_of_any_name_are_read_and_all_that_an_index_names_must_be_there(safetensors):
@@ -122,7 +122,9 @@ def test_files_of_any_name_are_read_and_all_that_an_index_names_must_be_there(sa
     TitanTeacherSource(TeacherConfig(spec="demo_teacher", path=str(safetensors)))
     index = '{"weight_map": {"model.norm.weight": "part-2.safetensors"}}'
     (safetensors / "model.safetensors.index.json").write_text(index)
-    assert "part-2.safetensors is missing" in problem_of(safetensors, "demo_teacher")
+    assert "not there: part-2.safetensors; fetch them. The folder has part-0.safetensors, part-1" in problem_of(
+        safetensors, "demo_teacher"
+    )
 
 
 # Tensors
@@ -202,7 +204,7 @@ def test_all_that_is_wrong_is_said_at_once_and_by_the_preflight_check(tiny_teach
 def test_truncated_safetensors_are_refused_by_the_preflight_check(safetensors, config):
     cut(safetensors / FILE, -100)
     config.let.teacher.spec, config.let.teacher.path = "demo_teacher", str(safetensors)
-    with pytest.raises(ConfigError, match=r"let\.teacher\.path.*lacks \(part of\) model\."):
+    with pytest.raises(ConfigError, match=r"let\.teacher\.path.*model\.safetensors is truncated"):
         preflight.run(config)
 
 
@@ -236,7 +238,7 @@ def test_an_adapter_that_needs_the_whole_model_gets_it(safetensors):
         model.lm_head = None  # the file has none
         weights = TitanWeights(str(safetensors), own, "demo_teacher")
         weights.check(model, len(model.layers))
-        assert weights.load(model) == []
+        weights.load(model, torch.float32)
         states.append(model.state_dict())
     assert ForTheWholeModel.num_read == len(load_file(safetensors / FILE))
     for name, tensor in states[0].items():

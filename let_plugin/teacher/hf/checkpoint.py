@@ -1,0 +1,285 @@
+"""A checkpoint that `transformers` can read: a folder, a hub name or a .gguf file.
+
+`from_pretrained` reads it, from safetensors or GGUF, never from pickles. At start-up it does so on the meta device,
+which compares the files' headers with the configuration and reads no weights.
+"""
+
+import dataclasses
+import logging
+import os
+import re
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from let_plugin.config import TeacherConfig
+from let_plugin.config.errors import ConfigError, Problem
+from let_plugin.teacher.hf.checks import check_is_decoder, check_isolates_documents, find_layers
+from let_plugin.teacher.hf.files import (
+    check_folder,
+    read_headers,
+    remote_code_problem,
+    some_names,
+    unused_index,
+    weight_files,
+)
+from let_plugin.tokens.vocabulary import open_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_PATH_KEY = "let.teacher.path"
+_HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
+_INTEGERS = {"I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
+
+
+class Checkpoint:
+    """A checkpoint that has been found and compared with its configuration; its weights are not read yet.
+
+    Args:
+        config: The `[let.teacher]` table. `path` is a hub name only if it looks like one ("org/name") and there is no
+            such path on this machine. A local teacher never touches the network.
+
+    Attributes:
+        where: What and where it is, for people.
+        model_config: Its configuration.
+        trunk: The model without a head, whole, on the meta device.
+
+    Raises:
+        ConfigError: If there is no such checkpoint, it is not a decoder that can be a teacher, or its weights are not
+            those that its configuration asks for.
+    """
+
+    def __init__(self, config: TeacherConfig) -> None:
+        import_transformers()
+        self.config = config
+        self.is_gguf = is_gguf(config.path)
+        self._hub: Any = None
+        if self.is_gguf:
+            from let_plugin.teacher.hf import gguf
+
+            gguf.check_file(config.path)
+            self._alone = gguf.alone(config.path)
+            self.folder = self._alone.name
+            self.where = f"GGUF {config.path}"
+        elif os.path.exists(config.path):
+            self.folder, self.where = config.path, f"folder {config.path}"
+        elif _HUB_NAME.match(config.path):
+            from let_plugin.teacher.hf.hub import open_hub
+
+            self._hub = open_hub(config)
+            self.folder = self._hub.folder
+            self.where = f"hub {config.path}{'@' + self._hub.commit[:8] if self._hub.commit else ''} ({self._hub.size})"
+        else:
+            message = 'there is no such folder, and it is not a hub name ("org/name"); give a folder with config.json'
+            raise ConfigError(Problem(_PATH_KEY, f"{message} and *.safetensors", config.path))
+        if config.revision and self._hub is None:
+            raise ConfigError(Problem("let.teacher.revision", "only a teacher on the hub has one", config.revision))
+        if not self.is_gguf:
+            check_folder(config, Path(self.folder))
+        self.model_config = self._load_config()
+        check_is_decoder(self.model_config, config)
+        self.trunk = self._build_on_meta()
+        check_isolates_documents(self.model_config, self.trunk, config.path)
+        self._check_headers()
+
+    def on_meta(self, *, attention: str, dtype: torch.dtype = torch.float32) -> Any:
+        """A new trunk on the meta device, with the attention function of that name."""
+        from transformers import AutoModel
+
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            return AutoModel.from_config(
+                self.model_config,
+                trust_remote_code=self.config.trust_remote_code,
+                attn_implementation=attention,
+                dtype=dtype,
+            )
+
+    def load(self, dtype: torch.dtype, *, head: bool = False, attention: str | None = None) -> Any:
+        """Reads the whole trunk, or with `head` the whole causal language model, into CPU memory.
+
+        ConfigError that names the tensors which cannot be read, or hold NaN or infinities.
+        """
+        import transformers
+
+        folder = self.weights_folder()
+        auto_class = transformers.AutoModelForCausalLM if head else transformers.AutoModel
+        model, problems = self._from_pretrained(auto_class, folder, dtype=dtype, attn_implementation=attention)
+        not_finite = [
+            name for name, t in model.state_dict().items() if t.is_floating_point() and not bool(t.isfinite().all())
+        ]
+        if not_finite and not problems:
+            message = f"these tensors hold NaN or infinite values: {some_names(not_finite)}; fetch the files again"
+            problems.append(Problem(_PATH_KEY, message, self.config.path))
+        if problems:
+            raise ConfigError(problems)
+        return model
+
+    def tokenizer(self) -> Any | None:
+        """That of `tokenizer_path` if given, or else the checkpoint's own; None if it comes without one."""
+        if self.is_gguf and not self.config.tokenizer_path:
+            from let_plugin.teacher.hf import gguf
+
+            return gguf.load_tokenizer(self.config.path)
+        return open_tokenizer(dataclasses.replace(self.config, path=self.folder))
+
+    def weights_folder(self) -> str:
+        """The local folder with the weights; those of a hub name are fetched if they are not there yet."""
+        if self._hub is None:
+            return self.folder
+        from let_plugin.teacher.hf.hub import fetch_weights
+
+        return fetch_weights(self.config, self._hub)
+
+    def _load_config(self) -> "PreTrainedConfig":
+        from transformers import AutoConfig
+
+        try:
+            with quiet_transformers():
+                return AutoConfig.from_pretrained(
+                    self.folder, trust_remote_code=self.config.trust_remote_code, **self._options()
+                )
+        except Exception as error:  # OSError, ValueError, JSON errors, and whatever remote code or a .gguf file raises
+            if "trust_remote_code" in str(error):
+                raise ConfigError(remote_code_problem()) from error
+            raise self._unreadable("configuration", error) from error
+
+    def _build_on_meta(self) -> Any:
+        try:
+            # Every family has "eager" attention, so that the checks can say what is the matter with the others.
+            return self.on_meta(attention="eager")
+        except Exception as error:  # a configuration that contradicts itself fails anywhere in the model's constructor
+            message = f"its configuration cannot be built: {error}"
+            raise ConfigError(Problem(_PATH_KEY, message, self.config.path)) from error
+
+    def _check_headers(self) -> None:
+        if self.is_gguf:
+            from let_plugin.teacher.hf import gguf
+
+            try:
+                missing = gguf.missing_tensors(self.config.path, self.trunk)
+            except Exception as error:  # a damaged file fails in numpy, struct or the reader: any type of error
+                raise self._unreadable("weights", error) from error
+            if missing:
+                message = f"the checkpoint lacks tensors that its configuration asks for: {some_names(missing)}"
+                raise ConfigError(Problem(_PATH_KEY, message, self.config.path))
+            return
+        from transformers import AutoModel
+
+        headers = read_headers(weight_files(Path(self.folder)))
+        integers = {name for name, stored in headers.items() if stored.dtype in _INTEGERS}
+        _, problems = self._from_pretrained(
+            AutoModel, self.folder, integers=integers, device_map="meta", dtype=torch.float32
+        )
+        if problems:
+            raise ConfigError(problems)
+
+    def _from_pretrained(
+        self,
+        auto_class: Any,
+        folder: str,
+        *,
+        integers: Collection[str] = (),
+        **options: Any,
+    ) -> tuple[Any, list[Problem]]:
+        """The model, and what is wrong with it. `integers`: the stored tensors that hold no floating-point numbers."""
+        with quiet_transformers() as said:
+            try:
+                model, info = auto_class.from_pretrained(
+                    folder,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,
+                    trust_remote_code=self.config.trust_remote_code,
+                    **self._options(),
+                    **{name: value for name, value in options.items() if value is not None},
+                )
+            except Exception as error:  # whatever a damaged file brings about in a reader or converter
+                names = sorted(set(re.findall(r"destined for ([\w.]*\w)", "\n".join(said))))
+                if names:
+                    message = f"tensors that are not as its configuration says: {some_names(names)} ({error})"
+                    raise ConfigError(Problem(_PATH_KEY, message, self.config.path)) from error
+                raise self._unreadable("weights", error) from error
+        return model, self._fit_problems(model, info, integers)
+
+    def _fit_problems(self, model: Any, info: dict[str, Any], integers: Collection[str]) -> list[Problem]:
+        state = model.state_dict()
+        wrong = [
+            f"{name} (file {tuple(found)}, configuration {tuple(wanted)})"
+            for name, found, wanted in info["mismatched_keys"]
+        ]
+        for name in set(integers) - set(info["unexpected_keys"]):
+            if all(t.is_floating_point() for key, t in state.items() if name.endswith(key)):
+                wrong.append(f"{name} (file integers, configuration floating-point numbers)")
+        # A head, or a buffer of an old version, may be left over; a whole layer means a wrong config.json.
+        num_layers = self.model_config.num_hidden_layers
+        layers = find_layers(model, num_layers)
+        prefix = next(name for name, module in model.named_modules() if module is layers).rpartition(".")[2]
+        in_layers = re.compile(rf"(^|\.){re.escape(prefix)}\.(\d+)\.")
+        surplus = [n for n in info["unexpected_keys"] if (match := in_layers.search(n)) and int(match[2]) >= num_layers]
+        messages = []
+        if missing := info["missing_keys"]:
+            text = f"the checkpoint lacks tensors that its configuration asks for: {some_names(missing)}"
+            messages.append(f"{text}{unused_index(Path(self.folder))}")
+        if wrong:
+            messages.append(f"tensors that are not as its configuration says: {some_names(wrong)}")
+        if surplus:
+            text = f"the checkpoint has more layers than its configuration ({num_layers})"
+            messages.append(f"{text}: {some_names(surplus)}")
+        return [Problem(_PATH_KEY, message, self.config.path) for message in messages]
+
+    def _options(self) -> dict[str, Any]:
+        gguf_file = {"gguf_file": os.path.basename(self.config.path)} if self.is_gguf else {}
+        return {"local_files_only": True, **gguf_file}
+
+    def _unreadable(self, what: str, error: Exception) -> ConfigError:
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        if self.is_gguf:
+            size = os.path.getsize(self.config.path)
+            reason = f"the file is truncated ({size} bytes), damaged or of an unknown kind; {reason}"
+        return ConfigError(Problem(_PATH_KEY, f"its {what} cannot be read: {reason}", self.config.path))
+
+
+def is_gguf(path: str) -> bool:
+    """Whether `let.teacher.path` means a .gguf file."""
+    return path.endswith(".gguf") or (os.path.isfile(path) and not path.endswith(".safetensors"))
+
+
+def import_transformers() -> Any:
+    """The `transformers` module; ConfigError if it is not installed."""
+    try:
+        import transformers
+    except ImportError as error:
+        message = "this teacher needs the transformers package: pip install let-plugin[hf]"
+        raise ConfigError(Problem(_PATH_KEY, message)) from error
+    return transformers
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[list[str]]:
+    """No progress bars and no messages of `transformers`, which are collected instead: Checkpoint reports."""
+    from transformers.utils import logging as transformers_logging
+
+    said: list[str] = []
+    logger = logging.getLogger("transformers")
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    handlers, propagate = logger.handlers, logger.propagate
+    had_progress_bar = transformers_logging.is_progress_bar_enabled()
+    logger.handlers, logger.propagate = [handler], False
+    transformers_logging.disable_progress_bar()
+    try:
+        yield said
+    finally:
+        logger.handlers, logger.propagate = handlers, propagate
+        if had_progress_bar:
+            transformers_logging.enable_progress_bar()
+
+
+def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Name -> parameter or buffer, those that no checkpoint holds included."""
+    return {name: t.detach() for name, t in (*model.named_parameters(), *model.named_buffers())}

@@ -1,0 +1,160 @@
+"""The files of a checkpoint in Hugging Face format: which ones make it up, and what their headers say."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from let_plugin.config import TeacherConfig
+from let_plugin.config.errors import ConfigError, Problem
+
+INDEX = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
+_PATH_KEY = "let.teacher.path"
+_MAX_NAMED = 8
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a safetensors file, not read yet; `dtype` is the format's own name, such as "BF16"."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def check_folder(config: TeacherConfig, folder: Path) -> None:
+    """ConfigError unless `folder` holds a config.json and safetensors; `config` is what the user gave."""
+    if not folder.is_dir():
+        message = "not a folder; give the folder with config.json and *.safetensors (or a .gguf file)"
+        raise ConfigError(Problem(_PATH_KEY, message, config.path))
+    names = sorted(file.name for file in folder.iterdir())
+    problems = missing_files(names, config)
+    if "config.json" in names:
+        problems += _config_file_problems(folder / "config.json", config)
+    if problems:
+        raise ConfigError(problems)
+
+
+def missing_files(names: Iterable[str], config: TeacherConfig) -> list[Problem]:
+    """What is wrong with a checkpoint, by the names of its files alone."""
+    names = set(names)
+    if ADAPTER_CONFIG in names:
+        message = (
+            "it is an adapter (PEFT), not a whole model; merge it into its base model: "
+            "AutoPeftModelForCausalLM.from_pretrained(path).merge_and_unload().save_pretrained(new_path)"
+        )
+        return [Problem(_PATH_KEY, message, config.path)]
+    messages = []
+    if "config.json" not in names:
+        messages.append(
+            "no config.json there; a teacher needs config.json and *.safetensors, as save_pretrained writes"
+        )
+    if not {SINGLE_FILE, INDEX} & names:
+        if any(Path(name).suffix in PICKLE_SUFFIXES for name in names):
+            messages.append(
+                "only pickled weights there, which can run code when they are read, and are refused; convert them, if "
+                "you trust them: AutoModelForCausalLM.from_pretrained(path).save_pretrained(new_path). If a revision "
+                "on the hub has safetensors, name it in let.teacher.revision"
+            )
+        else:
+            messages.append(f"no {SINGLE_FILE} (or {INDEX}) there")
+    return [Problem(_PATH_KEY, message, config.path) for message in messages]
+
+
+def weight_files(folder: Path, *, any_name: bool = False) -> list[Path]:
+    """The safetensors files of a checkpoint: model.safetensors, or else those that the index names.
+
+    Args:
+        folder: The folder.
+        any_name: If there is neither, take all *.safetensors in it.
+
+    Raises:
+        ConfigError: If the index cannot be read, or names files that are not there or outside the folder.
+    """
+    if (folder / SINGLE_FILE).is_file():
+        return [folder / SINGLE_FILE]
+    if any_name and not (folder / INDEX).is_file():
+        return sorted(folder.glob("*.safetensors"))
+    try:
+        names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        files = [folder / name for name in names]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(Problem(_PATH_KEY, f"its {INDEX} cannot be read: {error!r}", str(folder))) from error
+    # A file may be a link to anywhere (the hub's cache has such links), but not lie in another folder by its name.
+    root = folder.resolve()
+    messages = []
+    if outside := [n for n, f in zip(names, files, strict=True) if not f.parent.resolve().is_relative_to(root)]:
+        messages.append(f"its {INDEX} names files outside the folder: {some_names(outside)}")
+    elif absent := [n for n, f in zip(names, files, strict=True) if not f.is_file()]:
+        message = f"its {INDEX} names files that are not there: {some_names(absent)}; fetch them"
+        if others := sorted(f.name for f in folder.glob("*.safetensors") if f not in files):
+            message += f". The folder has {some_names(others)}: if the index is of another checkpoint, delete it"
+        messages.append(message)
+    if messages:
+        raise ConfigError([Problem(_PATH_KEY, message, str(folder)) for message in messages])
+    return files
+
+
+def unused_index(folder: Path) -> str:
+    """A remark for messages if an index lies beside a single file, which is read without it."""
+    if (folder / SINGLE_FILE).is_file() and (folder / INDEX).is_file():
+        return f" ({SINGLE_FILE} was read; the {INDEX} beside it is not used)"
+    return ""
+
+
+def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
+    """Name -> tensor, of all the files. ConfigError that names files that are missing, truncated or damaged."""
+    tensors: dict[str, StoredTensor] = {}
+    problems = []
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - not a mapping
+                    stored = opened.get_slice(name)
+                    tensors[name] = StoredTensor(stored.get_dtype(), tuple(stored.get_shape()))
+        except (OSError, SafetensorError) as error:
+            if not file.is_file():
+                message = f"{file.name} is missing"
+            else:
+                size = file.stat().st_size
+                message = f"{file.name} is truncated or not a safetensors file ({size} bytes): {error}; fetch it again"
+            problems.append(Problem(_PATH_KEY, message, str(file.parent)))
+    if problems:
+        raise ConfigError(problems)
+    return tensors
+
+
+def some_names(names: Iterable[str]) -> str:
+    """The first few of them, for a message."""
+    names = sorted(names)
+    more = len(names) - _MAX_NAMED
+    return ", ".join(names[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def remote_code_problem() -> Problem:
+    """For a checkpoint with Python code of its own."""
+    message = (
+        "the checkpoint comes with Python code of its own; set it to true if you trust that code, or choose a teacher "
+        "that transformers knows"
+    )
+    return Problem("let.teacher.trust_remote_code", message, False)
+
+
+def _config_file_problems(config_file: Path, config: TeacherConfig) -> list[Problem]:
+    from transformers import CONFIG_MAPPING
+
+    try:
+        content = json.loads(config_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return [Problem(_PATH_KEY, f"its config.json cannot be read: {error}", config.path)]
+    model_type = content.get("model_type") if isinstance(content, dict) else None
+    if model_type in CONFIG_MAPPING:
+        return []
+    if isinstance(content, dict) and "auto_map" in content:
+        return [] if config.trust_remote_code else [remote_code_problem()]
+    message = f"transformers knows no model_type {model_type!r} (in config.json); a newer transformers may"
+    return [Problem(_PATH_KEY, message, config.path)]

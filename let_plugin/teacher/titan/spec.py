@@ -1,0 +1,151 @@
+"""torchtitan specifications and config.json: a spec is made from one, or compared with it.
+
+Weights of the right shapes load into the wrong architecture: SmolLM's into SmolLM2's spec, which turns its positions
+ten times slower. config.json says what the shapes do not.
+"""
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torchtitan.models.common import FeedForward, RoPE
+from torchtitan.protocols.model_spec import ModelSpec
+
+from let_plugin.config.errors import ConfigError, Problem
+from let_plugin.runtime.models import Llama3RopeScaling, llama_spec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_FAMILIES = ("llama", "mistral")  # of transformers; without a sliding window, Mistral's is Llama's architecture
+# What torchtitan's llama has, under the names of config.json; a field that a family lacks is as wanted.
+_WANTED = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "sliding_window": None,
+    "use_bidirectional_attention": None,
+    "partial_rotary_factor": 1.0,
+}
+_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_MIN_HEAD_WIDTH = 16  # of FlexAttention
+_ROTATES_WHOLE_HEADS = ("llama3", "qwen3")
+
+
+def obstacle(config: "PreTrainedConfig") -> str:
+    """Why torchtitan's llama cannot compute what `config` describes; empty if it can."""
+    if config.model_type not in _FAMILIES:
+        return f"there is no native model for the family {config.model_type}"
+    for field, wanted in _WANTED.items():
+        found = getattr(config, field, wanted)
+        if found != wanted and found is not None:
+            return f"the native model has no {field} = {found!r}"
+    rope = dict(config.rope_parameters or {})
+    rope_type = rope.pop("rope_type", "default")
+    known = {"rope_theta", *(_SCALING if rope_type == "llama3" else ())}
+    if rope_type not in ("default", "llama3"):
+        return f"the native model has no rope_type = {rope_type!r}"
+    if extra := sorted(rope.keys() - known):
+        return f"the native model has no {extra[0]} = {rope[extra[0]]!r}"
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if head_width * config.num_attention_heads != config.hidden_size:
+        return f"the native model's heads have width hidden_size / num_attention_heads, not {head_width}"
+    if head_width < _MIN_HEAD_WIDTH or head_width % 2:
+        return f"the native model has no heads of width {head_width}"
+    return ""
+
+
+def make_spec(config: "PreTrainedConfig") -> ModelSpec:
+    """The specification of the model that `config` describes, for which there is no `obstacle`."""
+    rope = config.rope_parameters
+    scaling = None
+    if rope.get("rope_type", "default") == "llama3":
+        scaling = Llama3RopeScaling(**{name: rope[name] for name in _SCALING})
+    return llama_spec(
+        config.model_type,
+        dim=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        hidden_dim=config.intermediate_size,
+        vocab_size=config.vocab_size,
+        rope_theta=rope["rope_theta"],
+        rope_scaling=scaling,
+        max_seq_len=config.max_position_embeddings,
+        norm_eps=config.rms_norm_eps,
+        tie_embeddings=config.tie_word_embeddings,
+    )
+
+
+def read_hf_config(folder: str) -> dict[str, Any] | None:
+    """What config.json says; None if there is none. ConfigError if it cannot be read."""
+    file = Path(folder, "config.json")
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError) as error:
+        raise ConfigError(Problem("let.teacher.path", f"its config.json cannot be read: {error}", folder)) from error
+    return content
+
+
+def check_agrees(hf_config: dict[str, Any], spec: ModelSpec, *, name: str) -> None:
+    """ConfigError with a Problem for each field of config.json that means another model than `spec` does.
+
+    Args:
+        hf_config: What config.json says. A field that it leaves out, or that `spec` knows nothing of, is not compared.
+        spec: The specification.
+        name: The name of it that the user gave.
+    """
+    nested = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
+    found = dict(hf_config)
+    if (nested or "rope_theta" in hf_config) and not any(isinstance(value, dict) for value in nested.values()):
+        found |= {**nested, "rope_type": nested.get("rope_type", nested.get("type", "default"))}
+    remedy = "; take the spec of this checkpoint, or none: then its config.json is the spec"
+    problems = [
+        Problem(
+            "let.teacher.spec", f"its config.json has {field} = {found[field]!r}, the spec {wanted!r}{remedy}", name
+        )
+        for field, wanted in _fields(spec)
+        if wanted is not None and found.get(field) is not None and not _same(found[field], wanted)
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _fields(spec: ModelSpec) -> Iterable[tuple[str, Any]]:
+    """What a torchtitan specification says, under the names of config.json."""
+    model: Any = spec.model
+    attention = model.first_attention
+    num_heads = getattr(attention, "n_heads", None)
+    yield "hidden_size", model.dim
+    yield "num_hidden_layers", len(model.layers)
+    yield "vocab_size", model.vocab_size
+    yield "rms_norm_eps", getattr(model.norm, "eps", None)
+    yield "num_attention_heads", num_heads
+    if hasattr(attention, "n_kv_heads"):
+        yield "num_key_value_heads", attention.n_kv_heads or num_heads
+    feed_forward = getattr(model.layers[0], "feed_forward", None)
+    if isinstance(feed_forward, FeedForward.Config):
+        yield "intermediate_size", feed_forward.w1.out_features
+        yield "hidden_act", "silu"
+    rope = getattr(attention, "rope", None)
+    if not isinstance(rope, RoPE.Config):
+        return
+    yield "rope_theta", rope.theta
+    if spec.name in _ROTATES_WHOLE_HEADS:  # the other families' config.json has names of its own
+        yield "head_dim", rope.dim
+        yield "rope_type", {"none": "default", "llama": "llama3", "yarn": "yarn"}[rope.scaling]
+        if rope.scaling == "llama":
+            yield "factor", rope.scaling_factor
+            yield from ((name, getattr(rope, name)) for name in _SCALING[1:])
+
+
+def _same(found: Any, wanted: Any) -> bool:
+    if isinstance(found, (int, float)) and isinstance(wanted, (int, float)):
+        return math.isclose(found, wanted, rel_tol=1e-6)
+    return bool(found == wanted)

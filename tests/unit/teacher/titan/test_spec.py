@@ -1,0 +1,223 @@
+"""A Llama of transformers run by torchtitan: which ones are, and that their states are those of transformers.
+
+Shape legend: B batch, L sequence, E teacher width.
+"""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torchtitan.config import CompileConfig
+
+from let_plugin.config import TeacherConfig
+from let_plugin.config.errors import ConfigError
+from let_plugin.teacher.hf.source import HFTeacherSource
+from let_plugin.teacher.titan.source import TitanTeacherSource
+from let_plugin.teacher.titan.spec import check_agrees, make_spec, read_hf_config
+from tests.support import gguf_files
+from tests.support.jobs import ROOT
+
+transformers = pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
+
+from let_plugin.teacher.open import open_teacher  # noqa: E402
+
+SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+SIZES = {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2}
+SIZES |= {"intermediate_size": 80, "vocab_size": 512, "max_position_embeddings": 64, "rms_norm_eps": 1e-3}
+ROPES = {
+    "SmolLM": {"rope_type": "default", "rope_theta": 10_000.0},
+    "SmolLM2": {"rope_type": "default", "rope_theta": 100_000.0},
+    "Llama 3.2": {"rope_type": "llama3", "rope_theta": 500_000.0, **SCALING},
+}
+
+
+@pytest.fixture
+def build(config, parallel_dims):
+    def build(source):
+        return source.build(
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            config=config,
+            parallel_dims=parallel_dims,
+            layers=[source.info.num_layers - 1],
+            final_norm=True,
+        )
+
+    return build
+
+
+def save(folder, config):
+    """A random model in `folder`, which it returns."""
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2, generator=generator)
+    model.save_pretrained(folder)
+    return model
+
+
+def assert_states_are_those_of(teacher, model, lengths):
+    """A row of one document, and one of packed ones, each against transformers' states of the document alone."""
+    tokens_1L = torch.randint(model.config.vocab_size, (1, sum(lengths)), generator=torch.Generator().manual_seed(3))
+    expected_1LE = model(input_ids=tokens_1L).last_hidden_state
+    for positions_1L in (None, torch.arange(sum(lengths))[None]):
+        torch.testing.assert_close(teacher(tokens_1L, positions_1L), expected_1LE, rtol=0, atol=1e-4)
+    positions_1L = torch.cat([torch.arange(n) for n in lengths])[None]
+    expected_1LE = torch.cat([model(input_ids=t).last_hidden_state for t in tokens_1L.split(lengths, 1)], dim=1)
+    torch.testing.assert_close(teacher(tokens_1L, positions_1L), expected_1LE, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("rope", "tied"), [("SmolLM", True), ("SmolLM2", False), ("Llama 3.2", True)])
+@pytest.mark.parametrize("compiled", [False, True])
+@torch.no_grad()
+def test_a_llama_by_its_path_alone_is_native_and_equals_transformers(tmp_path, build, config, rope, tied, compiled):
+    """Grouped-query attention, an epsilon that shows, and the rotary embedding of each kind."""
+    model = save(tmp_path, transformers.LlamaConfig(**SIZES, rope_parameters=ROPES[rope], tie_word_embeddings=tied))
+    config.compile = CompileConfig(enable=compiled, components=["model"], backend="aot_eager")
+    source = open_teacher(TeacherConfig(path=str(tmp_path)))
+    assert isinstance(source, TitanTeacherSource) and source.info.is_native
+    assert "run by torchtitan" in source.info.description
+    assert source.info.max_seq_len == 64
+    assert source.info.num_trunk_params == sum(p.numel() for p in model.model.parameters())
+    assert_states_are_those_of(build(source), model.model, [9, 20, 4])
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "reason"),
+    [
+        ("llama", {"attention_bias": True}, "attention_bias = True"),
+        ("llama", {"mlp_bias": True}, "mlp_bias = True"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ("llama", {"head_dim": 32}, "not 32"),
+        ("llama", {"num_attention_heads": 12, "num_key_value_heads": 4}, "no heads of width 8"),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "'linear'"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic'"),
+        ("mistral", {"sliding_window": 5}, "sliding_window = 5"),
+        ("qwen2", {}, "the family qwen2"),
+    ],
+)
+@torch.no_grad()
+def test_what_the_native_model_lacks_is_run_by_transformers(tmp_path, build, model_type, fields, reason):
+    model = save(tmp_path, transformers.AutoConfig.for_model(model_type, **{**SIZES, **fields}))
+    source = open_teacher(TeacherConfig(path=str(tmp_path)))
+    assert isinstance(source, HFTeacherSource) and not source.info.is_native
+    assert "run by transformers (" in source.info.description and reason in source.info.description
+    tokens_1L = torch.arange(20)[None]
+    expected_1LE = model.model(input_ids=tokens_1L).last_hidden_state
+    torch.testing.assert_close(build(source)(tokens_1L, None), expected_1LE, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_mistral_without_a_window_is_native_and_transformers_can_be_asked_for(tmp_path, build):
+    model = save(tmp_path, transformers.MistralConfig(**SIZES, sliding_window=None))
+    source = open_teacher(TeacherConfig(path=str(tmp_path)))
+    assert source.info.is_native
+    assert_states_are_those_of(build(source), model.model, [9, 20, 4])
+    source = open_teacher(TeacherConfig(path=str(tmp_path), spec="transformers"))
+    assert isinstance(source, HFTeacherSource)
+    assert "run by transformers (teacher.spec = 'transformers')" in source.info.description
+    assert_states_are_those_of(build(source), model.model, [9, 20, 4])
+
+
+@torch.no_grad()
+def test_a_native_teacher_as_a_language_model(tmp_path):
+    model = save(tmp_path, transformers.LlamaConfig(**SIZES, tie_word_embeddings=False))
+    source = open_teacher(TeacherConfig(path=str(tmp_path)))
+    logits_of = source.language_model(dtype=torch.float32, device=torch.device("cpu"), seq_len=16)
+    tokens_1L = torch.arange(16)[None]
+    torch.testing.assert_close(logits_of(tokens_1L, None), model(input_ids=tokens_1L).logits, rtol=0, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_gguf_llama_is_native(tmp_path, build):
+    pytest.importorskip("gguf", reason="pip install let-plugin[hf]")
+    generator = np.random.default_rng(0)
+    shapes = {"attn_q": (64, 64), "attn_k": (64, 64), "attn_v": (64, 64), "ffn_gate": (96, 64), "ffn_down": (64, 96)}
+    weights = {f"blk_0_{n}": generator.normal(0, 0.2, s).astype(np.float32) for n, s in shapes.items()}
+    weights["token_embd"] = generator.normal(0, 1, (32, 64)).astype(np.float32)
+    path = gguf_files.write_llama(tmp_path / "tiny.gguf", width=64, hidden=96, **weights)
+    source = open_teacher(TeacherConfig(path=path))
+    assert source.info.is_native
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf").eval()
+    assert_states_are_those_of(build(source), model.model, [9, 20, 4])
+    tokens_1L = torch.arange(16)[None]
+    logits_of = source.language_model(dtype=torch.float32, device=torch.device("cpu"), seq_len=16)
+    torch.testing.assert_close(logits_of(tokens_1L, None), model(input_ids=tokens_1L).logits, rtol=0, atol=1e-3)
+    weights["blk_0_ffn_down"][3, 5] = np.nan
+    gguf_files.write_llama(tmp_path / "tiny.gguf", width=64, hidden=96, **weights)
+    with pytest.raises(ConfigError, match=r"NaN or infinite values: layers\.0\.mlp\.down_proj\.weight"):
+        build(source)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_smollm2_equals_transformers(build, config):
+    pytest.importorskip("gguf", reason="pip install let-plugin[hf]")
+    file = ROOT / "assets/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    if not file.exists():
+        pytest.skip("make fetch-smollm2")
+    model = transformers.AutoModel.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
+    config.training.seq_len = 128
+    source = open_teacher(TeacherConfig(path=str(file)))
+    assert source.info.is_native and source.info.num_trunk_params == 134_515_008
+    assert_states_are_those_of(build(source), model, [40, 60, 28])
+
+
+# A named spec beside a config.json
+
+
+@pytest.fixture(scope="module")
+def hf_config():
+    """config.json of a Llama with scaled rotary frequencies, as transformers 5 writes it."""
+    return transformers.LlamaConfig(**SIZES, rope_parameters=ROPES["Llama 3.2"]).to_dict()
+
+
+def problems_of(hf_config, spec):
+    try:
+        check_agrees(hf_config, spec, name="mine")
+    except ConfigError as error:
+        return {problem.message.split(" = ")[0].split()[-1]: problem for problem in error.problems}
+    return {}
+
+
+def test_a_spec_agrees_with_the_config_it_is_made_of_in_its_old_form_too(hf_config):
+    spec = make_spec(transformers.LlamaConfig(**hf_config))
+    old = {k: v for k, v in hf_config.items() if k != "rope_parameters"} | {"rope_theta": 500_000.0}
+    assert problems_of(hf_config, spec) == {}
+    assert problems_of(old | {"rope_scaling": {"type": "llama3", **SCALING}}, spec) == {}
+    assert problems_of({"model_type": "llama"}, spec) == {}  # it says nothing
+    assert problems_of(old | {"rope_scaling": None}, spec).keys() == {"rope_type"}
+    assert problems_of(old | {"rope_scaling": {"type": "llama3", **SCALING, "factor": 4}}, spec).keys() == {"factor"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_act", "gelu"),
+        ("hidden_size", 960),
+        ("intermediate_size", 1024),
+        ("num_attention_heads", 18),
+        ("num_hidden_layers", 12),
+        ("num_key_value_heads", 3),
+        ("rms_norm_eps", 1e-6),
+        ("vocab_size", 49153),
+        ("head_dim", 32),
+    ],
+)
+def test_a_field_that_differs_is_named(hf_config, field, value):
+    spec = make_spec(transformers.LlamaConfig(**hf_config))
+    ((found, problem),) = problems_of(hf_config | {field: value}, spec).items()
+    assert found == field
+    assert (problem.key, problem.value) == ("let.teacher.spec", "mine")
+    assert f"{field} = {value!r}" in problem.message
+
+
+def test_reading(tmp_path, hf_config):
+    assert read_hf_config(str(tmp_path)) is None
+    (tmp_path / "config.json").write_text(json.dumps(hf_config))
+    assert read_hf_config(str(tmp_path)) == hf_config
+    for damaged in ("{", "[]", "\xff"):
+        (tmp_path / "config.json").write_bytes(damaged.encode("latin-1"))
+        with pytest.raises(ConfigError, match=r"let\.teacher\.path.*config\.json cannot be read"):
+            read_hf_config(str(tmp_path))
