@@ -105,7 +105,8 @@ class TitanWeights:
         if model.enable_weight_tying:
             state_dict.pop("lm_head.weight", None)  # one tensor with the embedding
         if self.format == "GGUF":
-            self._load_gguf(state_dict, dtype, parallel_dims, head=model.lm_head is not None)
+            self._read_gguf(state_dict, dtype, parallel_dims, head=model.lm_head is not None)
+            model.load_state_dict(state_dict, strict=not model.enable_weight_tying)
             return
         problems = []
         try:
@@ -137,7 +138,7 @@ class TitanWeights:
             dcp.load(hf_state_dict, storage_reader=adapter.get_hf_storage_reader(folder), no_dist=True)
         return adapter.from_hf(hf_state_dict)
 
-    def _load_gguf(
+    def _read_gguf(
         self, state_dict: dict[str, Any], dtype: torch.dtype, parallel_dims: ParallelDims | None, *, head: bool
     ) -> None:
         def read() -> dict[str, torch.Tensor]:
