@@ -3,9 +3,10 @@
 `transformers` would build the mask from `position_ids`, and read them on the host to do so (one synchronization per
 forward); OPT does not pass its positions to the mask at all; a ready-made 4-D mask would lose the sliding windows. So
 the teacher's attention is a function of our own (`AttentionInterface.register`). For a function without a registered
-mask builder the model builds no mask, and passes each layer's window and our `let_documents` on to the function, which
-adds the mask: none where `is_causal` says it all (one document per row), else one dense boolean mask for each window, made
-once per forward and shared by the layers.
+mask builder the model builds no mask, and passes each layer's window and our `let_documents` on to the function.
+
+The function adds the mask: none where `is_causal` says it all (one document per row), else one dense boolean mask for
+each window, made once per forward and shared by the layers.
 
 Shape legend: B batch, L sequence, N query heads, K key-value heads, H head width.
 """

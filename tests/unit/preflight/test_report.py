@@ -6,6 +6,7 @@ from let_plugin.bench.throughput import random_teacher
 from let_plugin.config import LetConfig, PairConfig
 from let_plugin.config.errors import ConfigError
 from let_plugin.config.load import load
+from let_plugin.demo import TEACHER
 from let_plugin.preflight import checks as preflight
 from let_plugin.runtime.models import llama_spec
 from tests.support.fields import set_all
