@@ -124,8 +124,6 @@ def test_files_of_any_name_are_read_and_all_that_an_index_names_must_be_there(sa
     (safetensors / "model.safetensors.index.json").write_text(index)
     message = problem_of(safetensors, "demo_teacher")
     assert "not there: part-2.safetensors; fetch them. The folder has part-0.safetensors, part-1" in message
-        safetensors, "demo_teacher"
-    )
 
 
 # Tensors
