@@ -40,7 +40,7 @@ def test_a_folder_is_transformers():
     pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
     from let_plugin.teacher.hf.source import HFTeacherSource
 
-    assert isinstance(open_teacher(TeacherConfig(path=TEACHER)), HFTeacherSource)
+    assert isinstance(open_teacher(TeacherConfig(path=TEACHER, spec="transformers")), HFTeacherSource)
 
 
 @pytest.mark.parametrize("name", ["model.gguf", "sha256-0123"])  # ollama's files have no ending
