@@ -1,4 +1,4 @@
-"""The command line's options as TOML tables, so that they are judged and explained as a file is; tyro prints the help.
+"""The options of the command line as TOML tables, judged and explained as those of a file; tyro prints the help.
 
 `--section.key VALUE` and `--section.key=VALUE` set a key, `--section.flag` and `--section.no-flag` a boolean,
 `activation-checkpoint:full` the type of a section that is a choice. Dashes and underscores are the same.
