@@ -1,43 +1,101 @@
-"""Where LET does nothing, the run is plain torchtitan's, bit for bit."""
+"""Where LET does nothing, the run is plain torchtitan's, bit for bit: with no weight, and after the stop."""
 
 import shutil
 
+import pytest
+
 from tests.support import jobs
 
-STEPS = ["--training.steps", "20"]
+pytestmark = pytest.mark.slow
+
+STOP, STEPS = 6, ["--training.steps", "12"]
+SAVE = ["--checkpoint.enable", "--checkpoint.interval", "3", "--checkpoint.keep_latest_k", "0"]
+SAVE += ["--checkpoint.no-last-save-model-only"]
 
 
 def assert_identical(got, expected):
-    assert len(got["gradients"]) == len(expected["gradients"])
-    for step, (a, b) in enumerate(zip(got["gradients"], expected["gradients"], strict=True)):
+    """The steps of `got`, which are the last of `expected`, and the final weights."""
+    num_steps = len(got["gradients"])
+    for step, (a, b) in enumerate(zip(got["gradients"], expected["gradients"][-num_steps:], strict=True)):
         for name in b:
-            assert a[name].equal(b[name]), f"gradient of {name} at step {step}"
+            assert a[name].equal(b[name]), f"gradient of {name} at step {step} of {num_steps}"
     for name in expected["final"]:
         assert got["final"][name].equal(expected["final"][name]), name
 
 
-def logged(folder):
-    return [(line["loss_metrics/global_avg_loss"], line["grad_norm"]) for line in jobs.metrics(folder)]
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """(folder, what it did) of a run of torchtitan's own trainer."""
+    folder = tmp_path_factory.mktemp("plain")
+    return folder, jobs.probe(folder, "--plain", *STEPS, *SAVE)
 
 
-def test_weight_zero_equals_torchtitans_own_entry_point(tmp_path, tiny_config):
-    plain = jobs.probe(tmp_path / "plain", "--plain", *STEPS)
-    let = jobs.probe(tmp_path / "let", tiny_config, *STEPS, "--let.weight", "0", "--let.stop-step", "15")
-    assert_identical(let, plain)
-    assert logged(tmp_path / "let") == [(step["loss"], step["grad_norm"]) for step in plain["logged"]]
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, tiny_teacher):
+    """The same of a run with LET, which stops half-way."""
+    folder = tmp_path_factory.mktemp("stopped")
+    config = folder / "tiny.toml"
+    config.write_text(jobs.TINY.format(folder=folder, teacher=tiny_teacher[0]))
+    return folder, jobs.probe(folder, config, *STEPS, *SAVE, "--let.stop-step", STOP)
 
 
-def test_after_the_stop_nothing_of_let_is_left(tmp_path, tiny_config):
+def without_teacher(tmp_path, folder, step):
+    """(folder, TOML file) of a run that goes on from a checkpoint of `folder`; its teacher has been deleted."""
+    shutil.copytree(folder / f"checkpoint/step-{step}", tmp_path / f"out/checkpoint/step-{step}")
+    config = tmp_path / "tiny.toml"
+    config.write_text(jobs.TINY.format(folder=tmp_path / "out", teacher=tmp_path / "deleted"))
+    return tmp_path / "out", config
+
+
+def test_weight_zero_equals_torchtitans_own_entry_point(tmp_path, tiny_config, plain):
+    let = jobs.probe(tmp_path / "let", tiny_config, *STEPS, "--let.weight", "0", "--let.stop-step", "9")
+    assert len(let["gradients"]) == 12
+    assert_identical(let, plain[1])
+    logged = [(line["loss_metrics/global_avg_loss"], line["grad_norm"]) for line in jobs.metrics(tmp_path / "let")]
+    assert logged == [(step["loss"], step["grad_norm"]) for step in plain[1]["logged"]]
+
+
+def test_after_the_stop_nothing_of_let_is_left(tmp_path, stopped):
     """From a checkpoint of the stop step on, plain torchtitan takes the very steps that the run with LET took."""
-    checkpoints = ["--checkpoint.enable", "--checkpoint.interval", "5", "--checkpoint.keep_latest_k", "0"]
-    let = jobs.probe(tmp_path / "let", tiny_config, *STEPS, *checkpoints, "--let.stop-step", "5")
-    lines = jobs.metrics(tmp_path / "let")
-    assert [line["let/active"] for line in lines] == [1.0] * 5 + [0.0] * 15
-    assert all(line["let/lambda"] == 0 and "let/cosine" not in line for line in lines[5:])
+    folder, let = stopped
+    lines = jobs.metrics(folder)
+    assert [line["let/active"] for line in lines] == [1.0] * STOP + [0.0] * (12 - STOP)
+    assert all(line["let/lambda"] == 0 and "let/cosine" not in line for line in lines[STOP:])
     assert let["added_hooks"] == 0
     assert let["teacher_modules_alive"] == 0
 
-    shutil.copytree(tmp_path / "let/checkpoint/step-5", tmp_path / "plain/checkpoint/step-5")
-    plain = jobs.probe(tmp_path / "plain", "--plain", *STEPS, *checkpoints)
-    assert len(plain["gradients"]) == 15
-    assert_identical({**let, "gradients": let["gradients"][5:]}, plain)
+    shutil.copytree(folder / f"checkpoint/step-{STOP}", tmp_path / f"plain/checkpoint/step-{STOP}")
+    onwards = jobs.probe(tmp_path / "plain", "--plain", *STEPS, *SAVE)
+    assert len(onwards["gradients"]) == 12 - STOP
+    assert_identical(onwards, let)
+
+
+def test_after_the_stop_neither_teacher_nor_its_library_is_needed(tmp_path, stopped):
+    folder, config = without_teacher(tmp_path, stopped[0], STOP)
+    hf = ["--let.teacher.spec", ""]  # a folder that `transformers` would read
+    args = [*STEPS, *SAVE, "--let.stop-step", STOP, *hf]
+    resumed = jobs.probe(folder, config, *args, PROBE_WITHOUT="transformers")
+    assert len(resumed["gradients"]) == 12 - STOP
+    assert_identical(resumed, stopped[1])
+
+
+def test_before_the_stop_a_missing_teacher_is_one_clear_error(tmp_path, stopped):
+    folder, config = without_teacher(tmp_path, stopped[0], 3)
+    result = jobs.run("let_plugin.train", config, *STEPS, *SAVE, "--let.stop-step", STOP, check=False)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "1 problem in the configuration" in result.stderr and "let.teacher.path" in result.stderr
+    assert [path.name for path in folder.iterdir()] == ["checkpoint"]
+
+
+def test_let_goes_on_from_a_checkpoint_of_plain_torchtitan(tmp_path, tiny_config, plain):
+    """What it measures for an adaptive stop is not in there: it measures afresh, and so many steps as it needs."""
+    shutil.copytree(plain[0] / "checkpoint/step-6", tmp_path / "out/checkpoint/step-6")
+    # A cosine is always below 2.
+    adaptive = ["--let.adaptive-stop.criterion", "gradient", "--let.adaptive-stop.threshold", "2"]
+    adaptive += ["--let.adaptive-stop.patience", "4", "--let.stop-step", "12"]
+    jobs.run("let_plugin.train", tiny_config, *STEPS, *SAVE, *adaptive)
+    lines = jobs.metrics(tmp_path / "out")
+    assert [(line["step"], line["let/active"]) for line in lines] == [
+        *((step, 1) for step in (7, 8, 9, 10)),
+        *((step, 0) for step in (11, 12)),
+    ]

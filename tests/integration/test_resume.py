@@ -1,66 +1,110 @@
-"""A run that is killed (SIGKILL) and resumed ends as the run that was not, bit for bit."""
+"""A run with all state that there is: killed (SIGKILL) and resumed, it ends as the run that was not, bit for bit.
+
+A projector that learns, a running mean of the teacher's states, measurements for an adaptive stop, a teacher with
+another tokenizer, and a worker that reads ahead.
+"""
 
 import shutil
 
 import pytest
+import torch.distributed.checkpoint as dcp
 
-from tests.support import jobs
+from tests.support import jobs, tokenizer_kinds
 
-# Checkpoints after steps 3, 6, 9; the alignment ends before step 7 (six steps are taken by then).
-ARGS = [
-    *["--training.steps", "12", "--let.stop-step", "6", "--checkpoint.enable", "--checkpoint.interval", "3"],
-    *["--validator.enable", "--validator.freq", "2", "--validator.steps", "2"],
-]
+pytestmark = pytest.mark.slow
+
+# Checkpoints after steps 3, 6, 9 and 12; the alignment ends before step 7: a cosine is always below 2.
+STATE = """\
+dimension_match = "linear"
+teacher.center = true
+adaptive_stop = {criterion = "gradient", threshold = 2.0, patience = 6, smoothing = 0.5}
+"""
+RUN = ["--training.steps", "12", "--let.stop-step", "10", "--dataloader.num_workers", "1"]
+SAVE = ["--checkpoint.enable", "--checkpoint.interval", "3", "--checkpoint.keep-latest-k", "0"]
+FULL = ["--checkpoint.no-last-save-model-only"]
+VALIDATE = ["--validator.enable", "--validator.freq", "2", "--validator.steps", "2"]
+EQUAL = ("loss_metrics/global_avg_loss", "validation_metrics/loss", "let/active", "let/lambda", "let/cosine")
+EQUAL += ("let/aligned_fraction",)
+
+
+def write_config(folder, tiny_teacher):
+    config = folder / "tiny.toml"
+    config.write_text(jobs.TINY.format(folder=folder / "out", teacher=tiny_teacher[0]) + STATE)
+    tokenizer_kinds.write_for_teacher(folder / "tokenizer", config, 128)
+    return config
+
+
+def keys(folder, step):
+    return set(dcp.FileSystemReader(folder / f"checkpoint/step-{step}").read_metadata().state_dict_metadata)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, tiny_teacher):
+    """(folder, TOML file, what it did)."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    config = folder / "tiny.toml"
-    config.write_text(jobs.TINY.format(folder=folder, teacher=tiny_teacher[0]))
-    return jobs.probe(folder, config, *ARGS), jobs.metrics(folder), folder
+    config = write_config(folder, tiny_teacher)
+    return folder / "out", config, jobs.probe(folder / "out", config, *RUN, *SAVE, *FULL, *VALIDATE)
 
 
 @pytest.mark.parametrize(("kill_at", "resumes_at"), [(5, 4), (8, 7), (11, 10)], ids=["before", "at", "after"])
-def test_killed_and_resumed_equals_uninterrupted(tmp_path, tiny_config, uninterrupted, kill_at, resumes_at):
-    expected, expected_metrics, _ = uninterrupted
-    folder = tmp_path / "out"
-    jobs.kill(folder, tiny_config, *ARGS, step=kill_at)
-
-    resumed = jobs.probe(folder, tiny_config, *ARGS)
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, tiny_teacher, uninterrupted, kill_at, resumes_at):
+    expected_folder, _, expected = uninterrupted
+    config, folder = write_config(tmp_path, tiny_teacher), tmp_path / "out"
+    args = [*RUN, *SAVE, *FULL, *VALIDATE]
+    jobs.kill(folder, config, *args, step=kill_at)
+    resumed = jobs.probe(folder, config, *args)
 
     assert len(resumed["gradients"]) == 12 - resumes_at + 1
     for name, weight in expected["final"].items():
         assert resumed["final"][name].equal(weight), name
     last = {(line["step"], "let/active" in line): line for line in jobs.metrics(folder)}
-    for line in expected_metrics:
+    lines = jobs.metrics(expected_folder)
+    assert [line["let/active"] for line in lines if "let/active" in line] == [1] * 6 + [0] * 6
+    for line in lines:
         got = last[line["step"], "let/active" in line]
-        for key in ("loss_metrics/global_avg_loss", "validation_metrics/loss", "let/cosine", "let/lambda"):
-            assert got.get(key) == line.get(key), (line["step"], key)
+        assert [got.get(key) for key in EQUAL] == [line.get(key) for key in EQUAL], line["step"]
 
 
-def copy_of_checkpoint(uninterrupted, tmp_path, step):
-    """The folder of a run that goes on from that step of the uninterrupted one, and its TOML file, without teacher."""
-    folder = tmp_path / "out"
-    shutil.copytree(uninterrupted[2] / f"checkpoint/step-{step}", folder / f"checkpoint/step-{step}")
-    config = tmp_path / "tiny.toml"
-    config.write_text(jobs.TINY.format(folder=folder, teacher=tmp_path / "deleted"))
-    return folder, config
+def test_only_checkpoints_of_the_alignment_hold_its_state_and_the_student_is_plain_torchtitans(tmp_path, uninterrupted):
+    folder, config, _ = uninterrupted
+    jobs.probe(tmp_path / "plain", "--plain", "--training.steps", "3", *SAVE, *FULL)
+    plain = keys(tmp_path / "plain", 3)
+    assert plain < keys(folder, 3)
+    own = {name.split(".")[0] for name in keys(folder, 3) - plain}
+    assert own and all(name.startswith("let_") for name in own)
+    assert keys(folder, 12) == plain
+
+    # A checkpoint of the weights alone holds those of the student alone, though it was written during the alignment.
+    short = ["--training.steps", "3", "--dump_folder", tmp_path / "short"]
+    student = set(jobs.probe(tmp_path / "short", config, *RUN, *SAVE, *short)["final"])
+    assert keys(tmp_path / "short", 3) == student
+
+    # Plain torchtitan goes on from a checkpoint with LET's state in it.
+    shutil.copytree(folder / "checkpoint/step-6", tmp_path / "onwards/checkpoint/step-6")
+    onwards = jobs.probe(tmp_path / "onwards", "--plain", *RUN[:2], *SAVE, *FULL)
+    assert len(onwards["gradients"]) == 6
 
 
-def test_resuming_after_the_stop_needs_no_teacher_and_not_its_library_either(tmp_path, uninterrupted):
-    folder, config = copy_of_checkpoint(uninterrupted, tmp_path, 6)
-    hf = ["--let.teacher.spec", ""]  # a folder that `transformers` would read
-    resumed = jobs.probe(folder, config, *ARGS, *hf, PROBE_WITHOUT="transformers")
-    assert len(resumed["gradients"]) == 6
-    for name, weight in uninterrupted[0]["final"].items():
-        assert resumed["final"][name].equal(weight), name
-
-
-@pytest.mark.slow
-def test_resuming_before_the_stop_without_the_teacher_is_one_clear_error(tmp_path, uninterrupted):
-    folder, config = copy_of_checkpoint(uninterrupted, tmp_path, 3)
-    result = jobs.run("let_plugin.train", config, *ARGS, check=False)
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert "1 problem in the configuration" in result.stderr and "let.teacher.path" in result.stderr
-    assert [path.name for path in folder.iterdir()] == ["checkpoint"]
+def test_resumed_at_another_parallelism_it_trains_on_alike(tmp_path, uninterrupted):
+    folder, config, _ = uninterrupted
+    # torchtitan's data loader cannot resume on another number of data-parallel ranks: here both start it afresh.
+    start = ["--checkpoint.enable", "--checkpoint.load-only", "--checkpoint.no-initial-load-model-only"]
+    start += ["--checkpoint.initial-load-path", folder / "checkpoint/step-3"]
+    start += ["--checkpoint.exclude-from-loading", "dataloader"]
+    layouts = {
+        "TP": ["--parallelism.tensor_parallel_degree", "2"],
+        "pipeline": [
+            *("--parallelism.pipeline_parallel_degree", "2"),
+            *("--parallelism.pipeline_parallel_first_stage_less_layers", "0"),
+        ],
+        "FSDP2": ["--parallelism.data_parallel_shard_degree", "2", "--training.local-batch-size", "2"],
+    }
+    several = {name: (config, [*RUN, *start, *args]) for name, args in layouts.items()}
+    several = jobs.train_many(tmp_path, several, 2)
+    one = jobs.train_many(tmp_path, {"one": (config, [*RUN, *start])}, 1)["one"]
+    for name, run in {"one": one, **several}.items():
+        assert "error" not in run, run["error"]
+        assert [step["let/active"] for step in run["logged"]] == [1] * 3 + [0] * 6, name
+        for got, expected in zip(run["logged"], one["logged"], strict=True):
+            for key in ("loss", "let/cosine", "let/aligned_fraction"):
+                assert got.get(key) == pytest.approx(expected.get(key), rel=1e-5, abs=1e-5), (name, key)

@@ -1,13 +1,11 @@
-"""Trains, and writes what each step did: how often the host read a tensor, what operations it made, how many graphs
-dynamo has made so far, or how many sizes in them are symbols.
+"""Counts what each training step does, by wrapping a trainer's `train_step`.
 
-python -m tests.support.hot_path OUT.json [reads|operations|graphs|symbols] CONFIG.toml ...
+Of an eager step: how often the host read a tensor ("reads"), and all that torch was told to do ("operations"). Of a
+compiled one: how many graphs dynamo made ("graphs"), and how many sizes in them are symbols ("symbols").
 """
 
 import contextlib
-import json
-import sys
-from pathlib import Path
+from unittest import mock
 
 import torch
 from torch._dynamo.utils import counters
@@ -15,99 +13,70 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from let_plugin.config import load as toml_config
-from let_plugin.runtime import data, host
-
 READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__")
 
 
-class HostReads(TorchDispatchMode):
-    """Counts what makes the host wait for a device: a scalar that is read, and calls of `READS`."""
-
-    def __init__(self):
-        super().__init__()
-        self._num = 0
-        for name in READS:
-            own = getattr(torch.Tensor, name)
-
-            def counted(tensor, *args, _own=own, **kwargs):
-                self._num += 1
-                return _own(tensor, *args, **kwargs)
-
-            setattr(torch.Tensor, name, counted)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self._num += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
-
-    def pop(self):
-        num, self._num = self._num, 0
-        return num
-
-
 class Operations(TorchDispatchMode):
-    """Lists all that torch is told to do, forward and backward, with the shapes of the tensors."""
+    """Lists all operations, forward and backward, with the shapes of the tensors; counts scalars that are read."""
 
     def __init__(self):
         super().__init__()
-        self._names = []
+        self.operations, self.num_reads = [], 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.num_reads += func is torch.ops.aten._local_scalar_dense.default
         shapes = [list(leaf.shape) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        self._names.append(f"{func} {shapes}")
+        self.operations.append(f"{func} {shapes}")
         return func(*args, **(kwargs or {}))
 
-    def pop(self):
-        names, self._names = self._names, []
-        return names
 
+class Calls:
+    """Counts the calls of a method of a class, of those whose result `counts`."""
 
-class Graphs(contextlib.nullcontext):
-    def pop(self):
-        return counters["stats"]["unique_graphs"]
-
-
-class Symbols(contextlib.nullcontext):
-    def __init__(self):
-        super().__init__()
-        self._num = 0
-        own = ShapeEnv.create_symbol
+    def __init__(self, owner, name, counts=lambda result: True):
+        self.num = 0
+        own = getattr(owner, name)
 
         def counted(*args, **kwargs):
-            size = own(*args, **kwargs)
-            self._num += not size.is_number  # one that is fixed is a number at once
-            return size
+            result = own(*args, **kwargs)
+            self.num += counts(result)
+            return result
 
-        ShapeEnv.create_symbol = counted
+        self._patch = mock.patch.object(owner, name, counted)
 
-    def pop(self):
-        return self._num
+    def __enter__(self):
+        self._patch.start()
+        return self
+
+    def __exit__(self, *_):
+        self._patch.stop()
 
 
-MODES = {"reads": HostReads, "operations": Operations, "graphs": Graphs, "symbols": Symbols}
-
-
-def main():
-    out, what, config_file, *args = sys.argv[1:]
-    host.set_up("cpu")
-    data.register()
-    config = toml_config.load(Path(config_file), args).config
-    host.adapt_model_spec(config.model_spec)
-    trainer = config.build()
+def watch(trainer, *, compiled):
+    """Returns a list that grows by a dict with each step."""
     steps = []
-    mode = MODES[what]()
     train_step = trainer.train_step
 
-    def counting(data_iterator):
-        with mode:
-            train_step(data_iterator)
-        steps.append(mode.pop())
+    def watched(data_iterator):
+        steps.append((_compiled if compiled else _eager)(lambda: train_step(data_iterator)))
 
-    trainer.train_step = counting
-    trainer.train()
-    trainer.close()
-    Path(out).write_text(json.dumps(steps))
+    trainer.train_step = watched
+    return steps
 
 
-if __name__ == "__main__":
-    main()
+def _eager(step):
+    reads = [Calls(torch.Tensor, name) for name in READS]
+    with Operations() as operations, contextlib.ExitStack() as stack:
+        for calls in reads:
+            stack.enter_context(calls)
+        step()
+    num_reads = operations.num_reads + sum(calls.num for calls in reads)
+    return {"reads": num_reads, "operations": operations.operations}
+
+
+def _compiled(step):
+    before = counters["stats"]["unique_graphs"]
+    # A size that is fixed is a number at once.
+    with Calls(ShapeEnv, "create_symbol", lambda size: not size.is_number) as symbols:
+        step()
+    return {"graphs": counters["stats"]["unique_graphs"] - before, "symbols": symbols.num}

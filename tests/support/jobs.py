@@ -129,19 +129,26 @@ def kill(folder, config, *args, step):
     assert result.returncode == -signal.SIGKILL, result.stderr[-4000:]
 
 
-def train_many(folder, cases, processes):
+def train_many(folder, cases, processes, *, count=None):
     """Trains the configurations one after the other in one job (tests/support/matrix.py).
 
     Args:
         folder: For the files of the job.
         cases: Name -> (TOML file, arguments).
         processes: How many.
+        count: What to count in each step (tests/support/hot_path.py): nothing, "eager" or "compiled".
 
     Returns:
-        Name -> {"gradients", "logged"}, or {"error"} for a run that failed.
+        Name -> {"gradients", "logged", "watched", "leftovers", "steps"}, or {"error"} for a run that failed.
     """
     rows = [
-        {"name": name, "config": str(config), "args": list(map(str, args)), "out": str(folder / f"{processes}-{i}.pt")}
+        {
+            "name": name,
+            "config": str(config),
+            "args": list(map(str, args)),
+            "count": count,
+            "out": str(folder / f"{processes}-{i}.pt"),
+        }
         for i, (name, (config, args)) in enumerate(cases.items())
     ]
     listed = folder / f"{processes}.json"
@@ -199,6 +206,18 @@ def make_teacher(folder, *, with_head=False):
     head = {"lm_head.weight": normal(tiny.VOCAB_SIZE, E)} if with_head else {}
     dcp.save(weights | head, checkpoint_id=str(folder), no_dist=True)
     return weights
+
+
+def make_hf_teacher(folder):
+    """Writes a teacher of the tiny student's vocabulary that `transformers` reads; returns the options for it."""
+    import transformers
+
+    from tests.support.config_registry import VOCAB_SIZE
+
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(vocab_size=VOCAB_SIZE, **shape))
+    model.save_pretrained(folder)
+    return ["--let.teacher.spec", "", "--let.teacher.path", folder]
 
 
 def relative_difference(got, expected):

@@ -2,9 +2,10 @@
 
     torchrun ... -m tests.support.matrix CASES.json
 
-CASES.json lists {"name", "config" (a TOML file), "args", "out"}. The file `out` gets what the run did: the gradients of
-the first step as the optimizer got them, what was logged in each step, and what of the alignment there was on each rank
-("watched") and was left after its end ("leftovers", see tests/support/leftovers.py); or {"error": traceback}.
+CASES.json lists {"name", "config" (a TOML file), "args", "out", "count"}. The file `out` gets what the run did: the
+gradients of the first step as the optimizer got them, what was logged in each step, what of the alignment there was on
+each rank ("watched") and was left after its end ("leftovers", see tests/support/leftovers.py), and, if `count` is
+"eager" or "compiled", what rank 0 did in each step ("steps", see tests/support/hot_path.py); or {"error": traceback}.
 """
 
 import json
@@ -21,11 +22,12 @@ from let_plugin.runtime import data, host
 from tests.support.probe import full
 
 
-def run(config_file, args):
+def run(config_file, args, count):
     import torchtitan.trainer
     from torchtitan.components.checkpointer.utils import canonical_fqn
     from torchtitan.observability import structured_logger
 
+    from tests.support import hot_path
     from tests.support.leftovers import Leftovers
 
     config = toml_config.load(Path(config_file), args).config
@@ -37,6 +39,7 @@ def run(config_file, args):
     structured_logger.init_structured_logger(source="training", output_dir=config.dump_folder, enable=False)
     host.adapt_model_spec(config.model_spec)
     trainer = config.build()
+    steps = hot_path.watch(trainer, compiled=count == "compiled") if count else []
     leftovers = Leftovers(trainer)
 
     gradients, logged = {}, []
@@ -60,7 +63,8 @@ def run(config_file, args):
     trainer.metrics_processor.logger.log = record
     trainer.train()
     trainer.close()
-    return {"gradients": gradients, "logged": logged, "watched": leftovers.watched, "leftovers": leftovers.alive}
+    own = {"gradients": gradients, "logged": logged, "steps": steps}
+    return own | {"watched": leftovers.watched, "leftovers": leftovers.alive}
 
 
 def main():
@@ -70,7 +74,7 @@ def main():
     data.register()
     for case in json.loads(Path(cases).read_text()):
         try:
-            own = run(case["config"], case["args"])
+            own = run(case["config"], case["args"], case["count"])
         except BaseException:  # SystemExit too: the next case is to run all the same
             own = {"error": traceback.format_exc()}
         everybody = [None] * dist.get_world_size()
@@ -83,6 +87,7 @@ def main():
             else {
                 "gradients": {name: g for rank in everybody for name, g in rank["gradients"].items()},
                 "logged": max((rank["logged"] for rank in everybody), key=lambda steps: steps[0]["loss"]),
+                "steps": everybody[0]["steps"],
                 "watched": [rank["watched"] for rank in everybody],
                 "leftovers": [rank["leftovers"] for rank in everybody],
             }

@@ -172,3 +172,14 @@ def write(tokenizer, folder, *, bos=None, eos=None):
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": bos, "eos_token": eos}))
     return HuggingFaceTokenizer(tokenizer_path=str(folder))
+
+
+def write_for_teacher(folder, config, teacher_seq_len):
+    """Gives the teacher of a tiny configuration (a TOML file) another tokenizer, and returns it."""
+    tokenizer = write(metaspace(), folder, bos="<s>", eos="</s>")
+    alignment = f"token_alignment = {{enable = true, teacher_seq_len = {teacher_seq_len}}}"
+    own = f'"{Path(TOKENIZER).relative_to(Path(__file__).parents[2])}"'
+    text = config.read_text()
+    assert own in text
+    config.write_text(text.replace("[let]\n", f"[let]\n{alignment}\n").replace(own, f'"{folder}"'))
+    return tokenizer
