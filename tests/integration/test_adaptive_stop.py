@@ -15,17 +15,13 @@ from tests.support.data_loaders import GlobalOrderDataLoader
 
 pytestmark = pytest.mark.slow
 
+VALIDATION = ["--let.adaptive-stop.criterion", "validation", "--let.adaptive-stop.patience", "2"]
+VALIDATION += ["--let.stop-step", "4", "--validator.enable", "--validator.freq", "2", "--validator.steps", "1"]
 SAVE = ["--checkpoint.enable", "--checkpoint.interval", "1", "--checkpoint.keep-latest-k", "0"]
 SAVE += ["--checkpoint.no-last-save-model-only"]
-VALIDATION = ["--let.adaptive-stop.criterion", "validation", "--let.adaptive-stop.patience", "1"]
-VALIDATION += ["--let.stop-step", "4", "--validator.enable", "--validator.freq", "2", "--validator.steps", "1"]
 FSDP2 = ["--parallelism.data_parallel_shard_degree", "2", "--training.local_batch_size", "2"]
 PIPELINE = ["--parallelism.pipeline_parallel_degree", "2"]
 PAIRED = ["--let.dimension-match", "linear", "--let.loss", "smooth_l1", "--let.adaptive-stop.smoothing", "0.5"]
-
-
-def active(folder):
-    return [int(line["let/active"]) for line in jobs.metrics(folder) if "let/active" in line]
 
 
 @pytest.fixture(scope="module")
@@ -52,60 +48,45 @@ def headed(tmp_path_factory, tiny_teacher):
     return folder, loss.item()
 
 
-@pytest.fixture
-def measured_config(tmp_path, headed):
-    """The tiny run with the headed teacher, validated on global batches that are the same in every layout."""
-    path = tmp_path / "tiny.toml"
+def write_config(folder, teacher):
+    """The tiny run, validated on global batches that are the same in every layout."""
+    path = folder / "tiny.toml"
     loader = 'type = "tests.support.data_loaders.GlobalOrderDataLoader"\ndataset = "let_demo_validation"'
-    text = jobs.TINY.format(folder=tmp_path / "out", teacher=headed[0])
+    text = jobs.TINY.format(folder=folder / "out", teacher=teacher)
     path.write_text(f"{text}\n[validator.dataloader]\n{loader}\nignore_every = 7\n")
     return path
 
 
-def measured_losses(result):
-    return [float(loss) for loss in re.findall(r"own loss on the validation data is ([\d.]+)", _output(result))]
+def measured_losses(text):
+    return [float(loss) for loss in re.findall(r"own loss on the validation data is ([\d.]+)", text)]
 
 
-def _output(result):
-    return result.stdout + result.stderr
-
-
-@pytest.mark.strategies
-@pytest.mark.parametrize(
-    ("layout", "processes", "others"),
-    [
-        pytest.param([], 1, [], id="single process"),
-        pytest.param(PIPELINE, 2, PAIRED, id="pipeline, paired"),
-        pytest.param(FSDP2, 2, [], id="FSDP2", marks=pytest.mark.exhaustive),
-        pytest.param(FSDP2, 2, PAIRED, id="FSDP2, paired", marks=pytest.mark.exhaustive),
-    ],
-)
-def test_it_stops_when_the_held_out_loss_passes_the_teachers(
-    tmp_path, measured_config, headed, layout, processes, others
-):
+def test_it_stops_when_the_held_out_loss_passes_the_teachers(tmp_path, headed):
     """The teacher's, which is measured, is above that of the student, which knows nothing yet: about 9."""
     assert headed[1] > 9.5
-    args = [*VALIDATION, "--let.adaptive-stop.patience", "2", *layout, *others]
-    result = jobs.run("let_plugin.train", measured_config, *args, processes=processes)
-    losses = measured_losses(result)
-    assert len(losses) == processes  # each rank says it
-    assert losses == pytest.approx([headed[1]] * processes, abs=1e-4)
-    assert active(tmp_path / "out") == [1, 1, 0, 0]
+    config = write_config(tmp_path, headed[0])
+    one = {"alone": [], "given a low one": ["--let.adaptive-stop.teacher-loss", "2"]}
+    two = {"FSDP2": FSDP2, "pipeline, paired": [*PIPELINE, *PAIRED]}
+    runs = {}
+    for processes, cases in ((1, one), (2, two)):
+        cases = {name: (config, [*VALIDATION, *args]) for name, args in cases.items()}
+        runs |= jobs.train_many(tmp_path, cases, processes)
+    for name, run in runs.items():
+        assert "error" not in run, run["error"]
+        is_low = name == "given a low one"
+        losses = measured_losses("\n".join(run["messages"]))
+        assert losses == ([] if is_low else [pytest.approx(headed[1], abs=1e-4)]), name
+        assert [line["let/active"] for line in run["logged"]] == ([1] * 4 if is_low else [1, 1, 0, 0]), name
 
 
-def test_it_does_not_stop_before(tmp_path, tiny_config):
-    result = jobs.run("let_plugin.train", tiny_config, *VALIDATION, "--let.adaptive-stop.teacher-loss", 2)
-    assert measured_losses(result) == []
-    assert active(tmp_path / "out") == [1, 1, 1, 1]
-
-
-def test_a_resumed_run_repeats_the_validation_that_no_checkpoint_holds(tmp_path, measured_config):
+def test_a_resumed_run_repeats_the_validation_that_no_checkpoint_holds(tmp_path, headed):
     """Validations after steps 1 and 2, each below; the second is the last that `patience` asks for.
 
     The teacher's loss is in the checkpoint, and is not measured again.
     """
-    args = [*VALIDATION, "--let.adaptive-stop.patience", "2", *SAVE]
-    jobs.kill(tmp_path / "out", measured_config, *args, step=2)
-    result = jobs.run("let_plugin.train", measured_config, *args)
-    assert measured_losses(result) == [] and "validate step:  1" in _output(result)
-    assert active(tmp_path / "out") == [1, 1, 0, 0]
+    config, folder = write_config(tmp_path, headed[0]), tmp_path / "out"
+    jobs.kill(folder, config, *VALIDATION, *SAVE, step=2)
+    result = jobs.run("let_plugin.train", config, *VALIDATION, *SAVE)
+    output = result.stdout + result.stderr
+    assert measured_losses(output) == [] and "validate step:  1" in output
+    assert [int(line["let/active"]) for line in jobs.metrics(folder) if "let/active" in line] == [1, 1, 0, 0]

@@ -2,13 +2,10 @@
 
 import re
 import signal
-from pathlib import Path
 
 import pytest
 
-from let_plugin.demo import TOKENIZER
-from tests.support import jobs
-from tests.support.rank_files import write_small
+from tests.support import jobs, tokenizer_kinds
 
 pytestmark = pytest.mark.slow
 
@@ -16,37 +13,31 @@ STOP, STEPS = 3, 5
 # States of a bf16 teacher are stored as they are.
 RUN = ["--let.teacher.dtype", "bfloat16", "--let.stop-step", STOP, "--training.steps", STEPS]
 FSDP2 = ["--parallelism.data_parallel_shard_degree", "2", "--training.local_batch_size", "2"]
-PIPELINE = [
-    "--parallelism.pipeline_parallel_degree",
-    "2",
-    "--parallelism.pipeline_parallel_first_stage_less_layers",
-    "0",
-]
+PIPELINE = ["--parallelism.pipeline_parallel_degree", "2"]
+PIPELINE += ["--parallelism.pipeline_parallel_first_stage_less_layers", "0"]
 PIPELINE += ["--parallelism.pipeline_parallel_last_stage_less_layers", "0"]
 # Two layers, one on each stage of a pipeline: each stage reads its own.
 PAIRS = "\n[[let.pairs]]\nstudent = 0\nteacher = 0\n[[let.pairs]]\nstudent = 3\nteacher = 1\n"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, tiny_teacher):
-    folder = tmp_path_factory.mktemp("features")
-    (folder / "tiny.toml").write_text(jobs.TINY.format(folder=folder / "out", teacher=tiny_teacher[0]) + PAIRS)
-    return folder
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("features")
 
 
 @pytest.fixture(scope="module")
-def config(folder):
-    return folder / "tiny.toml"
+def config(folder, tiny_teacher):
+    path = folder / "tiny.toml"
+    path.write_text(jobs.TINY.format(folder=folder / "out", teacher=tiny_teacher[0]) + PAIRS)
+    return path
 
 
 @pytest.fixture(scope="module")
 def cross(folder, config):
-    """The run with a teacher of another tokenizer."""
-    write_small(folder / "small")
+    """The run with a teacher of another tokenizer, of whose rows not every one has room for all tokens."""
     path = folder / "cross.toml"
-    own = f'"{Path(TOKENIZER).relative_to(jobs.ROOT)}"'
-    alignment = "token_alignment.enable = true\n"
-    path.write_text(config.read_text().replace(own, f'"{folder}/small/json"').replace(PAIRS, f"{alignment}{PAIRS}"))
+    path.write_text(config.read_text())
+    tokenizer_kinds.write_for_teacher(folder / "tokenizer", path, 64)
     return path
 
 
@@ -58,11 +49,6 @@ def exported(folder, config, cross):
         name: (folder / name, jobs.run("let_plugin.preflight.export", *args, "--out", folder / name, *RUN).stderr)
         for name, args in options.items()
     }
-
-
-@pytest.fixture(scope="module")
-def features(exported):
-    return exported["bfloat16"][0]
 
 
 @pytest.fixture(scope="module")
@@ -91,16 +77,18 @@ def assert_equal(runs, name, expected):
 
 
 @pytest.fixture(scope="module")
-def runs(folder, config, cross, features, exported):
+def runs(folder, config, cross, exported):
+    features, int8, across = (reading(exported[name][0]) for name in ("bfloat16", "int8", "cross"))
     cases = {
-        "teacher": (config, [*RUN, "--dump_folder", folder / "a"]),
-        "features": (config, [*RUN, *reading(features), "--dump_folder", folder / "b"]),
+        "teacher": (config, []),
+        "features": (config, features),
         # A worker reads ahead, beyond the stop step: what is not there then is no error.
-        "worker": (config, [*RUN, *reading(features), "--dataloader.num_workers", "1", "--dump_folder", folder / "c"]),
-        "int8": (config, [*RUN, *reading(exported["int8"][0]), "--dump_folder", folder / "d"]),
-        "cross, teacher": (cross, [*RUN, "--dump_folder", folder / "f"]),
-        "cross, features": (cross, [*RUN, *reading(exported["cross"][0]), "--dump_folder", folder / "g"]),
+        "worker": (config, [*features, "--dataloader.num_workers", "1"]),
+        "int8": (config, int8),
+        "cross, teacher": (cross, []),
+        "cross, features": (cross, across),
     }
+    cases = {name: (file, [*RUN, *args, "--dump_folder", folder / name]) for name, (file, args) in cases.items()}
     return jobs.train_many(folder, cases, processes=1)
 
 
@@ -134,12 +122,13 @@ def test_an_export_says_how_far_it_is_and_how_long_it_takes(exported):
         assert re.findall(bar, output) == [("768", "768")], output
 
 
-def test_so_they_are_on_two_processes(tmp_path, config, features, features_of_two_ranks):
-    one, two = reading(features), reading(features_of_two_ranks)
-    cases = {}
-    for name, layout, source in (("FSDP2", FSDP2, two), ("pipeline", PIPELINE, one)):
-        cases[f"{name}, teacher"] = (config, [*RUN, *layout, "--dump_folder", tmp_path / name])
-        cases[f"{name}, features"] = (config, [*RUN, *layout, *source, "--dump_folder", tmp_path / name / "features"])
+def test_so_they_are_on_two_processes(tmp_path, config, exported, features_of_two_ranks):
+    one, two = reading(exported["bfloat16"][0]), reading(features_of_two_ranks)
+    cases = {
+        f"{name}, {what}": (config, [*RUN, *layout, *source, "--dump_folder", tmp_path / name / what])
+        for name, layout, states in (("FSDP2", FSDP2, two), ("pipeline", PIPELINE, one))
+        for what, source in (("teacher", []), ("features", states))
+    }
     runs = jobs.train_many(tmp_path, cases, processes=2)
     assert_equal(runs, "FSDP2, features", "FSDP2, teacher")
     assert_equal(runs, "pipeline, features", "pipeline, teacher")
@@ -158,8 +147,8 @@ def test_one_process_and_a_killed_one_write_what_two_write(folder, config, featu
     assert contents[0] == contents[1] and len(contents[0]) == 7
 
 
-def test_killed_and_resumed_equals_uninterrupted(tmp_path, config, features, runs):
-    args = [*RUN, *reading(features), "--checkpoint.enable", "--checkpoint.interval", "1"]
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, config, exported, runs):
+    args = [*RUN, *reading(exported["bfloat16"][0]), "--checkpoint.enable", "--checkpoint.interval", "1"]
     jobs.kill(tmp_path, config, *args, step=3)
     jobs.probe(tmp_path, config, *args)
     losses = {line["step"]: line["loss_metrics/global_avg_loss"] for line in jobs.metrics(tmp_path)}

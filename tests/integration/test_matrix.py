@@ -1,6 +1,6 @@
 """The same gradient everywhere: each parallelism x {eager, compiled} x activation checkpointing, against plain PyTorch.
 
-    pytest -m matrix        all of it, with a table at the end
+    pytest -m matrix        all of it
     pytest                  about a third: of each layout an eager and a compiled run, of its variations one of the two
 
 All runs start from the same weights and see the same rows. The compiled ones use "aot_eager", which traces, splits and
@@ -183,7 +183,6 @@ class Matrix:
     """Runs the cases that this session selects, all of one number of processes in one job."""
 
     def __init__(self, folder, teacher, teacher_weights, cases):
-        self.rows = []
         self._folder, self._teacher, self._teacher_weights, self._cases = folder, teacher, teacher_weights, cases
         self._expected = {}
         seed = folder / "seed.toml"
@@ -236,13 +235,7 @@ def matrix(request, tmp_path_factory, tiny_teacher):
     selected = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
     names = ("layout", "compiled", "checkpointing")
     cases = [tuple(item.callspec.params[name] for name in names) for item in selected]
-    matrix = Matrix(tmp_path_factory.mktemp("matrix"), *tiny_teacher, cases)
-    yield matrix
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print(f"\n{'configuration':<42}{'':<20}{'gradient, step 1':>18}{'loss, 4 steps':>15}{'metrics':>10}")
-        for (layout, compiled, checkpointing), *differences in matrix.rows:
-            mode = f"{'compiled' if compiled else 'eager'}, {checkpointing}"
-            print(f"{layout:<42}{mode:<20}{differences[0]:>18.1e}{differences[1]:>15.1e}{differences[2]:>10.1e}")
+    return Matrix(tmp_path_factory.mktemp("matrix"), *tiny_teacher, cases)
 
 
 @pytest.mark.matrix
@@ -266,8 +259,6 @@ def test_gradients_losses_and_cosines_equal_plain_pytorch(matrix, layout, compil
         for a, b in zip(got["logged"], expected, strict=True)
         for name, value in zip(("let/grad_cosine", "let/grad_ratio"), b["agreement"], strict=True)
     )
-    matrix.rows.append((case, gradient, loss, max(cosine, agreement)))
-
     assert gradient <= 1e-5
     assert loss <= 1e-5
     assert max(cosine, agreement) <= 1e-6

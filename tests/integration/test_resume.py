@@ -10,6 +10,7 @@ import pytest
 import torch.distributed.checkpoint as dcp
 
 from tests.support import jobs, tokenizer_kinds
+from tests.support.reference import PROJECTOR
 
 pytestmark = pytest.mark.slow
 
@@ -69,10 +70,10 @@ def test_only_checkpoints_of_the_alignment_hold_its_state_and_the_student_is_pla
     folder, config, _ = uninterrupted
     jobs.probe(tmp_path / "plain", "--plain", "--training.steps", "3", *SAVE, *FULL)
     plain = keys(tmp_path / "plain", 3)
-    assert plain < keys(folder, 3)
-    own = {name.split(".")[0] for name in keys(folder, 3) - plain}
-    assert own and all(name.startswith("let_") for name in own)
-    assert keys(folder, 12) == plain
+    own = {step: {name.split(".")[0] for name in keys(folder, step) - plain} for step in (3, 12)}
+    assert plain < keys(folder, 3) and plain < keys(folder, 12)
+    assert {PROJECTOR.removesuffix(".weight"), "let_adaptive_stop"} < own[3]  # and the mean
+    assert own[12] == {"let_adaptive_stop"}  # that it has stopped
 
     # A checkpoint of the weights alone holds those of the student alone, though it was written during the alignment.
     short = ["--training.steps", "3", "--dump_folder", tmp_path / "short"]
@@ -99,9 +100,9 @@ def test_resumed_at_another_parallelism_it_trains_on_alike(tmp_path, uninterrupt
         ],
         "FSDP2": ["--parallelism.data_parallel_shard_degree", "2", "--training.local-batch-size", "2"],
     }
-    several = {name: (config, [*RUN, *start, *args]) for name, args in layouts.items()}
+    several = {name: (config, [*RUN, *start, *args, "--dump_folder", tmp_path]) for name, args in layouts.items()}
     several = jobs.train_many(tmp_path, several, 2)
-    one = jobs.train_many(tmp_path, {"one": (config, [*RUN, *start])}, 1)["one"]
+    one = jobs.train_many(tmp_path, {"one": (config, [*RUN, *start, "--dump_folder", tmp_path])}, 1)["one"]
     for name, run in {"one": one, **several}.items():
         assert "error" not in run, run["error"]
         assert [step["let/active"] for step in run["logged"]] == [1] * 3 + [0] * 6, name

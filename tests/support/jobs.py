@@ -44,6 +44,8 @@ def environment(**extra):
 _OF_TORCHRUN = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
 # Variables that are read when a job runs. All others may be read when something is imported.
 _LATE = {"OMP_NUM_THREADS", "PROBE_KILL_AT_STEP"}
+# The fork server and what it forks off: a driver that has been called once is of no use after a fork.
+_NO_ACCELERATOR = {"CUDA_VISIBLE_DEVICES": ""}
 _TIMEOUT = 900.0
 
 
@@ -73,7 +75,7 @@ def run(module, *args, processes=1, check=True, fresh=False, torchrun=False, **e
             command, cwd=ROOT, env=environment(**env), capture_output=True, text=True, timeout=_TIMEOUT
         )
     else:
-        result = _run_forked(module, [*map(str, args)], processes, environment(**env))
+        result = _run_forked(module, [*map(str, args)], processes, environment(**env, **_NO_ACCELERATOR))
     if check:
         assert result.returncode == 0, _report(result)
     return result
@@ -95,7 +97,7 @@ def _run_forked(module, args, processes, env):
 
 @functools.cache
 def _fork_server():
-    client = fork_server.Client(ROOT, environment())
+    client = fork_server.Client(ROOT, environment(**_NO_ACCELERATOR))
     atexit.register(client.close)
     return client
 
@@ -129,7 +131,7 @@ def kill(folder, config, *args, step):
     assert result.returncode == -signal.SIGKILL, result.stderr[-4000:]
 
 
-def train_many(folder, cases, processes, *, count=None):
+def train_many(folder, cases, processes, *, count=None, **env):
     """Trains the configurations one after the other in one job (tests/support/matrix.py).
 
     Args:
@@ -137,9 +139,10 @@ def train_many(folder, cases, processes, *, count=None):
         cases: Name -> (TOML file, arguments).
         processes: How many.
         count: What to count in each step (tests/support/hot_path.py): nothing, "eager" or "compiled".
+        **env: Environment variables.
 
     Returns:
-        Name -> {"gradients", "logged", "watched", "leftovers", "steps"}, or {"error"} for a run that failed.
+        Name -> what the run did.
     """
     rows = [
         {
@@ -156,13 +159,13 @@ def train_many(folder, cases, processes, *, count=None):
     for can_run_again in (True, False):
         left = [row for row in rows if not Path(row["out"]).exists()]
         listed.write_text(json.dumps(left))
-        result = run("tests.support.matrix", listed, processes=processes, check=False, **threads)
+        result = run("tests.support.matrix", listed, processes=processes, check=False, **threads, **env)
         # As the Makefile's RERUN, without those that have been run.
         if not (can_run_again and _CRASH.search(result.stderr)):
             break
         print(f"a crash; the cases that are left are run again\n{_fatal_error(result)}")
     assert result.returncode == 0, _report(result)
-    return {row["name"]: torch.load(row["out"], weights_only=True) for row in rows}
+    return {row["name"]: torch.load(row["out"], weights_only=True, map_location="cpu") for row in rows}
 
 
 def seed_checkpoint(folder, config, *args):

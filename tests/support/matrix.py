@@ -1,14 +1,19 @@
 """Trains many configurations one after the other in one job, so that starting processes does not take all the time.
 
-    torchrun ... -m tests.support.matrix CASES.json
+    torchrun ... -m tests.support.matrix CASES.json         PROBE_DEVICE=auto takes the accelerator
 
-CASES.json lists {"name", "config" (a TOML file), "args", "out", "count"}. The file `out` gets what the run did: the
-gradients of the first step as the optimizer got them, what was logged in each step, what of the alignment there was on
-each rank ("watched") and was left after its end ("leftovers", see tests/support/leftovers.py), and, if `count` is
-"eager" or "compiled", what rank 0 did in each step ("steps", see tests/support/hot_path.py); or {"error": traceback}.
+CASES.json lists {"name", "config" (a TOML file), "args", "out", "count"}. The file `out` gets {"error": traceback}, or:
+
+    gradients             of the first step, as the optimizer got them
+    logged                the numbers of each step
+    messages              what rank 0 said
+    watched, leftovers    of each rank, what of the alignment there was, and was left after its end: see leftovers.py
+    steps                 what rank 0 did in each step, if `count` is "eager" or "compiled": see hot_path.py
 """
 
 import json
+import logging
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -20,6 +25,17 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from let_plugin.config import load as toml_config
 from let_plugin.runtime import data, host
 from tests.support.probe import full
+
+
+class Messages(logging.Handler):
+    """Collects what is logged."""
+
+    def __init__(self):
+        super().__init__()
+        self.messages = []
+
+    def emit(self, record):
+        self.messages.append(record.getMessage())
 
 
 def run(config_file, args, count):
@@ -38,6 +54,7 @@ def run(config_file, args, count):
     _clear_sharding_prop_cache()  # it keeps device meshes, and torch asks whether a mesh is the same, not equal
     structured_logger.init_structured_logger(source="training", output_dir=config.dump_folder, enable=False)
     host.adapt_model_spec(config.model_spec)
+    logging.getLogger().addHandler(said := Messages())
     trainer = config.build()
     steps = hot_path.watch(trainer, compiled=count == "compiled") if count else []
     leftovers = Leftovers(trainer)
@@ -57,20 +74,25 @@ def run(config_file, args, count):
 
     def record(metrics, step):
         log(metrics, step)
+        if "grad_norm" not in metrics:
+            return  # a validation's
         logged.append({"loss": metrics["loss_metrics/global_avg_loss"], "grad_norm": metrics["grad_norm"]})
         logged[-1] |= trainer._logged_metrics
 
     trainer.metrics_processor.logger.log = record
     trainer.train()
     trainer.close()
-    own = {"gradients": gradients, "logged": logged, "steps": steps}
+    logging.getLogger().removeHandler(said)
+    own = {"gradients": gradients, "logged": logged, "steps": steps, "messages": said.messages}
     return own | {"watched": leftovers.watched, "leftovers": leftovers.alive}
 
 
 def main():
     (cases,) = sys.argv[1:]
-    host.set_up("cpu")
-    dist.init_process_group("gloo")  # torchtitan keeps a group that is there already
+    device = host.set_up(os.environ.get("PROBE_DEVICE", "cpu"))
+    # torchtitan keeps a group that is there already.
+    dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
+    logging.getLogger().setLevel(logging.INFO)
     data.register()
     for case in json.loads(Path(cases).read_text()):
         try:
@@ -88,6 +110,7 @@ def main():
                 "gradients": {name: g for rank in everybody for name, g in rank["gradients"].items()},
                 "logged": max((rank["logged"] for rank in everybody), key=lambda steps: steps[0]["loss"]),
                 "steps": everybody[0]["steps"],
+                "messages": everybody[0]["messages"],
                 "watched": [rank["watched"] for rank in everybody],
                 "leftovers": [rank["leftovers"] for rank in everybody],
             }

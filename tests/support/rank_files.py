@@ -1,8 +1,6 @@
 """tiktoken rank files, made of the demo's tokenizer."""
 
 import base64
-import json
-import shutil
 from pathlib import Path
 
 from tiktoken_ext import openai_public
@@ -34,14 +32,3 @@ def write_demo(folder, name="demo.tiktoken"):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(lines_of(demo_ranks()))
     return path
-
-
-def write_small(folder, size=1000):
-    """`folder`/json gets the first tokens of the demo's vocabulary alone: a tokenizer that cuts text finer."""
-    (folder / "json").mkdir(parents=True)
-    content = json.loads(Path(TOKENIZER, "tokenizer.json").read_text())
-    vocabulary = {token: i for token, i in content["model"]["vocab"].items() if i < size}
-    merges = [pair for pair in content["model"]["merges"] if "".join(pair) in vocabulary]
-    content["model"] |= {"vocab": vocabulary, "merges": merges}
-    (folder / "json/tokenizer.json").write_text(json.dumps(content))
-    shutil.copy(f"{TOKENIZER}/tokenizer_config.json", folder / "json")
