@@ -53,8 +53,8 @@ def exported(folder, config, cross):
 
 @pytest.fixture(scope="module")
 def features_of_two_ranks(folder, config):
-    args = [config, "--out", folder / "2", "--rows-per-shard", "2", *RUN, "--training.local_batch_size", "2"]
-    jobs.run("let_plugin.preflight.export", *args, processes=2)
+    args = [-1, config, "--out", folder / "2", *RUN, "--training.local_batch_size", "2"]
+    jobs.run("tests.support.killed_export", *args, processes=2)
     return folder / "2"
 
 
@@ -136,13 +136,13 @@ def test_so_they_are_on_two_processes(tmp_path, config, exported, features_of_tw
 
 def test_one_process_and_a_killed_one_write_what_two_write(folder, config, features_of_two_ranks):
     out = folder / "killed"
-    args = [config, "--out", out, "--rows-per-shard", "2", *RUN, "--training.local_batch_size", "2"]
+    args = [config, "--out", out, *RUN, "--training.local_batch_size", "2"]
     args += ["--data-parallel-degree", "2"]
     # Three rows into the second of two streams of six rows.
     killed = jobs.run("tests.support.killed_export", 9, *args, check=False)
     assert killed.returncode == -signal.SIGKILL
     assert len(list(out.glob("rows-*"))) == 4
-    jobs.run("let_plugin.preflight.export", *args)
+    jobs.run("tests.support.killed_export", -1, *args)
     contents = [{path.name: path.read_bytes() for path in f.iterdir()} for f in (out, features_of_two_ranks)]
     assert contents[0] == contents[1] and len(contents[0]) == 7
 

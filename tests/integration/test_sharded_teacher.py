@@ -18,7 +18,7 @@ from let_plugin.config.errors import ConfigError
 from let_plugin.runtime import host
 from let_plugin.runtime.models import llama_spec
 from let_plugin.teacher.base import Teacher
-from let_plugin.teacher.sources import open_teacher
+from let_plugin.teacher.open import open_teacher
 from let_plugin.teacher.titan.source import register_teacher_spec
 from tests.support import jobs
 
