@@ -76,9 +76,9 @@ def test_only_checkpoints_of_the_alignment_hold_its_state_and_the_student_is_pla
     assert own[12] == {"let_adaptive_stop"}  # that it has stopped
 
     # A checkpoint of the weights alone holds those of the student alone, though it was written during the alignment.
-    short = ["--training.steps", "3", "--dump_folder", tmp_path / "short"]
-    student = set(jobs.probe(tmp_path / "short", config, *RUN, *SAVE, *short)["final"])
-    assert keys(tmp_path / "short", 3) == student
+    short = ["--training.steps", "3", "--let.stop-step", "3", "--dump_folder", tmp_path / "short"]
+    jobs.probe(tmp_path / "short", config, *RUN, *SAVE, *short)
+    assert "lm_head.weight" in keys(tmp_path / "short", 3) < plain
 
     # Plain torchtitan goes on from a checkpoint with LET's state in it.
     shutil.copytree(folder / "checkpoint/step-6", tmp_path / "onwards/checkpoint/step-6")
@@ -107,5 +107,5 @@ def test_resumed_at_another_parallelism_it_trains_on_alike(tmp_path, uninterrupt
         assert "error" not in run, run["error"]
         assert [step["let/active"] for step in run["logged"]] == [1] * 3 + [0] * 6, name
         for got, expected in zip(run["logged"], one["logged"], strict=True):
-            for key in ("loss", "let/cosine", "let/aligned_fraction"):
-                assert got.get(key) == pytest.approx(expected.get(key), rel=1e-5, abs=1e-5), (name, key)
+            for key in {"loss", "let/cosine", "let/aligned_fraction"} & expected.keys():
+                assert got[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-5), (name, key)
