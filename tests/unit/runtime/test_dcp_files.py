@@ -75,7 +75,7 @@ def test_every_reader_refuses(malicious, config, capsys, tmp_path):
         (teacher, lambda: preflight.run(config)),
         (resumed, lambda: checkpoint.find(config)),
         ("let", lambda: checkpoint.read("own", None, malicious)),
-        ("", lambda: stacking.stack({"layers.0.w": torch.Size([1])}, malicious)),
+        ("", lambda: stacking.grow(config, 2, malicious, tmp_path / "out")),
         ("", lambda: export_hf.export(config, malicious, tmp_path / "out")),
     ):
         with pytest.raises(ConfigError, match=rf"{key}.*{REFUSED}"):
