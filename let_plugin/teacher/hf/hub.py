@@ -74,7 +74,7 @@ def open_hub(config: TeacherConfig) -> HubCheckpoint:
         message = f"the hub refuses it: {str(error).splitlines()[0]} (no local folder of that name either)"
         raise ConfigError(Problem(_PATH_KEY, message, _named(config))) from error
     except Exception as error:  # no network: of the HTTP library's many types
-        return _cached(config, patterns, f"the hub cannot be reached ({type(error).__name__})")
+        return _cached(config, patterns, f"the hub cannot be reached or read ({type(error).__name__})")
     num_bytes = sum(sizes.get(name, 0) for name in names)
     size = f"{len(names)} file{'s' if len(names) > 1 else ''}, {num_bytes / _MIB:,.1f} MiB"
     return HubCheckpoint(temporary.name, info.sha or "", size, temporary)
