@@ -3,8 +3,8 @@
     python -m tests.mutations              all of MUTATIONS; writes tests/mutations.md
     python -m tests.mutations 3 17         those two only; writes nothing
 
-Each mutation is applied to a copy of the checkout. The named tests must pass on the copy before anything is broken, and at
-least one must fail after it.
+Each mutation is applied to a copy of the checkout. The named tests must pass before anything is
+broken, and at least one must fail after it.
 """
 
 import os
@@ -18,6 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "tests/mutations.md"
+OPTIONS = ["-x", "-q", "-p", "no:cacheprovider", "--no-header", "-rf"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,155 @@ class Mutation:
     tests: str
 
 
-MUTATIONS: list[Mutation] = []
+MUTATIONS: list[Mutation] = [
+    Mutation(
+        "sign of the cosine's gradient",
+        "alignment/losses.py",
+        "cosine_BL1 / student_norm_BL1.square()) - target_BLD * across_BL1",
+        "cosine_BL1 / student_norm_BL1.square()) + target_BLD * across_BL1",
+        "tests/unit/alignment/test_losses.py",
+    ),
+    Mutation(
+        "a token that does not count is masked",
+        "alignment/losses.py",
+        "backward((coefficient * counts_BL).to(loss_BL.dtype))",
+        "backward((coefficient * torch.ones_like(counts_BL)).to(loss_BL.dtype))",
+        "tests/unit/alignment",
+    ),
+    Mutation(
+        "the pair's weight",
+        "alignment/pair.py",
+        "result = self._loss(student_BLD, match(teacher_BLE), counts_BL, coefficient * self._weight)",
+        "result = self._loss(student_BLD, match(teacher_BLE), counts_BL, coefficient)",
+        "tests/unit/alignment tests/unit/guidance",
+    ),
+    Mutation(
+        "the schedule is off by one",
+        "alignment/schedules.py",
+        "return max(0, stop_step - step) / stop_step",
+        "return max(0, stop_step - step - 1) / stop_step",
+        "tests/unit/alignment/test_schedules.py",
+    ),
+    Mutation(
+        "the gradient is injected once",
+        "alignment/tap.py",
+        "added_BLD = waiting.pop()",
+        "added_BLD = waiting[0]",
+        "tests/unit/alignment/test_tap.py",
+    ),
+    Mutation(
+        "the tap is inert in evaluation",
+        "alignment/tap.py",
+        "if target_BLE is None or not output_BLD.requires_grad:",
+        "if target_BLE is None:",
+        "tests/unit/alignment/test_tap.py",
+    ),
+    Mutation(
+        "the tap leaves no trace",
+        "alignment/tap.py",
+        "            handle.remove()",
+        "            handle.id",
+        "tests/unit/alignment/test_tap.py",
+    ),
+    Mutation(
+        "one third of the depth",
+        "alignment/layer_mapping.py",
+        "exact.denominator, 1) - 1",
+        "exact.denominator, 1)",
+        "tests/unit/alignment/test_layer_mapping.py",
+    ),
+    Mutation(
+        "the running mean does not see its own batch",
+        "alignment/running_mean.py",
+        "1 - self._momentum)\n        self._correction",
+        "self._momentum)\n        self._correction",
+        "tests/unit/alignment/test_running_mean.py",
+    ),
+    Mutation(
+        "the divisor is the step's number of valid tokens",
+        "guidance/guidance.py",
+        "tap.coefficient.fill_(self._lambda).div_(global_valid_tokens)",
+        "tap.coefficient.fill_(self._lambda).div_(global_valid_tokens + 1)",
+        "tests/integration/test_reference.py",
+    ),
+    Mutation(
+        "ignored labels have no target",
+        "teacher/sharding.py",
+        "counts_BL = share.rows(labels_BL) != IGNORE_INDEX",
+        "counts_BL = share.rows(labels_BL) != IGNORE_INDEX - 1",
+        "tests/unit/guidance tests/unit/teacher/test_sharding.py",
+    ),
+    Mutation(
+        "the rank's part of the sequence",
+        "teacher/sharding.py",
+        'index_L.chunk(student.tp)[student.get_mesh("tp").get_local_rank()]',
+        "index_L.chunk(student.tp)[0]",
+        "tests/integration/test_matrix.py",
+    ),
+    Mutation(
+        "the rank's rows",
+        "teacher/sharding.py",
+        "return tensor_BL.chunk(self._num_peers)[self._mesh.get_local_rank()]",
+        "return tensor_BL.chunk(self._num_peers)[0]",
+        "tests/integration/test_matrix.py",
+    ),
+    Mutation(
+        "a projector's gradients are summed over the ranks",
+        "guidance/projectors.py",
+        'return [Replicate() if name == "tp" and not sequence_parallel else Partial() for name in names]',
+        "return [Replicate() for name in names]",
+        "tests/integration/test_strategies.py",
+    ),
+    Mutation(
+        "a projector's optimizer resumes",
+        "guidance/projectors.py",
+        'self._optimizers.load_state_dict(state_dict["optimizer"])',
+        'state_dict["optimizer"]',
+        "tests/unit/guidance",
+    ),
+    Mutation(
+        "a projector stays out of the student's state dict",
+        "guidance/projectors.py",
+        "            del state_dict[name]",
+        "            state_dict[name]",
+        "tests/unit/guidance",
+    ),
+    Mutation(
+        "the adaptive stop resumes",
+        "alignment/adaptive_stop.py",
+        'self._num_measured, self._num_below, stop_step = state_dict["counts"].tolist()',
+        'self._num_measured, _, stop_step = state_dict["counts"].tolist()',
+        "tests/unit/alignment/test_adaptive_stop.py",
+    ),
+    Mutation(
+        "lambda is 0 from the stop step on",
+        "trainer.py",
+        "if steps_taken < self.stopping.step:",
+        "if steps_taken <= self.stopping.step:",
+        "tests/unit/test_trainer.py",
+    ),
+    Mutation(
+        "the teacher is freed at the stop",
+        "trainer.py",
+        "        self.guidance.remove()\n        self.guidance = None",
+        "        self.guidance.remove()\n        self._kept, self.guidance = self.guidance.taps, None",
+        "tests/unit/test_trainer.py",
+    ),
+    Mutation(
+        "replicas shuffle alike",
+        "guidance/guidance.py",
+        'seed=dims.get_mesh("batch").get_local_rank() if dims.dp_enabled else 0',
+        "seed=torch.distributed.get_rank()",
+        "tests/integration/test_matrix.py tests/integration/test_strategies.py",
+    ),
+    Mutation(
+        "the state of other settings is refused",
+        "runtime/checkpoint.py",
+        'if not torch.equal(state_dict["identity"], self._identity):',
+        "if False:",
+        "tests/unit/runtime/test_checkpoint.py",
+    ),
+]
 
 
 def pytest(folder: Path, tests: str) -> tuple[bool, str]:
@@ -95,7 +244,7 @@ def main(numbers: list[int]) -> int:
         lines = [
             "# Mutations",
             "",
-            "`python -m tests.mutations` breaks one line of the package at a time and runs the tests that should notice.",
+            "`python -m tests.mutations` breaks one line at a time and runs the tests that should notice.",
             f"{caught} of {len(rows)} were caught.",
             "",
             "| | what breaks | line | becomes | caught by |",
