@@ -149,8 +149,8 @@ MUTATIONS: list[Mutation] = [
     Mutation(
         "a projector stays out of the student's state dict",
         "guidance/projectors.py",
-        "            del state_dict[name]",
-        "            state_dict[name]",
+        "        del state_dict[name]",
+        "        state_dict[name]",
         "tests/unit/guidance",
     ),
     Mutation(
