@@ -1,54 +1,85 @@
-"""README's table of keys is the configuration's."""
+"""What README and docs/results.md show is what the committed rows say."""
 
 import json
 import re
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 
-from let_plugin.bench import tables
-from let_plugin.config import LetConfig
+import pytest
+
+from let_plugin.bench import frame, tables
 from let_plugin.demo import compare
 from tests.support.jobs import ROOT
 
 README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "benchmarks/results"
+
+# A line of README -> the row file and the label that it shows.
+BRINGS = {
+    "LET, weight 0.1 (the paper's)": "let@0.1",
+    "LET, weight 1": "let@1",
+    "the same with a random teacher": "random_teacher@1",
+    "logit distillation, weight 1": "rkd@1",
+}
+COSTS = {
+    "10 % teacher, 2 CPU cores": ("throughput_10_percent", "active 10%"),
+    "10 % teacher, H200, 1.4 B student": ("throughput_h200", "active 10%"),
+    "after the stop, 2 CPU cores": ("throughput_after_stop", "stopped"),
+}
 
 
-def defaults(config, prefix=""):
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if is_dataclass(value):
-            yield from defaults(value, f"{prefix}{f.name}.")
-        else:
-            yield f"{prefix}{f.name}", value
+def cells(name):
+    """First cell -> the other cells, of the table between README's markers."""
+    table = README.split(f"<!-- {name}: begin -->\n")[1].split(f"\n<!-- {name}: end -->")[0]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    return {first: rest for first, *rest in lines}
 
 
-def test_every_let_key_is_listed_with_its_default():
-    section = README.split("### The `[let]` table")[1].split("\n## ")[0]
-    listed = dict(re.findall(r"^\| `([\w.]+)` \| \w+ \| (`[^`]*`|none) \|", section, flags=re.M))
-    written = {None: "none", True: "`true`", False: "`false`"}
-    expected = {
-        key: written[value] if value is None or isinstance(value, bool) else f"`{value!r}`".replace("'", '"')
-        for key, value in defaults(LetConfig())
-    }
-    assert listed == expected
+def lines_of(file):
+    (suite,) = frame.suites(frame.read([RESULTS / f"{file}.jsonl"]))
+    return suite.frame
 
 
 def test_the_demo_result_is_the_recorded_one():
-    rows = (ROOT / "benchmarks/results/demo.jsonl").read_text().splitlines()
+    rows = (RESULTS / "demo.jsonl").read_text().splitlines()
     shown = README.split("<!-- demo result: begin -->")[1].split("<!-- demo result: end -->")[0]
     assert compare.table(json.loads(rows[-1])) in shown
 
 
+def test_what_it_brings():
+    shown, measured = cells("brings"), lines_of("converge_demo")
+    assert shown.keys() == BRINGS.keys()
+    for words, label in BRINGS.items():
+        line = measured.loc[label]
+        speed_up = tables.speed_up(line, "tokens")
+        if line["tokens_ratio"] is not None:
+            speed_up = line["tokens_ratio"].text(".2f").replace(" ", "x fewer ", 1)
+        assert shown[words] == [line["difference"].text("+.3f"), speed_up]
+
+
+def test_what_it_costs():
+    shown = cells("costs")
+    assert shown.keys() == COSTS.keys()
+    for words, (file, label) in COSTS.items():
+        line = lines_of(file).loc[label]
+        memory = next(line[name] for name in line.index if name.endswith(" / plain"))
+        assert shown[words] == [line["step_time"].text(".3f"), f"{line['flop_bound']:.3f}", memory.text(".3f")]
+
+
 def test_tables_are_those_of_the_committed_rows(monkeypatch):
     monkeypatch.chdir(ROOT)
-    results = (ROOT / "docs/results.md").read_text()
-    shown = dict(re.findall(r"<!-- let-bench table (\S+) -->\n```\n(.*?)\n```", results + README, flags=re.S))
-    committed = {f"benchmarks/results/{path.name}" for path in (ROOT / "benchmarks/results").glob("*.jsonl")}
+    shown = dict(
+        re.findall(
+            r"<!-- let-bench table (\S+) -->\n```\n(.*?)\n```", (ROOT / "docs/results.md").read_text(), flags=re.S
+        )
+    )
+    committed = {f"benchmarks/results/{path.name}" for path in RESULTS.glob("*.jsonl")}
     assert set(shown) == committed - {"benchmarks/results/demo.jsonl"}
     for file, table in shown.items():
         assert table == tables.text([Path(file)])
 
 
-def test_files_that_the_readme_names_exist():
-    for path in re.findall(r"`((?:train_configs|docs|benchmarks|tests|let_plugin)/[\w/.]+)`", README):
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_files_that_a_page_names_exist(page):
+    text = (ROOT / page).read_text()
+    for path in re.findall(r"`((?:train_configs|docs|benchmarks|tests|let_plugin)/[\w/.]+)`", text):
         assert (ROOT / path).exists(), path
