@@ -3,10 +3,11 @@
     python benchmarks/corpus.py assets/corpus            # needs apt-get and dpkg; downloads about 180 MB
     python benchmarks/corpus.py assets/corpus --debs DIR # packages that are there already
 
-Writes `train.jsonl`, `validation.jsonl` and `test.jsonl` (a document per line: "source", "text"), `tokenizer/` (a byte-level
-BPE trained on the training split), and `manifest.json`: version, SHA-256 and licences of each package, and the size and SHA-256 of
-each split. Nothing of it is committed but `benchmarks/corpus_manifest.json`, the manifest of the corpus that the committed
-rows were made with. A package may have been updated since; the splits then differ, and the script says so.
+Writes `train.jsonl`, `validation.jsonl` and `test.jsonl` (a document per line: "source", "text"), `tokenizer/` (a
+byte-level BPE trained on the training split), and `manifest.json`: version, SHA-256 and licences of each package, size
+and SHA-256 of each split. `benchmarks/corpus_manifest.json` is the manifest of the corpus of the committed rows;
+nothing else is committed. A package may have been updated since: the splits then differ, and the script says so.
+Needs lxml.
 
 A paragraph occurs once in the whole corpus: of equal ones only the first is kept, so no held-out paragraph is in the
 training split.
@@ -30,19 +31,23 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 # What is read of each package: the suffixes of its files.
 PACKAGES = {
     "anarchism": (".html",),
+    "apache2-doc": (".html.en", ".html"),
     "debian-handbook": (".html",),
     "debian-policy": (".html",),
     "developers-reference": (".html",),
+    "dict-foldoc": (".dz",),
     "dict-gcide": (".dz",),
-    "emacs-common": (".info.gz", ".html"),
+    "gimp-help-en": (".html",),
     "libreoffice-help-en-us": (".html",),
     "linux-doc-6.1": (".html",),
     "octave-doc": (".html",),
+    "openjdk-17-doc": (".html",),
     "perl-doc": (".pod",),
     "postgresql-doc-15": (".html",),
     "python-django-doc": (".html",),
     "python3.11-doc": (".html",),
     "rust-doc": (".html",),
+    "sqlite3-doc": (".html",),
     "wordnet-base": ("data.adj", "data.adv", "data.noun", "data.verb"),
 }
 HTML = lxml.html.HTMLParser(encoding="utf-8", remove_comments=True)
@@ -78,7 +83,7 @@ def read(path: Path) -> str:
 
 def paragraphs(path: Path) -> Iterator[str]:
     """The paragraphs of a file that are sentences: mostly letters, at least nine words."""
-    if path.suffix == ".html":
+    if ".html" in path.suffixes:
         root = lxml.html.document_fromstring(path.read_bytes(), parser=HTML)
         lxml.etree.strip_elements(root, *NO_TEXT, with_tail=False)
         blocks = [e.text_content() for e in root.iter(*BLOCKS) if next(e.iterdescendants(*BLOCKS), None) is None]
