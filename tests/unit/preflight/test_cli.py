@@ -15,10 +15,10 @@ from tests.support.jobs import ROOT
     [
         (["/nowhere"], ["PATH = '/nowhere': there is no such folder"]),
         ([], ["PATH = '': no teacher is given"]),
-        (["--spec", "smollm2-135"], ["--spec = 'smollm2-135'", "did you mean 'smollm2-135m'?"]),
+        (["--spec", "demo_teachr"], ["--spec = 'demo_teachr'", "did you mean 'demo_teacher'?"]),
         (["let_plugin/demo/assets/teacher", "--tokenizer", "/nowhere"], ["--tokenizer = '/nowhere'"]),
         (["let_plugin/demo/assets/teacher", "--max-tokens", "0"], ["--max-tokens = 0"]),
-        (["--spec", "smollm2-135m", "--import", "no_such_module"], ["--import = 'no_such_module'"]),
+        (["--spec", "llama3:1B", "--import", "no_such_module"], ["--import = 'no_such_module'"]),
     ],
 )
 def test_bad_input_is_one_error(monkeypatch, capsys, arguments, messages):

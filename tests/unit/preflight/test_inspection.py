@@ -82,9 +82,9 @@ def test_a_limit_on_the_tokens_and_the_demos_text(inspect):
 
 
 def test_a_spec_alone(inspect):
-    status, said = inspect("--spec", "smollm2-360m")
+    status, said = inspect("--spec", "llama3:1B")
     assert status == 0
-    assert said["blocks"] == "32 of width 960, 15 heads (5 key-value)"
+    assert said["blocks"] == "16 of width 2048, 32 heads (8 key-value)"
     assert said["weights"].startswith("none given")
     assert "loss" not in said
 
