@@ -1,13 +1,12 @@
 """Checks a configuration before anything is built.
 
 Every mistake is collected, so that one start shows them all. Nothing here needs a process group or a device: models
-are built on the meta device. A check reads and writes `Facts`, and raises a ConfigError for what is wrong; `report`
-says what the run will do.
+are built on the meta device. A check reads and writes `Facts`, refuses there what is wrong or raises a ConfigError.
 """
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,25 +33,19 @@ def run(config: Trainer.Config, world_size: int | None = None) -> str:
         world_size: On how many processes; None: on those of this job.
     """
     facts = Facts(config=config, world_size=world_size)
-    _collect(facts, GENERAL_CHECKS)
+    for check in GENERAL_CHECKS:
+        facts.attempt(check, facts)
     if config.let.enable and (facts.student is None or facts.student.is_decoder):
-        _collect(facts, LET_CHECKS)
+        for check in LET_CHECKS:
+            facts.attempt(check, facts)
         if config.let.target == "labels":
-            _collect(facts, [check_pairs])
+            facts.attempt(check_pairs, facts)
         elif facts.ended_at is None:
-            _collect(facts, TEACHER_CHECKS)
+            for check in TEACHER_CHECKS:
+                facts.attempt(check, facts)
     if facts.problems:
         raise ConfigError(facts.problems)
     return report(facts)
-
-
-def _collect(facts: Facts, checks: Sequence[Callable[[Facts], None]]) -> None:
-    for check in checks:
-        try:
-            check(facts)
-        except ConfigError as error:
-            # Two checks may find the same mistake.
-            facts.problems += [problem for problem in error.problems if problem not in facts.problems]
 
 
 @contextmanager
@@ -68,14 +61,13 @@ def find_world_size(facts: Facts) -> None:
     """In torchtitan's dry run one process takes itself for one of NGPU ranks."""
     if facts.world_size is not None:
         return
-    if facts.config.comm.mode == "default":
-        facts.world_size = int(os.environ["WORLD_SIZE"])
-        return
-    num_ranks = os.environ.get("NGPU", "")
-    if not num_ranks.isdecimal() or int(num_ranks) < 1:
+    mode = facts.config.comm.mode
+    num_ranks = os.environ["WORLD_SIZE"] if mode == "default" else os.environ.get("NGPU", "")
+    if num_ranks.isdecimal() and int(num_ranks) >= 1:
+        facts.world_size = int(num_ranks)
+    else:
         message = "needs the number of ranks in the environment variable NGPU, as in NGPU=32 let-train ..."
-        raise ConfigError(Problem("comm.mode", message, facts.config.comm.mode))
-    facts.world_size = int(num_ranks)
+        facts.refuse("comm.mode", message, mode)
 
 
 def check_numbers(facts: Facts) -> None:
@@ -87,51 +79,40 @@ def find_parallel_dims(facts: Facts) -> None:
     if facts.world_size is None:
         return
     world_size, parallelism = facts.world_size, facts.config.parallelism
-    degrees = {
-        "data_parallel_replicate_degree": parallelism.data_parallel_replicate_degree,
-        "data_parallel_shard_degree": parallelism.data_parallel_shard_degree,
-        "context_parallel_degree": parallelism.context_parallel_degree,
-        "tensor_parallel_degree": parallelism.tensor_parallel_degree,
-        "pipeline_parallel_degree": parallelism.pipeline_parallel_degree,
-    }
+    axes = ("data_parallel_replicate", "data_parallel_shard", "context_parallel", "tensor_parallel")
+    degrees = {f"{axis}_degree": getattr(parallelism, f"{axis}_degree") for axis in (*axes, "pipeline_parallel")}
     leftover = degrees["data_parallel_shard_degree"] == -1  # takes the ranks that the others leave
     if leftover:
         del degrees["data_parallel_shard_degree"]
-    problems = [
-        Problem(f"parallelism.{key}", "must be at least 1", degree) for key, degree in degrees.items() if degree < 1
-    ]
-    if problems:
-        raise ConfigError(problems)
+    if too_small := {key: degree for key, degree in degrees.items() if degree < 1}:
+        for key, degree in too_small.items():
+            facts.refuse(f"parallelism.{key}", "must be at least 1", degree)
+        return
     needed = math.prod(degrees.values())
     if world_size % needed if leftover else world_size != needed:
         wanted = f"a multiple of {needed}" if leftover else str(needed)
         used = ", ".join(f"{key} = {degree}" for key, degree in degrees.items() if degree > 1) or "all degrees 1"
-        raise ConfigError(
-            Problem(
-                "parallelism",
-                f"{used}: this needs {wanted} processes and there {'is' if world_size == 1 else 'are'} {world_size}; "
-                f"start it with torchrun --nproc-per-node {needed}",
-            )
+        facts.refuse(
+            "parallelism",
+            f"{used}: this needs {wanted} processes and there {'is' if world_size == 1 else 'are'} {world_size}; "
+            f"start it with torchrun --nproc-per-node {needed}",
         )
+        return
     with _torchtitan_refuses("parallelism"):
         facts.parallel_dims = ParallelDims.from_config(parallelism, world_size)
 
 
 def check_batch_size(facts: Facts) -> None:
-    if facts.parallel_dims is None:
+    if facts.num_data_parallel is None:
         return
-    training = facts.config.training
-    per_step = training.local_batch_size * facts.parallel_dims.dp_replicate * facts.parallel_dims.dp_shard
-    if training.global_batch_size >= 0 and (
-        training.global_batch_size == 0 or per_step == 0 or training.global_batch_size % per_step
-    ):
-        raise ConfigError(
-            Problem(
-                "training.global_batch_size",
-                f"must be a multiple of training.local_batch_size times the data-parallel degree, {per_step}; "
-                "-1 takes exactly that",
-                training.global_batch_size,
-            )
+    wanted, per_step = facts.config.training.global_batch_size, facts.config.training.local_batch_size
+    per_step *= facts.num_data_parallel
+    if wanted == 0 or (wanted > 0 and (per_step == 0 or wanted % per_step)):
+        facts.refuse(
+            "training.global_batch_size",
+            f"must be a multiple of training.local_batch_size times the data-parallel degree, {per_step}; "
+            "-1 takes exactly that",
+            wanted,
         )
 
 
@@ -140,9 +121,7 @@ def check_loss_chunks(facts: Facts) -> None:
     if not isinstance(loss, ChunkedLossWrapper.Config) or min(loss.num_chunks, seq_len) < 1:
         return
     if seq_len % loss.num_chunks:
-        raise ConfigError(
-            Problem("training.seq_len", f"must be a multiple of loss.num_chunks = {loss.num_chunks}", seq_len)
-        )
+        facts.refuse("training.seq_len", f"must be a multiple of loss.num_chunks = {loss.num_chunks}", seq_len)
 
 
 def find_student(facts: Facts) -> None:
@@ -155,7 +134,7 @@ def find_student(facts: Facts) -> None:
             f"LET aligns the blocks of a decoder, and {facts.student.name} has no layers, tok_embeddings, norm and "
             "lm_head; take another base, or train it without LET"
         )
-        raise ConfigError(Problem("let.enable", message, True))
+        facts.refuse("let.enable", message, True)
 
 
 def check_tokenizer(facts: Facts) -> None:
@@ -166,50 +145,38 @@ def check_tokenizer(facts: Facts) -> None:
         return  # not a model of tokens: its own tokenizer knows what it needs
     path = config.hf_assets_path
     if not os.path.exists(path):
-        raise ConfigError(Problem("hf_assets_path", "no such folder; it must hold the student's tokenizer", path))
+        return facts.refuse("hf_assets_path", "no such folder; it must hold the student's tokenizer", path)
     try:
         tokenizer: Any = config.tokenizer.build(tokenizer_path=path)
     except ConfigError:
         raise
     except Exception as error:  # the tokenizers library raises plain Exception
-        raise ConfigError(Problem("hf_assets_path", f"the tokenizer cannot be loaded: {error}", path)) from error
+        return facts.refuse("hf_assets_path", f"the tokenizer cannot be loaded: {error}", path)
     vocabulary: dict[str, int] = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
-    if vocabulary and max(vocabulary.values()) >= vocab_size:
-        raise ConfigError(
-            Problem(
-                "hf_assets_path",
-                f"the tokenizer has ids up to {max(vocabulary.values())}, the model only {vocab_size} embeddings; "
-                "choose a base with a larger vocabulary",
-                path,
-            )
+    if (highest := max(vocabulary.values(), default=-1)) >= vocab_size:
+        message = (
+            f"the tokenizer has ids up to {highest}, the model only {vocab_size} embeddings; "
+            "choose a base with a larger vocabulary"
         )
+        return facts.refuse("hf_assets_path", message, path)
     facts.student_vocabulary = vocabulary
 
 
 def check_datasets(facts: Facts) -> None:
-    config = facts.config
-    loaders = {"dataloader": config.dataloader}
-    if config.validator.enable:
-        loaders["validator.dataloader"] = config.validator.dataloader
-        if isinstance(config.validator, TwoSplitValidator.Config):
-            loaders["validator.test"] = config.validator.test
-    problems: list[Problem] = []
-    for key, loader in loaders.items():
-        try:
-            _check_dataset(key, loader)
-        except ConfigError as error:
-            problems += error.problems
-    if problems:
-        raise ConfigError(problems)
+    validator = facts.config.validator
+    facts.attempt(_check_dataset, "dataloader", facts.config.dataloader)
+    if validator.enable:
+        facts.attempt(_check_dataset, "validator.dataloader", validator.dataloader)
+        if isinstance(validator, TwoSplitValidator.Config):
+            facts.attempt(_check_dataset, "validator.test", validator.test)
 
 
 def _check_dataset(key: str, loader: Any) -> None:
     if not isinstance(loader, HuggingFaceTextDataLoader.Config):
         return  # another data loader knows by itself what it needs
     if loader.dataset not in DATASETS:
-        raise ConfigError(
-            Problem(f"{key}.dataset", f"unknown dataset; {suggest(loader.dataset, DATASETS)}", loader.dataset)
-        )
+        message = f"unknown dataset; {suggest(loader.dataset, DATASETS)}"
+        raise ConfigError(Problem(f"{key}.dataset", message, loader.dataset))
     entry = DATASETS[loader.dataset]
     path = loader.dataset_path or entry.path
     if entry.loader is data.load_text_files:
@@ -224,23 +191,22 @@ def check_dump_folder(facts: Facts) -> None:
     while not os.path.exists(existing):
         existing = os.path.dirname(existing)
     if not os.path.isdir(existing):
-        raise ConfigError(Problem("dump_folder", f"{existing} is a file; choose another folder", path))
-    if not os.access(existing, os.W_OK):
-        raise ConfigError(Problem("dump_folder", f"{existing} is not writable; choose another folder", path))
+        facts.refuse("dump_folder", f"{existing} is a file; choose another folder", path)
+    elif not os.access(existing, os.W_OK):
+        facts.refuse("dump_folder", f"{existing} is not writable; choose another folder", path)
 
 
 def find_resumption(facts: Facts) -> None:
     facts.resumption = checkpoint.find(facts.config)
-    if facts.resumption is not None and facts.parallel_dims is not None:
-        facts.resumption.check_data_parallel(facts.parallel_dims.dp_replicate * facts.parallel_dims.dp_shard)
+    if facts.resumption is not None and facts.num_data_parallel is not None:
+        facts.resumption.check_data_parallel(facts.num_data_parallel)
 
 
 def find_stop_step(facts: Facts) -> None:
-    dims = facts.parallel_dims
     if any(problem.key.startswith("let.stop_") for problem in facts.problems):
         return
-    if dims is not None or facts.config.let.stop_tokens is None:  # only tokens depend on the degree
-        facts.stop_step = plan.stop_step(facts.config, 1 if dims is None else dims.dp_replicate * dims.dp_shard)
+    if facts.num_data_parallel is not None or facts.config.let.stop_tokens is None:  # only tokens depend on the degree
+        facts.stop_step = plan.stop_step(facts.config, facts.num_data_parallel or 1)
 
 
 def find_end(facts: Facts) -> None:
@@ -250,64 +216,50 @@ def find_end(facts: Facts) -> None:
 
 def check_strategies(facts: Facts) -> None:
     """Names and options of what a name selects."""
-    problems: list[Problem] = []
     for build in (plan.schedule, plan.adaptive_stop, plan.loss, plan.dimension_match):
-        try:
-            build(facts.config.let)
-        except ConfigError as error:
-            problems += error.problems
-    if problems:
-        raise ConfigError(problems)
+        facts.attempt(build, facts.config.let)
 
 
 def check_let_parallelism(facts: Facts) -> None:
-    config = facts.config
-    parallelism = config.parallelism
-    if parallelism.context_parallel_degree > 1 and parallelism.context_parallel_load_balancer == "ptrr":
-        raise ConfigError(
-            Problem(
-                "parallelism.context_parallel_load_balancer",
-                "cuts the sequence differently in each batch, and LET cuts the teacher's states once and for all; "
-                'choose "headtail" or "none"',
-                "ptrr",
-            )
+    let: LetConfig = facts.config.let
+    parallelism = facts.config.parallelism
+    cp_is_on = parallelism.context_parallel_degree > 1
+    if cp_is_on and parallelism.context_parallel_load_balancer == "ptrr":
+        facts.refuse(
+            "parallelism.context_parallel_load_balancer",
+            "cuts the sequence differently in each batch, and LET cuts the teacher's states once and for all; "
+            'choose "headtail" or "none"',
+            "ptrr",
         )
-    sequence_is_cut = parallelism.context_parallel_degree > 1 or (
-        parallelism.tensor_parallel_degree > 1 and parallelism.enable_sequence_parallel
-    )
-    if config.let.target == "teacher" and sequence_is_cut and plan.loss_entry(config.let).needs_whole_sequence:
-        raise ConfigError(
-            Problem(
-                "let.loss",
-                "compares the tokens of a sequence, which context parallelism, and tensor parallelism with "
-                "parallelism.enable_sequence_parallel, cut into parts; choose a loss per token",
-                config.let.loss,
-            )
+    sequence_is_cut = cp_is_on or (parallelism.tensor_parallel_degree > 1 and parallelism.enable_sequence_parallel)
+    if let.target == "teacher" and sequence_is_cut and plan.loss_entry(let).needs_whole_sequence:
+        facts.refuse(
+            "let.loss",
+            "compares the tokens of a sequence, which context parallelism, and tensor parallelism with "
+            "parallelism.enable_sequence_parallel, cut into parts; choose a loss per token",
+            let.loss,
         )
 
 
 def check_validation(facts: Facts) -> None:
     """What an adaptive stop by validation needs."""
-    config = facts.config
-    settings = config.let.adaptive_stop
+    let: LetConfig = facts.config.let
+    validator, settings = facts.config.validator, let.adaptive_stop
     if settings.criterion != "validation":
         return
-    if not config.validator.enable:
-        raise ConfigError(
-            Problem("validator.enable", 'let.adaptive_stop.criterion = "validation" needs validation: true', False)
-        )
-    if settings.teacher_loss is not None:
-        return
-    let: LetConfig = config.let
-    reason = ""
-    if let.teacher.features:
-        reason = "let.teacher.features has the teacher's states, not its predictions"
-    elif let.token_alignment.enable:
-        reason = "losses under two tokenizers cannot be compared token by token, so it cannot be measured"
-    elif not teacher_loss.is_measurable(config.validator):
-        reason = "this validator validates in a way of its own, which the teacher cannot take part in"
-    if reason:
-        raise ConfigError(Problem("let.adaptive_stop.teacher_loss", f"must be given: {reason}", None))
+    if not validator.enable:
+        message = 'let.adaptive_stop.criterion = "validation" needs validation: true'
+        facts.refuse("validator.enable", message, False)
+    elif settings.teacher_loss is None:
+        reason = ""
+        if let.teacher.features:
+            reason = "let.teacher.features has the teacher's states, not its predictions"
+        elif let.token_alignment.enable:
+            reason = "losses under two tokenizers cannot be compared token by token, so it cannot be measured"
+        elif not teacher_loss.is_measurable(validator):
+            reason = "this validator validates in a way of its own, which the teacher cannot take part in"
+        if reason:
+            facts.refuse("let.adaptive_stop.teacher_loss", f"must be given: {reason}", None)
 
 
 def check_pairs(facts: Facts) -> None:
@@ -320,10 +272,9 @@ def check_pairs(facts: Facts) -> None:
     if parallelism.pipeline_parallel_degree <= 1 or not stages:
         return
     blocks = {f"layers.{pair.student}" for pair in facts.pairs}
-    missing = sorted(block for block in blocks if not any(block in stage for stage in stages))
-    if missing:
+    if missing := sorted(block for block in blocks if not any(block in stage for stage in stages)):
         message = f"no stage has {', '.join(missing)}, which is to be aligned"
-        raise ConfigError(Problem("parallelism.module_fqns_per_model_part", message))
+        facts.refuse("parallelism.module_fqns_per_model_part", message)
 
 
 # In this order: later ones use what earlier ones have found.

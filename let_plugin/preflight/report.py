@@ -1,7 +1,7 @@
 """What the run will do, in lines for people: who meets whom, and what it costs."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from torchtitan.trainer import Trainer
 
 from let_plugin.alignment.layer_mapping import EMBEDDING, LayerPair
 from let_plugin.config import LetConfig, plan
-from let_plugin.config.errors import Problem
+from let_plugin.config.errors import ConfigError, Problem
 from let_plugin.runtime import checkpoint, host
 from let_plugin.teacher.base import TeacherInfo, TeacherSource
 from let_plugin.teacher.retokenized import Trial, teacher_seq_len
@@ -56,36 +56,40 @@ class Student:
 
 @dataclass(kw_only=True)
 class Facts:
-    """What the checks have found out about a run. None: not known yet, or not needed.
-
-    Attributes:
-        config: What is to run.
-        world_size: On how many processes.
-        student, parallel_dims: Its model and its device meshes.
-        student_vocabulary: Token -> id of its tokenizer; empty if it does not say.
-        resumption: The checkpoint that the run goes on from.
-        stop_step: S_stop.
-        ended_at: The step at which the alignment has ended by the time the run starts.
-        source: The teacher, or its stored states.
-        pairs: What is aligned.
-        trial: That of a teacher with another tokenizer, on the rank that has made it.
-        vocabulary: What the comparison of the two vocabularies has found.
-        problems: What is wrong.
-    """
+    """What the checks have found out about a run. None: not known yet, or not needed."""
 
     config: Trainer.Config
-    world_size: int | None
+    world_size: int | None  # number of processes
     student: Student | None = None
-    parallel_dims: ParallelDims | None = None
-    student_vocabulary: dict[str, int] | None = None
-    resumption: checkpoint.Resumption | None = None
-    stop_step: int | None = None
-    ended_at: int | None = None
+    parallel_dims: ParallelDims | None = None  # the student's device meshes
+    student_vocabulary: dict[str, int] | None = None  # token -> id; empty if the tokenizer has none
+    resumption: checkpoint.Resumption | None = None  # the checkpoint that the run goes on from
+    stop_step: int | None = None  # S_stop
+    ended_at: int | None = None  # the step at which the alignment has ended by the time the run starts
     source: TeacherSource | Features | None = None
     pairs: list[LayerPair] | None = None
-    trial: Trial | None = None
-    vocabulary: str | None = None
+    trial: Trial | None = None  # of a teacher with another tokenizer, on the rank that has made it
+    vocabulary: str | None = None  # the result of comparing the two vocabularies
     problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def num_data_parallel(self) -> int | None:
+        """Number of data-parallel ranks."""
+        dims = self.parallel_dims
+        return None if dims is None else dims.dp_replicate * dims.dp_shard
+
+    def refuse(self, key: str, message: str, *value: Any) -> None:
+        """Adds a problem; two checks may find the same one."""
+        problem = Problem(key, message, *value)
+        if problem not in self.problems:
+            self.problems.append(problem)
+
+    def attempt(self, check: Callable[..., Any], *args: Any) -> None:
+        """Calls `check` and adds the problems of its ConfigError."""
+        try:
+            check(*args)
+        except ConfigError as error:
+            self.problems += [problem for problem in error.problems if problem not in self.problems]
 
 
 @dataclass(frozen=True)
@@ -115,29 +119,31 @@ def cost(
 ) -> Cost:
     """The cost of a checked configuration. With states that were made beforehand, `features`, no teacher runs."""
     let: LetConfig = config.let
-    dtype = plan.teacher_dtype(config)
+    training, dtype = config.training, plan.teacher_dtype(config)
     layers = plan.teacher_layers(pairs)
-    num_kept = teacher.num_params_to(layers)  # blocks above the highest layer that is asked for are not there
-    num_teacher = 0 if features else num_kept - teacher.num_embedding_params
-    # Of the teacher's tokens to the student's.
-    ratio = 1.0
-    if let.token_alignment.enable and not features:
-        ratio = teacher_seq_len(config, teacher) / config.training.seq_len
-    tokens = config.training.local_batch_size * config.training.seq_len
-    # The ranks of a pipeline stage share the teacher; each holds the states of its part of the sequence.
-    num_shards = _num_shards(parallel_dims)
-    tokens = tokens // sequence_shards(config, parallel_dims)
     widths = {layer: teacher.width(layer, let.teacher.final_norm) for layer in layers}
+    num_tokens = training.local_batch_size * training.seq_len
+    # The ranks of a pipeline stage share the teacher; each holds the states of its part of the sequence.
+    num_held = num_tokens // sequence_shards(config, parallel_dims)
+    num_shards = teacher_parallel_dims(parallel_dims).dp_shard
+    student_itemsize = TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize
     memory = {
-        **({} if features else _teacher_memory(config, teacher, layers, parallel_dims)),
-        "target": tokens * sum(widths.values()) * dtype.itemsize,
-        "gradient": tokens
-        * len({pair.student for pair in pairs})
-        * student.width
-        * TORCH_DTYPE_MAP[config.training.mixed_precision_param].itemsize,
+        "target": num_held * sum(widths.values()) * dtype.itemsize,
+        "gradient": num_held * len({pair.student for pair in pairs}) * student.width * student_itemsize,
     }
-    overhead = 0.0
-    matches = []
+    num_teacher, overhead, ratio = 0, 0.0, 1.0
+    if features is None:
+        num_kept = teacher.num_params_to(layers)  # blocks above the highest layer that is asked for are not there
+        num_teacher = num_kept - teacher.num_embedding_params
+        seq_len = teacher_seq_len(config, teacher) if let.token_alignment.enable else training.seq_len
+        ratio = seq_len / training.seq_len
+        weights = {"teacher": num_kept * dtype.itemsize // num_shards}
+        if not teacher.is_native:
+            num_rows, peers = training.local_batch_size, num_peers(config, parallel_dims)
+            num_rows = num_rows // peers if num_rows % peers == 0 else num_rows
+            # [B, 1, L, L]: boolean, and in the query's dtype while SDPA uses it.
+            weights["teacher's dense attention mask"] = num_rows * seq_len**2 * (1 + dtype.itemsize)
+        memory = weights | memory
     if let.target == "logits":
         num_head = teacher.vocab_size * teacher.hidden_size
         num_teacher += num_head
@@ -146,13 +152,11 @@ def cost(
         memory |= {"teacher's head": num_head * dtype.itemsize, **own_head.memory}
     else:
         matches = [plan.dimension_match(let)(widths[pair.teacher], student.width) for pair in pairs]
-    if num_learned := sum(p.numel() for match in matches for p in match.parameters() if p.requires_grad):
-        # In fp32: the gathered weights and their gradient; the sharded ones, their gradient and the optimizer's state.
-        memory["projector"] = num_learned * 4 * 2 + num_learned * 4 * 4 // num_shards
+        if num_learned := sum(p.numel() for match in matches for p in match.parameters() if p.requires_grad):
+            # In fp32: the gathered weights and their gradient; the sharded ones, their gradient, the optimizer's state.
+            memory["projector"] = num_learned * 4 * 2 + num_learned * 4 * 4 // num_shards
     if features:
-        memory["encoded states"] = (
-            config.training.local_batch_size * config.training.seq_len * features.bytes_per_token(layers)
-        )
+        memory["encoded states"] = num_tokens * features.bytes_per_token(layers)
     overhead += num_teacher / (3 * student.num_matmul_params) * ratio
     return Cost(num_teacher, overhead, memory)
 
@@ -164,144 +168,100 @@ def auxiliary_cost(student: Student, pairs: Sequence[LayerPair]) -> Cost:
     return Cost(0, len(pairs) * student.num_head_params / student.num_matmul_params, memory)
 
 
-def break_even(steps: int, stop_step: int, overhead: float) -> float | None:
-    """How many times fewer steps LET must need to cost no more than `steps` plain ones; None: it cannot.
-
-    Args:
-        steps: Steps of the plain run.
-        stop_step: Steps with the teacher, of the run with LET.
-        overhead: What such a step costs more, as a share of a plain one.
-    """
-    # The run with LET costs as much as `steps` plain ones when it has this many steps to spend.
-    affordable_steps = steps - overhead * stop_step
-    return steps / affordable_steps if affordable_steps > 0 else None
-
-
 def report(facts: Facts) -> str:
     """The preflight report of a checked run, without a final line break."""
     let: LetConfig = facts.config.let
-    lines = [f"  student    {facts.student}"]
+    lines = [("student", str(facts.student))]
     if not let.enable:
-        return "\n".join(["preflight", *lines, "  LET        off: plain torchtitan"])
-    if facts.ended_at is not None:
-        lines.append(f"  teacher    the alignment has ended at step {facts.ended_at}; the teacher is not needed")
-    elif let.target == "labels":
-        lines += _auxiliary_lines(facts)
+        lines.append(("LET", "off: plain torchtitan"))
+    elif facts.ended_at is not None:
+        ended = f"the alignment has ended at step {facts.ended_at}; the teacher is not needed"
+        lines.append(("teacher", ended))
     else:
-        lines += _teacher_lines(facts)
-    return "\n".join(["LET preflight", *lines])
+        lines += _auxiliary_lines(facts) if let.target == "labels" else _teacher_lines(facts)
+    heading = "LET preflight" if let.enable else "preflight"
+    return "\n".join([heading, *(f"  {name:<10} {text}" for name, text in lines)])
 
 
-def _auxiliary_lines(facts: Facts) -> list[str]:
-    """Of the control without a teacher."""
+def _auxiliary_lines(facts: Facts) -> list[tuple[str, str]]:
     student, pairs = facts.student, facts.pairs
     assert student and pairs
     costs = auxiliary_cost(student, pairs)
     return [
-        "  teacher    none: the labels are the target, through the student's own norm and head",
-        f"  blocks     {', '.join(str(pair.student) for pair in pairs)} (of 0 to {student.num_blocks - 1})",
-        f"  lambda     {_describe_schedule(facts)}",
-        f"  memory     + {_mib(sum(costs.memory.values()))} per rank while active",
-        f"  overhead   + {costs.overhead:.1%} FLOPs while active: {student.num_head_params:,} parameters of the "
-        f"head, once per block, beside the student's {student.num_matmul_params:,}",
+        ("teacher", "none: the labels are the target, through the student's own norm and head"),
+        ("blocks", f"{', '.join(str(pair.student) for pair in pairs)} (of 0 to {student.num_blocks - 1})"),
+        ("lambda", _describe_schedule(facts)),
+        ("memory", f"+ {_mib(sum(costs.memory.values()))} per rank while active"),
+        (
+            "overhead",
+            f"+ {costs.overhead:.1%} FLOPs while active: {student.num_head_params:,} parameters of the head, once per "
+            f"block, beside the student's {student.num_matmul_params:,}",
+        ),
     ]
 
 
-def _teacher_lines(facts: Facts) -> list[str]:
+def _teacher_lines(facts: Facts) -> list[tuple[str, str]]:
     config, student, source, pairs = facts.config, facts.student, facts.source, facts.pairs
-    assert student and source and pairs and facts.parallel_dims
+    assert student and source and pairs and facts.parallel_dims and facts.stop_step is not None
     let: LetConfig = config.let
     teacher, layers = source.info, plan.teacher_layers(pairs)
     features = source if isinstance(source, Features) else None
     costs = cost(config, student, teacher, pairs, facts.parallel_dims, features)
     dtype = str(plan.teacher_dtype(config)).removeprefix("torch.")
     cut = f", cut over {facts.parallel_dims.tp} tensor-parallel ranks" if let.teacher.tensor_parallel else ""
-    lines = [
-        f"  teacher    {teacher.description}: {teacher.num_layers} blocks of width {teacher.hidden_size}, "
-        f"{teacher.num_params_to(layers):,} parameters in its trunk, {dtype}{cut}"
-    ]
+    vocabulary = facts.vocabulary
     if features:
-        lines += [f"  states     {line}" for line in features.describe(config, layers)]
-        vocabulary: str | None = "the student's tokenizer is the one that the states were made with"
-    elif let.token_alignment.enable:
-        vocabulary = _describe_token_alignment(config, teacher, facts.trial)
+        vocabulary = "the student's tokenizer is the one that the states were made with"
+        overhead = "+ 0.0% FLOPs: the states are read, no teacher runs"
+        break_even = "at any saving of steps: the teacher ran when the states were made"
     else:
-        vocabulary = facts.vocabulary
+        times, heads = "", ""
+        if let.token_alignment.enable:
+            vocabulary = _describe_token_alignment(config, teacher, facts.trial)
+            times = f" x {teacher_seq_len(config, teacher)} / {config.training.seq_len} tokens"
+        if let.target == "logits":
+            heads = ", and the student's head once more"
+        overhead = (
+            f"+ {costs.overhead:.1%} FLOPs while active: N_T / (3 N_S) = {costs.num_teacher_params:,} / (3 x "
+            f"{student.num_matmul_params:,}){times}{heads}, embeddings not counted"
+        )
+        # n steps with LET cost as much as `steps` plain ones when n + overhead * stop_step = steps.
+        steps = config.training.steps
+        affordable_steps = steps - costs.overhead * facts.stop_step
+        break_even = "never: the teacher costs more than the whole plain run"
+        if affordable_steps > 0:
+            break_even = f"at {steps / affordable_steps:.3f}x fewer steps"
     parts = ", ".join(f"{name} {_mib(size)}" for name, size in costs.memory.items())
     return [
-        *lines,
-        *(f"  alignment  {_describe(pair, student, teacher, let)}" for pair in pairs),
-        f"  lambda     {_describe_schedule(facts)}",
-        f"  vocabulary {vocabulary}",
-        f"  memory     + {_mib(sum(costs.memory.values()))} per rank while active: {parts}",
-        f"  overhead   {_describe_overhead(facts, costs)}",
-        f"  break-even {_describe_break_even(facts, costs)}",
+        (
+            "teacher",
+            f"{teacher.description}: {teacher.num_layers} blocks of width {teacher.hidden_size}, "
+            f"{teacher.num_params_to(layers):,} parameters in its trunk, {dtype}{cut}",
+        ),
+        *(("states", line) for line in (features.describe(config, layers) if features else ())),
+        *(("alignment", _describe_pair(pair, student, teacher, let)) for pair in pairs),
+        ("lambda", _describe_schedule(facts)),
+        ("vocabulary", str(vocabulary)),
+        ("memory", f"+ {_mib(sum(costs.memory.values()))} per rank while active: {parts}"),
+        ("overhead", overhead),
+        ("break-even", break_even),
     ]
 
 
-def _describe_overhead(facts: Facts, costs: Cost) -> str:
-    config, source, student = facts.config, facts.source, facts.student
-    assert source and student
-    if isinstance(source, Features):
-        return "+ 0.0% FLOPs: the states are read, no teacher runs"
-    heads = ", and the student's head once more" if config.let.target == "logits" else ""
-    times = ""
-    if config.let.token_alignment.enable:
-        times = f" x {teacher_seq_len(config, source.info)} / {config.training.seq_len} tokens"
-    return (
-        f"+ {costs.overhead:.1%} FLOPs while active: N_T / (3 N_S) = {costs.num_teacher_params:,} / (3 x "
-        f"{student.num_matmul_params:,}){times}{heads}, embeddings not counted"
-    )
-
-
-def _describe_break_even(facts: Facts, costs: Cost) -> str:
-    if isinstance(facts.source, Features):
-        return "at any saving of steps: the teacher ran when the states were made"
-    assert facts.stop_step is not None
-    speed_up = break_even(facts.config.training.steps, facts.stop_step, costs.overhead)
-    if speed_up is None:
-        return "never: the teacher costs more than the whole plain run"
-    return f"at {speed_up:.3f}x fewer steps"
-
-
-def _num_shards(parallel_dims: ParallelDims) -> int:
-    """Among how many ranks a teacher's weights are divided, in whichever way."""
-    return teacher_parallel_dims(parallel_dims).dp_shard
-
-
-def _teacher_memory(
-    config: Trainer.Config, teacher: TeacherInfo, layers: Sequence[int | str], parallel_dims: ParallelDims
-) -> dict[str, int]:
-    """What it is -> bytes per rank: the teacher's weights and, if `transformers` runs it, its attention mask."""
-    dtype = plan.teacher_dtype(config)
-    memory = {"teacher": teacher.num_params_to(layers) * dtype.itemsize // _num_shards(parallel_dims)}
-    if not teacher.is_native:
-        num_rows, peers = config.training.local_batch_size, num_peers(config, parallel_dims)
-        num_rows = num_rows // peers if num_rows % peers == 0 else num_rows
-        seq_len = config.training.seq_len
-        if config.let.token_alignment.enable:
-            seq_len = teacher_seq_len(config, teacher)
-        # [B, 1, L, L]: boolean, and in the query's dtype while SDPA uses it.
-        memory["teacher's dense attention mask"] = num_rows * seq_len**2 * (1 + dtype.itemsize)
-    return memory
-
-
-def _describe(pair: LayerPair, student: Student, teacher: TeacherInfo, let: LetConfig) -> str:
-    width = teacher.width(pair.teacher, let.teacher.final_norm)
+def _describe_pair(pair: LayerPair, student: Student, teacher: TeacherInfo, let: LetConfig) -> str:
     if let.target == "logits":
         return f"the student's predictions with the teacher's, at temperature {let.temperature:g}"
+    layer = f"block {pair.teacher} (of 0 to {teacher.num_layers - 1})"
     if pair.teacher == EMBEDDING:
         layer = "embedding"
     elif pair.teacher == teacher.num_layers - 1:
         layer = f"last layer ({'after' if let.teacher.final_norm else 'before'} the final norm)"
-    else:
-        layer = f"block {pair.teacher} (of 0 to {teacher.num_layers - 1})"
+    width = teacher.width(pair.teacher, let.teacher.final_norm)
     if width == student.width and let.dimension_match == "interpolate":
         widths = f"both of width {width}"
-    elif let.projector.side == "teacher":
-        widths = f"width {width} to {student.width} by {let.dimension_match}"
     else:
-        widths = f"width {student.width} to {width} by {let.dimension_match}"
+        ends = (width, student.width) if let.projector.side == "teacher" else (student.width, width)
+        widths = f"width {ends[0]} to {ends[1]} by {let.dimension_match}"
     weight = "" if pair.weight == 1 else f", weight {pair.weight:g}"
     return (
         f"output of student block {pair.student} (layers.{pair.student}, of 0 to {student.num_blocks - 1}) with the "
@@ -312,13 +272,12 @@ def _describe(pair: LayerPair, student: Student, teacher: TeacherInfo, let: LetC
 def _describe_token_alignment(config: Trainer.Config, teacher: TeacherInfo, trial: Trial | None) -> str:
     if trial is None:
         return "two tokenizers, matched by bytes of text"
-    seq_len, length = config.training.seq_len, teacher_seq_len(config, teacher)
     return "\n             ".join(
         [
             f"two tokenizers, matched by bytes of text; of {trial.num_rows} rows of the data:",
             f"{trial.aligned:.1%} of the tokens have a state of the teacher's, {trial.exact:.1%} one of the same end",
-            f"{seq_len} tokens are {trial.mean_length:.0f} of the teacher's, {trial.max_length} at most, "
-            f"with room for {length} (let.token_alignment.teacher_seq_len)",
+            f"{config.training.seq_len} tokens are {trial.mean_length:.0f} of the teacher's, {trial.max_length} at "
+            f"most, with room for {teacher_seq_len(config, teacher)} (let.token_alignment.teacher_seq_len)",
             f"{trial.tokens_per_second:,.0f} tokens/s are retokenized by each worker (dataloader.num_workers)",
         ]
     )

@@ -4,7 +4,7 @@ import os
 
 from let_plugin.alignment.projectors import FittedMatch
 from let_plugin.config import plan
-from let_plugin.config.errors import ConfigError, Problem
+from let_plugin.config.errors import ConfigError
 from let_plugin.preflight.report import Facts
 from let_plugin.teacher.base import TeacherSource
 from let_plugin.teacher.open import open_source
@@ -26,8 +26,7 @@ def check_dimension_match(facts: Facts) -> None:
     for width in {facts.source.info.width(pair.teacher, let.teacher.final_norm) for pair in facts.pairs}:
         match = plan.dimension_match(let)(width, spec.model.dim)
         if isinstance(match, FittedMatch) and let.cuda_graphs:
-            message = f"a captured step cannot refit: not with {let.dimension_match!r}"
-            raise ConfigError(Problem("let.cuda_graphs", message, True))
+            facts.refuse("let.cuda_graphs", f"a captured step cannot refit: not with {let.dimension_match!r}", True)
 
 
 def check_sequence_length(facts: Facts) -> None:
@@ -36,7 +35,7 @@ def check_sequence_length(facts: Facts) -> None:
         return
     longest, seq_len = facts.source.info.max_seq_len, facts.config.training.seq_len
     if longest is not None and seq_len > longest:
-        raise ConfigError(Problem("training.seq_len", f"the teacher was built for at most {longest} tokens", seq_len))
+        facts.refuse("training.seq_len", f"the teacher was built for at most {longest} tokens", seq_len)
 
 
 def check_tensor_parallel(facts: Facts) -> None:
@@ -44,44 +43,38 @@ def check_tensor_parallel(facts: Facts) -> None:
     let, degree = facts.config.let, facts.config.parallelism.tensor_parallel_degree
     if facts.source is None or not let.teacher.tensor_parallel:
         return
-    teacher = facts.source.info
-    message = ""
+    teacher, message = facts.source.info, ""
     if let.teacher.features:
-        message = "no teacher runs: its states are read from let.teacher.features; leave this off"
+        message = "no teacher runs: its states are read from let.teacher.features"
     elif not teacher.is_native:
-        message = "only torchtitan's own models have a plan for it, and transformers runs this teacher; leave this off"
+        message = "only torchtitan's own models have a plan for it, and transformers runs this teacher"
     else:
         heads = {"heads": teacher.num_heads, "key-value heads": teacher.num_kv_heads}
         uneven = [f"{number} {name}" for name, number in heads.items() if number is not None and number % degree]
         if uneven:
-            message = (
-                f"the teacher's {' and '.join(uneven)} do not divide by parallelism.tensor_parallel_degree = {degree}; "
-                "leave this off"
-            )
+            what = f"the teacher's {' and '.join(uneven)}"
+            message = f"{what} do not divide by parallelism.tensor_parallel_degree = {degree}"
     if message:
-        raise ConfigError(Problem("let.teacher.tensor_parallel", message, True))
+        facts.refuse("let.teacher.tensor_parallel", f"{message}; leave this off", True)
 
 
 def check_stored_states(facts: Facts) -> None:
     """Whether the stored states are this run's. A field that is wrong in itself is not reported twice."""
-    features, let, dims = facts.source, facts.config.let, facts.parallel_dims
+    features, let = facts.source, facts.config.let
     if not isinstance(features, Features):
         return
-    problems = []
     if let.target == "logits":
         message = "the teacher's language-model head is needed, and let.teacher.features has its states only"
-        problems.append(Problem("let.target", message, let.target))
+        facts.refuse("let.target", message, let.target)
     if let.control == "random_teacher":
         message = "there is no teacher whose weights could be drawn anew: its states are read from let.teacher.features"
-        problems.append(Problem("let.control", message, let.control))
-    if facts.pairs is not None and dims is not None and facts.stop_step is not None:
-        known = {problem.key for problem in (*facts.problems, *problems)}
+        facts.refuse("let.control", message, let.control)
+    if facts.pairs is not None and facts.num_data_parallel is not None and facts.stop_step is not None:
+        known = {problem.key for problem in facts.problems}
         try:
-            features.check(facts.config, plan.teacher_layers(facts.pairs), dims.dp_replicate * dims.dp_shard)
+            features.check(facts.config, plan.teacher_layers(facts.pairs), facts.num_data_parallel)
         except ConfigError as error:
-            problems += [problem for problem in error.problems if problem.key not in known]
-    if problems:
-        raise ConfigError(problems)
+            facts.problems += [problem for problem in error.problems if problem.key not in known]
 
 
 def check_token_alignment(facts: Facts) -> None:
@@ -91,7 +84,7 @@ def check_token_alignment(facts: Facts) -> None:
         return
     if config.let.target == "logits":
         message = "the predictions of two tokenizers cannot be compared; take a teacher with the student's"
-        raise ConfigError(Problem("let.token_alignment.enable", message, True))
+        return facts.refuse("let.token_alignment.enable", message, True)
     teacher_seq_len(config, source.info)
     if facts.problems:
         return  # the data may not be readable
@@ -111,26 +104,19 @@ def check_vocabulary(facts: Facts) -> None:
         return
     teacher = source.vocabulary()
     if not teacher or not student:
-        whose = "teacher" if not teacher else "student"
-        raise ConfigError(
-            Problem(
-                "let.teacher.tokenizer_path",
-                f"the {whose}'s tokenizer has no vocabulary to compare (no tokenizer.json); "
-                "name the teacher's folder here, or set let.teacher.check_vocabulary = false if the two are known to "
-                "be the same",
-                let.teacher.tokenizer_path,
-            )
+        message = (
+            f"the {'student' if teacher else 'teacher'}'s tokenizer has no vocabulary to compare (no tokenizer.json); "
+            "name the teacher's folder here, or set let.teacher.check_vocabulary = false if the two are known to be "
+            "the same"
         )
+        return facts.refuse("let.teacher.tokenizer_path", message, let.teacher.tokenizer_path)
     difference = compare_vocabularies(student, teacher)
     if difference.num_differing:
-        raise ConfigError(
-            Problem(
-                "let.teacher.path",
-                f"the teacher's vocabulary is not the student's: {difference.num_differing:,} of "
-                f"{difference.num_student:,} ids differ ({'; '.join(difference.examples)}). Train the student on the "
-                "teacher's tokenizer (hf_assets_path), take a teacher with the student's, or have the text encoded "
-                "anew for the teacher (let.token_alignment.enable = true)",
-                let.teacher.path,
-            )
+        message = (
+            f"the teacher's vocabulary is not the student's: {difference.num_differing:,} of "
+            f"{difference.num_student:,} ids differ ({'; '.join(difference.examples)}). Train the student on the "
+            "teacher's tokenizer (hf_assets_path), take a teacher with the student's, or have the text encoded anew "
+            "for the teacher (let.token_alignment.enable = true)"
         )
+        return facts.refuse("let.teacher.path", message, let.teacher.path)
     facts.vocabulary = "the student's tokenizer and the teacher's agree token by token"

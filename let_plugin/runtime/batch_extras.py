@@ -25,11 +25,8 @@ class BatchExtras:
     """Adds tensors to each batch of a data loader that has not begun to iterate.
 
     Args:
-        loader: The student's data loader.
+        loader: The student's data loader. ConfigError if it is not a torch DataLoader.
         make: Makes the tensors to add; see MakeExtras.
-
-    Raises:
-        ConfigError: If the loader is not a torch DataLoader.
     """
 
     def __init__(self, loader: Any, make: MakeExtras) -> None:

@@ -22,11 +22,9 @@ from let_plugin.runtime.upstream import TRAIN_STATE, CheckpointManager, latest_c
 
 
 class Identified(Stateful):
-    """A state that is saved with the blocks and layers that it belongs to, and refuses that of others.
+    """A state that is saved with the numbers of the blocks and layers that it belongs to, and refuses that of others.
 
-    Args:
-        inner: Anything with `state_dict` and `load_state_dict`.
-        identity: The numbers of the blocks and layers.
+    `inner` is anything with `state_dict` and `load_state_dict`.
     """
 
     def __init__(self, inner: Any, identity: Sequence[int]) -> None:
@@ -48,17 +46,14 @@ def restore(name: str, stateful: Any, config: Trainer.Config, step: int) -> None
 
     Args:
         name: Its name in `checkpointer.states`.
-        stateful: Anything with `state_dict` and `load_state_dict`.
+        stateful: Anything with `state_dict` and `load_state_dict`. ConfigError if it refuses the state, as that of a
+            run with other `[let]` settings.
         config: The student's configuration.
         step: The optimizer steps taken by then.
-
-    Raises:
-        ConfigError: If the state is that of a run with other `[let]` settings.
     """
-    checkpoint: Any = config.checkpoint
-    path = filesystem.join(_folder(config), f"step-{step}")
+    path: str = filesystem.join(_folder(config), f"step-{step}")
     if not filesystem.isdir(path):
-        path = checkpoint.initial_load_path
+        path = config.checkpoint.initial_load_path
     if not read(name, stateful, path):
         logger.warning(f"LET: {path} has no {name}: it starts afresh at step {step}")
 
@@ -89,17 +84,11 @@ def read(name: str, stateful: Any, path: str) -> bool:
 
 @dataclass(frozen=True)
 class Resumption:
-    """The checkpoint that a run goes on from.
-
-    Attributes:
-        path: Its folder.
-        steps_taken: The optimizer steps taken by then.
-        num_data_parallel: Data-parallel ranks whose places in the data it has; None: it has none, or they are not read.
-    """
+    """The checkpoint that a run goes on from."""
 
     path: str
-    steps_taken: int
-    num_data_parallel: int | None = None
+    steps_taken: int  # optimizer steps
+    num_data_parallel: int | None = None  # ranks whose places in the data it has; None: not known
 
     def check_data_parallel(self, num_data_parallel: int) -> None:
         """ConfigError if a run of so many data-parallel ranks cannot go on: torchtitan cannot share the places anew."""

@@ -4,6 +4,7 @@ import glob
 import os
 from functools import partial
 from importlib.resources import files
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from let_plugin.config.errors import ConfigError, Problem
@@ -31,12 +32,11 @@ def register() -> None:
     """Adds "text_files", the demo's splits and The Pile's to torchtitan's datasets. Safe to call again."""
     from let_plugin.runtime.upstream import DATASETS, DatasetConfig
 
-    DATASETS["text_files"] = DatasetConfig(path="", loader=load_text_files, sample_processor=_text)
-    for split, path in TEXT.items():
-        DATASETS[f"let_demo_{split}"] = DatasetConfig(path=path, loader=load_text_files, sample_processor=_text)
-    for split in _PILE_FILES:
-        loader = partial(_stream_pile, split)
-        DATASETS[f"pile_{split}"] = DatasetConfig(path=PILE, loader=loader, sample_processor=_text)
+    places: dict[str, tuple[str, Any]] = {"text_files": ("", load_text_files)}
+    places |= {f"let_demo_{split}": (path, load_text_files) for split, path in TEXT.items()}
+    places |= {f"pile_{split}": (PILE, partial(_stream_pile, split)) for split in _PILE_FILES}
+    for name, (path, loader) in places.items():
+        DATASETS[name] = DatasetConfig(path=path, loader=loader, sample_processor=itemgetter("text"))
 
 
 def _stream_pile(split: str, path: str) -> "IterableDataset":
@@ -87,7 +87,3 @@ def _loader(file: str) -> str | None:
     if ending in _COMPRESSIONS:
         ending = os.path.splitext(stem)[1]
     return _LOADERS.get(ending)
-
-
-def _text(sample: dict[str, Any]) -> str:
-    return sample["text"]

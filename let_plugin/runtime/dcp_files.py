@@ -40,11 +40,8 @@ _KNOWN: dict[tuple[str, str], Any] = {
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): _LAYOUTS.__getitem__,
     # The path where the checkpoint was written; Python 3.13 has another name for the module.
-    **{
-        (module, f"{system}Path"): getattr(pathlib, f"Pure{system}Path")
-        for module in ("pathlib", "pathlib._local")
-        for system in ("Posix", "Windows")
-    },
+    **{(module, "PosixPath"): pathlib.PurePosixPath for module in ("pathlib", "pathlib._local")},
+    **{(module, "WindowsPath"): pathlib.PureWindowsPath for module in ("pathlib", "pathlib._local")},
 }
 
 

@@ -42,8 +42,7 @@ class TwoSplitValidator(Validator):
 
     def _loss(self, split: Any, model_parts: list[nn.Module], step: int) -> float:
         """torchtitan's own validation on a split, which logs nothing."""
-        processor: Any = self.metrics_processor
-        own_split, catcher = self.dl_config, _Catcher()
+        own_split, processor, catcher = self.dl_config, self.metrics_processor, _Catcher()
         self.dl_config, self.metrics_processor = split, catcher
         try:
             super().validate(model_parts, step)
@@ -56,9 +55,7 @@ class TwoSplitValidator(Validator):
 class _Catcher:
     """Stands in for the metrics processor and keeps the loss."""
 
-    def __init__(self) -> None:
-        self.ntokens_since_last_log = 0
-        self.loss = 0.0
+    ntokens_since_last_log, loss = 0, 0.0
 
     def log_validation(self, loss: float, step: int) -> None:
         self.loss = loss

@@ -106,9 +106,9 @@ def _patch_for_cpu() -> None:
 
 
 def _with_sum_reduction(disable_fsdp_gradient_division: Callable[[Any], None]) -> Callable[[Any], None]:
-    def disable(model: torch.nn.Module) -> None:
-        from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp import FSDPModule
 
+    def disable(model: torch.nn.Module) -> None:
         disable_fsdp_gradient_division(model)
         for module in model.modules():
             if isinstance(module, FSDPModule):
@@ -185,9 +185,7 @@ def _cpu_attention_class() -> Any:
             # As FlexAttention: a mask has no type that torchtitan's check knows; what comes out has the queries'.
             with spmd.no_typecheck():
                 out_BNLH = F.scaled_dot_product_attention(
-                    q_BLNH.transpose(1, 2),
-                    k_BLNH.transpose(1, 2),
-                    v_BLNH.transpose(1, 2),
+                    *(x_BLNH.transpose(1, 2) for x_BLNH in (q_BLNH, k_BLNH, v_BLNH)),
                     attn_mask=attention_masks,
                     is_causal=attention_masks is None,
                     scale=scale,
@@ -202,29 +200,16 @@ def _cpu_attention_class() -> Any:
 
 
 class CpuDeviceModule:
-    """The part of `torch.cuda`'s interface that torchtitan uses. Memory is resident memory of the process, in bytes.
+    """The part of `torch.cuda`'s interface that torchtitan uses. Memory is resident memory of the process, in bytes."""
 
-    Attributes:
-        peak_is_resettable: Whether the kernel allows a reset of the peak; True until it has refused one.
-    """
-
-    def __init__(self) -> None:
-        self.peak_is_resettable = True
+    peak_is_resettable = True
+    """Whether the kernel allows a reset of the peak; True until it has refused one."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.cpu, name)  # Stream, Event, current_stream, ...
 
-    def set_device(self, device: Any) -> None:
-        pass
-
     def current_device(self) -> int:
         return 0
-
-    def device_count(self) -> int:
-        return 1
-
-    def synchronize(self, device: Any = None) -> None:
-        pass
 
     def get_device_name(self, device: Any = None) -> str:
         return f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
@@ -235,12 +220,8 @@ class CpuDeviceModule:
 
     def memory_stats(self, device: Any = None) -> dict[str, int]:
         peak = peak_resident_memory()
-        return {
-            "active_bytes.all.peak": peak,
-            "reserved_bytes.all.peak": peak,
-            "num_alloc_retries": 0,
-            "num_ooms": 0,
-        }
+        peaks = dict.fromkeys(("active_bytes.all.peak", "reserved_bytes.all.peak"), peak)
+        return peaks | {"num_alloc_retries": 0, "num_ooms": 0}
 
     def reset_peak_memory_stats(self, device: Any = None) -> None:
         """Resets the peak to the present value, where the kernel allows it (Linux: /proc/self/clear_refs)."""

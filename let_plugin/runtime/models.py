@@ -19,19 +19,12 @@ _INIT_STD = 0.02
 
 @dataclass(frozen=True, kw_only=True)
 class Llama3RopeScaling:
-    """The rotary frequency scaling of Llama 3.1 and 3.2, with the names of Hugging Face's config.json.
+    """The rotary frequency scaling of Llama 3.1 and 3.2, with the names of Hugging Face's config.json."""
 
-    Attributes:
-        factor: Divisor of the low frequencies.
-        low_freq_factor: A wavelength above `original_max_position_embeddings` / this one is a low frequency.
-        high_freq_factor: A wavelength below `original_max_position_embeddings` / this one stays as it is.
-        original_max_position_embeddings: Sequence length before the stretching, in tokens.
-    """
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
+    factor: float  # divisor of the low frequencies
+    low_freq_factor: float  # a wavelength above original_max_position_embeddings / this one is a low frequency
+    high_freq_factor: float  # a wavelength below original_max_position_embeddings / this one stays as it is
+    original_max_position_embeddings: int  # sequence length before the stretching, in tokens
 
 
 def llama_spec(
@@ -55,16 +48,13 @@ def llama_spec(
 
     Args:
         flavor: Name of the size, for logs.
-        dim: Width D of the residual stream.
+        dim: Width D of the residual stream; each head is `dim // num_heads` wide.
         num_layers: Number of blocks.
-        num_heads: Attention heads; each `dim // num_heads` wide.
         hidden_dim: Width of the feed-forward network (SwiGLU).
         vocab_size: Rows of the token embedding.
         num_kv_heads: Key/value heads (grouped-query attention); None: `num_heads`.
         rope_theta: Base of the rotary embedding.
-        rope_scaling: Llama 3.1's frequency scaling; None: no scaling.
         max_seq_len: Longest sequence in tokens.
-        norm_eps: Epsilon of the RMS norms.
         tie_embeddings: Share the token embedding with the language-model head.
         embedding_init_std: Standard deviation of the token embedding at initialization (1: torchtitan's).
         attn_backend: torchtitan's name of the attention implementation.
@@ -90,10 +80,6 @@ def llama_spec(
         ),
         layers=[_block(i, dim, hidden_dim, norm_eps, attn_backend, attention) for i in range(num_layers)],
     )
-    return _spec(flavor, model)
-
-
-def _spec(flavor: str, model: Llama3Model.Config) -> ModelSpec:
     return ModelSpec(
         name="llama3",
         flavor=flavor,

@@ -38,15 +38,11 @@ PACKAGES = ("torchtitan.models", "torchtitan.experiments", "torchtitan.experimen
 """The packages that a short name is looked for in."""
 
 
+@functools.cache
 def tyro_registry() -> Any:
     """torchtitan's rules for tyro."""
-    _config_manager()
+    ConfigManager()  # adds them, once per call
     return custom_registry
-
-
-@functools.cache
-def _config_manager() -> ConfigManager:
-    return ConfigManager()  # adds torchtitan's rules to its registry, once per call
 
 
 def latest_checkpoint_step(folder: str) -> int:
