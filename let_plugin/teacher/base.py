@@ -26,13 +26,9 @@ MASK_RANGE = "let: mask"
 
 
 class LanguageModel(Protocol):
-    """A whole, frozen model.
+    """A whole, frozen model."""
 
-    Attributes:
-        head: Its language-model head: the linear map at its end.
-    """
-
-    head: nn.Module
+    head: nn.Module  # the language-model head: the linear map at its end
 
     def __call__(self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor | None) -> torch.Tensor:
         """Logits [B, L, V] in the model's dtype; the arguments are those of Teacher.forward."""
@@ -40,35 +36,20 @@ class LanguageModel(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherInfo:
-    """What is known of a teacher before its weights are read.
+    """What is known of a teacher before its weights are read."""
 
-    Attributes:
-        description: One line for people: family, format, where it is.
-        hidden_size: Width of its last hidden state, after the final norm.
-        num_layers: Number of transformer blocks.
-        vocab_size: Rows of its token embedding.
-        max_seq_len: Longest sequence that it was built for, in tokens; None if it has no limit of its own.
-        num_trunk_params: Parameters of everything but the language-model head, embeddings included.
-        num_embedding_params: Those of the token (and position) embeddings alone: looked up, not multiplied.
-        block_params: Parameters of each block.
-        residual_size: Width of its residual stream, if it is another: OPT-350m projects its last hidden state.
-        num_heads: Attention heads of a block, if it is known.
-        num_kv_heads: Key-value heads, if it is known.
-        is_native: Whether torchtitan runs it.
-    """
-
-    description: str
-    hidden_size: int
-    num_layers: int
-    vocab_size: int
-    max_seq_len: int | None
-    num_trunk_params: int
-    num_embedding_params: int
-    block_params: tuple[int, ...]
-    residual_size: int | None = None
-    num_heads: int | None = None
+    description: str  # one line for people: family, format, where it is
+    hidden_size: int  # width of its last hidden state, after the final norm
+    num_layers: int  # transformer blocks
+    vocab_size: int  # rows of its token embedding
+    max_seq_len: int | None  # longest sequence that it was built for, in tokens; None: it has no limit of its own
+    num_trunk_params: int  # of everything but the language-model head, embeddings included
+    num_embedding_params: int  # of the token (and position) embeddings alone: looked up, not multiplied
+    block_params: tuple[int, ...]  # parameters of each block
+    residual_size: int | None = None  # width of its residual stream, if it differs: OPT-350m projects its last state
+    num_heads: int | None = None  # attention heads of a block; None: not known
     num_kv_heads: int | None = None
-    is_native: bool = False
+    is_native: bool = False  # whether torchtitan runs it
 
     @property
     def num_language_model_params(self) -> int:
@@ -147,7 +128,7 @@ class TeacherSource(ABC):
 
         Args:
             dtype: Data type of its weights and maths.
-            device: This rank's device.
+            device: This rank's.
             config: The student's configuration, for parallelism, compilation and sequence length.
             parallel_dims: The teacher's device meshes: `sharding.teacher_parallel_dims`.
             layers: The layers whose states it returns, in this order: numbers of blocks (the residual stream behind
@@ -159,42 +140,27 @@ class TeacherSource(ABC):
     def language_model(self, *, dtype: torch.dtype, device: torch.device, seq_len: int) -> LanguageModel:
         """Loads the whole model, with its language-model head, onto `device`: to measure its loss, not to teach.
 
-        Every process that calls it has a whole, frozen copy, which goes when the result does. Leaves the random
-        number generators as they were. ConfigError as in `build`, and if there is no head.
-
-        Args:
-            dtype: Data type of its weights and maths.
-            device: This rank's device.
-            seq_len: Tokens of the longest row that it will be given, at most `info.max_seq_len`.
+        Every process that calls it has a whole, frozen copy, which goes when the result does. `seq_len` is the length
+        of the longest row that it will be given, in tokens. The rest is as in `build`; ConfigError also if there is no
+        head.
         """
         message = "this kind of teacher has no language-model head, so its loss cannot be measured"
         raise ConfigError(Problem("let.teacher.path", message))
 
 
 class States(NamedTuple):
-    """The teacher's states of the student's tokens.
+    """The teacher's states of the student's tokens."""
 
-    Attributes:
-        states_BLE: In the teacher's dtype. The values for a token that has no state are arbitrary.
-        known_BL: Which tokens have one, bool; None: all.
-        num_tokens: How many tokens the teacher has run on.
-    """
-
-    states_BLE: torch.Tensor
-    known_BL: torch.Tensor | None
-    num_tokens: int
+    states_BLE: torch.Tensor  # in the teacher's dtype; arbitrary values for a token that has no state
+    known_BL: torch.Tensor | None  # which tokens have one, bool; None: all
+    num_tokens: int  # on how many tokens the teacher has run
 
 
 class StateProvider(ABC):
-    """Makes or reads the states of a batch.
+    """Makes or reads the states of a batch."""
 
-    Attributes:
-        make_extras: What the data loader is to add to each batch for it; None: nothing.
-        teacher: The teacher, if there is one in this process.
-    """
-
-    make_extras: MakeExtras | None = None
-    teacher: Teacher | None = None
+    make_extras: MakeExtras | None = None  # what the data loader is to add to each batch for it
+    teacher: Teacher | None = None  # if there is one in this process
 
     def start_step(self, step: int) -> None:  # noqa: B027
         """Before the first microbatch of step `step` (0-based)."""
@@ -236,10 +202,8 @@ def freeze(model: nn.Module) -> None:
 @contextmanager
 def keep_rng_state(device: torch.device) -> Iterator[None]:
     """Restores the random number generators of the CPU and of `device` on leaving."""
-    if device.type == "cpu":
-        with torch.random.fork_rng(devices=[]):
-            yield
-    else:
-        index = device.index if device.index is not None else torch.accelerator.current_device_index()
-        with torch.random.fork_rng(devices=[index], device_type=device.type):
-            yield
+    devices = []
+    if device.type != "cpu":
+        devices = [torch.accelerator.current_device_index() if device.index is None else device.index]
+    with torch.random.fork_rng(devices, device_type=device.type):
+        yield

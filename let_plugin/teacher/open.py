@@ -57,15 +57,9 @@ def make_provider(
     parallel_dims: "ParallelDims",
     layers: Sequence[int | str],
 ) -> StateProvider:
-    """Loads the teacher, or opens the stored states.
+    """Loads the teacher, or opens the stored states. Arguments as in TeacherSource.build.
 
-    Args:
-        source: From `open_source`.
-        config: The student's configuration.
-        student_tokenizer: The student's tokenizer, for a teacher that has another.
-        device: This rank's.
-        parallel_dims: The teacher's device meshes: `sharding.teacher_parallel_dims`.
-        layers: As in TeacherSource.build.
+    `student_tokenizer` is for a teacher that has another.
     """
     if isinstance(source, Features):
         return StoredStates(source, layers, dtype=plan.teacher_dtype(config))

@@ -35,12 +35,8 @@ TEACHER_RANGE, DELIVERY_RANGE = "let: teacher", "let: delivery"
 def teacher_parallel_dims(student: ParallelDims, *, tensor_parallel: bool = False) -> ParallelDims:
     """The teacher's device meshes: replicated where the student is, else sharded over a whole pipeline stage.
 
-    Every rank of the job must call it, those that will not hold a teacher too: meshes are made together.
-
-    Args:
-        student: The student's.
-        tensor_parallel: Whether the teacher is cut over the student's tensor-parallel ranks by a plan of its own, and
-            sharded over the others.
+    Every rank of the job must call it, those that will not hold a teacher too: meshes are made together. With
+    `tensor_parallel` the teacher is cut over the student's tensor-parallel ranks, and sharded over the others.
     """
     tp = student.tp if tensor_parallel else 1
     return ParallelDims(
@@ -58,13 +54,10 @@ def teacher_parallel_dims(student: ParallelDims, *, tensor_parallel: bool = Fals
 def raise_together(problems: list[Problem], parallel_dims: ParallelDims) -> None:
     """ConfigError with the problems of all the ranks that share a teacher, on each of them; none goes on alone.
 
-    Args:
-        problems: What this rank has found.
-        parallel_dims: The teacher's device meshes.
+    `parallel_dims` are the teacher's device meshes.
     """
-    for axis, enabled in (("fsdp", parallel_dims.dp_shard_enabled), ("tp", parallel_dims.tp_enabled)):
-        if not enabled:
-            continue
+    enabled = {"fsdp": parallel_dims.dp_shard_enabled, "tp": parallel_dims.tp_enabled}
+    for axis in filter(enabled.get, enabled):
         group = parallel_dims.get_mesh(axis).get_group()
         found: list[list[Problem]] = [[] for _ in range(dist.get_world_size(group))]
         dist.all_gather_object(found, problems, group=group)
@@ -74,8 +67,7 @@ def raise_together(problems: list[Problem], parallel_dims: ParallelDims) -> None
 
 
 def sequence_shards(config: Trainer.Config, student: ParallelDims) -> int:
-    """Into how many parts the sequence of a block's output is cut: over the context-parallel and, if it is
-    sequence-parallel, the tensor-parallel ranks."""
+    """Into how many parts the sequence of a block's output is cut."""
     return student.cp * (student.tp if config.parallelism.enable_sequence_parallel else 1)
 
 
@@ -92,19 +84,15 @@ class TeacherShare:
     all rows. If the rows do not divide evenly, each peer runs all of them and cuts its part out. The ranks of a
     teacher that is itself tensor-parallel run the same rows together, and are no peers.
 
-    Args:
-        config: The student's configuration.
-        student: Its device meshes. Every rank of the job must make a TeacherShare: its mesh is made together.
-        device: This rank's device.
+    Every rank of the job must make one: its mesh is made together. `student` are the student's device meshes.
     """
 
     def __init__(self, config: Trainer.Config, student: ParallelDims, device: torch.device) -> None:
         self._cuts_masks = student.cp_enabled
         self._num_peers = num_peers(config, student)
         self._mesh: DeviceMesh | None = None
-        self._part_S: torch.Tensor | None = None  # indices into L; None: the whole sequence
-        if sequence_shards(config, student) > 1:
-            self._part_S = _sequence_part(config, student, device)
+        # Indices into L; None: the whole sequence.
+        self._part_S = _sequence_part(config, student, device) if sequence_shards(config, student) > 1 else None
         if self._num_peers == 1:
             return
         # The two innermost axes of torchtitan's meshes are context and tensor parallelism.
@@ -142,18 +130,16 @@ class TeacherShare:
     def deliver(self, states_BLE: torch.Tensor, num_rows: int) -> torch.Tensor:
         """The states of this rank's part of the sequence, [B, S, E], from those of its rows, [its rows, L, E].
 
-        Args:
-            states_BLE: What the teacher made of `rows`.
-            num_rows: B, the rows of the whole microbatch.
+        `num_rows` is B, the rows of the whole microbatch.
         """
         if not self.divides(num_rows):
             return self.part(states_BLE)
         assert self._mesh is not None
         rows, _, width = states_BLE.shape
         if self._part_S is None:
-            gathered = states_BLE.new_empty((num_rows, *states_BLE.shape[1:]))
-            dist.all_gather_into_tensor(gathered, states_BLE.contiguous(), group=self._mesh.get_group())
-            return gathered
+            gathered_BLE = states_BLE.new_empty((num_rows, *states_BLE.shape[1:]))
+            dist.all_gather_into_tensor(gathered_BLE, states_BLE.contiguous(), group=self._mesh.get_group())
+            return gathered_BLE
         # [rows, peers * S, E] -> [peers, rows, S, E]: what each peer is to get lies together.
         parts = states_BLE.index_select(1, self._all_parts).view(rows, self._num_peers, -1, width)
         sent = parts.transpose(0, 1).contiguous()
@@ -168,12 +154,11 @@ class TargetProvider:
     Args:
         states: Makes the states of this rank's rows.
         share: Which rows these are.
-        center: A running mean that is subtracted from the states; None: none is.
+        center: A running mean that is subtracted from the states.
         center_channels_E: Which channels of the mean the states have.
         timer: Entered around the teacher's forward pass.
 
     Attributes:
-        states: As given.
         num_tokens: Tokens that the teacher has run on since this was last set to 0.
         coverage: Of this rank's tokens that count in the loss, since `start_step`: how many have a state, and how many
             there are; int64. Zeros if all tokens have a state by construction.
