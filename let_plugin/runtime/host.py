@@ -185,7 +185,9 @@ def _cpu_attention_class() -> Any:
             # As FlexAttention: a mask has no type that torchtitan's check knows; what comes out has the queries'.
             with spmd.no_typecheck():
                 out_BNLH = F.scaled_dot_product_attention(
-                    *(x_BLNH.transpose(1, 2) for x_BLNH in (q_BLNH, k_BLNH, v_BLNH)),
+                    q_BLNH.transpose(1, 2),
+                    k_BLNH.transpose(1, 2),
+                    v_BLNH.transpose(1, 2),
                     attn_mask=attention_masks,
                     is_causal=attention_masks is None,
                     scale=scale,

@@ -10,6 +10,7 @@ Shape legend: B batch, L sequence, E teacher width, S the part of the sequence t
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -148,38 +149,22 @@ class TeacherShare:
         return received.view(num_rows, -1, width)
 
 
+@dataclass(eq=False)
 class TargetProvider:
-    """Makes the target of each microbatch: the teacher's states of this rank's part of the sequence.
+    """Makes the target of each microbatch: the teacher's states of this rank's part of the sequence."""
 
-    Args:
-        states: Makes the states of this rank's rows.
-        share: Which rows these are.
-        center: A running mean that is subtracted from the states.
-        center_channels_E: Which channels of the mean the states have.
-        timer: Entered around the teacher's forward pass.
+    states: StateProvider  # makes the states of this rank's rows
+    share: TeacherShare  # which rows these are
+    _: KW_ONLY
+    center: RunningMean | None  # is subtracted from the states
+    center_channels_E: torch.Tensor  # which channels of the mean the states have
+    timer: AbstractContextManager[Any]  # entered around the teacher's forward pass
+    num_tokens: int = 0  # tokens that the teacher has run on since this was last set to 0
 
-    Attributes:
-        num_tokens: Tokens that the teacher has run on since this was last set to 0.
-        coverage: Of this rank's tokens that count in the loss, since `start_step`: how many have a state, and how many
-            there are; int64. Zeros if all tokens have a state by construction.
-    """
-
-    def __init__(
-        self,
-        states: StateProvider,
-        share: TeacherShare,
-        *,
-        center: RunningMean | None,
-        center_channels_E: torch.Tensor,
-        timer: AbstractContextManager[Any],
-    ) -> None:
-        self.states = states
-        self.num_tokens = 0
-        self.coverage = torch.zeros(2, dtype=torch.int64, device=center_channels_E.device)
-        self._share = share
-        self._center = center
-        self._center_channels_E = center_channels_E
-        self._timer = timer
+    def __post_init__(self) -> None:
+        # Of this rank's tokens that count in the loss, since `start_step`: how many have a state, and how many there
+        # are. Zeros if all tokens have a state by construction.
+        self.coverage = torch.zeros(2, dtype=torch.int64, device=self.center_channels_E.device)
 
     def start_step(self, step: int) -> None:
         """Before the first microbatch of step `step` (0-based)."""
@@ -199,8 +184,8 @@ class TargetProvider:
             labels_BL: Labels of the whole sequences.
             student_masks: The attention masks of the student's rows, if there are any.
         """
-        share, num_rows = self._share, len(labels_BL)
-        with self._timer, record_function(TEACHER_RANGE):
+        share, num_rows = self.share, len(labels_BL)
+        with self.timer, record_function(TEACHER_RANGE):
             states_BLE, known_BL, num_tokens = self.states.states(
                 {name: share.rows(tensor) for name, tensor in batch.items()}, share.masks(student_masks, num_rows)
             )
@@ -210,9 +195,9 @@ class TargetProvider:
         if known_BL is not None:
             self.coverage += torch.stack([(counts_BL & known_BL).sum(), counts_BL.sum()])
             counts_BL &= known_BL
-        if self._center is not None:
-            self._center.add(states_BLE, counts_BL, self._center_channels_E)
-            states_BLE = states_BLE - self._center.mean_C[self._center_channels_E]  # fp32, before it is rounded
+        if self.center is not None:
+            self.center.add(states_BLE, counts_BL, self.center_channels_E)
+            states_BLE = states_BLE - self.center.mean_C[self.center_channels_E]  # fp32, before it is rounded
         states_BLE = states_BLE.to(dtype).masked_fill(~counts_BL[..., None], 0)
         with record_function(DELIVERY_RANGE):
             return share.deliver(states_BLE, num_rows)

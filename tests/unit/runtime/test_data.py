@@ -60,27 +60,29 @@ def test_a_folder_and_a_glob_in_order_of_name(tmp_path):
     assert texts(f"{tmp_path}/run?1?/[ab].*") == ["one", "zwei"] * 2
 
 
-@pytest.mark.parametrize("name", ["", "absent.jsonl", "*.parquet", "empty"])
-def test_nothing_there(tmp_path, name):
-    write(tmp_path, "a.jsonl")
-    (tmp_path / "empty").mkdir()
-    path = name and f"{tmp_path}/{name}"
-    with pytest.raises(ConfigError, match=r"^a\.key = .*no such file; give a file, a folder or a glob pattern"):
-        data.find_text_files(path, key="a.key")
+NO_FILE = "no such file; give a file, a folder or a glob pattern"
+OTHER_KIND = r"files of one kind out of \.jsonl, "
 
 
-@pytest.mark.parametrize("names", [("a.csv",), ("a.jsonl", "b.txt"), ("a.jsonl", "b.csv"), ("a.xz",)])
-def test_files_of_an_unknown_kind_or_of_several(tmp_path, names):
+@pytest.mark.parametrize(
+    ("names", "path", "message"),
+    [
+        (["a.jsonl"], "", NO_FILE),
+        (["a.jsonl"], "{}/absent.jsonl", NO_FILE),
+        (["a.jsonl"], "{}/*.parquet", NO_FILE),
+        ([], "{}", NO_FILE),
+        (["a.csv"], "{}", OTHER_KIND),
+        (["a.jsonl", "b.txt"], "{}", OTHER_KIND),
+        (["a.jsonl", "b.csv"], "{}", OTHER_KIND),
+        (["a.xz"], "{}", OTHER_KIND),
+        (["a.json"], "{}/a.json", 'no field "text", only content'),
+    ],
+)
+def test_what_is_no_text_is_refused(tmp_path, names, path, message):
     for name in names:
-        (tmp_path / name).touch()
-    with pytest.raises(ConfigError, match=r"dataloader\.dataset_path = .*files of one kind out of \.jsonl, "):
-        data.load_text_files(str(tmp_path))
-
-
-def test_documents_without_text(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"content": "one"}\n')
-    with pytest.raises(ConfigError, match=r'dataloader\.dataset_path = .*"text".*content'):
-        data.load_text_files(str(tmp_path / "a.jsonl"))
+        (tmp_path / name).write_text('{"content": "one"}\n')
+    with pytest.raises(ConfigError, match=rf"^dataloader\.dataset_path = '.*': .*{message}"):
+        data.load_text_files(path.format(tmp_path))
 
 
 def assert_first_tokens(dataset, path, documents):

@@ -14,21 +14,21 @@ from let_plugin.teacher.layers import LayerStates
 
 
 class Block(nn.Module):
-    def __init__(self, output_is_tuple):
-        super().__init__()
-        self.output_is_tuple = output_is_tuple
-
     def forward(self, hidden_states):
-        output = hidden_states + 1
-        return (output, "cache") if self.output_is_tuple else output
+        return hidden_states + 1
+
+
+class TupleBlock(Block):
+    def forward(self, hidden_states):
+        return super().forward(hidden_states), "cache"
 
 
 class Model(nn.Module):
     """Adds 1 in each of three blocks, and 10 at the end."""
 
-    def __init__(self, *, output_is_tuple=False, by_name=False):
+    def __init__(self, block=Block, by_name=False):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(output_is_tuple) for _ in range(3))
+        self.blocks = nn.ModuleList(block() for _ in range(3))
         self.by_name = by_name
 
     def forward(self, x):
@@ -38,29 +38,22 @@ class Model(nn.Module):
         return x + 10
 
 
-@pytest.mark.parametrize(
-    ("layers", "num_blocks"),
-    [([EMBEDDING], 1), ([0], 1), ([3], 4), ([1, EMBEDDING], 2), ([0, 4, 2], 5)],
-)
-def test_blocks_up_to_the_deepest_layer_run(layers, num_blocks):
-    assert num_blocks_to(layers) == num_blocks
-
-
-@pytest.mark.parametrize("output_is_tuple", [False, True])
+@pytest.mark.parametrize("block", [Block, TupleBlock])
 @pytest.mark.parametrize("by_name", [False, True])
 @pytest.mark.parametrize(
-    ("layers", "output_layer", "expected"),
+    ("layers", "num_blocks", "output_layer", "expected"),
     [
-        ([EMBEDDING], 2, [0]),
-        ([1], 2, [2]),
-        ([2], None, [3]),
-        ([2], 2, [13]),
-        ([2, EMBEDDING, 0], None, [3, 0, 1]),
-        ([0, 2], 2, [1, 13]),
+        ([EMBEDDING], 1, 2, [0]),
+        ([1], 2, 2, [2]),
+        ([2], 3, None, [3]),
+        ([2], 3, 2, [13]),
+        ([2, EMBEDDING, 0], 3, None, [3, 0, 1]),
+        ([0, 2], 3, 2, [1, 13]),
     ],
 )
-def test_states_in_the_order_asked_for(layers, output_layer, expected, output_is_tuple, by_name):
-    model = Model(output_is_tuple=output_is_tuple, by_name=by_name)
+def test_states_in_the_order_asked_for(layers, num_blocks, output_layer, expected, block, by_name):
+    assert num_blocks_to(layers) == num_blocks
+    model = Model(block, by_name)
     states = LayerStates(model.blocks, layers, output_layer=output_layer)
     for _ in range(2):
         assert states.collect(lambda: model(torch.zeros(1, 1, 1))).flatten().tolist() == expected
@@ -76,9 +69,8 @@ def test_the_models_own_output_needs_no_hook_and_no_copy():
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_nothing_is_kept(fails):
-    model = Model()
+    model, kept = Model(), []
     states = LayerStates(model.blocks, [EMBEDDING, 0], output_layer=2)
-    kept = []
 
     def forward():
         x = torch.zeros(1)
@@ -95,7 +87,6 @@ def test_nothing_is_kept(fails):
 
 
 def test_a_hook_that_does_not_run_is_not_overlooked():
-    model = Model()
-    states = LayerStates(model.blocks, [EMBEDDING, 1], output_layer=2)
+    states = LayerStates(Model().blocks, [EMBEDDING, 1], output_layer=2)
     with pytest.raises(RuntimeError, match=r"layers \['embedding', 1\] did not run"):
         states.collect(lambda: torch.zeros(1))

@@ -8,32 +8,47 @@ import torch
 from let_plugin.config import TeacherConfig
 from let_plugin.config.errors import ConfigError
 from let_plugin.demo import TEACHER
+from let_plugin.demo import config_registry as config_registry  # registers the demo's teacher
+from let_plugin.teacher import open as teacher_open
 from let_plugin.teacher.base import OnlineStates, TeacherSource
 from let_plugin.teacher.open import make_provider, open_source, open_teacher
 from let_plugin.teacher.stored.features import Features, StoredStates
+from let_plugin.teacher.titan import source as titan
 from tests.support import exports
 
 
-def problem_of(**fields):
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("", None, "no teacher is given; set it to a folder in Hugging Face format, a hub name or a .gguf file"),
+        ("absent.gguf", None, "no such file"),
+        ("model.gguf", b"GGUF, or so it says", "truncated (19 bytes)"),
+        ("sha256-0123", b"GGUF, or so it says", "truncated (19 bytes)"),  # ollama's files have no ending
+        ("model.safetensors", b"", "folder"),
+    ],
+)
+def test_a_path_that_is_no_teacher(tmp_path, name, content, message):
+    pytest.importorskip("gguf", reason="pip install let-plugin[hf]")
+    path = name and str(tmp_path / name)
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError) as info:
-        open_teacher(TeacherConfig(**fields))
-    return info.value.problems[0]
+        open_teacher(TeacherConfig(path=path))
+    (problem,) = info.value.problems
+    assert (problem.key, problem.value) == ("let.teacher.path", path)
+    assert message in problem.message
 
 
-def test_no_teacher():
-    problem = problem_of()
-    assert (problem.key, problem.value) == ("let.teacher.path", "")
-    assert "a folder in Hugging Face format, a hub name or a .gguf file" in problem.message
-
-
-def test_a_spec_is_torchtitans_with_its_own_path_or_another():
-    from let_plugin.demo import config_registry  # noqa: F401  registers it
-    from let_plugin.teacher.titan.source import TitanTeacherSource
-
+def test_a_spec_is_torchtitans_with_its_own_path_or_another_and_needs_no_optional_dependency(monkeypatch):
+    for name in ("transformers", "gguf"):
+        monkeypatch.setitem(sys.modules, name, None)  # importing it fails
     source = open_teacher(TeacherConfig(spec="demo_teacher"))
-    assert isinstance(source, TitanTeacherSource)
+    assert isinstance(source, titan.TitanTeacherSource) and source.info.hidden_size == 128
     assert source.info.description.endswith(f"safetensors from {TEACHER}")
-    assert problem_of(spec="demo_teacher", path="/absent").value == "/absent"
+    with pytest.raises(ConfigError, match=r"let\.teacher\.path = '/absent'"):
+        open_teacher(TeacherConfig(spec="demo_teacher", path="/absent"))
+    for module in (teacher_open, titan):
+        assert not {"transformers", "gguf"} & set(vars(module))  # nor was it imported before
 
 
 def test_a_folder_is_transformers():
@@ -43,52 +58,12 @@ def test_a_folder_is_transformers():
     assert isinstance(open_teacher(TeacherConfig(path=TEACHER, spec="transformers")), HFTeacherSource)
 
 
-@pytest.mark.parametrize("name", ["model.gguf", "sha256-0123"])  # ollama's files have no ending
-def test_a_file_is_gguf(tmp_path, name):
-    pytest.importorskip("gguf", reason="pip install let-plugin[hf]")
-    path = tmp_path / name
-    path.write_bytes(b"GGUF, or so it says")
-    problem = problem_of(path=str(path))
-    assert (problem.key, problem.value) == ("let.teacher.path", str(path))
-    assert "truncated (19 bytes)" in problem.message
-
-
-def test_a_gguf_file_that_is_not_there(tmp_path):
-    problem = problem_of(path=str(tmp_path / "absent.gguf"))
-    assert problem.key == "let.teacher.path"
-
-
-def test_a_safetensors_file_is_told_from_its_folder(tmp_path):
-    path = tmp_path / "model.safetensors"
-    path.touch()
-    problem = problem_of(path=str(path))
-    assert problem.key == "let.teacher.path" and "folder" in problem.message
-
-
-def test_torchtitans_teachers_need_no_optional_dependency(monkeypatch):
-    from let_plugin.demo import config_registry  # noqa: F401  registers it
-    from let_plugin.teacher import open as teacher_open
-    from let_plugin.teacher.titan import source as titan
-
-    for name in ("transformers", "gguf"):
-        monkeypatch.setitem(sys.modules, name, None)  # importing it fails
-    assert open_teacher(TeacherConfig(spec="demo_teacher")).info.hidden_size == 128
-    for module in (teacher_open, titan):
-        assert not {"transformers", "gguf"} & set(vars(module))  # nor was it imported before
-
-
 def test_stored_states_take_the_teachers_place_where_they_are_named(config, parallel_dims, tmp_path):
+    settings = {"config": config, "parallel_dims": parallel_dims, "device": torch.device("cpu"), "layers": [1]}
+
     def provider():
         source = open_source(config.let.teacher)
-        made = make_provider(
-            source,
-            config=config,
-            student_tokenizer=None,
-            device=torch.device("cpu"),
-            parallel_dims=parallel_dims,
-            layers=[1],
-        )
-        return source, made
+        return source, make_provider(source, student_tokenizer=None, **settings)
 
     source, made = provider()
     assert isinstance(source, TeacherSource) and isinstance(made, OnlineStates)

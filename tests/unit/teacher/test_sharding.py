@@ -2,7 +2,6 @@
 
 import math
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,28 +27,17 @@ def test_the_teacher_is_sharded_over_a_pipeline_stage_and_replicated_as_the_stud
     assert teacher.dp_shard == student.dp_shard * student.cp * student.tp
 
     cut = teacher_parallel_dims(student, tensor_parallel=True)
-    assert (cut.pp, cut.dp_replicate, cut.dp_shard * cut.tp, cut.tp) == (
-        1,
-        teacher.dp_replicate,
-        teacher.dp_shard,
-        student.tp,
-    )
+    assert (cut.pp, cut.dp_replicate, cut.tp) == (1, teacher.dp_replicate, student.tp)
+    assert cut.dp_shard * cut.tp == teacher.dp_shard
 
 
-@pytest.mark.parametrize(("sequence_parallel", "shards"), [(True, 8), (False, 2)])
-def test_the_sequence_is_cut_by_context_and_sequence_parallelism(config, sequence_parallel, shards):
-    config.parallelism.enable_sequence_parallel = sequence_parallel
-    assert sequence_shards(config, dims(dp_shard=3, cp=2, tp=4)) == shards
-
-
-@pytest.mark.parametrize(
-    ("degrees", "alone", "cut"),
-    [({"dp_shard": 4}, 1, 1), ({"tp": 2}, 2, 1), ({"cp": 2}, 2, 2), ({"cp": 2, "tp": 4}, 8, 2)],
-)
-def test_the_peers_of_a_teacher_that_is_cut_with_the_student_are_fewer(config, degrees, alone, cut):
-    assert num_peers(config, dims(**degrees)) == alone
-    config.let.teacher.tensor_parallel = True
-    assert num_peers(config, dims(**degrees)) == cut
+def test_the_parts_of_the_sequence_and_the_peers(config):
+    student = dims(dp_shard=3, cp=2, tp=4)
+    assert (sequence_shards(config, student), num_peers(config, student)) == (8, 8)
+    config.parallelism.enable_sequence_parallel = False
+    assert sequence_shards(config, student) == 2
+    config.let.teacher.tensor_parallel = True  # its ranks run the same rows together
+    assert num_peers(config, student) == 2
 
 
 def test_a_rank_without_peers_keeps_all_rows_and_positions(config):
