@@ -40,7 +40,7 @@ def check_sequence_length(facts: Facts) -> None:
 
 def check_tensor_parallel(facts: Facts) -> None:
     """Whether the teacher can be cut over the student's tensor-parallel ranks."""
-    let, degree = facts.config.let, facts.config.parallelism.tensor_parallel_degree
+    let, degree = facts.config.let, max(facts.config.parallelism.tensor_parallel_degree, 1)
     if facts.source is None or not let.teacher.tensor_parallel:
         return
     teacher, message = facts.source.info, ""
