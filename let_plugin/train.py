@@ -6,16 +6,13 @@ before anything is written.
 
 import os
 import sys
-import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from let_plugin.config.errors import ConfigError, listing
+from let_plugin.config.errors import ConfigError, exit_with
 
 if TYPE_CHECKING:
     from torchtitan.trainer import Trainer
-
-_SECONDS_FOR_RANK_0 = 10.0
 
 USAGE = """\
 usage: let-train CONFIG.toml [--check | --print-config] [--section.key VALUE ...]
@@ -115,16 +112,6 @@ def train(config: "Trainer.Config", on_built: "Callable[[Trainer], None] | None"
     finally:
         trainer.close()
     torch.distributed.destroy_process_group()
-
-
-def exit_with(error: ConfigError, program: str = "let-train") -> NoReturn:
-    """Prints the problems and exits with code 2."""
-    if os.environ.get("RANK", "0") != "0":
-        # torchrun ends all ranks as soon as one has failed. Let rank 0 report first: it usually has the same problem.
-        # A problem of this rank alone (a file that its machine lacks) is still printed after the wait.
-        time.sleep(_SECONDS_FOR_RANK_0)
-    print(listing(error, program), file=sys.stderr, flush=True)
-    raise SystemExit(2)
 
 
 if __name__ == "__main__":

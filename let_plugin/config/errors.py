@@ -1,14 +1,18 @@
 """One clear error for bad input: every mistake at once, each with its field, its value and the remedy."""
 
+import os
+import sys
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from let_plugin.alignment.registry import suggest as suggest
 
 T = TypeVar("T")
 
 _ABSENT = object()
+_SECONDS_FOR_RANK_0 = 10.0
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,16 @@ def listing(error: ConfigError, program: str) -> str:
     count = len(error.problems)
     heading = f"{program}: {count} problem{'s' if count > 1 else ''} in the configuration"
     return "\n".join([heading, *(f"  {problem}" for problem in error.problems)])
+
+
+def exit_with(error: ConfigError, program: str = "let-train") -> NoReturn:
+    """Prints the problems and exits with code 2."""
+    if os.environ.get("RANK", "0") != "0":
+        # torchrun ends all ranks as soon as one has failed. Let rank 0 report first: it usually has the same problem.
+        # A problem of this rank alone (a file that its machine lacks) is still printed after the wait.
+        time.sleep(_SECONDS_FOR_RANK_0)
+    print(listing(error, program), file=sys.stderr, flush=True)
+    raise SystemExit(2)
 
 
 def lookup(get: Callable[[str], T], name: str, *, key: str) -> T:

@@ -9,10 +9,7 @@ export that was interrupted goes on: it runs through the data again and leaves o
 
 import argparse
 import os
-import sys
 from typing import Any
-
-from let_plugin.config.errors import ConfigError
 
 _DESCRIPTION = """\
 Runs the teacher of a training configuration once over the data of its first S_stop steps and writes its states to DIR.
@@ -23,50 +20,31 @@ _DEGREE_HELP = """data-parallel ranks of the training run; the configuration's i
 processes of the export"""
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+def add_parser(subparsers: Any) -> None:
     """Adds `export` to the subcommands of a command line, which gives it what it does not know as `overrides`."""
     summary = "write the teacher's states of a run's data, so that the run needs no teacher"
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "export", help=summary, description=_DESCRIPTION, allow_abbrev=False
-    )
+    parser = subparsers.add_parser("export", help=summary, description=_DESCRIPTION, allow_abbrev=False)
     parser.add_argument("config", metavar="CONFIG.toml", help="the training configuration, as let-train takes it")
     parser.add_argument("--out", metavar="DIR", help="where to; let.teacher.features if that is set")
     parser.add_argument("--check", action="store_true", help="print the storage needed, and run nothing")
     parser.add_argument("--encoding", metavar="NAME", default="bfloat16", help="bfloat16 or int8 (bfloat16)")
     parser.add_argument("--data-parallel-degree", type=int, metavar="N", help=_DEGREE_HELP)
     parser.set_defaults(run=run)
-    return parser
-
-
-def main(argv: list[str] | None = None) -> None:
-    """The command line of this module alone; SystemExit with code 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="let-teacher", allow_abbrev=False)
-    add_parser(parser.add_subparsers(required=True))
-    args, overrides = parser.parse_known_args(["export", *(sys.argv[1:] if argv is None else argv)])
-    args.overrides = overrides
-    try:
-        run(args)
-    except ConfigError as error:
-        from let_plugin.train import exit_with
-
-        exit_with(error, "let-teacher export")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Exports, or prints what that would take. ConfigError for bad input, before anything is written.
-
-    Args:
-        args: As `add_parser` names them, and `overrides`, the configuration's options.
-    """
+    """Exports, or prints what that would take. ConfigError for bad input, before anything is written."""
     from let_plugin.config import load as toml_config
-
-    argv = [args.config, *args.overrides]
-    source = toml_config.read(argv)
-
     from let_plugin.runtime import host
 
+    source = toml_config.read([args.config, *args.overrides])
     host.set_up(source.runtime.device)
     loaded = toml_config.resolve(source)
+
+    import torch
+    from torchtitan.distributed import utils as dist_utils
+    from torchtitan.tools import utils
+    from torchtitan.tools.logging import init_logger
 
     from let_plugin.preflight import export_rows
     from let_plugin.preflight.export_plan import Plan
@@ -79,12 +57,6 @@ def run(args: argparse.Namespace) -> None:
     if args.check:
         return
     plan.check_folder()
-
-    import torch
-    from torchtitan.distributed import utils as dist_utils
-    from torchtitan.tools import utils
-    from torchtitan.tools.logging import init_logger
-
     init_logger()
     utils.device_module.set_device(utils.get_local_device())
     dist_utils.init_distributed(plan.config.comm, base_folder=plan.config.dump_folder)
@@ -92,7 +64,3 @@ def run(args: argparse.Namespace) -> None:
         export_rows.export(plan)
     finally:
         torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,6 @@
 """What an export is to write, checked: which rows, which layers, and how much space that takes."""
 
 import argparse
-import copy
 import dataclasses
 import json
 import os
@@ -50,12 +49,16 @@ class Plan:
         is_pipelined = config.parallelism.pipeline_parallel_degree > 1
         training, parallelism = config.training, config.parallelism
         batch_size = parallelism.pipeline_parallel_microbatch_size if is_pipelined else training.local_batch_size
-        config = _alone(config, degree)
+        teacher = dataclasses.replace(config.let.teacher, features="")
+        config = dataclasses.replace(
+            config,
+            let=dataclasses.replace(config.let, teacher=teacher),
+            parallelism=ParallelismConfig(data_parallel_shard_degree=degree),
+        )
         preflight.run(config, degree)
-        info = open_source(config.let.teacher).info
         return Plan(
             config=config,
-            settings=_settings(config, info, args.encoding, batch_size, degree),
+            settings=_settings(config, open_source(teacher).info, args.encoding, batch_size, degree),
             folder=Path(out),
             num_processes=num_processes,
         )
@@ -159,20 +162,18 @@ def _settings(config: Trainer.Config, info: TeacherInfo, encoding: str, batch_si
         "data_parallel_degree": degree,
         "rows_per_rank": plan.stop_step(config, degree) * rows_per_step(config, degree),
     }
-    result: dict[str, Any] = json.loads(json.dumps(settings))
-    return result
+    return dict(json.loads(json.dumps(settings)))
 
 
 def _data_parallel_degree(config: Trainer.Config, given: int | None, num_processes: int) -> int:
     """How many streams of rows the run will have. ConfigError if they cannot be shared by so many processes."""
-    parallelism = config.parallelism
-    stated = None
-    if parallelism.data_parallel_shard_degree != -1:
-        stated = parallelism.data_parallel_replicate_degree * parallelism.data_parallel_shard_degree
-    degree = given or stated or num_processes
+    sharded, stated = config.parallelism.data_parallel_shard_degree, None
+    if sharded != -1:
+        stated = config.parallelism.data_parallel_replicate_degree * sharded
+    degree = (stated or num_processes) if given is None else given
     message = ""
-    if given is not None and given < 1:
-        degree, message = given, "must be at least 1"
+    if degree < 1:
+        message = "must be at least 1"
     elif stated and degree != stated:
         message = f"the configuration has {stated} data-parallel ranks (parallelism.data_parallel_*_degree)"
     elif degree % num_processes:
@@ -180,15 +181,6 @@ def _data_parallel_degree(config: Trainer.Config, given: int | None, num_process
     if message:
         raise ConfigError(Problem("--data-parallel-degree", message, degree))
     return degree
-
-
-def _alone(config: Trainer.Config, degree: int) -> Trainer.Config:
-    """The configuration without what is the student's affair: data parallelism alone, and no stored states."""
-    config = copy.copy(config)
-    config.let = copy.copy(config.let)
-    config.let.teacher = dataclasses.replace(config.let.teacher, features="")
-    config.parallelism = ParallelismConfig(data_parallel_shard_degree=degree)
-    return config
 
 
 def _differences(stored: Any, wanted: Any, prefix: str = "") -> list[str]:
@@ -207,10 +199,9 @@ def _existing(folder: Path) -> Path:
     return next(path for path in (folder, *folder.parents) if path.exists())
 
 
-def _size(num_bytes: int) -> str:
-    size = float(num_bytes)
+def _size(num_bytes: float) -> str:
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:,.1f} {unit}"
-        size /= 1024
-    return f"{size:,.1f} TiB"
+        if num_bytes < 1024:
+            return f"{num_bytes:,.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:,.1f} TiB"

@@ -4,7 +4,6 @@ Shape legend: B batch, L sequence, E teacher width: the sum over the layers that
 """
 
 import itertools
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -41,9 +40,8 @@ def export(plan: Plan) -> Manifest:
         mininterval=1,
         smoothing=0.05,
     )
-    started, num_run = time.perf_counter(), 0
     for first in range(0, settings["data_parallel_degree"], plan.num_processes):
-        num_run += _export_stream(plan, provider, first + rank, progress)
+        _export_stream(plan, provider, first + rank, progress)
     progress.close()
     dist.barrier()
     shards = [Shard(path) for path in shard_paths(plan.folder)]
@@ -56,10 +54,6 @@ def export(plan: Plan) -> Manifest:
     if rank == 0:
         manifest.write(plan.folder)
         logger.info(f"LET: export: {result['num_rows']:,} different rows in {len(shards)} files")
-        if num_run:
-            seconds = time.perf_counter() - started
-            speed = f"{seconds:.0f} s, {num_run / seconds:,.0f} per s"
-            logger.info(f"LET: export: {num_run:,} tokens through the teacher in {speed}")
     dist.barrier()
     return manifest
 
@@ -79,28 +73,23 @@ def _provider(plan: Plan) -> StateProvider:
     )
 
 
-def _export_stream(plan: Plan, provider: StateProvider, stream: int, progress: Any) -> int:
-    """Writes the rows of one data-parallel rank of the run; returns how many tokens the teacher has run on."""
+def _export_stream(plan: Plan, provider: StateProvider, stream: int, progress: Any) -> None:
+    """Writes the rows of one data-parallel rank of the run."""
     device = utils.get_local_device()
     writer = ShardWriter(plan.folder, stream, plan.rows_per_shard)
-    num_run = 0
     batches = _batches(plan, provider, stream)
-    while True:
-        batch = next(batches, None)
-        # Where the data end on any process, the training run ends too.
-        if _any(batch is None, device) or batch is None:
-            break
+    # Where the data end on any process, the training run ends too.
+    while not _any((batch := next(batches, None)) is None, device):
+        assert batch is not None
         keys = row_keys(batch)
         new = writer.new_rows(keys)
         # The teacher is sharded over the processes: it runs on all of them or on none.
         if _any(bool(new), device):
             states_BLE = _states(provider, batch, device)
-            num_run += states_BLE.shape[0] * states_BLE.shape[1] * plan.num_processes
             for i in new:
                 writer.add(keys[i], *_encode(states_BLE[i], plan.settings))
         progress.update(plan.batch_size * plan.settings["seq_len"] * plan.num_processes)
     writer.finish()
-    return num_run
 
 
 def _batches(plan: Plan, provider: StateProvider, stream: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -131,10 +120,8 @@ def _any(value: bool, device: torch.device) -> bool:
 def _states(provider: StateProvider, batch: Mapping[str, torch.Tensor], device: torch.device) -> torch.Tensor:
     """The states of a batch, on the device, [B, L, E]; zeros of tokens that have none."""
     with torch.no_grad():
-        states = provider.states({name: tensor.to(device) for name, tensor in batch.items()})
-        if states.known_BL is None:
-            return states.states_BLE
-        return states.states_BLE.masked_fill(~states.known_BL[..., None], 0)
+        states_BLE, known_BL, _ = provider.states({name: tensor.to(device) for name, tensor in batch.items()})
+        return states_BLE if known_BL is None else states_BLE.masked_fill(~known_BL[..., None], 0)
 
 
 def _encode(

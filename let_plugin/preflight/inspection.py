@@ -7,6 +7,7 @@ import argparse
 import importlib
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,13 @@ if TYPE_CHECKING:
 
 _MAX_SEQ_LEN = 1024  # longer documents are read in parts
 _MIB = 2**20
+# Keys of the `[let]` table -> their names on this command line.
+_OPTIONS = {
+    "let.teacher.path": "PATH",
+    "let.teacher.spec": "--spec",
+    "let.teacher.tokenizer_path": "--tokenizer",
+    "let.teacher.trust_remote_code": "--trust-remote-code",
+}
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -42,6 +50,14 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(options: argparse.Namespace) -> None:
     """Prints what there is to say. ConfigError for what cannot be read."""
+    try:
+        _run(options)
+    except ConfigError as error:
+        problems = (replace(problem, key=_OPTIONS.get(problem.key, problem.key)) for problem in error.problems)
+        raise ConfigError(problems) from error
+
+
+def _run(options: argparse.Namespace) -> None:
     from let_plugin.runtime import host
 
     device = host.set_up(options.device)
@@ -174,7 +190,7 @@ def encode_document(tokenizer: Any, text: str, *, max_tokens: int) -> tuple[list
     if len(ids) > max_tokens + num_first:
         ids = ids[: max_tokens + num_first]
         size = num_bytes(ids)
-    return ([] if bos is None else [bos]) + ids, size - num_bytes(ids[:num_first])
+    return [*([] if bos is None else [bos]), *ids], size - num_bytes(ids[:num_first])
 
 
 def read_documents(path: str) -> Iterable[str]:

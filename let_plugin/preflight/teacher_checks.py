@@ -110,13 +110,11 @@ def check_vocabulary(facts: Facts) -> None:
             "the same"
         )
         return facts.refuse("let.teacher.tokenizer_path", message, let.teacher.tokenizer_path)
-    difference = compare_vocabularies(student, teacher)
-    if difference.num_differing:
+    if differing := compare_vocabularies(student, teacher):
         message = (
-            f"the teacher's vocabulary is not the student's: {difference.num_differing:,} of "
-            f"{difference.num_student:,} ids differ ({'; '.join(difference.examples)}). Train the student on the "
-            "teacher's tokenizer (hf_assets_path), take a teacher with the student's, or have the text encoded anew "
-            "for the teacher (let.token_alignment.enable = true)"
+            f"the teacher's vocabulary is not the student's: {len(differing):,} of {len(student):,} ids differ "
+            f"({'; '.join(differing[:3])}). Train the student on the teacher's tokenizer (hf_assets_path), take a "
+            "teacher with the student's, or have the text encoded anew for the teacher (let.token_alignment.enable = true)"
         )
         return facts.refuse("let.teacher.path", message, let.teacher.path)
     facts.vocabulary = "the student's tokenizer and the teacher's agree token by token"

@@ -2,7 +2,7 @@
 
 import sys
 
-from let_plugin.preflight.export import main
+from let_plugin.preflight.teacher_cli import main
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(["export", *sys.argv[1:]])

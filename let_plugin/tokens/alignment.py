@@ -47,12 +47,12 @@ class RowAlignment(NamedTuple):
 class Retokenizer:
     """Makes the teacher's batch out of the student's: a function of the batch alone, for the data loader's workers.
 
-    Only `encode` of the tokenizers is called, which starts no threads: it can run in forked processes.
+    Of the tokenizers it calls `encode` alone, which starts no threads. So it can run in forked processes.
 
     Args:
         student: The student's tokenizer: torchtitan's, `transformers`', `tokenizers`' or tiktoken's.
-        teacher: The teacher's, likewise. Beginning and end of a document are those that they name
-            (`bos_id` or `bos_token_id`, likewise eos), if they do.
+        teacher: The teacher's, likewise. If they name tokens that begin and end a document (`bos_id` or
+            `bos_token_id`, likewise eos), these are matched.
         teacher_seq_len: T. What does not fit into a row is cut off at its end.
 
     Raises:
@@ -79,27 +79,21 @@ class Retokenizer:
             a document of its own; "teacher_index" [B, L]: the number, from 0 to T - 1, of the teacher's token whose
             state each token of the student's meets, -1 if there is none.
         """
-        tokens_BL = input_dict["input"]
-        positions_BL = input_dict.get("positions")
-        num_rows, length = tokens_BL.shape
-        teacher_tokens_BT = torch.zeros(num_rows, self.teacher_seq_len, dtype=torch.int64)
-        teacher_positions_BT = torch.zeros_like(teacher_tokens_BT)
-        index_BL = torch.empty(num_rows, length, dtype=torch.int64)
-        for b, row in enumerate(self.rows(input_dict, labels_BL)):
-            num_kept = min(len(row.tokens), self.teacher_seq_len)
-            teacher_tokens_BT[b, :num_kept] = torch.tensor(row.tokens[:num_kept], dtype=torch.int64)
-            teacher_positions_BT[b, :num_kept] = torch.tensor(row.positions[:num_kept], dtype=torch.int64)
-            teacher_positions_BT[b, num_kept:] = torch.arange(self.teacher_seq_len - num_kept)
-            index_BL[b] = torch.from_numpy(np.where(row.index_L < num_kept, row.index_L, -1))
-        extras = {"teacher_tokens": teacher_tokens_BT, "teacher_index": index_BL}
-        return extras if positions_BL is None else {**extras, "teacher_positions": teacher_positions_BT}
+        length = self.teacher_seq_len
+        tokens, positions, indices = [], [], []
+        for row in self.rows(input_dict, labels_BL):
+            num_padding = max(0, length - len(row.tokens))
+            tokens.append(row.tokens[:length] + [0] * num_padding)
+            positions.append([*row.positions[:length], *range(num_padding)])
+            indices.append(np.where(row.index_L < length, row.index_L, -1))
+        extras = {"teacher_tokens": torch.tensor(tokens), "teacher_index": torch.from_numpy(np.stack(indices))}
+        return extras | ({"teacher_positions": torch.tensor(positions)} if "positions" in input_dict else {})
 
     def rows(self, input_dict: dict[str, torch.Tensor], labels_BL: torch.Tensor) -> Iterator[RowAlignment]:
         """The rows of a batch one by one, before they are cut and padded to T; arguments as in a call."""
-        tokens, labels = input_dict["input"].tolist(), labels_BL.tolist()
+        tokens = input_dict["input"].tolist()
         positions = input_dict["positions"].tolist() if "positions" in input_dict else [[0]] * len(tokens)
-        for row in zip(tokens, positions, labels, strict=True):
-            yield self._row(*row)
+        return map(self._row, tokens, positions, labels_BL.tolist())
 
     def _row(self, tokens: list[int], positions: list[int], labels: list[int]) -> RowAlignment:
         starts = [0, *(i for i, position in enumerate(positions) if position == 0 and i > 0)]
@@ -109,35 +103,31 @@ class Retokenizer:
         for start, stop in pairwise([*starts, len(tokens)]):
             document = tokens[start:stop]
             # What a row begins with may be the rest of a document.
-            ids, ends_M = self._document(document, labels[stop - 1], is_start=start > 0)
+            made = list(self._document(document, labels[stop - 1], is_start=start > 0))
             ends_N = self._student.lengths[document].cumsum()
-            index_N = last_ending_by(ends_N, ends_M)
-            exact.append((index_N >= 0) & (ends_M[index_N] == ends_N) if len(ends_M) else index_N >= 0)
-            indices.append(np.where(index_N >= 0, index_N + len(teacher_tokens), -1))
-            teacher_tokens += ids
-            first = positions[start]
-            teacher_positions += range(first, first + len(ids))
+            # Of a token that ends nowhere, for those of the student's that meet none.
+            ends_M = np.array([-1, *(end for _, end in made)])
+            index_N = np.searchsorted(ends_M, ends_N, side="right") - 1
+            exact.append(ends_M[index_N] == ends_N)
+            indices.append(np.where(index_N > 0, index_N - 1 + len(teacher_tokens), -1))
+            teacher_tokens += (token for token, _ in made)
+            teacher_positions += range(positions[start], positions[start] + len(made))
         return RowAlignment(teacher_tokens, teacher_positions, np.concatenate(indices), np.concatenate(exact))
 
-    def _document(self, tokens: list[int], follower: int, *, is_start: bool) -> tuple[list[int], np.ndarray]:
-        """A document in the teacher's tokens: their ids, and the ends of their bytes in it, [M].
+    def _document(self, tokens: list[int], follower: int, *, is_start: bool) -> Iterator[tuple[int, int]]:
+        """A document in the teacher's tokens: the id of each, and where its bytes end.
 
         Args:
             tokens: The student's tokens of it that are in the row.
             follower: The token behind them, which may be no token's id.
             is_start: Whether its first token is the document's, too.
         """
-        ids: list[int] = []
-        ends: list[int] = []
         end = i = 0
         for is_control, group in groupby(tokens, self._student.is_control):
             run = list(group)
             if is_control:
-                for token in run:
-                    end += 1
-                    if token in self._controls:
-                        ids.append(self._controls[token])
-                        ends.append(end)
+                yield from ((self._controls[t], end + n) for n, t in enumerate(run, 1) if t in self._controls)
+                end += len(run)
             else:
                 is_last = i + len(run) == len(tokens)
                 text = _Text(
@@ -147,15 +137,12 @@ class Retokenizer:
                     is_cut_right=is_last and not self._student.is_control(follower),
                     follower=self._student.bytes[follower] if is_last and follower >= 0 else None,
                 )
-                new_ids, new_ends = self._text(run, text)
-                ids += new_ids
-                ends += [end + e for e in new_ends]
+                yield from ((token, end + e) for token, e in self._text(run, text))
                 end += sum(map(len, text.pieces))
             i += len(run)
-        return ids, np.array(ends, dtype=np.int64)
 
-    def _text(self, tokens: list[int], text: "_Text") -> tuple[list[int], list[int]]:
-        """Ids and ends of a run of text."""
+    def _text(self, tokens: list[int], text: "_Text") -> Iterator[tuple[int, int]]:
+        """The same of a run of text."""
         left, right = text.edges()
         same = self._same[tokens]
         if (same[:left] < 0).any():
@@ -163,33 +150,18 @@ class Retokenizer:
         if (same[right:] < 0).any():
             right = len(tokens)
         ends_N = list(accumulate(map(len, text.pieces), initial=0))
-        ids: list[int] = []
-        ends: list[int] = []
-
-        def take(tokens: range) -> None:
-            """Those of the student's tokens that are also the teacher's."""
-            for k in tokens:
-                if same[k] >= 0:
-                    ids.append(int(same[k]))
-                    ends.append(ends_N[k + 1])
-
-        take(range(left))
-        is_broken = _broken(text.pieces[left:right])
-        for broken, group in groupby(range(left, right), lambda k: is_broken[k - left]):
+        # These are not encoded anew. Those of them that the teacher has not are left out.
+        is_kept = [True] * left + _broken(text.pieces[left:right]) + [True] * (len(tokens) - right)
+        for kept, group in groupby(range(len(tokens)), is_kept.__getitem__):
             inner = list(group)
-            start, stop = inner[0], inner[-1] + 1
-            if broken:
-                take(range(start, stop))
-                continue
-            data = b"".join(text.pieces[start:stop])
-            new_ids, new_ends = self._encode(data.decode(), starts=text.starts and start == 0)
-            ids += new_ids
-            ends += [ends_N[start] + e for e in new_ends]
-        take(range(right, len(tokens)))
-        return ids, ends
+            if kept:
+                yield from ((int(same[k]), ends_N[k + 1]) for k in inner if same[k] >= 0)
+            else:
+                new = b"".join(text.pieces[inner[0] : inner[-1] + 1]).decode()
+                ids, ends = self._encode(new, starts=text.starts and inner[0] == 0)
+                yield from zip(ids, (ends_N[inner[0]] + end for end in ends), strict=True)
 
     def _encode(self, text: str, *, starts: bool) -> tuple[list[int], list[int]]:
-        """Ids and ends of text that is encoded anew."""
         # The space that the student's tokenizer has put in front of the document is not the document's. In front of a
         # text that begins with a space, some tokenizers put none.
         space = self._student.leading_space
@@ -200,32 +172,14 @@ class Retokenizer:
         return ids, [len(space) + e for e in ends]
 
 
-def last_ending_by(ends_N: np.ndarray, ends_M: np.ndarray) -> np.ndarray:
-    """For each of N tokens the last of M tokens that ends at or before its end, int64 [N]; -1 if there is none.
-
-    Args:
-        ends_N: Where the tokens end, in bytes, not decreasing.
-        ends_M: Likewise, of the other tokenizer's tokens of the same bytes.
-    """
-    return np.searchsorted(ends_M, ends_N, side="right") - 1
-
-
 class _Text(NamedTuple):
-    """A run of the student's text tokens.
-
-    Attributes:
-        pieces: Their bytes.
-        starts: Whether a document's text starts with it.
-        is_cut_left: Whether a word may go on before it.
-        is_cut_right: Whether one may go on behind it.
-        follower: The bytes of the token behind it, if known.
-    """
+    """A run of the student's text tokens."""
 
     pieces: list[bytes]
-    starts: bool
-    is_cut_left: bool
+    starts: bool  # whether a document's text starts with it
+    is_cut_left: bool  # whether a word may go on before it
     is_cut_right: bool
-    follower: bytes | None
+    follower: bytes | None  # the bytes of the token behind it, if known
 
     def edges(self) -> tuple[int, int]:
         """The first token behind the word at the left edge, and the first one of the word at the right edge.

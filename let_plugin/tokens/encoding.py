@@ -12,7 +12,7 @@ import numpy as np
 from tiktoken import Encoding
 from tokenizers import Tokenizer
 
-from let_plugin.tokens.token_bytes import leading_space, token_bytes, unwrapped
+from let_plugin.tokens.token_bytes import parts, token_bytes, unwrapped
 
 
 class Tokens:
@@ -21,7 +21,8 @@ class Tokens:
     Attributes:
         bytes: By id, the bytes of text that it stands for; None: a control token.
         lengths: By id, their number; 1 for a control token, which takes a place of its own.
-        leading_space: What the tokenizer puts in front of a document.
+        leading_space: What the tokenizer puts in front of a text that begins with a letter: a space or nothing. (In
+            front of a space, SentencePiece's Metaspace puts nothing, its Prepend, as Llama-2's, a second one.)
         names: Control token -> its text.
         bos, eos: Begin and end of a document; None: the tokenizer does not say.
     """
@@ -29,11 +30,13 @@ class Tokens:
     def __init__(self, tokenizer: Any) -> None:
         self.bytes = token_bytes(tokenizer)
         self.lengths = np.array([1 if value is None else len(value) for value in self.bytes], dtype=np.int64)
-        self.leading_space = leading_space(tokenizer).decode()
         inner = unwrapped(tokenizer)
         if isinstance(inner, Encoding):
+            self.leading_space = ""
             self.names = {inner.encode_single_token(name): name for name in inner.special_tokens_set}
         else:
+            letter = inner.encode("a", add_special_tokens=False).ids
+            self.leading_space = b"".join(self.bytes[i] or b"" for i in letter).decode().removesuffix("a")
             self.names = {i: inner.id_to_token(i) or "" for i, value in enumerate(self.bytes) if value is None}
         self.bos = role_id(tokenizer, "bos")
         self.eos = role_id(tokenizer, "eos")
@@ -83,7 +86,7 @@ class TextEncoder:
         prefix = self._tokens.leading_space if at_start else ""
         if data == (prefix + text).encode():
             return ids, np.maximum(ends_M - len(prefix), 0).tolist()
-        # The text has been normalised, or has unknown characters in it: the library keeps track of them.
+        # The text has been normalized, or has unknown characters in it: the library keeps track of them.
         if not offsets:
             return [], []
         byte_ends = np.array([0, *accumulate(len(character.encode()) for character in text)])
@@ -110,47 +113,27 @@ def _plain(tokenizer: Tokenizer, *, adds_space: bool) -> Tokenizer:
     state = json.loads(tokenizer.to_str())
     # The processor of byte-level BPE takes white space out of the tokens' offsets.
     state |= {"post_processor": None, "truncation": None, "padding": None}
+    without_space = {"Prepend": {"prepend": ""}, "Metaspace": {"prepend_scheme": "never"}}
+    without_space["ByteLevel"] = {"add_prefix_space": False}
     if not adds_space:
         for name in ("normalizer", "pre_tokenizer"):
-            state[name] = _without_space(state[name])
+            for part in parts(state[name]):
+                part.update(without_space.get(part["type"], {}))
     return Tokenizer.from_str(json.dumps(state))
-
-
-def _without_space(component: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A component of a tokenizer that puts nothing in front of a text."""
-    if component is None or component["type"] == "Prepend":
-        return None
-    changed = dict(component)
-    if changed["type"] == "Metaspace":
-        changed["prepend_scheme"] = "never"
-    elif changed["type"] == "ByteLevel":
-        changed["add_prefix_space"] = False
-    for name in ("normalizers", "pretokenizers"):
-        if name in changed:
-            parts = map(_without_space, changed[name])
-            changed[name] = [part for part in parts if part is not None]
-    return changed
 
 
 def role_id(tokenizer: Any, role: str) -> int | None:
     """The token of a role, "bos" or "eos", as torchtitan's or `transformers`' tokenizer names it."""
-    for name in (f"{role}_id", f"{role}_token_id"):
-        value = getattr(tokenizer, name, None)
-        if isinstance(value, int):
-            return value
-    return None
+    values = (getattr(tokenizer, name, None) for name in (f"{role}_id", f"{role}_token_id"))
+    return next((value for value in values if isinstance(value, int)), None)
 
 
 def match_controls(student: Tokens, teacher: Tokens) -> dict[int, int]:
     """The student's control tokens -> the teacher's of the same text or else of the same role."""
     by_name = {name: i for i, name in teacher.names.items()}
-    result = {}
-    for i, name in student.names.items():
-        roles = (teacher.bos if i == student.bos else None, teacher.eos if i == student.eos else None)
-        match = next((t for t in (by_name.get(name), *roles) if t is not None), None)
-        if match is not None:
-            result[i] = match
-    return result
+    by_role = {student.eos: teacher.eos} | ({} if teacher.bos is None else {student.bos: teacher.bos})
+    matches = {i: by_name.get(name, by_role.get(i)) for i, name in student.names.items()}
+    return {i: match for i, match in matches.items() if match is not None}
 
 
 def match_bytes(student: Sequence[bytes | None], teacher: Sequence[bytes | None]) -> np.ndarray:

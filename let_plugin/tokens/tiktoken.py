@@ -9,7 +9,8 @@ import base64
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 
 from tiktoken import Encoding
@@ -27,7 +28,7 @@ LLAMA3_PATTERN = (
 _LLAMA3_NAMES = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id", 9: "eot_id"}
 
 _NAMES = ("tokenizer.model", "tiktoken.model")
-_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d{1,9}")
+_LINE = re.compile(rb"(?=\S)(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)? \d{1,9}")  # base64, rank
 # tiktoken's regular expressions overflow their stack in runs of about a million characters. The limit is that of
 # Llama-3's own code, so that the ids are the same.
 _MAX_RUN = 25_000
@@ -38,13 +39,8 @@ _SAMPLE = "It's \u00c9t\u00e9 12345,\t\u4f60\u597d e\u0301  \u00a0\r\n \u0000#/ 
 
 def llama3_special_tokens() -> dict[str, int]:
     """Token -> id of Llama-3's 256 special tokens; those without a use are numbered."""
-    tokens, num_reserved = {}, 0
-    for i in range(256):
-        name = _LLAMA3_NAMES.get(i)
-        if name is None:
-            name, num_reserved = f"reserved_special_token_{num_reserved}", num_reserved + 1
-        tokens[f"<|{name}|>"] = 128_000 + i
-    return tokens
+    reserved = (f"reserved_special_token_{i}" for i in count())
+    return {f"<|{_LLAMA3_NAMES.get(i) or next(reserved)}|>": 128_000 + i for i in range(256)}
 
 
 class TikTokenTokenizer(BaseTokenizer):
@@ -88,16 +84,20 @@ class TikTokenTokenizer(BaseTokenizer):
         else:
             path, key = _find(tokenizer_path), "hf_assets_path"
         ranks, is_llama3 = _read(path, key)
-        pattern = _pattern(config, path, is_llama3)
-        special, bos, eos = _special_tokens(config, path, ranks, is_llama3)
+        if is_llama3:
+            config = _with_llama3_defaults(config)
+        if problems := _problems(config, path, ranks):
+            raise ConfigError(problems)
+        assert config.eos_token
+        pattern, special = config.pattern, config.special_tokens
         try:
             self.tokenizer = Encoding(path.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         except ValueError as error:
             raise ConfigError(Problem("tokenizer.pattern", f"not a regular expression: {error}", pattern)) from error
         self._vocabulary = {byte_level(token): rank for token, rank in ranks.items()} | special
-        self.bos_token, self.eos_token = bos, eos
-        self.bos_id = None if bos is None else special[bos]
-        self.eos_id = special[eos]
+        self.bos_token, self.eos_token = config.bos_token or None, config.eos_token
+        self.bos_id = special[self.bos_token] if self.bos_token else None
+        self.eos_id = special[self.eos_token]
         if self.decode(self.encode(_SAMPLE)) != _SAMPLE:
             message = "loses text that it does not match; it must match every character"
             raise ConfigError(Problem("tokenizer.pattern", message, pattern))
@@ -115,14 +115,9 @@ class TikTokenTokenizer(BaseTokenizer):
             token_ids = [i for i in token_ids if not self.tokenizer.is_special_token(i)]
         return self.tokenizer.decode(list(token_ids))
 
-    @property
-    def vocab_size(self) -> int:
+    def get_vocab_size(self) -> int:
         """The largest id plus one: what an embedding needs. There are fewer tokens if there are gaps."""
         return self.tokenizer.n_vocab
-
-    def get_vocab_size(self) -> int:
-        """See `vocab_size`."""
-        return self.vocab_size
 
     def get_vocab(self) -> dict[str, int]:
         """Token -> id, special tokens included, written as in the tokenizer.json of the same vocabulary."""
@@ -131,15 +126,13 @@ class TikTokenTokenizer(BaseTokenizer):
 
 def rank_files(folder: str) -> list[Path]:
     """The rank files in `folder`. SentencePiece calls its files tokenizer.model too: these are left out."""
-    found = []
-    for path in sorted(Path(folder).glob("*")):
-        if path.is_file() and path.name in _NAMES:
-            with path.open("rb") as file:
-                if _LINE.fullmatch(file.readline(4096).rstrip(b"\r\n")):
-                    found.append(path)
-        elif path.is_file() and path.suffix == ".tiktoken":
-            found.append(path)
-    return found
+    names = sorted(path for path in Path(folder).glob("*") if path.is_file())
+    return [path for path in names if path.suffix == ".tiktoken" or (path.name in _NAMES and _has_ranks(path))]
+
+
+def _has_ranks(path: Path) -> bool:
+    with path.open("rb") as file:
+        return _LINE.fullmatch(file.readline(4096).rstrip(b"\r\n")) is not None
 
 
 def _find(folder: str) -> Path:
@@ -162,68 +155,60 @@ def _read(path: Path, key: str) -> tuple[dict[bytes, int], bool]:
     except OSError as error:
         raise ConfigError(Problem(key, f"cannot be read: {error.strerror}", str(path))) from error
     lines = [line for line in content.splitlines() if line]
-    ranks: dict[bytes, int] = {}
-    message = ""
-    for line in lines:
-        try:
-            if not _LINE.fullmatch(line):
-                raise ValueError
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except ValueError:
-            message = f'{line[:40].decode(errors="replace")!r} is not "token in base64, space, rank"'
-            break
-    num_bytes = sum(bytes([byte]) in ranks for byte in range(256))
-    if not message and not len(lines) == len(ranks) == len(set(ranks.values())):
+    bad = next((line for line in lines if not _LINE.fullmatch(line)), None)
+    if bad is not None:
+        message = f'{bad[:40].decode(errors="replace")!r} is not "token in base64, space, rank"'
+        raise ConfigError(Problem(key, f"not a tiktoken rank file: {message}", str(path)))
+    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
+    num_missing = sum(bytes([byte]) not in ranks for byte in range(256))
+    message = f"{num_missing} of the 256 single bytes are not in it" if num_missing else ""
+    if not len(lines) == len(ranks) == len(set(ranks.values())):
         message = "it has a token or a rank twice"
-    if not message and num_bytes < 256:
-        message = f"{256 - num_bytes} of the 256 single bytes are not in it"
     if message:
         raise ConfigError(Problem(key, f"not a tiktoken rank file: {message}", str(path)))
     return ranks, hashlib.sha256(content).hexdigest() == LLAMA3_SHA256
 
 
-def _pattern(config: TikTokenTokenizer.Config, path: Path, is_llama3: bool) -> str:
-    if config.pattern or is_llama3:
-        return config.pattern or LLAMA3_PATTERN
-    message = f"{path} does not say how text is split before tokens are looked for: give the regular expression"
-    raise ConfigError(Problem("tokenizer.pattern", message))
+def _with_llama3_defaults(config: TikTokenTokenizer.Config) -> TikTokenTokenizer.Config:
+    config = replace(config, pattern=config.pattern or LLAMA3_PATTERN)
+    if config.special_tokens:
+        return config
+    bos = "<|begin_of_text|>" if config.bos_token is None else config.bos_token
+    eos = config.eos_token or "<|end_of_text|>"
+    return replace(config, special_tokens=llama3_special_tokens(), bos_token=bos, eos_token=eos)
 
 
-def _special_tokens(
-    config: TikTokenTokenizer.Config, path: Path, ranks: dict[bytes, int], is_llama3: bool
-) -> tuple[dict[str, int], str | None, str]:
-    """Token -> id, and which of them begin and end a document. ConfigError if they do not fit the ranks."""
-    ids, bos, eos = dict(config.special_tokens), config.bos_token, config.eos_token
-    if not ids and is_llama3:
-        ids = llama3_special_tokens()
-        bos = "<|begin_of_text|>" if bos is None else bos
-        eos = eos or "<|end_of_text|>"
-    if not ids:
-        message = f"{path} names none: give a table, token = id"
-        raise ConfigError(Problem("tokenizer.special_tokens", message))
+def _problems(config: TikTokenTokenizer.Config, path: Path, ranks: dict[bytes, int]) -> list[Problem]:
+    """What the rank file lacks, and the special tokens that do not fit its ranks."""
+    if not config.pattern:
+        message = f"{path} does not say how text is split before tokens are looked for: give the regular expression"
+        return [Problem("tokenizer.pattern", message)]
+    if not config.special_tokens:
+        return [Problem("tokenizer.special_tokens", f"{path} names none: give a table, token = id")]
     taken = {rank: repr(token) for token, rank in ranks.items()}
     ordinary = {byte_level(token) for token in ranks}
     problems = []
-    for token, i in ids.items():
-        key = f"tokenizer.special_tokens.{token}"
+    for token, i in config.special_tokens.items():
+        message = ""
         if i in taken:
-            problems.append(Problem(key, f"that id is taken by {taken[i]}", i))
+            message = f"that id is taken by {taken[i]}"
         elif not 0 <= i < 2**31:
-            problems.append(Problem(key, "must be an id, 0 or more", i))
+            message = "must be an id, 0 or more"
         elif not token or token in ordinary:
-            problems.append(Problem(key, f"there is an ordinary token of that name in {path}", i))
+            message = f"there is an ordinary token of that name in {path}"
+        if message:
+            problems.append(Problem(f"tokenizer.special_tokens.{token}", message, i))
         taken.setdefault(i, repr(token))
-    for name, role in (("bos_token", bos), ("eos_token", eos)):
-        if role and role not in ids:
-            problems.append(Problem(f"tokenizer.{name}", f"not a special token; {suggest(role, ids)}", role))
-    if not eos:
-        message = f"missing: which of the special tokens ends a document? {suggest('end of text', ids)}"
+    for name, role in (("bos_token", config.bos_token), ("eos_token", config.eos_token)):
+        if role and role not in config.special_tokens:
+            message = f"not a special token; {suggest(role, config.special_tokens)}"
+            problems.append(Problem(f"tokenizer.{name}", message, role))
+    if not config.eos_token:
+        message = (
+            f"missing: which of the special tokens ends a document? {suggest('end of text', config.special_tokens)}"
+        )
         problems.append(Problem("tokenizer.eos_token", message))
-    if problems:
-        raise ConfigError(problems)
-    assert eos
-    return ids, bos or None, eos
+    return problems
 
 
 def _without_long_runs(text: str) -> Iterator[str]:

@@ -40,9 +40,9 @@ def token_bytes(tokenizer: Any) -> list[bytes | None]:
     that is not special stands for its own text. Added tokens apart, the bytes of `encode(text)` are those of `text`,
     but for what the tokenizer itself does to a text before it looks for tokens:
 
-    * `leading_space`;
+    * a space that it puts in front;
     * in vocabularies that write a space as U+2581, a U+2581 of the text becomes a space;
-    * a normaliser (NFC in Qwen2's) and a lossy split (T5's of runs of spaces): the bytes are those of their result;
+    * a normalizer (NFC in Qwen2's) and a lossy split (T5's of runs of spaces): the bytes are those of their result;
     * unknown text, in a vocabulary without bytes.
 
     Args:
@@ -57,20 +57,6 @@ def token_bytes(tokenizer: Any) -> list[bytes | None]:
     return _of_encoding(tokenizer) if isinstance(tokenizer, Encoding) else _of_tokenizer(tokenizer)
 
 
-def leading_space(tokenizer: Any) -> bytes:
-    """What the tokenizer puts in front of a text that begins with a letter: b" " or nothing.
-
-    In front of one that begins with a space, SentencePiece's Metaspace adds nothing, its Prepend (Llama-2) a second.
-    ValueError as in `token_bytes`.
-    """
-    tokenizer = unwrapped(tokenizer)
-    if isinstance(tokenizer, Encoding):
-        return b""
-    values = _of_tokenizer(tokenizer)
-    encoded = b"".join(values[i] or b"" for i in tokenizer.encode("a", add_special_tokens=False).ids)
-    return encoded.removesuffix(b"a")
-
-
 def unwrapped(tokenizer: Any) -> Encoding | Tokenizer:
     """The library's own tokenizer in one of torchtitan's or `transformers`'. ValueError if it is of no known kind."""
     for name in ("tokenizer", "backend_tokenizer"):
@@ -82,22 +68,18 @@ def unwrapped(tokenizer: Any) -> Encoding | Tokenizer:
 
 def _of_encoding(encoding: Encoding) -> list[bytes | None]:
     result: list[bytes | None] = [None] * (encoding.max_token_value + 1)
-    for token in range(len(result)):
-        if encoding.is_special_token(token):
-            continue
-        try:
-            result[token] = encoding.decode_single_token_bytes(token)
-        except KeyError:
-            continue  # a gap
+    for value in encoding.token_byte_values():
+        result[encoding.encode_single_token(value)] = value
     return result
 
 
 def _of_tokenizer(tokenizer: Tokenizer) -> list[bytes | None]:
     state = json.loads(tokenizer.to_str())
     model = state["model"]
-    parts = [part for name in ("decoder", "pre_tokenizer", "normalizer") for part in _parts(state[name])]
-    space = next(filter(None, map(_space_symbol, parts)), None)
-    has_bytes = model.get("byte_fallback") or any(part["type"] == "ByteFallback" for part in parts)
+    components = [part for name in ("decoder", "pre_tokenizer", "normalizer") for part in parts(state[name])]
+    types = {part["type"] for part in components}
+    space = next(filter(None, map(_space_symbol, components)), None)
+    has_bytes = model.get("byte_fallback") or "ByteFallback" in types
 
     def of_byte_level(token: str) -> bytes:
         # A token with other characters than the alphabet's comes from no text; decoders take it for its own.
@@ -110,7 +92,7 @@ def _of_tokenizer(tokenizer: Tokenizer) -> list[bytes | None]:
         return token.replace(space, " ").encode()
 
     kind = model["type"]
-    if kind in ("BPE", "Unigram") and any(part["type"] == "ByteLevel" for part in parts):
+    if kind in ("BPE", "Unigram") and "ByteLevel" in types:
         convert = of_byte_level
     elif kind in ("BPE", "Unigram") and space is not None:
         convert = of_pieces
@@ -132,14 +114,13 @@ def _of_tokenizer(tokenizer: Tokenizer) -> list[bytes | None]:
     return result
 
 
-def _parts(component: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    """A component of a tokenizer and, if it is a sequence, what that consists of."""
-    if component is None:
-        return
-    yield component
-    for name in ("decoders", "pretokenizers", "normalizers"):
-        for part in component.get(name, []):
-            yield from _parts(part)
+def parts(component: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """A component of a tokenizer's JSON and, if it is a sequence, what that consists of."""
+    if component is not None:
+        yield component
+        for name in ("decoders", "pretokenizers", "normalizers"):
+            for part in component.get(name, []):
+                yield from parts(part)
 
 
 def _space_symbol(part: dict[str, Any]) -> str | None:

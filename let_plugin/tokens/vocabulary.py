@@ -1,7 +1,6 @@
 """A teacher's tokenizer: found and opened, and its vocabulary compared with the student's."""
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,30 +60,14 @@ def _has_files(folder: str) -> bool:
     return any(Path(folder, name).is_file() for name in _FILES)
 
 
-@dataclass(frozen=True)
-class VocabularyDifference:
-    """How two vocabularies differ, id by id.
+def compare_vocabularies(student: dict[str, int], teacher: dict[str, int]) -> list[str]:
+    """The student's ids that are another token to the teacher, in order: "id 5: 'a' (student), 'b' (teacher)".
 
-    Attributes:
-        num_differing: Number of the student's ids that are another token, or none, for the teacher.
-        num_student: Number of the student's ids.
-        examples: A few of them: "id 5: 'the' (student), 'a' (teacher)".
+    Ids that only the teacher has do not matter.
     """
-
-    num_differing: int
-    num_student: int
-    examples: list[str]
-
-
-def compare_vocabularies(student: dict[str, int], teacher: dict[str, int]) -> VocabularyDifference:
-    """Compares what each of the student's ids means to the teacher. Ids that only the teacher has do not matter."""
     teacher_tokens = {i: token for token, i in teacher.items()}
-    differing = sorted((i, token) for token, i in student.items() if teacher_tokens.get(i) != token)
-    return VocabularyDifference(
-        num_differing=len(differing),
-        num_student=len(student),
-        examples=[
-            f"id {i}: {token!r} (student), {teacher_tokens.get(i, 'no such id')!r} (teacher)"
-            for i, token in differing[:3]
-        ],
-    )
+    return [
+        f"id {i}: {token!r} (student), {teacher_tokens.get(i, 'no such id')!r} (teacher)"
+        for token, i in sorted(student.items(), key=lambda item: item[1])
+        if teacher_tokens.get(i) != token
+    ]

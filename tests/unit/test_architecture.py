@@ -31,7 +31,6 @@ EXCEPTIONS = {
     ("teacher/export.py", "let_plugin.preflight"),
     # A loaded configuration builds the trainer with LET mixed in.
     ("config/load.py", "let_plugin.trainer"),
-    ("preflight/export.py", "let_plugin.train"),
 }
 
 # What torchtitan moved or removed after 0.3.0; its names with a leading underscore count, too.

@@ -4,6 +4,8 @@ A process that gets as far as importing torch takes seconds: those tests are slo
 stands for them in the quick ones.
 """
 
+import time
+
 import pytest
 import tomli
 
@@ -190,7 +192,7 @@ def test_rank_0_reports_before_the_others(tiny_config, capfd, monkeypatch):
     """torchrun ends every rank when one has failed: another rank that failed first would take the message along."""
     config = append(tiny_config, MISTAKES)
     slept = []
-    monkeypatch.setattr(train.time, "sleep", slept.append)
+    monkeypatch.setattr(time, "sleep", slept.append)
     assert main(capfd, config)[0] == 2
     assert not slept
     monkeypatch.setenv("RANK", "1")

@@ -203,8 +203,8 @@ def _check_vocabulary(tokenizer: Any, source: Any, model: TeacherConfig, key: st
     known, message = source.vocabulary(), ""
     if not known:
         message = "it has no tokenizer to compare; name its tokenizer_path, or set check_vocabulary = false"
-    elif difference := compare_vocabularies(tokenizer.get_vocab(), known).num_differing:
-        message = f"its tokenizer is not the student's: {difference:,} ids differ"
+    elif differing := compare_vocabularies(tokenizer.get_vocab(), known):
+        message = f"its tokenizer is not the student's: {len(differing):,} ids differ"
     if message:
         raise ConfigError(Problem(key, message, model.path or model.spec))
 

@@ -22,18 +22,16 @@ from let_plugin.teacher.stored import fingerprints
 from let_plugin.teacher.stored.shards import (
     ENCODINGS,
     FEATURES_KEY,
+    MISSING,
     RowReader,
     bytes_per_token,
     decode,
-    row_keys,
     shard_paths,
     write_safely,
 )
 
 MANIFEST = "manifest.json"
 FORMAT = 2  # 1 had other settings
-
-_MISSING = "missing"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,7 +112,7 @@ class Features:
             layers: The teacher layers that it aligns.
             num_data_parallel: Number of its data-parallel ranks.
         """
-        let, stored, folder = config.let, self.settings, str(self.folder)
+        let, stored, folder = config.let.teacher, self.settings, str(self.folder)
         made = f"{FEATURES_KEY} = {folder!r} was made"
         problems = self._differences(config, layers, f"{made} with")
         if num_data_parallel != stored["data_parallel_degree"]:
@@ -126,13 +124,13 @@ class Features:
         if missing := [layer for layer in layers if layer not in stored["layers"]]:
             message = f"has the states of the teacher's layers {stored['layers']}, not of {missing}; export again"
             problems.append(Problem(FEATURES_KEY, message, folder))
-        if let.teacher.path or let.teacher.spec:
-            fingerprint, stored_one = fingerprints.teacher(let.teacher), stored["teacher"]["fingerprint"]
-            if fingerprint != stored_one:
-                message = f"not the teacher whose states are in {folder!r} ({self.info.description}): its fingerprint "
-                key = "let.teacher.path" if let.teacher.path else "let.teacher.spec"
-                message += f"is {fingerprint}, the stored one {stored_one}"
-                problems.append(Problem(key, message, let.teacher.path or let.teacher.spec))
+        key, named = ("let.teacher.path", let.path) if let.path else ("let.teacher.spec", let.spec)
+        if named and (fingerprint := fingerprints.teacher(let)) != stored["teacher"]["fingerprint"]:
+            message = (
+                f"not the teacher whose states are in {folder!r} ({self.info.description}): its fingerprint is "
+                f"{fingerprint}, the stored one {stored['teacher']['fingerprint']}"
+            )
+            problems.append(Problem(key, message, named))
         stop_step, rows = plan.stop_step(config, num_data_parallel), rows_per_step(config, num_data_parallel)
         if stop_step * rows > stored["rows_per_rank"]:
             steps = stored["rows_per_rank"] // rows
@@ -156,14 +154,12 @@ class Features:
             irrelevant.add("dataloader.dataset_path")  # another dataset has another path
         problems = []
         for key in sorted({*stored, *wanted} - irrelevant):
-            value, stored_value = wanted.get(key), stored.get(key)
-            if value == stored_value:
+            value, was = wanted.get(key), f"{made_with} {stored.get(key)!r}"
+            if value == stored.get(key):
                 continue
-            if key == "hf_assets_path":
-                message, value = f"not the tokenizer that {made_with}; set that, or export again", config.hf_assets_path
-            else:
-                message = f"{made_with} {stored_value!r}; set that, or export again"
-            problems.append(Problem(key, message, value))
+            if key == "hf_assets_path":  # the two are fingerprints
+                value, was = config.hf_assets_path, f"not the tokenizer that {made_with}"
+            problems.append(Problem(key, f"{was}; set that, or export again", value))
         return problems
 
     def describe(self, config: Trainer.Config, layers: Sequence[int | str]) -> list[str]:
@@ -199,39 +195,23 @@ class StoredStates(StateProvider):
     """
 
     def __init__(self, features: Features, layers: Sequence[int | str], *, dtype: torch.dtype) -> None:
-        self._folder = features.folder
-        self._dtype = dtype
-        self._is_partial = features.is_partial
+        self._features = features
         self._layers = layers
+        self._dtype = dtype
         self._columns = ENCODINGS[features.settings["encoding"]]
-        names = [f"{layer}.{name}" for layer in layers for name in self._columns]
-        self.make_extras = _ReadRows(RowReader(features.folder, names))
+        self.make_extras = RowReader(features.folder, [f"{layer}.{name}" for layer in layers for name in self._columns])
 
     def states(self, batch: Mapping[str, torch.Tensor], student_masks: Any = None) -> States:
         """ConfigError if a row of the batch is not stored."""
-        if _MISSING in batch:
+        if MISSING in batch:
             message = (
                 "a row of the training data is not stored there: the data, or their order, are not those of the export "
                 "any more; export again, or leave this key out and name the teacher"
             )
-            raise ConfigError(Problem(FEATURES_KEY, message, str(self._folder)))
+            raise ConfigError(Problem(FEATURES_KEY, message, str(self._features.folder)))
         states = [
             decode({name: batch[f"{layer}.{name}"] for name in self._columns}, self._dtype) for layer in self._layers
         ]
         states_BLE = states[0] if len(states) == 1 else torch.cat(states, dim=-1)
-        known_BL = states_BLE.ne(0).any(dim=-1) if self._is_partial else None
+        known_BL = states_BLE.ne(0).any(dim=-1) if self._features.is_partial else None
         return States(states_BLE, known_BL, 0)  # no teacher has run: the speed that is logged is 0
-
-
-class _ReadRows:
-    """What the data loader calls. A class rather than a closure: it has to be pickled where workers are not forked."""
-
-    def __init__(self, reader: RowReader) -> None:
-        self._reader = reader
-
-    def __call__(self, input_dict: dict[str, torch.Tensor], labels_BL: torch.Tensor) -> dict[str, torch.Tensor]:
-        columns, missing = self._reader.read(row_keys(input_dict))
-        if missing:
-            # Not an error yet: workers read ahead, beyond the stop step.
-            return {_MISSING: torch.zeros(len(labels_BL), dtype=torch.bool)}
-        return columns

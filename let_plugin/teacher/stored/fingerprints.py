@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
 from torchtitan.trainer import Trainer
 
 from let_plugin.config import TeacherConfig, plan
@@ -19,15 +20,8 @@ from let_plugin.runtime import data
 from let_plugin.runtime.upstream import DATASETS
 
 _TEACHER_ENDINGS = (".safetensors", ".gguf", ".distcp", ".metadata")
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "special_tokens_map.json",
-)
+_TOKENIZER_FILES = {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt"}
+_TOKENIZER_FILES |= {"merges.txt", "special_tokens_map.json"}
 # How the loader's workers share the work, not what the rows are.
 _WORKER_FIELDS = {"num_workers", "persistent_workers", "pin_memory", "prefetch_factor"}
 _NUM_SAMPLES, _SAMPLE_BYTES = 16, 2**16
@@ -119,11 +113,7 @@ def _digest(files: list[Path], *, names: bool = True) -> str:
 
 def _hub_revision(name: str) -> str:
     try:
-        from huggingface_hub import try_to_load_from_cache
-    except ImportError:
-        return "unknown"
-    try:
         path = try_to_load_from_cache(name, "config.json")
     except ValueError:  # no hub name at all
-        return "unknown"
+        path = None
     return Path(path).parent.name if isinstance(path, str) else "unknown"

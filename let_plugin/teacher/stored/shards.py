@@ -27,6 +27,7 @@ KEY_BYTES = 16  # 128 bits: among 10^12 rows, two share a key with a probability
 # Encoding -> names of its columns.
 ENCODINGS = {"bfloat16": ("values",), "int8": ("values", "scales")}
 
+MISSING = "missing"
 _KEYS = "keys"
 _METADATA = "let"  # one entry, as safetensors writes several in no fixed order
 _INT8_MAX = 127
@@ -135,12 +136,7 @@ class ShardWriter:
         # Files that follow a missing one are of no use: they are written again, as they were.
         self._num_shards = next((i for i, s in enumerate(shards) if s.path != self._path(i)), len(shards))
         self._known = {bytes(key) for s in shards[: self._num_shards] for key in s.keys.view(f"V{KEY_BYTES}")}
-        self._clear()
-
-    def _clear(self) -> None:
-        self._keys: list[bytes] = []
-        self._columns: dict[str, list[torch.Tensor]] = {}
-        self._cosines: dict[str, list[torch.Tensor]] = {}
+        self._rows: list[tuple[bytes, Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]] = []
 
     def new_rows(self, keys: Sequence[bytes]) -> list[int]:
         """Which of a batch's rows are not stored yet; of equal ones the first."""
@@ -156,35 +152,32 @@ class ShardWriter:
             cosines: Layer -> for each token with a state, the cosine of what is stored with it, fp32, on the CPU.
         """
         self._known.add(key)
-        self._keys.append(key)
-        for name, tensor_LC in columns.items():
-            self._columns.setdefault(name, []).append(tensor_LC)
-        for layer, values in cosines.items():
-            self._cosines.setdefault(layer, []).append(values)
-        if len(self._keys) == self._rows_per_shard:
+        self._rows.append((key, columns, cosines))
+        if len(self._rows) == self._rows_per_shard:
             self.finish()
 
     def finish(self) -> None:
         """Writes the rows that are left, if any."""
-        if not self._keys:
+        if not self._rows:
             return
-        keys_NK = torch.frombuffer(bytearray(b"".join(self._keys)), dtype=torch.uint8).view(-1, KEY_BYTES)
+        keys, columns, cosines = zip(*self._rows, strict=True)
         fidelity = {}
-        for layer, rows in self._cosines.items():
-            values = torch.cat(rows).double()
+        for layer in cosines[0]:
+            values = torch.cat([row[layer] for row in cosines]).double()
             fidelity[layer] = {"tokens": len(values), "mean": values.mean().item() if len(values) else 1.0}
-        tensors = {_KEYS: keys_NK, **{name: torch.stack(rows) for name, rows in self._columns.items()}}
+        tensors = {name: torch.stack([row[name] for row in columns]) for name in columns[0]}
+        tensors[_KEYS] = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, KEY_BYTES)
         metadata = {_METADATA: json.dumps({"fidelity": fidelity})}
         write_safely(self._path(self._num_shards), save(tensors, metadata))
         self._num_shards += 1
-        self._clear()
+        self._rows.clear()
 
     def _path(self, number: int) -> Path:
         return self._folder / f"rows-{self._stream:05d}-{number:06d}.safetensors"
 
 
 class RowReader:
-    """Finds rows in all files of a folder.
+    """Finds the rows of a batch in all files of a folder; what the data loader calls.
 
     Args:
         folder: Of the export.
@@ -197,30 +190,33 @@ class RowReader:
     def __init__(self, folder: Path, columns: Sequence[str]) -> None:
         self._folder, self._columns = folder, tuple(columns)
         self._shards = [Shard(path) for path in shard_paths(folder)]
-        for shard in self._shards:
+        all_keys, all_places = [np.empty(0, f"S{KEY_BYTES}")], [np.empty((0, 2), np.int64)]
+        for i, shard in enumerate(self._shards):
             if missing := set(columns) - shard.columns:
                 message = f"{shard.path.name} has no {', '.join(sorted(missing))}; export again"
                 raise ConfigError(Problem(FEATURES_KEY, message, str(folder)))
-        sizes = [len(shard.keys) for shard in self._shards]
-        keys = np.concatenate([np.empty(0, f"S{KEY_BYTES}"), *(shard.keys for shard in self._shards)])
+            rows_N = np.arange(len(shard.keys))
+            all_keys.append(shard.keys)
+            all_places.append(np.stack([np.full_like(rows_N, i), rows_N], axis=1))
+        keys = np.concatenate(all_keys)
         order = np.argsort(keys, kind="stable")
-        self._keys = keys[order]
-        self._shard_of = np.repeat(np.arange(len(sizes)), sizes)[order]
-        self._row_of = (np.arange(len(keys)) - np.repeat(np.cumsum(sizes) - sizes, sizes))[order]
+        self._keys, self._places = keys[order], np.concatenate(all_places)[order]
 
     def __reduce__(self) -> Any:  # workers that are not forked open the files anew
         return RowReader, (self._folder, self._columns)
 
-    def read(self, keys: Sequence[bytes]) -> tuple[dict[str, torch.Tensor], list[int]]:
-        """The columns of these rows, name -> [B, L, C] on the CPU; and which of the rows are not stored.
+    def __call__(
+        self, input_dict: Mapping[str, torch.Tensor], labels_BL: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The columns of a batch's rows, name -> [B, L, C] on the CPU. If any row is not stored, MISSING: which, [B].
 
-        If any are missing, there are no columns.
+        That is no error yet: the data loader's workers read ahead, beyond the stop step.
         """
-        wanted = np.frombuffer(b"".join(keys), dtype=f"S{KEY_BYTES}")
-        places = np.searchsorted(self._keys, wanted)
-        found = places < len(self._keys)
-        found[found] = self._keys[places[found]] == wanted[found]
+        wanted = np.frombuffer(b"".join(row_keys(input_dict)), dtype=f"S{KEY_BYTES}")
+        ranks = np.searchsorted(self._keys, wanted)
+        found = ranks < len(self._keys)
+        found[found] = self._keys[ranks[found]] == wanted[found]
         if not found.all():
-            return {}, np.flatnonzero(~found).tolist()
-        where = [(self._shards[self._shard_of[place]], int(self._row_of[place])) for place in places]
-        return {name: torch.stack([shard.read(name, row) for shard, row in where]) for name in self._columns}, []
+            return {MISSING: torch.from_numpy(~found)}
+        places = [(self._shards[shard], row) for shard, row in self._places[ranks].tolist()]
+        return {name: torch.stack([shard.read(name, row) for shard, row in places]) for name in self._columns}

@@ -4,7 +4,6 @@ import functools
 import pickle
 import unicodedata
 
-import numpy as np
 import pytest
 import tiktoken
 import torch
@@ -14,7 +13,7 @@ from tokenizers import Tokenizer
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 from let_plugin.demo import TOKENIZER
-from let_plugin.tokens.alignment import Retokenizer, last_ending_by
+from let_plugin.tokens.alignment import Retokenizer
 from let_plugin.tokens.token_bytes import token_bytes
 from tests.support import tokenizer_kinds as kinds
 from tests.support.tokenizer_kinds import KINDS, MULTILINGUAL, SPACE
@@ -29,20 +28,6 @@ PAIRS = [(s, t) for s in KINDS for t in KINDS if s != t]
 def retokenize(student, teacher, batch, **options):
     length = batch[0]["input"].shape[1]
     return Retokenizer(student, teacher, **{"teacher_seq_len": 4 * length, **options})(*batch)
-
-
-@pytest.mark.parametrize(
-    ("ends_N", "ends_M", "expected"),
-    [
-        ([1, 3, 6], [1, 3, 6], [0, 1, 2]),
-        ([1, 3, 6], [2, 6], [-1, 0, 1]),
-        ([5, 6], [1, 2, 3, 6], [2, 3]),
-        ([1, 2], [], [-1, -1]),
-        ([2, 2, 3], [2, 2, 4], [1, 1, 1]),
-    ],
-)
-def test_the_last_token_that_ends_by_then(ends_N, ends_M, expected):
-    assert last_ending_by(np.array(ends_N), np.array(ends_M)).tolist() == expected
 
 
 def seen(values, tokens, without=()):
