@@ -20,8 +20,6 @@ from let_plugin.teacher.stored import fingerprints
 from let_plugin.teacher.stored.features import MANIFEST, Manifest, rows_per_step
 from let_plugin.teacher.stored.shards import ENCODINGS, KEY_BYTES, bytes_per_token, shard_paths
 
-SHARD_BYTES = 2**26  # what an interruption loses at most, of each process
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -46,9 +44,9 @@ class Plan:
         degree = _data_parallel_degree(config, args.data_parallel_degree, num_processes)
         if problems := _problems(config, args, out):
             raise ConfigError(problems)
-        is_pipelined = config.parallelism.pipeline_parallel_degree > 1
-        training, parallelism = config.training, config.parallelism
-        batch_size = parallelism.pipeline_parallel_microbatch_size if is_pipelined else training.local_batch_size
+        batch_size = config.training.local_batch_size
+        if config.parallelism.pipeline_parallel_degree > 1:
+            batch_size = config.parallelism.pipeline_parallel_microbatch_size
         teacher = dataclasses.replace(config.let.teacher, features="")
         config = dataclasses.replace(
             config,
@@ -64,14 +62,10 @@ class Plan:
         )
 
     @property
-    def batch_size(self) -> int:
-        """Rows that the run's data loader yields at a time."""
-        return self.settings["batch_size"]
-
-    @property
-    def rows_per_shard(self) -> int:
-        """Rows of each file but the last."""
-        return max(1, SHARD_BYTES // (self._bytes_per_token * self.settings["seq_len"]))
+    def bytes_per_row(self) -> int:
+        """What the states of a row take."""
+        encoding, widths = self.settings["encoding"], self.settings["widths"].values()
+        return sum(bytes_per_token(encoding, width) for width in widths) * self.settings["seq_len"]
 
     @property
     def num_rows(self) -> int:
@@ -79,17 +73,13 @@ class Plan:
 
     @property
     def num_bytes(self) -> int:
-        """What is stored of `num_rows` different rows, in bytes; headers not counted."""
-        return self.num_rows * (self._bytes_per_token * self.settings["seq_len"] + KEY_BYTES)
-
-    @property
-    def _bytes_per_token(self) -> int:
-        return sum(bytes_per_token(self.settings["encoding"], width) for width in self.settings["widths"].values())
+        """What is stored of `num_rows` different rows; headers not counted."""
+        return self.num_rows * (self.bytes_per_row + KEY_BYTES)
 
     def report(self) -> str:
         """For people: how much there is to write."""
         settings, widths = self.settings, self.settings["widths"]
-        tokens = self.num_rows * settings["seq_len"]
+        tokens, per_token = self.num_rows * settings["seq_len"], self.bytes_per_row // settings["seq_len"]
         free = shutil.disk_usage(_existing(self.folder)).free
         return "\n".join(
             [
@@ -98,7 +88,7 @@ class Plan:
                 f"  layers     {', '.join(f'{layer} (width {width})' for layer, width in widths.items())}",
                 f"  rows       {self.num_rows:,} of {settings['seq_len']:,} tokens, {tokens:,} tokens in all: "
                 f"{settings['rows_per_rank']:,} rows of each of {settings['data_parallel_degree']} data-parallel ranks",
-                f"  storage    {_size(self.num_bytes):>10}  {self._bytes_per_token:,} B/token, {settings['encoding']}",
+                f"  storage    {_size(self.num_bytes):>10}  {per_token:,} B/token, {settings['encoding']}",
                 f"  free       {_size(free):>10}  at {self.folder}",
             ]
         )

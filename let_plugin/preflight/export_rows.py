@@ -23,6 +23,8 @@ from let_plugin.teacher.sharding import SPMD_BACKEND, teacher_parallel_dims
 from let_plugin.teacher.stored.features import Manifest
 from let_plugin.teacher.stored.shards import Shard, ShardWriter, decode, encode, row_keys, shard_paths
 
+SHARD_BYTES = 2**26  # what an interruption loses at most, of each process
+
 
 def export(plan: Plan) -> Manifest:
     """Exports on all ranks of the process group, which is there already; returns the complete manifest."""
@@ -75,8 +77,8 @@ def _provider(plan: Plan) -> StateProvider:
 
 def _export_stream(plan: Plan, provider: StateProvider, stream: int, progress: Any) -> None:
     """Writes the rows of one data-parallel rank of the run."""
-    device = utils.get_local_device()
-    writer = ShardWriter(plan.folder, stream, plan.rows_per_shard)
+    settings, device = plan.settings, utils.get_local_device()
+    writer = ShardWriter(plan.folder, stream, max(1, SHARD_BYTES // plan.bytes_per_row))
     batches = _batches(plan, provider, stream)
     # Where the data end on any process, the training run ends too.
     while not _any((batch := next(batches, None)) is None, device):
@@ -87,8 +89,8 @@ def _export_stream(plan: Plan, provider: StateProvider, stream: int, progress: A
         if _any(bool(new), device):
             states_BLE = _states(provider, batch, device)
             for i in new:
-                writer.add(keys[i], *_encode(states_BLE[i], plan.settings))
-        progress.update(plan.batch_size * plan.settings["seq_len"] * plan.num_processes)
+                writer.add(keys[i], *_encode(states_BLE[i], settings))
+        progress.update(settings["batch_size"] * settings["seq_len"] * plan.num_processes)
     writer.finish()
 
 
@@ -100,12 +102,12 @@ def _batches(plan: Plan, provider: StateProvider, stream: int) -> Iterator[dict[
         dp_rank=stream,
         tokenizer=config.tokenizer.build(tokenizer_path=config.hf_assets_path),
         seq_len=settings["seq_len"],
-        local_batch_size=plan.batch_size,
+        local_batch_size=settings["batch_size"],
         snapshot_every_n_steps=None,
     )
     if provider.make_extras is not None:
         BatchExtras(loader, provider.make_extras)
-    for input_dict, _ in itertools.islice(loader, settings["rows_per_rank"] // plan.batch_size):
+    for input_dict, _ in itertools.islice(loader, settings["rows_per_rank"] // settings["batch_size"]):
         extras = take_extras(input_dict)
         yield {name: input_dict[name] for name in ("input", "positions") if name in input_dict} | extras
 

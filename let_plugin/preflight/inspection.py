@@ -6,13 +6,14 @@ A loss that is what one expects of the teacher shows that the right weights were
 import argparse
 import importlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from let_plugin.config import TeacherConfig
 from let_plugin.config.errors import ConfigError, Problem
+from let_plugin.runtime import data
 
 if TYPE_CHECKING:
     import torch
@@ -21,19 +22,19 @@ if TYPE_CHECKING:
 
 _MAX_SEQ_LEN = 1024  # longer documents are read in parts
 _MIB = 2**20
-# Keys of the `[let]` table -> their names on this command line.
+# Keys of a configuration -> their names on this command line.
 _OPTIONS = {
     "let.teacher.path": "PATH",
     "let.teacher.spec": "--spec",
     "let.teacher.tokenizer_path": "--tokenizer",
     "let.teacher.trust_remote_code": "--trust-remote-code",
+    "dataloader.dataset_path": "--text",
 }
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds the subcommand `inspect`."""
-    description = "Says what a teacher is, what it costs, and how well it predicts a text."
-    parser = subparsers.add_parser("inspect", help="say what a teacher is", description=description)
+    parser = subparsers.add_parser("inspect", help="say what a teacher is, and how well it predicts a text")
     path_help = "as let.teacher.path: folder, .gguf file or hub name; without it, what follows from --spec alone"
     parser.add_argument("path", metavar="PATH", nargs="?", default="", help=path_help)
     parser.add_argument("--spec", default="", metavar="NAME", help="as let.teacher.spec: torchtitan runs the teacher")
@@ -53,8 +54,7 @@ def run(options: argparse.Namespace) -> None:
     try:
         _run(options)
     except ConfigError as error:
-        problems = (replace(problem, key=_OPTIONS.get(problem.key, problem.key)) for problem in error.problems)
-        raise ConfigError(problems) from error
+        raise ConfigError(replace(p, key=_OPTIONS.get(p.key, p.key)) for p in error.problems) from error
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -79,9 +79,8 @@ def _run(options: argparse.Namespace) -> None:
 
         config = with_spec_paths(config)
         if not config.path:
-            _print(_describe(describe_spec(options.spec)))
-            _print({"weights": "none given: this is what follows from the spec"})
-            return
+            weights = "none given: this is what follows from the spec"
+            return _print({**_describe(describe_spec(options.spec)), "weights": weights})
     from let_plugin.teacher.open import open_teacher
 
     source = open_teacher(config)
@@ -128,46 +127,37 @@ def _measure(
 ) -> dict[str, str]:
     import torch
 
-    from let_plugin.runtime import data
     from let_plugin.teacher.language_model import loss_sums
 
     info = source.info
     if (max_id := max(tokenizer.get_vocab().values())) >= info.vocab_size:
         message = f"it has ids up to {max_id}, the teacher {info.vocab_size} rows; it is not the teacher's"
         raise ConfigError(Problem("--tokenizer", message, options.tokenizer))
-    documents = read_documents(options.text) if options.text else data.load_text_files(data.TEXT["test"])["text"]
-    name = options.text or "the test split of the package's demo, since no --text is given"
     seq_len = min(info.max_seq_len or _MAX_SEQ_LEN, _MAX_SEQ_LEN)
-    model = source.language_model(dtype=getattr(torch, options.dtype), device=device, seq_len=seq_len)
-    num_bytes = 0
-
-    def batches() -> Iterator[tuple[Any, None, Any]]:
-        nonlocal num_bytes
-        num_left = options.max_tokens
-        for document in documents:
-            if num_left <= 0:
-                return
-            ids, document_bytes = encode_document(tokenizer, document, max_tokens=num_left)
-            num_left -= max(len(ids) - 1, 0)
-            num_bytes += document_bytes
-            for start in range(0, len(ids) - 1, seq_len):
-                # One token is in two parts: the last label of one is the first input of the next.
-                part = torch.tensor([ids[start : start + seq_len + 1]])
-                yield part[:, :-1], None, part[:, 1:]
-
-    loss_sum, num_tokens = loss_sums(model, batches(), vocab_size=info.vocab_size, device=device).tolist()
-    if not num_tokens:
+    parts: list[list[int]] = []
+    num_bytes, num_left = 0, options.max_tokens
+    for document in _documents(options.text) if options.text else data.load_text_files(data.TEXT["test"])["text"]:
+        if num_left <= 0:
+            break
+        ids, size = _encode(tokenizer, document, max_tokens=num_left)
+        num_left -= max(len(ids) - 1, 0)
+        num_bytes += size
+        # One token is in two parts: the last label of one is the first input of the next.
+        parts += (ids[start : start + seq_len + 1] for start in range(0, len(ids) - 1, seq_len))
+    if not parts:
         raise ConfigError(Problem("--text", "there is nothing in it to predict", options.text))
-    loss = loss_sum / num_tokens
-    bits = f"{loss_sum / math.log(2) / num_bytes:.4f}" if num_bytes else "no"
+    model = source.language_model(dtype=getattr(torch, options.dtype), device=device, seq_len=seq_len)
+    batches = ((torch.tensor([ids[:-1]]), None, torch.tensor([ids[1:]])) for ids in parts)
+    loss_sum, num_tokens = loss_sums(model, batches, vocab_size=info.vocab_size, device=device).tolist()
+    loss, bits = loss_sum / num_tokens, loss_sum / math.log(2) / max(num_bytes, 1)
     return {
-        "text": name,
-        "loss": f"{loss:.4f} nats per token, perplexity {math.exp(loss):.2f}, {bits} bits per byte, over "
+        "text": options.text or "the test split of the package's demo, since no --text is given",
+        "loss": f"{loss:.4f} nats per token, perplexity {math.exp(loss):.2f}, {bits:.4f} bits per byte, over "
         f"{int(num_tokens):,} tokens and {num_bytes:,} bytes, in {options.dtype}",
     }
 
 
-def encode_document(tokenizer: Any, text: str, *, max_tokens: int) -> tuple[list[int], int]:
+def _encode(tokenizer: Any, text: str, *, max_tokens: int) -> tuple[list[int], int]:
     """Token ids of (the beginning of) a document, and how many bytes of text all but the first of them stand for.
 
     It begins with the tokenizer's beginning-of-sequence token, if there is one, and ends without an end.
@@ -186,25 +176,18 @@ def encode_document(tokenizer: Any, text: str, *, max_tokens: int) -> tuple[list
 
     bos = role_id(tokenizer, "bos")
     num_first = 0 if bos is not None else 1  # predicted from nothing: not at all
-    size = len(text.encode())
-    if len(ids) > max_tokens + num_first:
-        ids = ids[: max_tokens + num_first]
-        size = num_bytes(ids)
-    return [*([] if bos is None else [bos]), *ids], size - num_bytes(ids[:num_first])
+    kept = ids[: max_tokens + num_first]
+    size = len(text.encode()) if len(kept) == len(ids) else num_bytes(kept)
+    return ([] if bos is None else [bos]) + kept, size - num_bytes(kept[:num_first])
 
 
-def read_documents(path: str) -> Iterable[str]:
-    """The documents of a file: a .txt file is one; the others have one per line or row, in the field "text".
-
-    ConfigError, naming --text, if it cannot be read.
-    """
-    from let_plugin.runtime import data
-
+def _documents(path: str) -> Iterable[str]:
+    """The documents of a file: a .txt file is one; the others have one per line or row, in the field "text"."""
     try:
-        data.find_text_files(path, key="--text")
         if path.endswith(".txt"):
             return [Path(path).read_text(encoding="utf-8")]
         return data.load_text_files(path)["text"]
+    except ConfigError:
+        raise
     except Exception as error:  # the datasets library has types of its own for a damaged file
-        reason = error.problems[0].message if isinstance(error, ConfigError) else f"cannot be read: {error}"
-        raise ConfigError(Problem("--text", reason, path)) from error
+        raise ConfigError(Problem("--text", f"cannot be read: {error}", path)) from error

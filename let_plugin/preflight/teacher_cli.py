@@ -15,9 +15,10 @@ def main(argv: list[str] | None = None) -> None:
     subparsers = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
     inspection.add_parser(subparsers)
     export.add_parser(subparsers)
-    args, args.overrides = parser.parse_known_args(argv)
-    if args.overrides and args.command != "export":  # only an export has a configuration to override
-        parser.error(f"unrecognized arguments: {' '.join(args.overrides)}")
+    args, overrides = parser.parse_known_args(argv)
+    if overrides and args.command != "export":  # only an export has a configuration to override
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    args.overrides = overrides
     try:
         args.run(args)
     except ConfigError as error:

@@ -14,6 +14,13 @@ from tokenizers import Tokenizer
 
 from let_plugin.tokens.token_bytes import parts, token_bytes, unwrapped
 
+# Components of a tokenizer that put a space in front of a text -> what keeps them from it.
+_WITHOUT_SPACE: dict[str, dict[str, Any]] = {
+    "Prepend": {"prepend": ""},
+    "Metaspace": {"prepend_scheme": "never"},
+    "ByteLevel": {"add_prefix_space": False},
+}
+
 
 class Tokens:
     """What is known of a tokenizer's tokens.
@@ -113,12 +120,10 @@ def _plain(tokenizer: Tokenizer, *, adds_space: bool) -> Tokenizer:
     state = json.loads(tokenizer.to_str())
     # The processor of byte-level BPE takes white space out of the tokens' offsets.
     state |= {"post_processor": None, "truncation": None, "padding": None}
-    without_space = {"Prepend": {"prepend": ""}, "Metaspace": {"prepend_scheme": "never"}}
-    without_space["ByteLevel"] = {"add_prefix_space": False}
     if not adds_space:
         for name in ("normalizer", "pre_tokenizer"):
             for part in parts(state[name]):
-                part.update(without_space.get(part["type"], {}))
+                part.update(_WITHOUT_SPACE.get(part["type"], {}))
     return Tokenizer.from_str(json.dumps(state))
 
 

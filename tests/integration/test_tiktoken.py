@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.support import jobs
-from tests.support.rank_files import EOS, GPT2_PATTERN, write_demo
+from tests.support.tokenizer_kinds import EOS, GPT2_PATTERN, write_ranks
 
 TOKENIZER = f"""
 [tokenizer]
@@ -20,7 +20,7 @@ eos_token = "{EOS}"
 
 def rank_file_config(folder, tiny_config):
     """The tiny run with the demo's vocabulary as the student's rank file, and as the teacher's tokenizer.json."""
-    write_demo(folder / "tokenizer", "tokenizer.model")
+    write_ranks(folder / "tokenizer", "tokenizer.model")
     path = folder / "tiktoken.toml"
     path.write_text(f'hf_assets_path = "{folder}/tokenizer"\n{tiny_config.read_text()}{TOKENIZER}')
     return path

@@ -1,5 +1,6 @@
 """Small tokenizers of every kind, trained on the demo's text, and rows of packed documents in them."""
 
+import base64
 import functools
 import json
 import lzma
@@ -8,21 +9,18 @@ from pathlib import Path
 
 import tiktoken
 import torch
+from tiktoken_ext import openai_public
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 from let_plugin.demo import TEXT, TOKENIZER
+from let_plugin.tokens.tiktoken import LLAMA3_PATTERN
 from let_plugin.tokens.token_bytes import token_bytes
 
 SPACE = "\u2581"
 SMOLLM2 = Path(__file__).parents[2] / "assets/smollm2"
-# Llama-3's and GPT-4's way to cut text: what follows a word's punctuation, and digits by three.
-# fmt: off
-_CL100K = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# fmt: on
+EOS = "<|endoftext|>"
+GPT2_PATTERN = openai_public.r50k_pat_str
 MULTILINGUAL = [
     "The year 1999, and 12345678 more: 3.14159.\n\n\n   Three spaces, \ttabs\t\t and a line.\r\nEnd of it...  ",
     "Le caf\u00e9 na\u00eff \u2014 \u00ab d\u00e9j\u00e0 vu \u00bb, l'\u00e9t\u00e9. Gr\u00f6\u00dfe, stra\u00dfe; "
@@ -47,16 +45,15 @@ def documents(num=200):
 
 
 @functools.cache
-def byte_level(vocab_size=700, pattern=None, normalizer=None):
-    """Byte-level BPE; with `pattern`, text is cut in another way than GPT-2's."""
+def byte_level(vocab_size=700, pattern=GPT2_PATTERN, normalizer=None):
+    """Byte-level BPE of the pieces that a regular expression cuts text into."""
     tokenizer = Tokenizer(models.BPE())
-    use_regex = pattern is None
-    byte_pieces = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
-    parts = [] if use_regex else [pre_tokenizers.Split(Regex(pattern), behavior="isolated")]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*parts, byte_pieces])
+    pieces = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    alphabet = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, alphabet])
     tokenizer.decoder = decoders.ByteLevel()
-    if normalizer == "NFC":
-        tokenizer.normalizer = normalizers.NFC()
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=["<|begin|>", "<|end|>"],
@@ -112,14 +109,15 @@ def encoding():
     values = [value for value in token_bytes(byte_level(600)) if value is not None]
     special = {"<|begin|>": len(values), "<|end|>": len(values) + 1}
     ranks = {value: i for i, value in enumerate(values)}
-    return tiktoken.Encoding("small", pat_str=_CL100K, mergeable_ranks=ranks, special_tokens=special)
+    return tiktoken.Encoding("small", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
 
+NFC = normalizers.NFC()
 KINDS = {
     "demo": demo,
     "byte-level": byte_level,
-    "cl100k": lambda: byte_level(900, _CL100K),
-    "NFC": lambda: byte_level(650, _CL100K, "NFC"),
+    "cl100k": lambda: byte_level(900, LLAMA3_PATTERN),
+    "NFC": lambda: byte_level(650, LLAMA3_PATTERN, NFC),
     "Llama-2": llama2,
     "Unigram": metaspace,
     "Metaspace first": lambda: metaspace(400, "first"),
@@ -172,6 +170,19 @@ def write(tokenizer, folder, *, bos=None, eos=None):
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": bos, "eos_token": eos}))
     return HuggingFaceTokenizer(tokenizer_path=str(folder))
+
+
+def rank_lines(ranks):
+    """A tiktoken rank file."""
+    return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
+
+
+def write_ranks(folder, name="demo.tiktoken"):
+    """The demo's vocabulary as a rank file: all but the special token, which has id 0, in the order of the merges."""
+    path = Path(folder, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(rank_lines({token: i for i, token in enumerate(token_bytes(demo())) if token is not None}))
+    return path
 
 
 def write_for_teacher(folder, config, teacher_seq_len):

@@ -1,5 +1,6 @@
 """The tokenizer that reads tiktoken rank files, compared with the `tokenizers` library."""
 
+import hashlib
 import itertools
 
 import pytest
@@ -8,9 +9,9 @@ from hypothesis import strategies as st
 
 from let_plugin.config.errors import ConfigError
 from let_plugin.tokens import tiktoken
-from let_plugin.tokens.tiktoken import LLAMA3_PATTERN, TikTokenTokenizer, llama3_special_tokens
+from let_plugin.tokens.tiktoken import LLAMA3_PATTERN, TikTokenTokenizer
 from let_plugin.tokens.token_bytes import token_bytes
-from tests.support.rank_files import EOS, GPT2_PATTERN, demo_tokenizer, lines_of, write_demo
+from tests.support.tokenizer_kinds import EOS, GPT2_PATTERN, demo, rank_lines, write_ranks
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"])).filter(lambda text: EOS not in text)
 OPTIONS = {"pattern": GPT2_PATTERN, "special_tokens": {EOS: 0, "<|far|>": 5000}, "eos_token": EOS}
@@ -30,7 +31,7 @@ def problem_of(folder, **options):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_demo(tmp_path_factory.mktemp("demo")).parent
+    return write_ranks(tmp_path_factory.mktemp("demo")).parent
 
 
 @pytest.fixture(scope="module")
@@ -42,18 +43,16 @@ def tokenizer(folder):
 @given(TEXTS)
 def test_the_ids_are_those_of_the_same_tokenizer_json(tokenizer, text):
     ids = tokenizer.encode(text)
-    assert ids == demo_tokenizer().encode(text).ids
+    assert ids == demo().encode(text).ids
     assert tokenizer.decode(ids) == text
     values = token_bytes(tokenizer)
     assert b"".join(values[i] for i in ids) == text.encode()
 
 
-def test_the_size_and_the_vocabulary(tokenizer):
+def test_the_vocabulary_has_gaps_and_begin_and_end(folder, tokenizer):
     assert tokenizer.get_vocab_size() == 5001
-    assert tokenizer.get_vocab() == demo_tokenizer().get_vocab() | {"<|far|>": 5000}
-
-
-def test_begin_and_end(folder, tokenizer):
+    assert tokenizer.get_vocab() == demo().get_vocab() | {"<|far|>": 5000}
+    assert [i for i, value in enumerate(token_bytes(tokenizer)) if value is None] == [0, *range(4096, 5001)]
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.eos_token) == (None, 0, EOS)
     plain = tokenizer.encode("the end")
     assert tokenizer.encode("the end", add_bos=True, add_eos=True) == [*plain, 0]
@@ -70,9 +69,7 @@ def test_special_tokens_are_text_when_encoded_and_left_out_when_decoded(tokenize
     assert tokenizer.decode(ids, skip_special_tokens=False) == f"a{EOS}\u4f60"
     with pytest.raises(KeyError):
         tokenizer.decode([4999])
-
-
-def test_what_is_not_utf8_becomes_replacement_characters(tokenizer):
+    # What is not UTF-8 becomes replacement characters.
     assert tokenizer.decode(tokenizer.encode("\u4f60")[:1]) == "\ufffd"
     assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
 
@@ -98,30 +95,23 @@ def test_only_long_runs_are_cut(tokenizer):
 
 def test_llama3s_file_needs_no_options(tmp_path, monkeypatch):
     """A file of its size stands for the real one, which may not be redistributed."""
-    import hashlib
-
     tokens = (bytes(token) for length in (1, 2, 3) for token in itertools.product(range(256), repeat=length))
     ranks = {token: rank for rank, token in enumerate(itertools.islice(tokens, 128_000))}
     path = tmp_path / "original/tokenizer.model"
     path.parent.mkdir()
-    path.write_text(lines_of(ranks))
+    path.write_text(rank_lines(ranks))
     config = TikTokenTokenizer.Config(rank_file="original/tokenizer.model")
     with pytest.raises(ConfigError, match="does not say how text is split"):
         config.build(tokenizer_path=str(tmp_path))
     monkeypatch.setattr(tiktoken, "LLAMA3_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     tokenizer = config.build(tokenizer_path=str(tmp_path))
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.get_vocab_size()) == (128_000, 128_001, 128_256)
-    assert tokenizer.decode([128_001], skip_special_tokens=False) == "<|end_of_text|>"
+    # As in the tokenizer.json of Meta-Llama-3-8B.
+    names = ("end_of_text", "end_header_id", "reserved_special_token_4", "eot_id", "reserved_special_token_250")
+    text = "".join(f"<|{name}|>" for name in names)
+    assert tokenizer.decode([128_001, *range(128_007, 128_010), 128_255], skip_special_tokens=False) == text
     config.bos_token = ""
     assert config.build(tokenizer_path=str(tmp_path)).bos_id is None
-
-
-def test_llama3s_special_tokens():
-    """As in the tokenizer.json of Meta-Llama-3-8B."""
-    ids = llama3_special_tokens()
-    assert list(ids.values()) == list(range(128_000, 128_256))
-    assert ids["<|eot_id|>"] == 128_009 and ids["<|end_header_id|>"] == 128_007
-    assert ids["<|reserved_special_token_4|>"] == 128_008 and ids["<|reserved_special_token_250|>"] == 128_255
 
 
 @pytest.mark.parametrize(
@@ -150,9 +140,9 @@ def test_no_rank_file_and_several(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")  # SentencePiece's
     problem = problem_of(tmp_path)
     assert problem.key == "hf_assets_path" and "no tiktoken rank file there" in problem.message
-    write_demo(tmp_path, "a.tiktoken")
+    write_ranks(tmp_path, "a.tiktoken")
     make(tmp_path)
-    write_demo(tmp_path, "tokenizer.model")
+    write_ranks(tmp_path, "tokenizer.model")
     problem = problem_of(tmp_path)
     assert problem.key == "tokenizer.rank_file" and "(a.tiktoken, tokenizer.model): name one" in problem.message
     make(tmp_path, rank_file="a.tiktoken")
@@ -173,8 +163,8 @@ def test_no_rank_file_and_several(tmp_path):
 )
 def test_damaged_files(tmp_path, change, message):
     path = tmp_path / "a.tiktoken"
-    path.write_bytes(lines_of(BYTES).replace("\n", "\r\n\r\n").encode())
+    path.write_bytes(rank_lines(BYTES).replace("\n", "\r\n\r\n").encode())
     make(tmp_path, special_tokens={EOS: 256})
-    path.write_text(change(lines_of(BYTES)))
+    path.write_text(change(rank_lines(BYTES)))
     problem = problem_of(tmp_path, special_tokens={EOS: 300})
     assert problem.key == "hf_assets_path" and problem.message.startswith(f"not a tiktoken rank file: {message}")

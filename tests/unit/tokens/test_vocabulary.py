@@ -10,9 +10,7 @@ from let_plugin.config.errors import ConfigError
 from let_plugin.demo import TEACHER, TOKENIZER
 from let_plugin.tokens import tiktoken
 from let_plugin.tokens.vocabulary import compare_vocabularies, open_tokenizer
-from tests.support.rank_files import write_demo
-
-STUDENT = {"a": 0, "b": 1, "c": 2, "d": 3, "e": 4}
+from tests.support.tokenizer_kinds import write_ranks
 
 
 def open_folder(folder, key="path", **fields):
@@ -38,7 +36,7 @@ def test_special_tokens_are_in_the_vocabulary(tmp_path):
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     tokenizer.add_special_tokens(["<eos>"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    write_demo(tmp_path)  # comes second
+    write_ranks(tmp_path)  # comes second
     assert open_folder(tmp_path).get_vocab() == {"a": 0, "[UNK]": 1, "<eos>": 2}
 
 
@@ -63,7 +61,7 @@ def test_code_of_a_tokenizer_runs_only_if_it_is_trusted(tmp_path):
 
 
 def test_of_rank_files_llama3s_alone(tmp_path, monkeypatch):
-    path = write_demo(tmp_path, "tokenizer.model")
+    path = write_ranks(tmp_path, "tokenizer.model")
     with pytest.raises(ConfigError, match=r"let\.teacher\.path = .*Llama-3's alone.*folder with a tokenizer.json"):
         open_folder(tmp_path)
     monkeypatch.setattr(tiktoken, "LLAMA3_SHA256", tiktoken.hashlib.sha256(path.read_bytes()).hexdigest())
@@ -83,20 +81,12 @@ def test_a_tokenizer_that_is_not_there_or_damaged(tmp_path):
         open_folder(tmp_path)
 
 
-def test_equal_vocabularies():
-    difference = compare_vocabularies(STUDENT, dict(reversed(STUDENT.items())))
-    assert (difference.num_differing, difference.num_student, difference.examples) == (0, 5, [])
-    assert compare_vocabularies(STUDENT, {**STUDENT, "f": 5}).num_differing == 0  # the teacher's alone
-
-
-def test_swapped_missing_and_renamed_tokens():
-    difference = compare_vocabularies(STUDENT, {"b": 0, "a": 1, "c": 2, "D": 3})
-    assert (difference.num_differing, difference.num_student) == (4, 5)
-    assert difference.examples == [  # the first three, by id
+def test_vocabularies_differ_where_a_students_id_is_another_token_to_the_teacher():
+    student = {"a": 0, "b": 1, "c": 2, "d": 3, "e": 4}
+    assert compare_vocabularies(student, {"f": 5, **dict(reversed(student.items()))}) == []
+    assert compare_vocabularies(student, {"b": 0, "a": 1, "c": 2, "D": 3}) == [
         "id 0: 'a' (student), 'b' (teacher)",
         "id 1: 'b' (student), 'a' (teacher)",
         "id 3: 'd' (student), 'D' (teacher)",
+        "id 4: 'e' (student), 'no such id' (teacher)",
     ]
-    difference = compare_vocabularies(STUDENT, {token: i for token, i in STUDENT.items() if token != "e"})
-    assert difference.examples == ["id 4: 'e' (student), 'no such id' (teacher)"]
-    assert compare_vocabularies(STUDENT, {token: i + 1 for token, i in STUDENT.items()}).num_differing == 5
