@@ -25,12 +25,7 @@ _TRIAL_TOKENS = 16_384
 
 
 class RetokenizedStates(StateProvider):
-    """The teacher runs on its own tokens of the student's text, which the data loader makes.
-
-    Args:
-        teacher: Built for sequences of the retokenizer's length.
-        retokenizer: Makes its batches.
-    """
+    """The teacher runs on its own tokens of the student's text, which the data loader makes by `retokenizer`."""
 
     def __init__(self, teacher: Teacher, retokenizer: Retokenizer) -> None:
         self.teacher = teacher
@@ -45,15 +40,9 @@ class RetokenizedStates(StateProvider):
 
 
 def retokenizer(config: Trainer.Config, student: Any, source: TeacherSource) -> Retokenizer:
-    """What makes the teacher's batches of the student's.
+    """What makes the teacher's batches of those of a student with the tokenizer `student`.
 
-    Args:
-        config: The student's configuration.
-        student: Its tokenizer.
-        source: The teacher.
-
-    Raises:
-        ConfigError: If the teacher has no tokenizer, or the bytes of a tokenizer's tokens are not known.
+    ConfigError if the teacher has no tokenizer, or the bytes of a tokenizer's tokens are not known.
     """
     teacher = source.tokenizer()
     if teacher is None:
@@ -136,19 +125,18 @@ def try_out(config: Trainer.Config, student: Any, retokenize: Retokenizer) -> Tr
     if not batches:
         raise ConfigError(Problem("dataloader", "has no batch to try the teacher's tokenizer on"))
     started = time.perf_counter()
-    made = [retokenize(*batch)["teacher_index"] for batch in batches]
-    seconds = time.perf_counter() - started
     rows = [row for batch in batches for row in retokenize.rows(*batch)]
-    counts = torch.cat([labels_BL.flatten() for _, labels_BL in batches]) != IGNORE_INDEX
-    is_exact = torch.from_numpy(np.concatenate([row.is_exact_L for row in rows]))
+    seconds = time.perf_counter() - started
+    counts = torch.cat([labels_BL.flatten() for _, labels_BL in batches]).numpy() != IGNORE_INDEX
+    index = np.concatenate([row.index_L for row in rows])[counts]
     lengths = [len(row.tokens) for row in rows]
     trial = Trial(
-        aligned=(torch.cat([index_BL.flatten() for index_BL in made]) >= 0)[counts].float().mean().item(),
-        exact=is_exact[counts].float().mean().item(),
+        aligned=float(((index >= 0) & (index < retokenize.teacher_seq_len)).mean()),
+        exact=float(np.concatenate([row.is_exact_L for row in rows])[counts].mean()),
         mean_length=sum(lengths) / len(lengths),
         max_length=max(lengths),
         num_rows=len(lengths),
-        tokens_per_second=counts.numel() / seconds,
+        tokens_per_second=counts.size / seconds,
     )
     if not trial.aligned >= 0.5:
         logger.warning(

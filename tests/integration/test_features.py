@@ -46,7 +46,7 @@ def exported(folder, config, cross):
     """Name -> (folder with the states of one data-parallel rank, what the export said)."""
     options = {"bfloat16": [config], "int8": [config, "--encoding", "int8"], "cross": [cross]}
     return {
-        name: (folder / name, jobs.run("let_plugin.preflight.export", *args, "--out", folder / name, *RUN).stderr)
+        name: (folder / name, jobs.run("let_plugin.teacher.export", *args, "--out", folder / name, *RUN).stderr)
         for name, args in options.items()
     }
 

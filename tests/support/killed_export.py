@@ -7,28 +7,27 @@ import os
 import signal
 import sys
 
-from let_plugin.preflight import export
+from let_plugin.preflight import teacher_cli
 from let_plugin.runtime import host
 
 
 def main():
     num_rows, *argv = sys.argv[1:]
     host.set_up("cpu")
-    from let_plugin.preflight import export_plan
-    from let_plugin.teacher.stored.shards import ShardWriter
+    from let_plugin.preflight import export_rows
 
-    add, left = ShardWriter.add, int(num_rows)
+    class Writer(export_rows.ShardWriter):
+        left = int(num_rows)
 
-    def add_or_die(self, *args):
-        nonlocal left
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        left -= 1
-        add(self, *args)
+        def add(self, *args):
+            if Writer.left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            Writer.left -= 1
+            super().add(*args)
 
-    ShardWriter.add = add_or_die
-    export_plan.SHARD_BYTES = 2**14  # two rows of the tiny teacher's
-    export.main(argv)
+    export_rows.ShardWriter = Writer
+    export_rows.SHARD_BYTES = 2**14  # two rows of the tiny teacher's
+    teacher_cli.main(["export", *argv])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """An export: what it is going to write, what is wrong with it before anything runs, and what it writes."""
 
+import itertools
 import json
 import shutil
 
@@ -9,10 +10,9 @@ import torch
 from let_plugin.config import LetConfig, PairConfig
 from let_plugin.config.errors import ConfigError
 from let_plugin.guidance.guidance import Guidance
-from let_plugin.preflight import export, export_plan, export_rows
-from let_plugin.teacher.stored import shards
+from let_plugin.preflight import export_rows, teacher_cli
 from let_plugin.teacher.stored.features import Features, Manifest
-from let_plugin.teacher.stored.shards import RowReader, row_keys, shard_paths
+from let_plugin.teacher.stored.shards import RowReader, shard_paths
 from tests.support import exports
 from tests.support.exports import plan_of
 from tests.support.fields import set_all
@@ -29,6 +29,10 @@ def problems(config, *argv, **kwargs):
     return {problem.key: problem.message for problem in info.value.problems}
 
 
+def export(*argv):
+    teacher_cli.main(["export", *argv])
+
+
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -36,18 +40,19 @@ def contents(folder):
 # The command line
 
 
-def test_check_prints_what_it_takes_and_writes_nothing(tiny_config, folder, capsys):
-    export.main([str(tiny_config), "--out", str(folder), "--check", "--let.stop-step", "3"])
+@pytest.mark.parametrize(("options", "rows"), [([], 12), (["--let.stop_step", "2"], 8)])
+def test_check_prints_what_it_takes_and_writes_nothing(tiny_config, folder, capsys, options, rows):
+    export(str(tiny_config), "--out", str(folder), "--check", "--let.stop-step", "3", *options)
     printed = capsys.readouterr().out
-    assert "rows       12 of 64 tokens, 768 tokens in all: 12 rows of each of 1 data-parallel ranks" in printed
-    assert "storage      48.2 KiB  64 B/token, bfloat16" in printed
+    tokens = f"{rows} of 64 tokens, {rows * 64} tokens in all: {rows} rows of each of 1 data-parallel ranks"
+    assert f"  rows       {tokens}" in printed
+    assert f"  storage    {rows * (64 * 64 + 16) / 1024:>6.1f} KiB  64 B/token, bfloat16" in printed
     assert not folder.exists()
 
 
 def test_bad_input_ends_with_its_mistakes_and_code_2(tiny_config, folder, capsys):
-    with pytest.raises(SystemExit) as info:
-        export.main([str(tiny_config), "--out", str(folder), "--encoding", "zip", "--let.weight", "heavy"])
-    assert info.value.code == 2
+    with pytest.raises(SystemExit, match="2"):
+        export(str(tiny_config), "--out", str(folder), "--encoding", "zip", "--let.weight", "heavy")
     printed = capsys.readouterr().err
     assert printed.startswith("let-teacher export: 2 problems in the configuration")
     assert "--encoding = 'zip': unknown encoding" in printed and "command line: let.weight = 'heavy'" in printed
@@ -64,13 +69,13 @@ def test_rows_are_those_of_the_steps_until_the_stop(config, folder):
     assert plan_of(config, "--out", folder, "--encoding", "int8").num_bytes == 8 * (64 * (32 + 4) + 16)
     set_all(config, training__global_batch_size=16, let__stop_step=3)
     plan = plan_of(config, "--out", folder, "--data-parallel-degree", "2")
-    assert (plan.num_rows, plan.settings["rows_per_rank"], plan.batch_size) == (48, 24, 4)
+    assert (plan.num_rows, plan.settings["rows_per_rank"], plan.settings["batch_size"]) == (48, 24, 4)
 
 
 def test_a_pipelines_data_loader_yields_microbatches(config, folder):
     set_all(config, parallelism__pipeline_parallel_degree=2, parallelism__pipeline_parallel_microbatch_size=2)
     plan = plan_of(config, "--out", folder)
-    assert (plan.batch_size, plan.num_rows) == (2, 8)
+    assert (plan.settings["batch_size"], plan.num_rows) == (2, 8)
     assert plan.config.parallelism.pipeline_parallel_degree == 1
     assert config.parallelism.pipeline_parallel_degree == 2
 
@@ -92,16 +97,16 @@ def test_the_streams_are_those_of_the_run_to_come(config, folder, degrees, argv,
 
 
 @pytest.mark.parametrize(
-    ("argv", "num_processes", "shard_degree", "message"),
+    ("given", "num_processes", "shard_degree", "message"),
     [
-        (["--data-parallel-degree", "3"], 2, -1, "2 processes cannot share 3"),
-        (["--data-parallel-degree", "4"], 1, 2, "the configuration has 2 data-parallel ranks"),
-        (["--data-parallel-degree", "0"], 1, -1, "must be at least 1"),
+        (3, 2, -1, "2 processes cannot share 3"),
+        (4, 1, 2, "the configuration has 2 data-parallel ranks"),
+        (0, 1, -1, "must be at least 1"),
     ],
 )
-def test_streams_that_cannot_be(config, folder, argv, num_processes, shard_degree, message):
+def test_streams_that_cannot_be(config, folder, given, num_processes, shard_degree, message):
     config.parallelism.data_parallel_shard_degree = shard_degree
-    found = problems(config, "--out", folder, *argv, num_processes=num_processes)
+    found = problems(config, "--out", folder, "--data-parallel-degree", given, num_processes=num_processes)
     assert message in found["--data-parallel-degree"]
 
 
@@ -169,12 +174,9 @@ def test_what_is_stored_is_what_the_teacher_says_beside_the_student(config, trai
     config.let.teacher.dtype = "bfloat16"
     manifest = exports.run(config, "--out", folder)
     reader = RowReader(folder, ["embedding.values", "1.values"])
-    loader = iter(trainer.dataloader)
-    batches = [next(loader)[0] for _ in range(2)]
     teacher = Guidance(trainer, 0).teacher
-    for input_dict in batches:
-        columns, missing = reader.read(row_keys(input_dict))
-        assert missing == []
+    for input_dict, _ in itertools.islice(trainer.dataloader, 2):
+        columns = reader(input_dict)
         stored = torch.cat([columns["embedding.values"], columns["1.values"]], dim=-1)
         assert torch.equal(stored, teacher(input_dict["input"], input_dict["positions"]))
     assert manifest.result["fidelity"]["1"] == {"tokens": 512, "mean": pytest.approx(1, abs=1e-6)}
@@ -182,34 +184,27 @@ def test_what_is_stored_is_what_the_teacher_says_beside_the_student(config, trai
 
 def test_rows_that_come_again_are_stored_once(config, parallel_dims, folder, monkeypatch):
     whole = export_rows._batches
-
-    def twice(plan, provider, stream):
-        yield from whole(plan, provider, stream)
-        yield from whole(plan, provider, stream)
-
-    monkeypatch.setattr(export_rows, "_batches", twice)
+    monkeypatch.setattr(export_rows, "_batches", lambda *args: itertools.chain(whole(*args), whole(*args)))
     assert exports.run(config, "--out", folder).result["num_rows"] == 8
 
 
 def test_interrupted_and_continued_is_uninterrupted(config, parallel_dims, tmp_path, monkeypatch):
     whole, interrupted = tmp_path / "whole", tmp_path / "interrupted"
-    monkeypatch.setattr(export_plan, "SHARD_BYTES", 3 * 64 * (32 + 4))  # three rows
+    monkeypatch.setattr(export_rows, "SHARD_BYTES", 3 * 64 * (32 + 4))  # three rows
     exports.run(config, "--out", whole, "--encoding", "int8")
 
     class PowerCutError(Exception):
         pass
 
-    def cut(self, *args, left=[5]):  # noqa: B006
-        if left[0] == 0:
-            raise PowerCutError
-        left[0] -= 1
-        add(self, *args)
+    class Writer(export_rows.ShardWriter):
+        def add(self, *args):
+            if len(self._known) == 5:
+                raise PowerCutError
+            super().add(*args)
 
-    add = shards.ShardWriter.add
-    with monkeypatch.context() as patch:
-        patch.setattr(shards.ShardWriter, "add", cut)
-        with pytest.raises(PowerCutError):
-            exports.run(config, "--out", interrupted, "--encoding", "int8")
+    with monkeypatch.context() as patch, pytest.raises(PowerCutError):
+        patch.setattr(export_rows, "ShardWriter", Writer)
+        exports.run(config, "--out", interrupted, "--encoding", "int8")
     assert len(shard_paths(interrupted)) == 1
     assert json.loads((interrupted / "manifest.json").read_text())["result"] is None
     (interrupted / ".rows-00000-000001.safetensors.part").write_bytes(b"half a file")
@@ -236,9 +231,8 @@ def test_the_streams_are_those_of_the_ranks(config, parallel_dims, folder):
         loader = config.dataloader.build(
             dp_world_size=2, dp_rank=rank, tokenizer=tokenizer, seq_len=64, local_batch_size=2
         )
-        batches = iter(loader)
-        for _ in range(2):
-            assert reader.read(row_keys(next(batches)[0]))[1] == []
+        for input_dict, _ in itertools.islice(loader, 2):
+            assert list(reader(input_dict)) == ["1.values"]
 
 
 def test_data_that_end_end_the_export(config, parallel_dims, folder):

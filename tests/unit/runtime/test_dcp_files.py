@@ -74,7 +74,8 @@ def test_every_reader_refuses_what_torch_itself_would_run(within, tiny_teacher, 
         with pytest.raises(ConfigError, match=rf"{key}.*{REFUSED}: it asks for (_io|io)\.open"):
             reads()
 
-    assert cli.main(["inspect", malicious, "--spec", "tiny_teacher", "--device", "cpu"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["inspect", malicious, "--spec", "tiny_teacher", "--device", "cpu"])
     assert "it asks for" in capsys.readouterr().err
 
 

@@ -12,6 +12,7 @@ from let_plugin.guidance.guidance import Guidance
 from let_plugin.preflight import checks as preflight
 from let_plugin.runtime.batch_extras import take_extras
 from tests.support import tokenizer_kinds as kinds
+from tests.support.fields import set_all
 from tests.unit.guidance.test_guidance import run_student, valid_tokens
 
 
@@ -31,29 +32,19 @@ def first_batch(trainer):
     return input_dict, labels_BL, extras
 
 
-def test_the_same_tokenizer_gives_exactly_the_targets_of_the_direct_path(config, trainer):
-    config.let.token_alignment = TokenAlignmentConfig(enable=True, teacher_seq_len=config.training.seq_len)
+@pytest.mark.parametrize("length", [64, None])
+def test_the_same_tokenizer_gives_the_targets_of_the_direct_path(config, trainer, length):
+    config.let.token_alignment = TokenAlignmentConfig(enable=True, teacher_seq_len=length)
     guidance = Guidance(trainer, 0)
     input_dict, labels_BL, extras = first_batch(trainer)
-    target_BLE = guidance.target(input_dict, labels_BL, extras)
-    guidance.remove()
-
-    config.let.token_alignment = TokenAlignmentConfig()
-    direct_BLE = Guidance(trainer, 0).target(input_dict, labels_BL)
-    assert direct_BLE.any() and torch.equal(target_BLE, direct_BLE)
-
-
-def test_with_room_that_stays_empty_too(config, trainer):
-    """Up to the rounding of another length's kernels."""
-    config.let.token_alignment = TokenAlignmentConfig(enable=True)
-    guidance = Guidance(trainer, 0)
-    input_dict, labels_BL, extras = first_batch(trainer)
-    assert extras["teacher_tokens"].shape[1] == 80
+    assert extras["teacher_tokens"].shape[1] == (length or 80)
     target_BLE = guidance.target(input_dict, labels_BL, extras)
     guidance.remove()
     config.let.token_alignment = TokenAlignmentConfig()
     direct_BLE = Guidance(trainer, 0).target(input_dict, labels_BL)
-    torch.testing.assert_close(target_BLE, direct_BLE, rtol=0, atol=1e-5)
+    assert direct_BLE.any()
+    # Exactly, or up to the rounding of the kernels of another length.
+    torch.testing.assert_close(target_BLE, direct_BLE, rtol=0, atol=0 if length else 1e-5)
 
 
 def test_each_token_gets_the_state_that_it_meets(other, trainer):
@@ -77,9 +68,7 @@ def test_metrics_are_of_the_tokens_that_have_a_state(other, trainer):
     for _ in range(2):  # of each step anew
         guidance.start_step(0.5)
         with guidance.microbatches(valid_tokens(batch)):
-            target_BLE = guidance.target(*batch, extras)
-            gradient = run_student(trainer, batch, target_BLE)
-    assert gradient.any()
+            assert run_student(trainer, batch, guidance.target(*batch, extras)).any()
     metrics = guidance.metrics()
     counts_BL = labels_BL != IGNORE_INDEX
     has_state_BL = counts_BL & (extras["teacher_index"] >= 0)
@@ -96,15 +85,9 @@ def test_the_report(other):
     assert "x 80 / 64 tokens" in lines
 
 
-def problems_of(config):
-    with pytest.raises(ConfigError) as info:
-        preflight.run(config)
-    return {problem.key: problem.message for problem in info.value.problems}
-
-
-def test_without_it_a_mismatch_is_an_error_that_names_it(other):
-    other.let.token_alignment = TokenAlignmentConfig()
-    assert "let.token_alignment.enable = true" in problems_of(other)["let.teacher.path"]
+def test_a_teacher_for_shorter_sequences_than_the_students(other, short_teacher):
+    other.let.teacher.spec = short_teacher
+    assert "with room for 32" in preflight.run(other)
 
 
 def test_a_warning_if_little_is_aligned_and_no_process_for_the_trial(other, caplog, monkeypatch):
@@ -118,34 +101,39 @@ def test_a_warning_if_little_is_aligned_and_no_process_for_the_trial(other, capl
     assert "of the tokens of the first 256 rows have a state" in caplog.text and "teacher_seq_len is 16" in caplog.text
 
 
-@pytest.mark.parametrize(("value", "message"), [(0, "at least 1"), (200_000, "at most 131072")])
-def test_a_length_that_makes_no_sense(other, value, message):
-    other.let.token_alignment.teacher_seq_len = value
-    problems = problems_of(other)
-    assert list(problems) == ["let.token_alignment.teacher_seq_len"]
-    assert message in problems["let.token_alignment.teacher_seq_len"]
-
-
-def test_a_tokenizer_whose_bytes_are_not_known(other, tmp_path):
+def word_piece(folder):
     tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"))
     tokenizer.decoder = decoders.WordPiece()
-    kinds.write(tokenizer, tmp_path / "other")
-    message = problems_of(other)["let.token_alignment.enable"]
-    assert "the teacher's tokenizer cannot be matched" in message and "WordPiece" in message
+    kinds.write(tokenizer, folder / "other")
 
 
-def test_a_teacher_without_a_tokenizer(other):
-    other.let.teacher.tokenizer_path = ""  # the folder with the weights has none
-    assert "comes without a tokenizer" in problems_of(other)["let.teacher.tokenizer_path"]
-
-
-def test_a_teacher_for_shorter_sequences_than_the_students(other, short_teacher):
-    other.let.teacher.spec = short_teacher
-    assert "with room for 32" in preflight.run(other)
+@pytest.mark.parametrize(
+    ("changes", "key", "message"),
+    [
+        ({"token_alignment": TokenAlignmentConfig()}, "teacher.path", "let.token_alignment.enable = true"),
+        ({"token_alignment__teacher_seq_len": 0}, "token_alignment.teacher_seq_len", "at least 1"),
+        ({"token_alignment__teacher_seq_len": 200_000}, "token_alignment.teacher_seq_len", "at most 131072"),
+        # The folder with the weights has no tokenizer.
+        ({"teacher__tokenizer_path": ""}, "teacher.tokenizer_path", "comes without a tokenizer"),
+        (
+            word_piece,
+            "token_alignment.enable",
+            "the teacher's tokenizer cannot be matched with another one: .*WordPiece",
+        ),
+    ],
+)
+def test_what_cannot_be_matched_is_one_error(other, tmp_path, changes, key, message):
+    if callable(changes):
+        changes(tmp_path)
+    else:
+        set_all(other.let, **changes)
+    with pytest.raises(ConfigError, match=message) as info:
+        preflight.run(other)
+    assert [problem.key for problem in info.value.problems] == [f"let.{key}"]
 
 
 def test_data_that_cannot_be_read(other, tmp_path):
-    other.dataloader.dataset = "text_files"
-    other.dataloader.dataset_path = str(tmp_path / "empty.jsonl")
     (tmp_path / "empty.jsonl").write_text('{"other": 1}\n')
-    assert 'no field "text"' in problems_of(other)["dataloader.dataset_path"]
+    set_all(other, dataloader__dataset="text_files", dataloader__dataset_path=str(tmp_path / "empty.jsonl"))
+    with pytest.raises(ConfigError, match=r"dataloader.dataset_path = .*no field"):
+        preflight.run(other)

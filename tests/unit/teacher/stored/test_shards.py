@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from let_plugin.config.errors import ConfigError
 from let_plugin.teacher.stored.shards import (
     KEY_BYTES,
+    MISSING,
     RowReader,
     Shard,
     ShardWriter,
@@ -97,51 +98,45 @@ def test_rows_come_back_in_any_order_from_all_streams(tmp_path):
     write(tmp_path, [6, 7], stream=1)
     assert len(shard_paths(tmp_path)) == 4 and len(shard_paths(tmp_path, 0)) == 3
     reader = RowReader(tmp_path, ["0.values", "0.scales"])
-    for numbers in ([7, 1, 5, 5, 2], [3]):
-        columns, missing = reader.read(row_keys(batch(*numbers)))
-        assert missing == []
-        for name in ("0.values", "0.scales"):
-            assert torch.equal(columns[name], torch.stack([states(n)[name] for n in numbers]))
+    for read in (reader, pickle.loads(pickle.dumps(reader))):  # as it goes to a worker that is not forked
+        for numbers in ([7, 1, 5, 5, 2], [3]):
+            columns = read(batch(*numbers))
+            assert sorted(columns) == ["0.scales", "0.values"]
+            for name, values in columns.items():
+                assert torch.equal(values, torch.stack([states(n)[name] for n in numbers]))
 
 
-def test_what_is_written_is_plain_safetensors(tmp_path):
-    write(tmp_path, [1, 2])
-    tensors = load_file(shard_paths(tmp_path)[0])
-    assert torch.equal(tensors["0.values"], torch.stack([states(n)["0.values"] for n in (1, 2)]))
-    assert tensors["keys"].shape == (2, KEY_BYTES)
+def test_what_is_written_is_plain_safetensors_with_each_row_once(tmp_path):
+    writer = write(tmp_path, [1, 2, 1, 1, 3])
+    assert writer.new_rows(row_keys(batch(3, 4))) == [1]
+    first, second = map(load_file, shard_paths(tmp_path))
+    assert torch.equal(first["0.values"], torch.stack([states(n)["0.values"] for n in (1, 2)]))
+    assert first["keys"].shape == (2, KEY_BYTES) and second["keys"].shape == (1, KEY_BYTES)
 
 
 def test_rows_that_are_not_there_are_named_and_nothing_is_returned_for_them(tmp_path):
     write(tmp_path, [1, 2, 3])
-    reader = RowReader(tmp_path, ["0.values"])
-    assert reader.read(row_keys(batch(3, 9, 1, 8))) == ({}, [1, 3])
-    assert RowReader(tmp_path / "none", ["0.values"]).read(row_keys(batch(1))) == ({}, [0])
+    for folder, numbers, missing in ((tmp_path, [3, 9, 1, 8], [0, 1, 0, 1]), (tmp_path / "none", [1], [1])):
+        read = RowReader(folder, ["0.values"])(batch(*numbers))
+        assert list(read) == [MISSING] and read[MISSING].tolist() == missing
 
 
-def test_a_row_is_stored_once(tmp_path):
-    writer = write(tmp_path, [1, 2, 1, 1, 3])
-    assert writer.new_rows(row_keys(batch(3, 4))) == [1]
-    assert sum(len(Shard(path).keys) for path in shard_paths(tmp_path)) == 3
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_what_an_interrupted_writer_has_left_is_what_a_whole_one_writes(tmp_path):
     whole, interrupted = tmp_path / "whole", tmp_path / "interrupted"
     for folder in (whole, interrupted):
         folder.mkdir()
-    write(whole, [1, 2, 3, 4, 5, 6, 7])
-    write(interrupted, [1, 2, 3, 4, 5], finish=False)  # 5 is lost
+    write(whole, range(1, 8))
+    write(interrupted, range(1, 6), finish=False)  # 5 is lost
     assert len(shard_paths(interrupted)) == 2
-    write(interrupted, [1, 2, 3, 4, 5, 6, 7])
-    files = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in (whole, interrupted)]
-    assert files[0] == files[1] and len(files[0]) == 4
-
-
-def test_a_deleted_file_is_written_again(tmp_path):
-    write(tmp_path, [1, 2, 3, 4, 5, 6])
-    before = [path.read_bytes() for path in shard_paths(tmp_path)]
-    shard_paths(tmp_path)[1].unlink()
-    write(tmp_path, [1, 2, 3, 4, 5, 6])
-    assert [path.read_bytes() for path in shard_paths(tmp_path)] == before
+    write(interrupted, range(1, 8))
+    assert contents(interrupted) == contents(whole) and len(contents(whole)) == 4
+    shard_paths(interrupted)[1].unlink()  # one in the middle
+    write(interrupted, range(1, 8))
+    assert contents(interrupted) == contents(whole)
 
 
 def test_a_shard_knows_how_well_its_rows_are_stored(tmp_path):
@@ -154,13 +149,10 @@ def test_a_shard_knows_how_well_its_rows_are_stored(tmp_path):
     "damage",
     [
         lambda content: b"",
-        lambda content: content[:5],
         lambda content: content[:40],
         lambda content: content[:-1],
         lambda content: content + b"\0",
-        lambda content: b"\xff" * 8 + content[8:],
         lambda content: content[:8] + b"{" * 20 + content[28:],
-        lambda content: content.replace(b"BF16", b"C128"),
         lambda content: content.replace(b'"keys"', b'"kexs"'),
     ],
 )
@@ -177,10 +169,3 @@ def test_a_column_that_there_is_not_is_an_error(tmp_path):
     write(tmp_path, [1])
     with pytest.raises(ConfigError, match=r"safetensors has no 1\.values"):
         RowReader(tmp_path, ["0.values", "1.values"])
-
-
-def test_a_reader_can_go_to_a_worker_that_is_not_forked(tmp_path):
-    write(tmp_path, [1, 2])
-    reader = pickle.loads(pickle.dumps(RowReader(tmp_path, ["0.values"])))
-    columns, _ = reader.read(row_keys(batch(2)))
-    assert torch.equal(columns["0.values"][0], states(2)["0.values"])
