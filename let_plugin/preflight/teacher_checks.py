@@ -114,7 +114,8 @@ def check_vocabulary(facts: Facts) -> None:
         message = (
             f"the teacher's vocabulary is not the student's: {len(differing):,} of {len(student):,} ids differ "
             f"({'; '.join(differing[:3])}). Train the student on the teacher's tokenizer (hf_assets_path), take a "
-            "teacher with the student's, or have the text encoded anew for the teacher (let.token_alignment.enable = true)"
+            "teacher with the student's, or have the text encoded anew for the teacher "
+            "(let.token_alignment.enable = true)"
         )
         return facts.refuse("let.teacher.path", message, let.teacher.path)
     facts.vocabulary = "the student's tokenizer and the teacher's agree token by token"
