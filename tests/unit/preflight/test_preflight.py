@@ -18,7 +18,7 @@ from let_plugin.preflight import checks as preflight
 from let_plugin.runtime.models import llama_spec
 from let_plugin.tokens.tiktoken import TikTokenTokenizer
 from tests.support.fields import set_all
-from tests.support.rank_files import EOS, GPT2_PATTERN, write_demo
+from tests.support.tokenizer_kinds import EOS, GPT2_PATTERN, write_ranks
 
 
 def student(num_heads=2, vocab_size=4096, max_seq_len=131_072):
@@ -238,9 +238,9 @@ def test_a_student_with_a_tiktoken_tokenizer(config, tmp_path):
     config.hf_assets_path = str(tmp_path)
     use(**{EOS: 0})
     assert "no tiktoken rank file there" in problem_of(config, "hf_assets_path").message
-    write_demo(tmp_path).write_text("hello\n")
+    write_ranks(tmp_path).write_text("hello\n")
     assert "'hello' is not" in problem_of(config, "hf_assets_path").message
-    write_demo(tmp_path)
+    write_ranks(tmp_path)
     assert "agree token by token" in preflight.run(config)
     use(**{"<eos>": 0})
     assert "id 0: '<eos>' (student), '<|endoftext|>' (teacher)" in problem_of(config, "let.teacher.path").message
