@@ -33,6 +33,7 @@ def run(config: Trainer.Config, world_size: int | None = None) -> str:
         world_size: On how many processes; None: on those of this job.
     """
     facts = Facts(config=config, world_size=world_size)
+    facts.attempt(check_bounds, config)  # Python may have set numbers, which no reader of a file has checked
     for check in GENERAL_CHECKS:
         facts.attempt(check, facts)
     if config.let.enable and (facts.student is None or facts.student.is_decoder):
@@ -68,11 +69,6 @@ def find_world_size(facts: Facts) -> None:
     else:
         message = "needs the number of ranks in the environment variable NGPU, as in NGPU=32 let-train ..."
         facts.refuse("comm.mode", message, mode)
-
-
-def check_numbers(facts: Facts) -> None:
-    """Numbers that Python set; those of a file and the command line are checked when they are read."""
-    check_bounds(facts.config)
 
 
 def find_parallel_dims(facts: Facts) -> None:
@@ -202,14 +198,12 @@ def find_resumption(facts: Facts) -> None:
         facts.resumption.check_data_parallel(facts.num_data_parallel)
 
 
-def find_stop_step(facts: Facts) -> None:
+def find_end(facts: Facts) -> None:
+    """The stop step, and the step of the end if it is past."""
     if any(problem.key.startswith("let.stop_") for problem in facts.problems):
         return
     if facts.num_data_parallel is not None or facts.config.let.stop_tokens is None:  # only tokens depend on the degree
         facts.stop_step = plan.stop_step(facts.config, facts.num_data_parallel or 1)
-
-
-def find_end(facts: Facts) -> None:
     if facts.stop_step is not None and facts.config.let.target != "labels":
         facts.ended_at = stopping.ended_at(facts.config, facts.stop_step, facts.resumption)
 
@@ -280,7 +274,6 @@ def check_pairs(facts: Facts) -> None:
 # In this order: later ones use what earlier ones have found.
 GENERAL_CHECKS = [
     find_world_size,
-    check_numbers,
     find_parallel_dims,
     check_batch_size,
     check_loss_chunks,
@@ -290,7 +283,7 @@ GENERAL_CHECKS = [
     check_dump_folder,
     find_resumption,
 ]
-LET_CHECKS = [find_stop_step, check_strategies, check_validation, check_let_parallelism, find_end]
+LET_CHECKS = [check_strategies, check_validation, check_let_parallelism, find_end]
 TEACHER_CHECKS = [
     teacher_checks.find_source,
     check_pairs,
