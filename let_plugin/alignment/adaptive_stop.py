@@ -9,9 +9,9 @@ import torch
 class AdaptiveStop:
     """Ends the alignment when a measured value has stayed below a threshold.
 
-    The value is the cosine between the gradients of the alignment and of the student's own loss, which turns negative
-    when the teacher begins to hold the student back (HASTE, arXiv 2505.16792, stops on the like), or how far the
-    student's held-out loss is above the teacher's. It must be the same on every rank; so is then the state.
+    The value is the cosine between the gradients of the alignment and of the student's own loss (HASTE, arXiv
+    2505.16792, stops on the like), or how far the student's held-out loss is above the teacher's. It must be the same
+    on every rank.
 
     Args:
         threshold: What the smoothed value must stay below.
@@ -32,10 +32,7 @@ class AdaptiveStop:
         self._num_below = 0
 
     def update(self, value: float, *, next_step: int) -> float:
-        """Takes a measurement, after which `next_step` is to be taken. Returns the smoothed value.
-
-        One that is not finite counts as none, and is returned.
-        """
+        """Takes a measurement before step `next_step`; the smoothed value. One that is not finite does not count."""
         if not math.isfinite(value):
             return value
         self._num_measured += 1

@@ -62,12 +62,8 @@ def _of_letters(teacher_letter: str, student_letter: str) -> Callable[..., list[
             if not 0 < depth <= 1:
                 raise ValueError(f"{name} must be a depth between 0 (not included) and 1")
         by_letter = {name[0].upper(): depth for name, depth in depths.items()}
-        return [
-            LayerPair(
-                block_at_depth(student_depth, by_letter[student_letter]),
-                block_at_depth(teacher_depth, by_letter[teacher_letter]),
-            )
-        ]
+        student = block_at_depth(student_depth, by_letter[student_letter])
+        return [LayerPair(student, block_at_depth(teacher_depth, by_letter[teacher_letter]))]
 
     return mapping
 

@@ -1,18 +1,17 @@
 """Alignment losses: how far each token's state is from its target, and the gradient of their weighted sum.
 
 A loss is a pure function: per token, in the dtype of its inputs, differentiable with respect to both. lambda and the
-number of valid tokens are known before the forward pass, so the gradient of the weighted loss can be formed where the
-hidden state is, and injected in the backward pass: in closed form where somebody has derived it, which is faster,
-else by torch.func.vjp, whose graph lives for that moment only.
+number of valid tokens are known before the forward pass, so the gradient is formed where the hidden state is, and
+injected in the backward pass: in closed form where there is one, which is faster, else by torch.func.vjp.
 
-A token that does not count has a target of zeros. Whatever a loss says of it is masked, so it has to be finite, value
-and gradient.
+A token that does not count has a target of zeros. What a loss says of it is masked, so it has to be finite.
 
 Shape legend: B batch, L sequence, D channels, M sampled tokens of the sequence.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -22,7 +21,7 @@ from let_plugin.alignment.registry import Registry
 
 # Smallest norm that is divided by, as in torch.nn.functional.cosine_similarity.
 _EPS = 1e-8
-# What `logsum` adds inside the logarithm.
+# What `logsum` adds inside the logarithm: the gradient is finite where both are equal.
 _LOG_EPS = 1e-6
 
 
@@ -43,25 +42,16 @@ class Alignment(NamedTuple):
 class TokenLoss(Protocol):
     """Each token's loss, [B, L], in the dtype of hidden state and target, both [B, L, D].
 
-    Its options are further keyword arguments, with defaults. It raises ValueError for a bad value of one, in a message
-    that begins with the option's name.
+    Options are further keyword arguments with defaults. ValueError for a bad one; the message begins with its name.
     """
 
     def __call__(self, student_BLD: torch.Tensor, target_BLD: torch.Tensor) -> torch.Tensor: ...
 
 
-class ClosedForm(Protocol):
-    """Loss gradients for a hidden state and its target, both [B, L, D]; `coefficient` is 0-dim or [B, L, 1]."""
-
-    def __call__(self, student_BLD: torch.Tensor, target_BLD: torch.Tensor, coefficient: torch.Tensor) -> Alignment: ...
-
-
-class AlignmentLoss(Protocol):
-    """Gradients of the loss of the tokens that `counts_BL` (bool, or 0 and 1) marks; `coefficient` is 0-dim, fp32."""
-
-    def __call__(
-        self, student_BLD: torch.Tensor, target_BLD: torch.Tensor, counts_BL: torch.Tensor, coefficient: torch.Tensor
-    ) -> Alignment: ...
+# (hidden state, its target, both [B, L, D]; coefficient, 0-dim or [B, L, 1]) -> the gradients of the loss.
+ClosedForm = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Alignment]
+# The same with which tokens count, [B, L], bool or 0 and 1, before the coefficient, which is 0-dim, fp32.
+AlignmentLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Alignment]
 
 
 @dataclass(frozen=True)
@@ -71,8 +61,7 @@ class LossEntry:
     Attributes:
         function: Each token's loss.
         closed_form: The gradient of the sum of `function` without options, if it is known.
-        needs_whole_sequence: Whether a token's loss looks at other tokens of its row, so that no rank may hold a part
-            of the sequence only.
+        needs_whole_sequence: Whether a token's loss looks at other tokens of its row: no rank may hold a part of it.
     """
 
     function: TokenLoss
@@ -99,28 +88,21 @@ def get_loss(name: str) -> LossEntry:
 
 def alignment_of(entry: LossEntry, options: Mapping[str, Any]) -> AlignmentLoss:
     """The gradients of a loss with these options, in the dtype of its inputs. ValueError for a bad option."""
-    function: Callable[..., torch.Tensor] = entry.function
-    function(*torch.zeros(2, 1, 1, 1, device="cpu"), **options)  # a bad option is an error here, not in a step
+    function = partial(entry.function, **options)
+    function(*torch.zeros(2, 1, 1, 1, device="cpu"))  # a bad option is an error here, not in a step
     closed_form = None if options else entry.closed_form
-
-    def align_in_closed_form(
-        student_BLD: torch.Tensor, target_BLD: torch.Tensor, counts_BL: torch.Tensor, coefficient: torch.Tensor
-    ) -> Alignment:
-        assert closed_form is not None
-        return closed_form(student_BLD, target_BLD, (coefficient * counts_BL).to(student_BLD.dtype)[..., None])
 
     def align(
         student_BLD: torch.Tensor, target_BLD: torch.Tensor, counts_BL: torch.Tensor, coefficient: torch.Tensor
     ) -> Alignment:
-        def losses(student_BLD: torch.Tensor, target_BLD: torch.Tensor) -> torch.Tensor:
-            return function(student_BLD, target_BLD, **options)
-
-        loss_BL, backward = torch.func.vjp(losses, student_BLD, target_BLD)  # type: ignore[misc]
+        if closed_form is not None:
+            return closed_form(student_BLD, target_BLD, (coefficient * counts_BL).to(student_BLD.dtype)[..., None])
+        loss_BL, backward = torch.func.vjp(function, student_BLD, target_BLD)  # type: ignore[misc]
         gradient_BLD, target_gradient_BLD = backward((coefficient * counts_BL).to(loss_BL.dtype))
         metric_sum = (-cosine(student_BLD, target_BLD) * counts_BL).sum(dtype=torch.float32)
         return Alignment(gradient_BLD, target_gradient_BLD, metric_sum)
 
-    return align_in_closed_form if closed_form else align
+    return align
 
 
 def cosine(student_BLD: torch.Tensor, target_BLD: torch.Tensor) -> torch.Tensor:
@@ -131,8 +113,7 @@ def cosine(student_BLD: torch.Tensor, target_BLD: torch.Tensor) -> torch.Tensor:
 def negative_cosine(student_BLD: torch.Tensor, target_BLD: torch.Tensor, coefficient: torch.Tensor) -> Alignment:
     """The closed form of `cosine`, summed over tokens; one whose target is zero adds nothing to the sum of cosines.
 
-    With c = <a, t> / (|a| |t|), the gradient with respect to a is -(t / (|a| |t|) - c a / |a|^2), and with respect to t
-    the same with the two exchanged. The three sums over channels are independent, which makes them one pass.
+    With c = <a, t> / (|a| |t|), the gradient with respect to a is -(t / (|a| |t|) - c a / |a|^2); for t, exchange them.
     """
     student_norm_BL1, target_norm_BL1 = _norm(student_BLD), _norm(target_BLD)
     product_BL1 = (student_BLD * target_BLD).sum(dim=-1, keepdim=True)
@@ -160,8 +141,7 @@ def mse(student_BLD: torch.Tensor, target_BLD: torch.Tensor, *, normalize: bool 
 def smooth_l1(student_BLD: torch.Tensor, target_BLD: torch.Tensor, *, beta: float = 1.0) -> torch.Tensor:
     """Mean over channels of the smooth L1 distance, per token, to a standardized target (VkD, arXiv 2403.06213).
 
-    With d = a - layer_norm(t): d^2 / (2 beta) where |d| < beta, else |d| - beta / 2. The target alone is standardized,
-    so that the student learns its scale as well.
+    With d = a - layer_norm(t): d^2 / (2 beta) where |d| < beta, else |d| - beta / 2. The student learns the scale.
     """
     if not 0 < beta < float("inf"):
         raise ValueError("beta must be greater than 0 and finite")
@@ -172,10 +152,8 @@ def smooth_l1(student_BLD: torch.Tensor, target_BLD: torch.Tensor, *, beta: floa
 def logsum(student_BLD: torch.Tensor, target_BLD: torch.Tensor, *, alpha: float = 4.0) -> torch.Tensor:
     """log(sum over channels of |a - t|^alpha), of standardized a and t, per token (arXiv 2303.11098).
 
-    Its source standardizes each channel over the batch, and sums over the batch inside the logarithm: there a token's
-    loss depends on the others, on later ones of its row and on how the batch is cut. Here each token stands alone: its
-    channels are standardized, and the logarithm is its own. A constant inside the logarithm keeps the gradient finite
-    where a and t are equal.
+    Its source standardizes each channel over the batch, and sums over the batch inside the logarithm, so that a token's
+    loss depends on later ones and on how the batch is cut. Here each token stands alone.
     """
     if not 1 <= alpha < float("inf"):  # below 1 the gradient is infinite where a channel is equal
         raise ValueError("alpha must be at least 1 and finite")
@@ -187,10 +165,9 @@ def relational(student_BLD: torch.Tensor, target_BLD: torch.Tensor, *, stride: i
     """How the cosines between the tokens of a row differ from those between their targets, per token.
 
     For a token i among every `stride`-th: stride * mean over such j <= i that count of
-    (cos(a_i, stop_grad(a_j)) - cos(t_i, t_j))^2. The others have a loss of zero; the factor `stride` makes the sum over
-    tokens what it would be about if all were sampled. No state's gradient depends on a later token, as j <= i and the
-    gradient stops at a_j. A row's loss does not depend on other rows, but needs the row as a whole; documents packed
-    into one row are compared with each other. Holds several [B, L / stride, L / stride] in memory.
+    (cos(a_i, stop_grad(a_j)) - cos(t_i, t_j))^2. The others have a loss of zero; the factor `stride` makes up for them.
+    No state's gradient depends on a later token, as j <= i and the gradient stops at a_j. Documents packed into one row
+    are compared with each other. Holds several [B, L / stride, L / stride] in memory.
     """
     if not stride >= 1:
         raise ValueError("stride must be at least 1")
@@ -200,12 +177,8 @@ def relational(student_BLD: torch.Tensor, target_BLD: torch.Tensor, *, stride: i
     before_BMM = counts_BM[:, None, :].expand_as(difference_BMM).tril()
     number_BM = counts_BM.cumsum(dim=-1).clamp_min(1)
     loss_BM = stride * (difference_BMM.square() * before_BMM).sum(dim=-1) / number_BM
-    return _between_others(loss_BM, stride, student_BLD.shape[1])
-
-
-def _between_others(loss_BM: torch.Tensor, stride: int, length: int) -> torch.Tensor:
-    """The losses of every `stride`-th token among zeros, [B, length]."""
-    return F.pad(loss_BM[..., None], (0, stride - 1)).flatten(1)[:, :length]
+    # Zeros for the tokens between the sampled ones.
+    return F.pad(loss_BM[..., None], (0, stride - 1)).flatten(1)[:, : student_BLD.shape[1]]
 
 
 def _norm(hidden_BLD: torch.Tensor) -> torch.Tensor:

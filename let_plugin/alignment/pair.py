@@ -15,9 +15,8 @@ from let_plugin.alignment.losses import Alignment, AlignmentLoss
 class PairAlignment:
     """Computes what one pair contributes to a microbatch. The tap calls it in the student's forward pass.
 
-    A match that is trained has its weights in `weights`; their gradients are summed over microbatches in
-    `weight_gradients`. A projector (`let_plugin.guidance.projectors`) fills the two dicts once and then writes in
-    place, so that addresses never change.
+    A projector (`let_plugin.guidance.projectors`) fills `weights` and `weight_gradients` once, if the match is trained,
+    and then writes in place, so that addresses never change.
 
     Args:
         match: The dimension match, on the student's device.
@@ -31,8 +30,8 @@ class PairAlignment:
     Attributes:
         weights: Name -> whole weight of a match that is trained, fp32; empty otherwise.
         weight_gradients: Name -> sum of its gradients over microbatches and this rank's tokens, fp32.
-        products: If set, the sum over this rank's tokens of the outer products wanted x given, fp32, for a match that
-            is fitted; None: they are not summed.
+        products: For a match that is fitted: sum over this rank's tokens of the outer products wanted x given, fp32;
+            None: they are not summed.
     """
 
     def __init__(
@@ -64,10 +63,8 @@ class PairAlignment:
     def __call__(self, student_BLD: torch.Tensor, teacher_BLE: torch.Tensor, coefficient: torch.Tensor) -> Alignment:
         """What this microbatch contributes.
 
-        Args:
-            student_BLD: The block's output.
-            teacher_BLE: The teacher's states, of all pairs; zeros for a token that does not count.
-            coefficient: lambda / (number of valid tokens of the step), 0-dim fp32.
+        `teacher_BLE` are the states for all pairs, zeros for a token that does not count; `coefficient` is lambda /
+        (number of valid tokens of the step), 0-dim fp32.
         """
         alignment, gradients = self._compiled_gradients(student_BLD, teacher_BLE, coefficient, self.weights)
         for name, gradient in gradients.items():
@@ -86,14 +83,11 @@ class PairAlignment:
         coefficient: torch.Tensor,
         weights: dict[str, torch.Tensor],
     ) -> tuple[Alignment, dict[str, torch.Tensor]]:
-        """The pair's contribution and the gradients of the match's weights. This is the function that is compiled."""
         match, dtype = self.match, self._dtype
         teacher_BLE = teacher_BLE[..., self._channels]
         counts_BL = teacher_BLE.ne(0).any(dim=-1)  # the states of tokens that do not count have been set to zero
-        # The one place where the two states are brought to the dtype of the maths.
         student_BLD, teacher_BLE = student_BLD.to(dtype), teacher_BLE.to(dtype)
         if self._matches_teacher and not weights:
-            # What is not returned is not computed.
             result = self._loss(student_BLD, match(teacher_BLE), counts_BL, coefficient * self._weight)
             return result._replace(target_gradient_BLD=None), {}
 

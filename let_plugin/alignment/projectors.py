@@ -1,7 +1,6 @@
 """How one model's width becomes the other's.
 
-A dimension match is a module from [B, L, E] to [B, L, D], on the teacher's side or on the student's. One with
-parameters learns: `let_plugin.guidance.projectors` keeps its weights.
+A match with parameters learns: `let_plugin.guidance.projectors` keeps its weights.
 
 Shape legend: B batch, L sequence, E width in, D width out, H hidden width.
 """
@@ -19,10 +18,9 @@ from let_plugin.alignment.registry import Registry
 class DimensionMatch(Protocol):
     """Makes the module that maps [B, L, `in_width`] to [B, L, `out_width`], in the dtype of its input.
 
-    Options are further keyword-only arguments with defaults. A bad value raises a ValueError whose message begins with
-    the option's name. Parameters and buffers are made on the CPU; random ones are drawn from a generator of their own,
-    so that they are the same on every rank and the run's own random numbers do not change. Parameters that require a
-    gradient are trained; buffers and other parameters move to the student's device.
+    Options are further keyword-only arguments with defaults. ValueError for a bad one; the message begins with its
+    name. Parameters and buffers are made on the CPU; random ones are drawn from a generator of their own: they are the
+    same on every rank, and the run's own random numbers do not change. Those that require a gradient are trained.
     """
 
     def __call__(self, in_width: int, out_width: int) -> nn.Module: ...
@@ -47,8 +45,7 @@ def interpolate(hidden_BLE: torch.Tensor, width: int, *, align_corners: bool = F
 class Interpolate(nn.Module):
     """`interpolate` as a dimension match (the paper's).
 
-    What torch.compile makes of F.interpolate works out each channel's place anew for each token, which is slow on a
-    CPU: compiled, the places are read from a table.
+    Compiled, each channel's place is read from a table: torch.compile would work it out for each token, which is slow.
     """
 
     _lower_D: torch.Tensor
@@ -59,8 +56,7 @@ class Interpolate(nn.Module):
         super().__init__()
         self._width = out_width
         self._align_corners = align_corners
-        # Where each output channel lies among those of the input: centre of its share of them, or corner on corner.
-        # In fp32, as F.interpolate has it.
+        # Where each output channel lies among those of the input, in fp32, as F.interpolate has it.
         channel_D = torch.arange(out_width, dtype=torch.float32, device="cpu")
         if align_corners:
             place_D = channel_D * ((in_width - 1) / max(out_width - 1, 1))
@@ -90,10 +86,9 @@ class TruncateOrPad(nn.Module):
 
 
 class LearnedLinear(nn.Module):
-    """A learned linear map, without bias, trained with the student.
+    """A learned linear map, without bias.
 
-    It starts as the interpolation, which makes step 0 that of the paper's recipe; or at random, normal with a standard
-    deviation of in_width**-0.5, which keeps the size of the channels.
+    It starts as the interpolation, or at random: normal, standard deviation in_width**-0.5.
     """
 
     def __init__(
@@ -121,10 +116,7 @@ class LearnedLinear(nn.Module):
 
 
 class MLP(nn.Sequential):
-    """Three linear layers with SiLU between them, trained with the student (REPA, arXiv 2410.06940).
-
-    E -> H -> H -> D, with biases, initialized as nn.Linear is. It maps a token of zeros to something else.
-    """
+    """E -> H -> H -> D with biases and SiLU between them, initialized as nn.Linear is (REPA, arXiv 2410.06940)."""
 
     def __init__(self, in_width: int, out_width: int, *, hidden_width: int = 2048, seed: int = 0) -> None:
         if hidden_width < 1:
@@ -140,12 +132,11 @@ class MLP(nn.Sequential):
 
 
 class Orthogonal(nn.Module):
-    """A learned linear map that preserves inner products, trained with the student (VkD, arXiv 2403.06213).
+    """A learned linear map that preserves inner products (VkD, arXiv 2403.06213).
 
-    The first E columns of Q = exp(A - A^T), with A [D, D] the parameter. The exponential of a skew-symmetric matrix is
-    orthogonal, so every optimizer step stays among the orthogonal maps. It starts as a random rotation. Weight decay
-    pulls Q towards the identity. (torch.nn.utils.parametrizations.orthogonal keeps its starting point in a buffer,
-    which would have to be saved.)
+    The first E columns of Q = exp(A - A^T), with A [D, D] the parameter: the exponential of a skew-symmetric matrix is
+    orthogonal. It starts as a random rotation; weight decay pulls Q towards the identity.
+    (torch.nn.utils.parametrizations.orthogonal keeps its start in a buffer, which would have to be saved.)
     """
 
     def __init__(self, in_width: int, out_width: int, *, seed: int = 0) -> None:
@@ -184,9 +175,8 @@ class Procrustes(FittedMatch):
     """The map with orthonormal columns (rows, if it narrows) whose results point most along the wanted states.
 
     Of W with W^T W = I (or W W^T = I) the one with the largest sum of y . W x is U V^T, with U S V^T = sum of y x^T the
-    singular value decomposition (Schoenemann 1966). Where it does not narrow, |W x| = |x| for all of them, and so it is
-    also the one with the least sum of |y - W x|^2. It is refitted on the tokens of step 0, `refit_every`,
-    2 `refit_every`, ... for the steps after these; in step 0 it is the interpolation.
+    singular value decomposition (Schoenemann 1966). Where it does not narrow, the sum of |y - W x|^2 is also the least.
+    Refitted on the tokens of step 0, `refit_every`, ... for the steps after these; in step 0 it is the interpolation.
     """
 
     def __init__(self, in_width: int, out_width: int, *, refit_every: int = 100) -> None:

@@ -1,7 +1,6 @@
 """Name -> object, strictly: a duplicate is an error, an unknown name suggests the nearest one.
 
-Third-party packages add entries through the Python entry points of the registry's group, which are loaded when a
-name is first looked up, so that importing `let_plugin` stays cheap.
+Third-party packages add entries through the entry points of the registry's group, loaded at the first look-up.
 """
 
 import difflib
@@ -41,12 +40,7 @@ class Registry(Generic[T]):
         return self._entries[name]
 
     def unregister(self, name: str) -> None:
-        """Removes an entry, for tests; KeyError if there is none."""
         del self._entries[name]
-
-    def __contains__(self, name: str) -> bool:
-        self._load_entry_points()
-        return name in self._entries
 
     def __iter__(self) -> Iterator[str]:
         self._load_entry_points()

@@ -17,8 +17,7 @@ class RunningMean:
 
     Attributes:
         mean_C: The mean over the steps that have ended; zeros before the first. Written in place.
-        sums: For each channel, the sum over the present step's tokens, and their number, [2, C]: to be reduced over
-            the ranks before `finish_step`.
+        sums: Each channel's sum over the step's tokens, and their number, [2, C]; to be reduced before `finish_step`.
     """
 
     def __init__(self, width: int, *, momentum: float, device: torch.device) -> None:

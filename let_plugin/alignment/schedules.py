@@ -10,7 +10,7 @@ class Schedule(Protocol):
     """`step` is the number of optimizer steps already taken (0-based); the result is a fraction of `let.weight`.
 
     The result lies between 0 and 1, and is 0 from `stop_step` on. Options are further keyword-only arguments with
-    defaults. A bad value raises a ValueError whose message begins with the option's name.
+    defaults. ValueError for a bad one, in a message that begins with its name.
     """
 
     def __call__(self, step: int, *, stop_step: int) -> float: ...
@@ -40,10 +40,7 @@ def cosine(step: int, *, stop_step: int) -> float:
 
 
 def with_warmup(schedule: Schedule, warmup_steps: int) -> Schedule:
-    """`schedule` after `warmup_steps` in which the value rises linearly: (step + 1) / (warmup_steps + 1).
-
-    It is 0 from `stop_step` on, also if the warm-up would last longer.
-    """
+    """`schedule` after `warmup_steps` in which the value rises linearly: (step + 1) / (warmup_steps + 1)."""
     if warmup_steps < 0:
         raise ValueError("warmup_steps must not be negative")
     if warmup_steps == 0:

@@ -1,9 +1,8 @@
 """The tap: adds alignment gradients to the outputs of student blocks, from outside.
 
-A forward hook on a block sees its output and computes the gradient there; a gradient hook on that output adds it in
-the backward pass. The student's loss, schedule and graph do not change: no autograd node, no view, no other type. The
-targets travel as a keyword argument of the model, so that code that cuts a batch into microbatches cuts them too; a
-pre-hook on the model takes them out before `forward` is called.
+A forward hook on a block computes the gradient at its output; a gradient hook on that output adds it in the backward
+pass. The student's loss and graph do not change. The targets travel as a keyword argument of the model, so that code
+that cuts a batch into microbatches cuts them too; a pre-hook on the model takes them out before `forward` is called.
 
 The hooks sit on the outermost wrapper of the block. Inside an activation-checkpoint wrapper they would run again in the
 recomputation, inside a compiled region dynamo would drop them.
@@ -26,9 +25,6 @@ from let_plugin.alignment.losses import Alignment
 # Name of the keyword argument that carries the teacher's states, [B, L, E], through the model's forward.
 TARGET_KWARG = "let_target"
 
-# Names of the buffers that sum what is logged, and the products of the two gradients.
-METRIC_BUFFER, GRADIENT_BUFFER = "let_metric_sums", "let_gradient_sums"
-
 # Names of ranges in a profile: the maths in the forward pass, the addition in the backward pass.
 ALIGNMENT_RANGE, INJECTION_RANGE = "let: alignment", "let: injection"
 
@@ -43,21 +39,18 @@ class AlignmentTap:
 
     Args:
         model: The student, or a pipeline part of it; anything with a `layers` ModuleDict.
-        pairs: Name of a block in `model.layers` -> its pairs (`PairAlignment`, or another PairFunction). May be empty:
-            the tap then only takes the target out of the keyword arguments.
+        pairs: Name of a block in `model.layers` -> its pairs. If empty, the tap only takes the target out.
         device: Where the coefficient and the metrics live.
         context: Makes the context in which the pairs are computed, inside the student's forward pass.
 
     Attributes:
-        coefficient: lambda / (number of valid tokens of the whole step), 0-dim fp32. Written in place before each
-            forward pass, so that its address never changes and no step waits for the host.
-        metric_sums: For each pair, in the order of `pairs`, the sum of its cosines over this rank's tokens since
-            `reset`; fp32.
-        measured_block: The block at which the two gradients are compared in this step; None: they are not. It must be
-            the deepest aligned block: at the others, the arriving gradient contains the alignment of deeper ones.
-        gradient_sums: Sums over this rank's tokens, since `reset`, of <g, a>, <g, g> and <a, a>, where g is the
-            gradient that arrives at the measured block's output, and a the one that the tap adds; fp32.
-        num_calls: For each block, how many backward passes have taken its gradient along since the tap was attached.
+        coefficient: lambda / (number of valid tokens of the whole step), 0-dim fp32. Written in place.
+        metric_sums: Each pair's sum of cosines over this rank's tokens since `reset`; fp32.
+        measured_block: The block at which the two gradients are compared; None: they are not. It must be the deepest
+            aligned one: at the others, the arriving gradient contains the alignment of deeper ones.
+        gradient_sums: Sums over this rank's tokens, since `reset`, of <g, a>, <g, g> and <a, a>, where g arrives at the
+            measured block's output, and a is what the tap adds; fp32.
+        num_calls: For each block, how many backward passes have taken its gradient along.
     """
 
     def __init__(
@@ -73,8 +66,8 @@ class AlignmentTap:
         self.gradient_sums = torch.zeros(3, dtype=torch.float32, device=device)
         # Buffers: before its first step a pipeline runs a microbatch to learn the shapes, and then puts the buffers
         # of its stages back. That microbatch must not count.
-        model.register_buffer(METRIC_BUFFER, self.metric_sums, persistent=False)
-        model.register_buffer(GRADIENT_BUFFER, self.gradient_sums, persistent=False)
+        model.register_buffer("let_metric_sums", self.metric_sums, persistent=False)
+        model.register_buffer("let_gradient_sums", self.gradient_sums, persistent=False)
         self.measured_block: str | None = None
         self.num_calls = dict.fromkeys(pairs, 0)
         self._model = model
@@ -90,16 +83,13 @@ class AlignmentTap:
             self._handles.append(model.layers[block].register_forward_hook(hook))  # type: ignore[index, union-attr]
 
     def reset(self) -> None:
-        """Starts a new step's metrics."""
         self.metric_sums.zero_()
         self.gradient_sums.zero_()
 
     def remove(self) -> None:
-        """Detaches the tap; the model is as it was before."""
         for handle in self._handles:
             handle.remove()
-        delattr(self._model, METRIC_BUFFER)
-        delattr(self._model, GRADIENT_BUFFER)
+        del self._model.let_metric_sums, self._model.let_gradient_sums
         self._target_BLE = None
 
     @torch.compiler.disable
@@ -134,7 +124,6 @@ class AlignmentTap:
             self._inject(block, output_BLD, gradient_BLD.to(output_BLD.dtype))
 
     def _inject(self, block: str, output_BLD: torch.Tensor, gradient_BLD: torch.Tensor) -> None:
-        """Adds `gradient_BLD`, of this rank's part, to the gradient of the block's output when that arrives."""
         if isinstance(output_BLD, DTensor):
             gradient_BLD = DTensor.from_local(
                 gradient_BLD,
@@ -146,9 +135,8 @@ class AlignmentTap:
             )
         waiting = [gradient_BLD]
 
-        # Adds the gradient the first time it is called, and forgets it. A zero-bubble pipeline may run the backward of
-        # a node twice, for the inputs and later for the weights. The second one starts from the gradient that the
-        # first left behind, which has it already.
+        # A zero-bubble pipeline may run the backward of a node twice, for the inputs and later for the weights. The
+        # second one starts from the gradient that the first left behind, which has it already.
         def add_once(grad_BLD: torch.Tensor) -> torch.Tensor | None:
             if not waiting:
                 return None
