@@ -21,8 +21,8 @@ from let_plugin.teacher.base import StateProvider, States, Teacher
 def randomize_weights(teacher: nn.Module, *, seed: int = 0) -> None:
     """Draws every parameter with two or more dimensions anew: normal, with its own mean and standard deviation.
 
-    Scales, and with them the size of the states, stay about as they were; norms' weights and biases stay altogether.
-    Each tensor is drawn as a whole from a generator of its own, on the CPU, so it is the same in every layout.
+    Norms' weights and biases stay. Each tensor is drawn as a whole from a generator of its own, on the CPU, so it is
+    the same in every layout.
     """
     for number, parameter in enumerate(teacher.parameters()):
         if parameter.ndim < 2:
@@ -43,12 +43,8 @@ def randomize_weights(teacher: nn.Module, *, seed: int = 0) -> None:
 class ShuffledStates(StateProvider):
     """Gives each token the state of a random other token of the same microbatch of this rank.
 
-    Another permutation for every microbatch: with one for all, a state would still tell something about the token at a
-    fixed distance. It is a function of the step, the microbatch and the seed, so a resumed run draws the same.
-
-    Args:
-        inner: Where the states come from.
-        seed: The data-parallel rank. Ranks with the same tokens have the same one, so that they draw alike.
+    The permutation is a function of the step, the microbatch and `seed`, the data-parallel rank: ranks with the same
+    tokens draw alike, and so does a resumed run.
     """
 
     def __init__(self, inner: StateProvider, *, seed: int) -> None:

@@ -33,18 +33,10 @@ from let_plugin.teacher.open import make_provider, open_source
 from let_plugin.teacher.sharding import TargetProvider, TeacherShare, sequence_shards, teacher_parallel_dims
 from let_plugin.teacher.stored.features import Features
 
-# Name of a range in a profile; the teacher and the tap have their own.
-TARGET_RANGE = "let: target"
-
+TARGET_RANGE = "let: target"  # in a profile; the teacher and the tap have their own
+CENTER = "let_center"  # the running mean's state in a checkpoint
 # What is logged of the loss, by `let.target`.
-METRIC_OF_TARGET = {
-    "teacher": "let/cosine",
-    "labels": "let/auxiliary_loss",
-    "logits": "let/distillation_loss",
-}
-
-# Name of the running mean's state in a checkpoint.
-CENTER = "let_center"
+METRIC_OF_TARGET = {"teacher": "let/cosine", "labels": "let/auxiliary_loss", "logits": "let/distillation_loss"}
 
 
 class Guidance:
@@ -80,21 +72,21 @@ class Guidance:
 
         source = None if config.let.target == "labels" else open_source(config.let.teacher)
         self.pairs = plan.pairs(config, source.info.num_layers if source else None)
-        # Numbers of the pairs of each part, block by block: the order in which a tap sums their cosines.
+        # Of each part, block by block: the order in which a tap sums their cosines.
         by_block = sorted(range(len(self.pairs)), key=lambda i: self.pairs[i].student)
         self._pairs_of_taps = [
             [i for i in by_block if str(self.pairs[i].student) in part.layers] for part in trainer.model_parts
         ]
         self._deepest_block = str(self.pairs[by_block[-1]].student)
 
-        # All ranks of the job communicate here, in this order. Only after it a rank without an aligned block may skip
-        # what it does not need: building the teacher is collective among the ranks of one pipeline stage alone.
+        # All ranks of the job communicate here, in this order. Only then a rank without an aligned block may skip the
+        # teacher, whose building is collective among the ranks of one pipeline stage alone.
         teacher_dims = teacher_parallel_dims(dims, tensor_parallel=config.let.teacher.tensor_parallel)
         teacher_dims.build_mesh()
         self._share = TeacherShare(config, dims, device)
         self._check_every_block_has_a_stage()
         if config.let.target != "teacher":
-            self._head = self._make_auxiliary_head()
+            self._head = AuxiliaryHead(trainer)
 
         if source is None:
             self._attach(lambda i, part: self._head_pair(i, cross_entropy))
@@ -104,27 +96,18 @@ class Guidance:
             self._add_teacher(source, teacher_dims)
 
     def _add_teacher(self, source: TeacherSource | Features, teacher_dims: Any) -> None:
-        """Loads the teacher for the layers of this rank's pairs, and taps the student."""
         config, device = self._trainer.config, self._trainer.device
         own_pairs = [self.pairs[i] for indices in self._pairs_of_taps for i in indices]
         layers = plan.teacher_layers(own_pairs)
-        states = make_provider(
-            source,
-            config=config,
-            student_tokenizer=self._trainer.tokenizer,
-            device=device,
-            parallel_dims=teacher_dims,
-            layers=layers,
+        tokenizer = self._trainer.tokenizer
+        provider = make_provider(
+            source, config=config, student_tokenizer=tokenizer, device=device, parallel_dims=teacher_dims, layers=layers
         )
-        all_channels = self._channels(source.info, plan.teacher_layers(self.pairs))
+        states = self._with_control(provider)
+        places = self._channels(source.info, plan.teacher_layers(self.pairs))
+        channels_E = torch.cat([torch.arange(places[i].start, places[i].stop, device=device) for i in layers])
         self._provider = TargetProvider(
-            self._with_control(states),
-            self._share,
-            center=self._center,
-            center_channels_E=torch.cat(
-                [torch.arange(c.start, c.stop, device=device) for c in map(all_channels.__getitem__, layers)]
-            ),
-            timer=self._timer,
+            states, self._share, center=self._center, center_channels_E=channels_E, timer=self._timer
         )
         if states.make_extras is not None:
             self._extras = BatchExtras(self._trainer.dataloader, states.make_extras)
@@ -138,11 +121,9 @@ class Guidance:
             self._attach(lambda i, part: self._pair(i, part, channels[self.pairs[i].teacher]))
 
     def start_step(self, weight: float, *, measures: bool = False) -> None:
-        """Before the first microbatch of a step.
+        """Before the first microbatch of a step, whose lambda is `weight`.
 
-        Args:
-            weight: The step's lambda.
-            measures: Whether its metrics are to compare the alignment's gradient with that of the student's own loss.
+        `measures`: whether its metrics compare the alignment's gradient with that of the student's own loss.
         """
         self._measures = measures
         self._lambda = weight
@@ -158,8 +139,7 @@ class Guidance:
     def microbatches(self, global_valid_tokens: torch.Tensor) -> Iterator[None]:
         """Around one forward and backward pass, of one microbatch or of a pipeline's.
 
-        Args:
-            global_valid_tokens: Number of tokens of the whole step, over all ranks, that count in the loss; 0-dim.
+        `global_valid_tokens`: number of tokens of the whole step, over all ranks, that count in the loss; 0-dim.
         """
         self._valid_tokens = global_valid_tokens
         for tap in self.taps:
@@ -188,14 +168,12 @@ class Guidance:
         extras: Mapping[str, torch.Tensor] | None = None,
         student_masks: Any = None,
     ) -> torch.Tensor | None:
-        """What the student's blocks are to be drawn to in a microbatch; None on a rank without an aligned block.
+        """The target of a microbatch, for this rank's part of the sequence; None on a rank without an aligned block.
 
-        The teacher's states of this rank's part of the sequence, [B, S, E], as TargetProvider.target makes them; or, if
-        the labels are the target, these, [B, S].
+        The teacher's states, [B, S, E], as TargetProvider.target makes them; or the labels, [B, S].
 
         Args:
-            input_dict: "input", token ids [B, L], and, for packed documents, "positions" [B, L]: whole sequences, as
-                the data loader made them.
+            input_dict: "input", token ids, and, for packed documents, "positions", of whole sequences, [B, L].
             labels_BL: Labels of the whole sequences.
             extras: What the data loader has added for LET.
             student_masks: The attention masks that the student will run with, if there are any.
@@ -212,15 +190,14 @@ class Guidance:
         for learner in self._learners:
             learner.finish_step()
         if self._center is not None:
-            # All ranks of the job: each channel's layer may be on several pipeline stages, and on others not at all.
+            # A channel's layer may be on several pipeline stages, and on others not at all.
             torch.distributed.all_reduce(self._center.sums)
             self._center.finish_step()
         for tap in self.taps:
             for block, num_calls in tap.num_calls.items():
                 if num_calls == 0:
                     raise RuntimeError(
-                        f"LET: the tap was not reached in a training step: the hooks of its block, layers.{block}, did "
-                        "not run. It has not been aligned, so the run is stopped"
+                        f"LET: the tap was not reached in a training step: the hooks of layers.{block} did not run"
                     )
 
     def metrics(self) -> dict[str, float]:
@@ -228,13 +205,11 @@ class Guidance:
 
         Returns:
             let/cosine: mean cosine of the tokens that have a state of the teacher's; of several pairs, their mean, and
-                each pair's own beside it.
+                each pair's own beside it. let/auxiliary_loss or let/distillation_loss for another target.
             let/aligned_fraction: the share of the valid tokens that have one, unless all do by construction.
             let/grad_cosine, let/grad_ratio: cosine between the gradients of lambda * L_align and of the student's own
                 loss with respect to the deepest aligned hidden state, and the ratio of their norms, if compared.
             let/teacher_tokens_per_second: of the teacher's forward pass alone, per rank that has one.
-            let/auxiliary_loss: in place of cosine and speed, if the labels are the target: mean of the blocks' losses.
-            let/distillation_loss: in place of the cosine, if the logits are.
         """
         cosines = self._valid_tokens.new_zeros(len(self.pairs), dtype=torch.float64)
         for tap, indices in zip(self.taps, self._pairs_of_taps, strict=bool(self.taps)):
@@ -248,7 +223,7 @@ class Guidance:
         torch.distributed.all_reduce(totals)
         *means, tokens, seconds, dot, own, added, num_aligned, num_counted = totals.tolist()
         if num_counted:
-            # The sums are over the tokens that have a state; they have been divided by the number of all that count.
+            # Sums over the tokens that have a state, divided by the number of all that count.
             means = [mean * num_counted / max(num_aligned, 1) for mean in means]
         target = self._trainer.config.let.target
         metrics = {METRIC_OF_TARGET[target]: sum(means) / len(means)}
@@ -280,14 +255,11 @@ class Guidance:
         self._provider, self.taps, self.projectors, self._head, self._center = None, [], [], None, None
 
     def _with_control(self, states: StateProvider) -> StateProvider:
-        """The states that `let.control` asks for."""
-        trainer = self._trainer
-        control, dims = trainer.config.let.control, trainer.parallel_dims
+        control, dims = self._trainer.config.let.control, self._trainer.parallel_dims
         if control == "random_teacher":
             assert states.teacher is not None
             randomize_weights(states.teacher)
         elif control == "shuffled_targets":
-            # The data-parallel rank: ranks that hold the same tokens must shuffle them alike.
             return ShuffledStates(states, seed=dims.get_mesh("batch").get_local_rank() if dims.dp_enabled else 0)
         return states
 
@@ -300,22 +272,11 @@ class Guidance:
             # The alignment stays on this rank: torchtitan's check of how tensors are sharded does not apply to it.
             self.taps.append(AlignmentTap(part, pairs, self._trainer.device, context=spmd.no_typecheck))
 
-    def _make_auxiliary_head(self) -> AuxiliaryHead:
-        config, dims = self._trainer.config, self._trainer.parallel_dims
-        return AuxiliaryHead(
-            self._trainer.model_parts,
-            config,
-            pipeline=dims.get_mesh("pp").get_group() if dims.pp_enabled else None,
-            sequence_parallel=config.parallelism.enable_sequence_parallel,
-            device=self._trainer.device,
-        )
-
     def _head_pair(self, index: int, loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> PairFunction:
         assert self._head is not None
         return self._head.pair(loss, self.pairs[index].weight)
 
     def _pair(self, index: int, part: nn.Module, channels: slice) -> PairAlignment:
-        """The maths of pair `index`; makes its projector if the match learns."""
         config, device, spec = self._trainer.config, self._trainer.device, self.pairs[index]
         make_match = plan.dimension_match(config.let)
         match = make_match(channels.stop - channels.start, config.model_spec.model.dim).to(device)

@@ -1,18 +1,16 @@
 """A loss of the predictions that the student's own head makes from a block's output, in place of an alignment.
 
-* `cross_entropy`, at an early block: the control without a teacher. With the same weight and schedule as an alignment,
-  it shows what an auxiliary gradient at that block does without a teacher's knowledge.
-* `distillation_from`, at the last block: logit distillation, the baseline that LET is compared with. What travels from
-  the teacher to that block is its last state, as in LET; the logits of both are computed there, a few tokens at a time.
+* `cross_entropy`, at an early block: what an auxiliary gradient there does without a teacher's knowledge.
+* `distillation_from`, at the last block: logit distillation. What travels from the teacher to that block is its last
+  state, as in LET; the logits of both are computed there, a few tokens at a time.
 
 Norm and language-model head are the student's, and learn from both losses. Their whole weights are gathered once a
-step. Their gradients are summed over the microbatches where they arise, and added to the student's once, before these
-are clipped.
+step; their gradients are summed over the microbatches, and added to the student's once, before these are clipped.
 
 Shape legend: B batch, L sequence (this rank's part of it), D student width, E teacher width, T tokens, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -34,8 +32,7 @@ from let_plugin.teacher.base import Teacher, TeacherSource
 # (logits [T, V] in fp32, what the tap got for these tokens [T, ...]) -> sum of the tokens' losses.
 LogitLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-# Tokens whose logits are there at the same time.
-_CHUNK = 2048
+_CHUNK = 2048  # tokens whose logits are there at the same time
 _TRIAL_TOKENS = 8  # that the teacher's head is tried out on
 _TOLERANCE = 0.05  # of the teacher's states, which may be in bf16, relative to those of fp32
 
@@ -45,24 +42,10 @@ class AuxiliaryHead:
 
     Every rank of the job makes one. Under pipeline parallelism norm and head live on the last stage: once a step their
     weights are broadcast to the other stages, and the gradients are summed over them.
-
-    Args:
-        parts: The student's parts on this rank.
-        config: The student's configuration.
-        pipeline: The ranks of this rank's pipeline; None without pipeline parallelism.
-        sequence_parallel: Whether tensor-parallel ranks hold different parts of the sequence.
-        device: This rank's device.
     """
 
-    def __init__(
-        self,
-        parts: Sequence[Any],
-        config: Trainer.Config,
-        *,
-        pipeline: dist.ProcessGroup | None = None,
-        sequence_parallel: bool,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, trainer: Trainer) -> None:
+        config, dims, device = trainer.config, trainer.parallel_dims, trainer.device
         assert config.model_spec is not None
         model: Any = config.model_spec.model
         # Copies without parameters of their own: FSDP's hooks are on the student's modules.
@@ -73,18 +56,22 @@ class AuxiliaryHead:
         shapes |= {f"lm_head.{name}": p.shape for name, p in head.named_parameters()}
         # The student's own, by the same names; empty on the ranks that do not have them.
         self._parameters: dict[str, nn.Parameter] = {}
-        for part in parts:
+        for part in trainer.model_parts:
             if part.lm_head is not None:
                 self._parameters = {name: part.get_parameter(name) for name in shapes}
-        self._pipeline = pipeline
-        self._owner = self._find_owner(device)
-        self._sequence_parallel = sequence_parallel
+        self._pipeline = dims.get_mesh("pp").get_group() if dims.pp_enabled else None
+        # The rank of this pipeline that has norm and head.
+        owner = torch.tensor(dist.get_rank() if self._parameters else -1, device=device)
+        if self._pipeline is not None:
+            dist.all_reduce(owner, dist.ReduceOp.MAX, group=self._pipeline)
+        self._owner = int(owner.item())
+        self._sequence_parallel = config.parallelism.enable_sequence_parallel
         self._dtype = plan.math_dtype(config.let)
         self._weights = {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
         self._gradients = {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
         # Buffers of the parts: a pipeline's trial run puts them back (see AlignmentTap).
-        self._parts = parts
-        for part in parts:
+        self._parts = trainer.model_parts
+        for part in self._parts:
             for name, gradient in self._gradients.items():
                 part.register_buffer(_buffer_name(name), gradient, persistent=False)
 
@@ -98,18 +85,12 @@ class AuxiliaryHead:
             self._gradients[name].zero_()
 
     def remove(self) -> None:
-        """Nothing of it is left on the student."""
         for part in self._parts:
             for name in self._gradients:
                 delattr(part, _buffer_name(name))
 
     def pair(self, loss: LogitLoss, weight: float) -> PairFunction:
-        """What the tap calls for one block.
-
-        Args:
-            loss: Of the predictions and the target; its gradient is taken times `weight`.
-            weight: The pair's.
-        """
+        """What the tap calls for one block; the gradient of `loss` is taken times `weight`."""
         return partial(self._head_gradients, loss, weight)
 
     def reduce(self) -> None:
@@ -142,7 +123,7 @@ class AuxiliaryHead:
         gradients, total = [], coefficient.new_zeros(())
         chunks = zip(student_BLD.flatten(0, 1).split(_CHUNK), target_BL.flatten(0, 1).split(_CHUNK), strict=True)
         for hidden_TD, target_T in chunks:
-            of_weights = self._loss_of(loss, target_T)
+            of_weights = partial(self._loss_of, loss, target_T)
             value, backward = torch.func.vjp(of_weights, self._weights, hidden_TD.to(self._dtype))  # type: ignore[misc]
             weight_gradients, gradient_TD = backward(coefficient * weight)
             for name, gradient in weight_gradients.items():
@@ -151,22 +132,14 @@ class AuxiliaryHead:
             total = total + value
         return Alignment(torch.cat(gradients).view_as(student_BLD), None, total)
 
-    def _find_owner(self, device: torch.device) -> int:
-        """The rank of this pipeline that has norm and head."""
-        owner = torch.tensor(dist.get_rank() if self._parameters else -1, device=device)
-        if self._pipeline is not None:
-            dist.all_reduce(owner, dist.ReduceOp.MAX, group=self._pipeline)
-        return int(owner.item())
-
-    def _loss_of(self, loss: LogitLoss, target_T: torch.Tensor) -> Any:
-        def loss_of(weights: dict[str, torch.Tensor], hidden_TD: torch.Tensor) -> torch.Tensor:
-            cast = {name: weight.to(self._dtype) for name, weight in weights.items()}
-            norm = {name.removeprefix("norm."): w for name, w in cast.items() if name.startswith("norm.")}
-            normed_TD = torch.func.functional_call(self._norm, norm, (hidden_TD,))
-            logits_TV = F.linear(normed_TD, cast["lm_head.weight"], cast.get("lm_head.bias"))
-            return loss(logits_TV.float(), target_T)
-
-        return loss_of
+    def _loss_of(
+        self, loss: LogitLoss, target_T: torch.Tensor, weights: dict[str, torch.Tensor], hidden_TD: torch.Tensor
+    ) -> torch.Tensor:
+        cast = {name: weight.to(self._dtype) for name, weight in weights.items()}
+        norm = {name.removeprefix("norm."): w for name, w in cast.items() if name.startswith("norm.")}
+        normed_TD = torch.func.functional_call(self._norm, norm, (hidden_TD,))
+        logits_TV = F.linear(normed_TD, cast["lm_head.weight"], cast.get("lm_head.bias"))
+        return loss(logits_TV.float(), target_T)
 
 
 def cross_entropy(logits_TV: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
@@ -179,8 +152,8 @@ def distillation(
 ) -> torch.Tensor:
     """temperature^2 * KL(p_teacher || p_student) of each token, [T], with p = softmax(logits / temperature).
 
-    The factor keeps the size of the gradient about the same at any temperature (Hinton et al., arXiv 1503.02531). Rows
-    of either vocabulary beyond the other's (padding, mostly) are left out.
+    The factor keeps the gradient's size (Hinton et al., arXiv 1503.02531). Rows of either vocabulary beyond the other's
+    (padding, mostly) are left out.
     """
     width = min(student_logits_TV.shape[-1], teacher_logits_TV.shape[-1])
     student_TV = (student_logits_TV[:, :width] / temperature).log_softmax(dim=-1)
@@ -192,16 +165,8 @@ class TeacherHead:
     """The teacher's language-model head, whole on this rank: its last state, after the final norm, to logits.
 
     The whole model is loaded for a moment, in fp32, to take the head from it and to see that it is all that there is
-    between the two.
-
-    Args:
-        source: The teacher's.
-        teacher: The teacher, built for its last layer alone. All ranks that share it make a head at the same time.
-        dtype: Data type of the head.
-        device: This rank's device.
-
-    Raises:
-        ConfigError: If its family makes logits in another way: scales or caps them, say.
+    between the two. All ranks that share `teacher`, built for its last layer alone, make a head at the same time.
+    ConfigError if its family makes logits in another way: scales or caps them, say.
     """
 
     @torch.no_grad()
@@ -224,7 +189,6 @@ class TeacherHead:
         self._bias = None if bias is None else bias.to(dtype, copy=True)
 
     def __call__(self, states_TE: torch.Tensor) -> torch.Tensor:
-        """Logits [T, V] in the head's dtype, without a gradient."""
         with torch.no_grad():
             return F.linear(states_TE.to(self._weight.dtype), self._weight, self._bias)
 

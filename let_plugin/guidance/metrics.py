@@ -16,11 +16,11 @@ _VALIDATION_LOSS = "validation_metrics/loss"
 class JsonlLogger(BaseLogger):
     """Adds LET's metrics to torchtitan's, hands them all on, and writes each logged step as one line of JSON.
 
-    Validation is a line of its own, with the step and `validation_metrics/*`. A run that resumes continues its file
-    without the lines that the interrupted run wrote after its checkpoint. What is not finite is written as null.
+    Validation is a line of its own. A run that resumes continues its file without the lines that the interrupted run
+    wrote after its checkpoint. What is not finite is written as null.
 
     Args:
-        inner: The logger that torchtitan built (TensorBoard, W&B, or one that does nothing).
+        inner: The logger that torchtitan built.
         path: The file; None on the ranks that do not log.
         extra_metrics: Called once per logged training step, on every rank (it may communicate).
         on_validation: Called with each validation's loss and step, on every rank.
@@ -50,10 +50,8 @@ class JsonlLogger(BaseLogger):
         if self._file is None:
             os.makedirs(os.path.dirname(self._path), exist_ok=True)
             _drop_lines_from(self._path, step, is_validation=_VALIDATION_LOSS in metrics)
-            # Line-buffered: a killed run keeps what it logged.
-            self._file = open(self._path, "a", buffering=1)  # noqa: SIM115
+            self._file = open(self._path, "a", buffering=1)  # noqa: SIM115  # a killed run keeps what it logged
         line = {"step": step, "time": time.time(), **metrics}
-        # JSON has no NaN and no infinity.
         line = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in line.items()}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
 
@@ -64,10 +62,7 @@ class JsonlLogger(BaseLogger):
 
 
 def _drop_lines_from(path: str, step: int, *, is_validation: bool) -> None:
-    """Drops what is about to be logged again: the lines of later steps, and those of this one.
-
-    A validation follows the training line of its step, which stays.
-    """
+    """Drops what is about to be logged again. A validation follows the training line of its step, which stays."""
     if not os.path.exists(path):
         return
     kept = []
@@ -86,11 +81,7 @@ def _drop_lines_from(path: str, step: int, *, is_validation: bool) -> None:
 
 
 class DeviceTimer:
-    """Seconds that the device spends in a region, without making the host wait for it.
-
-    On an accelerator two events are recorded per region and read in `pop`, on logging steps only; on the CPU the
-    host's clock is the device's.
-    """
+    """Seconds that the device spends in a region, without making the host wait for it before `pop`."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -114,7 +105,7 @@ class DeviceTimer:
             self._events[-1][1].record()
 
     def pop(self) -> float:
-        """The seconds since the last call; waits for the device."""
+        """Seconds since the last call; waits for the device."""
         if self._events:
             self._events[-1][1].synchronize()
             self._seconds += sum(start.elapsed_time(end) for start, end in self._events) / 1000
@@ -123,11 +114,7 @@ class DeviceTimer:
 
 
 class Disagreement:
-    """Notices a teacher that works against the student: gradients that point apart, `PATIENCE` measurements in a row.
-
-    Agreement starts positive and turns negative when the student has outgrown what the teacher can teach (HASTE,
-    arXiv 2505.16792).
-    """
+    """Notices gradients that point apart, `PATIENCE` measurements in a row (HASTE, arXiv 2505.16792)."""
 
     PATIENCE = 5
 
@@ -136,11 +123,7 @@ class Disagreement:
         self._sum = 0.0
 
     def advice(self, grad_cosine: float | None) -> str | None:
-        """What to tell the user after a measurement; None if there is nothing to say, or it has been said.
-
-        Args:
-            grad_cosine: Cosine between the gradients of the alignment and of the student's loss; None: not measured.
-        """
+        """What to tell the user after a measurement (None: there was none), once; None if there is nothing to say."""
         if grad_cosine is None or self._in_a_row == self.PATIENCE:
             return None
         self._in_a_row, self._sum = (self._in_a_row + 1, self._sum + grad_cosine) if grad_cosine < 0 else (0, 0.0)
@@ -149,8 +132,7 @@ class Disagreement:
         return (
             f"the teacher works against the student: in the last {self.PATIENCE} measurements the gradient of the "
             f"alignment pointed away from that of the student's loss (mean cosine {self._sum / self.PATIENCE:.3f}). "
-            "Late in the alignment that is the time to stop (let.stop_step); early, the teacher is too weak or of "
-            "another domain: lower let.weight, or take another teacher"
+            "Stop the alignment earlier (let.stop_step), lower let.weight, or take another teacher"
         )
 
 

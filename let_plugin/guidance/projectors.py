@@ -1,13 +1,8 @@
 """The state of a dimension match that learns: where its weights lie, who changes them, how a checkpoint keeps them.
 
 A projector is a guest on the pipeline part that holds the aligned block. It is in no state dict of the student and in
-none of its optimizers, so a checkpoint of the student is that of plain torchtitan. Its own state is read from the run's
-checkpoint when the alignment starts: only then is it known whether the run needs it.
-
-* `LearnedProjector` trains a match with gradients. Each step all-gathers the weights once, sums the gradients of the
-  microbatches where they arise, and reduces them once.
-* `FittedProjector` refits a match in closed form. The sum over tokens of the outer products of the two states is all
-  that such a fit needs: it adds up over microbatches and ranks, and every rank fits the same weight.
+none of its optimizers, so a checkpoint of the student is that of plain torchtitan. Its own state is restored when the
+alignment starts: only then is it known whether the run needs it.
 """
 
 import dataclasses
@@ -22,7 +17,6 @@ from torchtitan.trainer import Trainer
 
 from let_plugin.alignment.pair import PairAlignment
 from let_plugin.alignment.projectors import FittedMatch
-from let_plugin.config import ProjectorConfig
 from let_plugin.runtime.upstream import OptimizersContainer
 
 # Name of the module on the student, and of the state in a checkpoint; that of a pair ends in its number.
@@ -33,7 +27,8 @@ class LearnedProjector(Stateful):
     """Trains the match of a pair beside the student.
 
     The parameters lie on the block's own device mesh, so that torchtitan clips them with the student's. They have an
-    optimizer and a learning-rate schedule of their own, built from the student's settings.
+    optimizer and a learning-rate schedule of their own, built from the student's settings. Each step all-gathers the
+    weights once, sums the gradients of the microbatches where they arise, and reduces them once.
 
     Args:
         pair: The pair. It gets the weights that it computes with, and where to sum their gradients.
@@ -55,18 +50,16 @@ class LearnedProjector(Stateful):
         device: torch.device,
     ) -> None:
         self.name = f"{PROJECTOR}_{index}"
-        # The whole weights. Written in place, so that their addresses never change.
         self.weights = pair.weights
         self._gradients = pair.weight_gradients
         self._part = part
         self._module = nn.Module()  # holds the parameters, flat: dots are not allowed in their names
         self._names = {name: name.replace(".", "__") for name, _ in pair.match.named_parameters()}
-        like = dense_parameter(part.get_submodule(f"layers.{block}"))
+        like = _dense_parameter(part.get_submodule(f"layers.{block}"))
         self._sum_placements = sum_placements(like, config.parallelism.enable_sequence_parallel)
         for name, initial in pair.match.named_parameters():
             weight = initial.detach().to(device, torch.float32)
             self._module.register_parameter(self._names[name], nn.Parameter(_distribute(weight, like)))
-        for name, initial in pair.match.named_parameters():
             self.weights[name] = initial.detach().to(device).clone()
             self._gradients[name] = torch.zeros(initial.shape, dtype=torch.float32, device=device)
             # A non-persistent buffer of the part: a pipeline's trial run puts it back (see AlignmentTap).
@@ -102,7 +95,6 @@ class LearnedProjector(Stateful):
         self._lr_schedulers.step()
 
     def remove(self) -> None:
-        """Takes the projector off the student."""
         self._hook.remove()
         delattr(self._part, self.name)
 
@@ -114,9 +106,8 @@ class LearnedProjector(Stateful):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        with torch.no_grad():
-            for flat, weight in state_dict["weights"].items():
-                self._module.get_parameter(flat).copy_(weight)
+        for flat, weight in state_dict["weights"].items():
+            self._module.get_parameter(flat).detach().copy_(weight)
         self._optimizers.load_state_dict(state_dict["optimizer"])
         self._lr_schedulers.load_state_dict(state_dict["lr_scheduler"])
 
@@ -124,12 +115,8 @@ class LearnedProjector(Stateful):
 class FittedProjector:
     """Refits the match of a pair on the tokens of every `refit_every`-th step, for the steps after it.
 
-    Args:
-        pair: A pair with a FittedMatch, on this rank's device. The match's weight is written in place.
-        part: The student, or the pipeline part of it that holds the aligned block.
-        block: Name of that block in `part.layers`.
-        config: The student's configuration.
-        index: Number of the pair.
+    The sum over tokens of the outer products of the two states is all that such a fit needs: it adds up over
+    microbatches and ranks, and every rank fits the same weight. Arguments as those of LearnedProjector.
     """
 
     def __init__(self, pair: PairAlignment, part: nn.Module, block: str, config: Trainer.Config, *, index: int) -> None:
@@ -138,14 +125,13 @@ class FittedProjector:
         self._match = pair.match
         self._pair = pair
         self._part = part
-        self._like = dense_parameter(part.get_submodule(f"layers.{block}"))
+        self._like = _dense_parameter(part.get_submodule(f"layers.{block}"))
         self._sum_placements = sum_placements(self._like, config.parallelism.enable_sequence_parallel)
         self._products = torch.zeros_like(pair.match.weight)
         # A buffer of the part: a pipeline's trial run puts it back (see AlignmentTap).
         part.register_buffer(self.name, self._products, persistent=False)
 
     def start_step(self, step: int) -> None:
-        """Before step `step` (0-based)."""
         refits = step % self._match.refit_every == 0
         self._pair.products = self._products.zero_() if refits else None
 
@@ -161,15 +147,13 @@ class FittedProjector:
             self._match.weight.copy_(self._match.fit(self._products))
 
     def remove(self) -> None:
-        """Takes the projector off the student."""
         delattr(self._part, self.name)
 
     def state_dict(self) -> dict[str, Any]:
         return {"weight": self._match.weight.detach()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        with torch.no_grad():
-            self._match.weight.copy_(state_dict["weight"])
+        self._match.weight.detach().copy_(state_dict["weight"])
 
 
 def _hide(part: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
@@ -177,7 +161,7 @@ def _hide(part: nn.Module, state_dict: dict[str, Any], prefix: str, local_metada
         del state_dict[name]
 
 
-def dense_parameter(block: nn.Module) -> nn.Parameter:
+def _dense_parameter(block: nn.Module) -> nn.Parameter:
     """A parameter whose mesh is the one that the student's gradients are clipped on: not an expert's."""
     for parameter in block.parameters():
         if not isinstance(parameter, DTensor) or "ep" not in (parameter.device_mesh.mesh_dim_names or ()):
@@ -189,10 +173,8 @@ def _distribute(weight: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """`weight`, the same on all ranks, on the device mesh of `like`: sharded where FSDP shards."""
     if not isinstance(like, DTensor):
         return weight
-    replicated = {"dp_replicate", "tp"}
-    placements: list[Placement] = [
-        Replicate() if name in replicated else Shard(0) for name in like.device_mesh.mesh_dim_names or ()
-    ]
+    names = like.device_mesh.mesh_dim_names or ()
+    placements = [Replicate() if name in ("dp_replicate", "tp") else Shard(0) for name in names]
     return distribute_tensor(weight, like.device_mesh, placements, src_data_rank=None)
 
 
@@ -206,7 +188,7 @@ def sum_placements(like: torch.Tensor, sequence_parallel: bool) -> list[Placemen
 
 def _optimizer_config(config: Trainer.Config) -> OptimizersContainer.Config:
     """The settings that the student's optimizer has for a parameter of the projector's name, and `[let.projector]`."""
-    projector: ProjectorConfig = config.let.projector
+    projector = config.let.projector
     for group in config.optimizer.param_groups:
         if re.search(group.pattern, f"{PROJECTOR}.weight"):
             kwargs = dict(group.optimizer_kwargs)

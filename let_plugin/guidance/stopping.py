@@ -19,12 +19,7 @@ def ended_at(config: Trainer.Config, stop_step: int, resumption: checkpoint.Resu
     """The step at which the alignment has ended by the time the run starts; None if there is some of it left.
 
     Needs no process group. An adaptive stop by validation may yet end it before its first step: torchtitan validates
-    after it has saved, and what that measured is in no checkpoint.
-
-    Args:
-        config: The student's configuration.
-        stop_step: The end that was chosen.
-        resumption: The checkpoint that the run goes on from.
+    after it has saved, and what that measured is in no checkpoint. `stop_step` is the end that was chosen.
     """
     adaptive = plan.adaptive_stop(config.let)
     if resumption is not None and adaptive is not None:
@@ -37,9 +32,6 @@ def ended_at(config: Trainer.Config, stop_step: int, resumption: checkpoint.Resu
 
 class Stopping:
     """S_stop of a run, the same on every rank. A part of the run's checkpoints if the stop is adaptive.
-
-    Args:
-        trainer: The student's trainer; its `let` table says what to go by.
 
     Attributes:
         step: The first step (0-based) without the alignment, as far as it is known by now.
@@ -56,10 +48,7 @@ class Stopping:
         self._has_begun = False
 
     def begin(self, steps_taken: int) -> None:
-        """Before each step; before the first one of this process, finds out what is needed to stop.
-
-        That is what the run's checkpoint knows, and the teacher's loss if neither it nor the configuration has it.
-        """
+        """Before each step. The first time, restores the state, and measures the teacher's loss if nobody knows it."""
         if self._has_begun or self._adaptive is None:
             return
         self._has_begun = True
@@ -76,7 +65,7 @@ class Stopping:
             self.teacher_loss = measure_teacher_loss(self._trainer)
             logger.info(f"LET: the teacher's own loss on the validation data is {self.teacher_loss:.4f} nats per token")
         if has_resumed and self._trainer.validator.should_validate(steps_taken):
-            # torchtitan validates after it has saved: what that measured is in no checkpoint.
+            # What was measured after the checkpoint had been saved.
             self._trainer.validator.validate(self._trainer.model_parts, steps_taken)
 
     def after_gradients(self, grad_cosine: float | None, steps_taken: int) -> None:
@@ -113,10 +102,8 @@ class Stopping:
         assert self._adaptive is not None
         smoothed = self._adaptive.update(value, next_step=steps_taken)
         if self._adaptive.stop_step is not None:
-            logger.info(
-                f"LET: step {steps_taken}: the alignment is to end, {self._settings.criterion} criterion at "
-                f"{smoothed:.4f}"
-            )
+            criterion = self._settings.criterion
+            logger.info(f"LET: step {steps_taken}: the alignment is to end, {criterion} criterion at {smoothed:.4f}")
         self._come_forward()
 
     def _come_forward(self) -> None:

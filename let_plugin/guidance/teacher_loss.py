@@ -20,20 +20,15 @@ from let_plugin.teacher.open import open_teacher
 def is_measurable(validator: BaseValidator.Config) -> bool:
     """Whether the teacher can be given what this validator gives the student: torchtitan's own, or one built on it."""
     owner = validator._owner
-    return (
-        owner is not None
-        and issubclass(owner, Validator)
-        and owner.validate in (Validator.validate, TwoSplitValidator.validate)
-    )
+    known = Validator.validate, TwoSplitValidator.validate
+    return owner is not None and issubclass(owner, Validator) and owner.validate in known
 
 
 def measure_teacher_loss(trainer: Trainer) -> float:
     """Mean cross-entropy of the teacher, in nats per valid token, as torchtitan's validator would find it.
 
-    The same data, steps and divisor: the sum over the valid tokens of all ranks by their number, in fp64. Identical on
-    every rank, each of which must call it. Each rank holds a whole copy of the teacher meanwhile, with its head, in the
-    teacher's dtype, and runs it over the rows of its data-parallel rank: tensor-, context- and pipeline-parallel ranks
-    do the same work. ConfigError if the teacher has no head.
+    Identical on every rank, each of which must call it. Each holds a whole copy of the teacher and its head meanwhile,
+    and runs it over the rows of its data-parallel rank. ConfigError if the teacher has no head.
     """
     config, device = trainer.config, trainer.device
     logger.info("LET: measuring the teacher's own loss on the validation data (let.adaptive_stop.teacher_loss)")
