@@ -54,8 +54,5 @@ def test_uniform_pairs_are_distinct_ordered_and_end_with_the_last_layers(student
     assert students == sorted(set(students)) and teachers == sorted(set(teachers))
     assert (students[-1], teachers[-1]) == (student_depth - 1, teacher_depth - 1)
     assert sum(p.weight for p in pairs) == pytest.approx(1)
-
-
-def test_a_bad_number_of_pairs():
     with pytest.raises(ValueError, match=r"^num_pairs must be"):
-        uniform(4, 4, num_pairs=0)
+        uniform(student_depth, teacher_depth, num_pairs=0)

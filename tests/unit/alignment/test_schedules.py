@@ -1,20 +1,11 @@
-import math
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from let_plugin.alignment.schedules import (
-    SCHEDULES,
-    constant,
-    cosine,
-    linear,
-    register_schedule,
-    with_warmup,
-)
+from let_plugin.alignment.schedules import SCHEDULES, constant, cosine, linear, register_schedule, with_warmup
 
 NAMES = ["constant", "cosine", "linear"]
-
+LENGTHS = st.integers(0, 10**6)
 all_schedules = pytest.mark.parametrize("name", NAMES)
 
 
@@ -35,13 +26,7 @@ def test_values_before_at_and_past_the_end(schedule, values):
 
 
 @all_schedules
-def test_a_schedule_of_length_zero_is_zero(name):
-    schedule = SCHEDULES.get(name)
-    assert schedule(0, stop_step=0) == with_warmup(schedule, 3)(0, stop_step=0) == 0
-
-
-@all_schedules
-@given(step=st.integers(0, 10**6), stop_step=st.integers(0, 10**6))
+@given(step=LENGTHS, stop_step=LENGTHS)
 def test_every_schedule_falls_from_one_to_zero(name, step, stop_step):
     schedule = SCHEDULES.get(name)
     value = schedule(step, stop_step=stop_step)
@@ -52,12 +37,12 @@ def test_every_schedule_falls_from_one_to_zero(name, step, stop_step):
 
 
 @all_schedules
-@given(step=st.integers(0, 10**6), stop_step=st.integers(0, 10**6), warmup_steps=st.integers(0, 10**6))
+@given(step=LENGTHS, stop_step=LENGTHS, warmup_steps=LENGTHS)
 def test_a_warmed_up_schedule_rises_to_its_first_value_and_then_follows(name, step, stop_step, warmup_steps):
     schedule = SCHEDULES.get(name)
     warmed_up = with_warmup(schedule, warmup_steps)
     value = warmed_up(step, stop_step=stop_step)
-    assert math.isfinite(value) and 0 <= value <= 1
+    assert 0 <= value <= 1
     assert (value == 0) == (step >= stop_step)
     if step + 1 < min(warmup_steps, stop_step):
         rise = warmed_up(step + 1, stop_step=stop_step) - value
@@ -66,26 +51,10 @@ def test_a_warmed_up_schedule_rises_to_its_first_value_and_then_follows(name, st
         assert value == schedule(step - warmup_steps, stop_step=stop_step - warmup_steps)
 
 
-@all_schedules
-@given(stop_step=st.integers(0, 40), warmup_steps=st.integers(0, 40), resumed_at=st.integers(0, 40))
-def test_a_resumed_run_sees_the_values_of_one_that_never_stopped(name, stop_step, warmup_steps, resumed_at):
-    def values(steps):
-        schedule = with_warmup(SCHEDULES.get(name), warmup_steps)
-        return [schedule(step, stop_step=stop_step) for step in steps]
-
-    assert values(range(50))[resumed_at:] == values(range(resumed_at, 50))
-
-
-def test_no_warmup_is_the_schedule_itself():
-    assert with_warmup(linear, 0) is linear
+def test_the_registered_schedules_one_of_ones_own_and_a_bad_warmup():
+    assert list(SCHEDULES) == NAMES
     with pytest.raises(ValueError, match=r"^warmup_steps must not be negative"):
         with_warmup(linear, -1)
-
-
-def test_the_registered_schedules_and_one_of_ones_own():
-    assert list(SCHEDULES) == NAMES
-    with pytest.raises(LookupError, match=r"did you mean 'linear'"):
-        SCHEDULES.get("liner")
     register_schedule("own", linear)
     try:
         assert SCHEDULES.get("own") is linear
