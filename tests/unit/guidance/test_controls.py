@@ -33,22 +33,17 @@ def draws(seed, steps, known_BL=None):
     return result
 
 
-def test_shuffled_states_are_all_there_in_another_order_each_time():
-    drawn = draws(0, [3, 4])
-    for states in drawn:
-        assert torch.equal(states.states_BLE[..., 0].flatten().sort().values, torch.arange(64.0))
-    assert len({tuple(states.states_BLE[..., 0].flatten().tolist()) for states in [*drawn, *draws(1, [3])]}) == 6
-
-
-def test_a_resumed_run_draws_the_same():
-    for one, other in zip(draws(0, [3, 4])[2:], draws(0, [4]), strict=True):
-        assert torch.equal(one.states_BLE, other.states_BLE)
-
-
-def test_a_token_gets_the_state_and_whether_there_is_one_of_the_same_token():
+def test_shuffled_states_are_all_there_in_another_order_each_time_and_the_same_when_resumed():
     known_BL = torch.arange(64).view(4, 16) % 3 == 0
-    (first, _) = draws(0, [0], known_BL)
-    assert torch.equal(first.known_BL, first.states_BLE[..., 0] % 3 == 0)
+    drawn = draws(0, [3, 4], known_BL)
+    for states in drawn:
+        numbers_BL = states.states_BLE[..., 0]
+        assert torch.equal(numbers_BL.flatten().sort().values, torch.arange(64.0))
+        assert not torch.any(numbers_BL.flatten() == torch.arange(64.0))  # no token keeps its own
+        assert torch.equal(states.known_BL, numbers_BL % 3 == 0)  # that of the token whose state it is
+    for one, other in zip(drawn[2:], draws(0, [4]), strict=True):
+        assert torch.equal(one.states_BLE, other.states_BLE)
+    assert len({tuple(states.states_BLE[..., 0].flatten().tolist()) for states in [*drawn, *draws(1, [3])]}) == 6
 
 
 def test_matrices_are_drawn_anew_with_their_own_scale(trainer):

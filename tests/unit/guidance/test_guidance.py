@@ -41,7 +41,7 @@ def test_the_target_has_the_teachers_dtype(trainer, batch):
     assert Guidance(trainer, 0).target(*batch).dtype == torch.bfloat16
 
 
-def test_a_step_adds_lambdas_share_of_the_gradient_and_reports_the_cosine(trainer, batch):
+def test_a_step_adds_lambdas_share_of_the_gradient_and_reports_the_cosine(trainer, batch, monkeypatch):
     guidance = Guidance(trainer, 0)
     gradients = []
     for weight in (0.0, 0.5, 1.0):
@@ -57,13 +57,7 @@ def test_a_step_adds_lambdas_share_of_the_gradient_and_reports_the_cosine(traine
     metrics = guidance.metrics()
     assert -1 <= metrics["let/cosine"] <= 1 and metrics["let/cosine"] != 0
     assert metrics["let/teacher_tokens_per_second"] > 0
-
-
-def test_the_teachers_speed_is_a_number_where_no_time_was_measured(trainer, batch, monkeypatch):
-    """With stored states nothing may run between the two events."""
-    guidance = Guidance(trainer, 0)
-    guidance.target(*batch)
-    monkeypatch.setattr(guidance._timer, "pop", lambda: 0.0)
+    monkeypatch.setattr(guidance._timer, "pop", lambda: 0.0)  # no time was measured: the states were stored
     assert guidance.metrics()["let/teacher_tokens_per_second"] == 0
 
 
@@ -83,28 +77,27 @@ def test_a_block_that_no_stage_holds_is_an_error(trainer):
         Guidance(trainer, 0)
 
 
-@pytest.mark.parametrize("match", ["interpolate", "linear"])
-def test_nothing_is_left_of_it(trainer, batch, match):
-    trainer.config.let.dimension_match = match
+@pytest.mark.parametrize(("target", "match"), [("teacher", "interpolate"), ("teacher", "linear"), ("labels", "linear")])
+def test_nothing_is_left_of_it(trainer, target, match):
+    trainer.config.let.target, trainer.config.let.dimension_match = target, match
     trainer.config.checkpoint.enable = True
     part = trainer.model_parts[0]
     states = trainer.checkpointer.states = {}
 
     def traces():
         hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in part.modules())
-        return hooks, list(part.state_dict()), [name for name, _ in part.named_buffers()], list(states)
+        named = [[name for name, _ in n] for n in (part.named_buffers(), part.named_parameters())]
+        return hooks, list(part.state_dict()), named, list(states)
 
     before = traces()
-    parameters = [name for name, _ in part.named_parameters()]
     guidance = Guidance(trainer, 0)
     assert traces() != before
     assert list(states) == [projector.name for projector in guidance.projectors]
-    assert len(guidance.projectors) == (match == "linear")
+    assert len(guidance.projectors) == ((target, match) == ("teacher", "linear"))
     assert list(part.state_dict()) == before[1]  # not even while it is there
     guidance.remove()
     assert traces() == before
-    assert [name for name, _ in part.named_parameters()] == parameters
-    assert guidance.teacher is None and guidance.target(*batch) is None
+    assert guidance.teacher is None
 
 
 def test_a_projector_learns_from_the_step(trainer, batch):

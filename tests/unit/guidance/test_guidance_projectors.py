@@ -50,13 +50,14 @@ def train(projector, steps, start=0):
 
 def test_it_is_a_guest_of_the_student_and_in_no_state_dict(part, config):
     keys, names = list(part.state_dict()), [name for name, _ in part.named_parameters()]
-    projector = learned(part, config)
+    projectors = [learned(part, config, index=i) for i in (0, 3)]
     assert list(part.state_dict()) == keys
     added = {name for name, _ in part.named_parameters()} - set(names)  # where the student's clipping finds it
-    assert added == {f"{PROJECTOR}_0.weight"}
+    assert added == {f"{PROJECTOR}_0.weight", f"{PROJECTOR}_3.weight"}
     part.load_state_dict(part.state_dict(), strict=False)  # as torchtitan loads
 
-    projector.remove()
+    for projector in projectors:
+        projector.remove()
     assert [name for name, _ in part.named_parameters()] == names
     assert not part._state_dict_hooks and not list(part.buffers())
 
@@ -77,7 +78,7 @@ def test_training_equals_a_plain_optimizer(part, config):
     assert torch.equal(projector.weights["weight"], part.get_parameter(f"{PROJECTOR}_0.weight"))
 
 
-def test_it_takes_the_settings_that_the_students_optimizer_has_for_its_name(part, config):
+def test_it_takes_the_settings_of_the_students_optimizer_for_its_name_or_its_own(part, config):
     group = config.optimizer.param_groups[0]
     biases = ParamGroupConfig(pattern=r"\.bias$", optimizer_name="AdamW", optimizer_kwargs={"lr": 1.0})
     others = dataclasses.replace(group, optimizer_kwargs={**group.optimizer_kwargs, "lr": 0.25})
@@ -85,6 +86,11 @@ def test_it_takes_the_settings_that_the_students_optimizer_has_for_its_name(part
     (optimizer,) = learned(part, config)._optimizers
     assert [len(g["params"]) for g in optimizer.param_groups] == [1]
     assert optimizer.param_groups[0]["initial_lr"] == 0.25
+
+    config.let.projector = ProjectorConfig(lr_multiplier=3.0, weight_decay=0.0)
+    (optimizer,) = learned(part, config, index=1)._optimizers
+    assert optimizer.param_groups[0]["initial_lr"] == 0.75 and optimizer.param_groups[0]["weight_decay"] == 0
+    assert others.optimizer_kwargs["weight_decay"] > 0  # the student's
 
 
 def test_saved_and_restored_it_trains_on_as_if_nothing_had_happened(part, config, tmp_path):
@@ -101,63 +107,18 @@ def test_saved_and_restored_it_trains_on_as_if_nothing_had_happened(part, config
     assert torch.equal(part_again.get_parameter(f"{PROJECTOR}_0.weight"), part.get_parameter(f"{PROJECTOR}_0.weight"))
 
 
-def test_a_checkpoint_without_a_projector_starts_it_afresh_and_says_so(part, config, tmp_path, caplog):
-    caplog.set_level("INFO")
-    config.dump_folder = str(tmp_path)
-    dcp.save({"x": torch.ones(2)}, checkpoint_id=str(tmp_path / config.checkpoint.folder / "step-2"), no_dist=True)
-    projector = learned(part, config)
-    checkpoint.restore(projector.name, projector, config, 2)
-    assert "starts afresh at step 2" in caplog.text
-    torch.testing.assert_close(part.get_parameter(f"{PROJECTOR}_0.weight"), LearnedLinear(3, 4).weight)
-
-
-def test_its_learning_rate_and_weight_decay_can_be_its_own(part, config):
-    kwargs = config.optimizer.param_groups[0].optimizer_kwargs
-    config.let.projector = ProjectorConfig(lr_multiplier=3.0, weight_decay=0.0)
-    (optimizer,) = learned(part, config)._optimizers
-    assert optimizer.param_groups[0]["initial_lr"] == 3 * kwargs["lr"]
-    assert optimizer.param_groups[0]["weight_decay"] == 0
-    assert kwargs["weight_decay"] > 0  # the student's
-
-
-def test_projectors_of_several_pairs_live_side_by_side(part, config):
-    keys = list(part.state_dict())
-    one, other = (learned(part, config, index=i) for i in (0, 3))
-    assert {n for n, _ in part.named_parameters() if n.startswith(PROJECTOR)} == {
-        f"{PROJECTOR}_0.weight",
-        f"{PROJECTOR}_3.weight",
-    }
-    assert list(part.state_dict()) == keys
-    one.remove()
-    other.remove()
-    assert list(part.state_dict()) == keys and not part._state_dict_hooks
-
-
-@pytest.fixture
-def narrow_part():
-    part = nn.Module()
-    part.layers = nn.ModuleDict({"0": nn.Linear(6, 6)})
-    return part
-
-
 def fitted(part, config, match, side="teacher"):
     return FittedProjector(pair_of(match, side), part, "0", config, index=0)
 
 
-def fit_states(step, student_width=6, teacher_width=4):
-    """A rotated copy of the teacher's states is the student's."""
-    generator = torch.Generator().manual_seed(step)
-    rotation = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(99))).Q
-    teacher_BLE = torch.randn(2, 20, teacher_width, generator=generator)
-    teacher_BLE[0, 3:9] = 0  # these do not count
-    student_BLD = teacher_BLE @ rotation[:student_width, :teacher_width].T
-    student_BLD[0, 3:9] = 100.0
-    return student_BLD, teacher_BLE, rotation[:student_width, :teacher_width]
-
-
 def fit_step(projector, number):
+    """The student's states are a rotated copy of the teacher's. Returns the rotation."""
     projector.start_step(number)
-    student_BLD, teacher_BLE, rotation_DE = fit_states(number)
+    rotation_DE = torch.linalg.qr(torch.randn(6, 4, generator=torch.Generator().manual_seed(99))).Q
+    teacher_BLE = torch.randn(2, 20, 4, generator=torch.Generator().manual_seed(number))
+    teacher_BLE[0, 3:9] = 0  # these do not count
+    student_BLD = teacher_BLE @ rotation_DE.T
+    student_BLD[0, 3:9] = 100.0
     for row in range(2):  # microbatches
         projector._pair(student_BLD[row : row + 1], teacher_BLE[row : row + 1], torch.tensor(0.0))
     projector.reduce()
@@ -165,21 +126,17 @@ def fit_step(projector, number):
     return rotation_DE
 
 
-def test_it_finds_the_rotation_between_the_two(narrow_part, config):
-    match = Procrustes(4, 6)
-    rotation_DE = fit_step(fitted(narrow_part, config, match), 0)
-    torch.testing.assert_close(match.weight.detach(), rotation_DE, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("side", ["teacher", "student"])
+def test_it_finds_the_rotation_between_the_two(part, config, side):
+    match = Procrustes(*((4, 6) if side == "teacher" else (6, 4)))
+    rotation_DE = fit_step(fitted(part, config, match, side), 0)
+    expected = rotation_DE if side == "teacher" else rotation_DE.T
+    torch.testing.assert_close(match.weight.detach(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_on_the_students_side_it_finds_the_way_back(narrow_part, config):
-    match = Procrustes(6, 4)
-    rotation_DE = fit_step(fitted(narrow_part, config, match, side="student"), 0)
-    torch.testing.assert_close(match.weight.detach(), rotation_DE.T, rtol=1e-4, atol=1e-5)
-
-
-def test_it_is_refitted_in_every_so_many_steps_only(narrow_part, config):
+def test_it_is_refitted_in_every_so_many_steps_only(part, config):
     match = Procrustes(4, 6, refit_every=3)
-    projector = fitted(narrow_part, config, match)
+    projector = fitted(part, config, match)
     address, weights = match.weight.data_ptr(), []
     for number in range(7):
         before = match.weight.detach().clone()
@@ -189,22 +146,15 @@ def test_it_is_refitted_in_every_so_many_steps_only(narrow_part, config):
     assert match.weight.data_ptr() == address
 
 
-def test_a_fitted_one_is_saved_and_restored(narrow_part, config):
+def test_a_fitted_one_is_restored_is_in_no_state_dict_of_the_student_and_leaves_no_trace(part, config):
+    keys = list(part.state_dict())
     match, again = Procrustes(4, 6), Procrustes(4, 6)
-    projector = fitted(narrow_part, config, match)
+    projector = fitted(part, config, match)
     fit_step(projector, 0)
-    state = {name: value.clone() for name, value in projector.state_dict().items()}
-    other = nn.Module()
-    other.layers = nn.ModuleDict({"0": nn.Linear(6, 6)})
-    fitted(other, config, again).load_state_dict(state)
+    fitted(Part(), config, again).load_state_dict({name: x.clone() for name, x in projector.state_dict().items()})
     assert torch.equal(again.weight, match.weight)
-
-
-def test_a_fitted_one_is_in_no_state_dict_of_the_student_and_leaves_no_trace(narrow_part, config):
-    keys = list(narrow_part.state_dict())
-    projector = fitted(narrow_part, config, Procrustes(4, 6))
-    assert list(narrow_part.state_dict()) == keys
-    assert [name for name, _ in narrow_part.named_buffers()] == [f"{PROJECTOR}_0"]
-    assert not any(PROJECTOR in name for name, _ in narrow_part.named_parameters())  # nothing for the clipping
+    assert list(part.state_dict()) == keys
+    assert [name for name, _ in part.named_buffers()] == [f"{PROJECTOR}_0"]
+    assert not any(PROJECTOR in name for name, _ in part.named_parameters())  # nothing for the clipping
     projector.remove()
-    assert not list(narrow_part.buffers())
+    assert not list(part.buffers())

@@ -27,33 +27,25 @@ class Recorder(BaseLogger):
         self.closed = True
 
 
-def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def test_training_lines_get_the_extra_metrics_and_validation_lines_do_not(tmp_path):
     path = tmp_path / "new" / "metrics.jsonl"
-    inner = Recorder()
-    before = time.time()
-    logger = JsonlLogger(inner, str(path), lambda: {"let/cosine": 0.5})
+    inner, told = Recorder(), []
+    extra = {"let/cosine": 0.5}
+    logger = JsonlLogger(inner, str(path), lambda: extra, lambda *args: told.append(args))
 
     logger.log(TRAINING, 3)
     logger.log(VALIDATION, 3)
+    logger.log({"loss_metrics/global_avg_loss": float("inf"), "grad_norm": float("nan")}, 4)
 
-    lines = read(path)
-    assert [before <= line.pop("time") <= time.time() for line in lines] == [True, True]
-    assert lines == [{"step": 3, **TRAINING, "let/cosine": 0.5}, {"step": 3, **VALIDATION}]
-    assert inner.logged == [(3, {**TRAINING, "let/cosine": 0.5}), (3, VALIDATION)]
-    assert "let/cosine" not in TRAINING  # the caller's dictionary is its own
+    # On disk before the file is closed; JSON has no number that is not finite.
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
+    assert all(line.pop("time") <= time.time() for line in lines)
+    assert lines[:2] == [{"step": 3, **TRAINING, **extra}, {"step": 3, **VALIDATION}]
+    assert lines[2] == {"step": 4, "loss_metrics/global_avg_loss": None, "grad_norm": None, **extra}
+    assert inner.logged[:2] == [(3, {**TRAINING, **extra}), (3, VALIDATION)]
+    assert told == [(2.75, 3)]
     logger.close()
     assert inner.closed
-
-
-def test_what_was_logged_is_on_disk_before_the_file_is_closed(tmp_path):
-    logger = JsonlLogger(BaseLogger(), str(tmp_path / "metrics.jsonl"), dict)
-    logger.log(TRAINING, 1)
-    assert [line["step"] for line in read(tmp_path / "metrics.jsonl")] == [1]
-    logger.close()
 
 
 def test_a_resumed_run_continues_its_file_with_no_step_twice(tmp_path):
@@ -64,22 +56,13 @@ def test_a_resumed_run_continues_its_file_with_no_step_twice(tmp_path):
         for line, step in logged:
             logger.log(line, step)
         logger.close()
-        return [(line["step"], "grad_norm" in line) for line in read(path)]
+        return [(line["step"], "grad_norm" in line) for line in map(json.loads, path.read_text().splitlines())]
 
     run((TRAINING, 1), (TRAINING, 2), (VALIDATION, 2), (TRAINING, 3))
     with path.open("a") as file:
         file.write('{"step": 4, "ti')  # killed while it wrote
     assert run((TRAINING, 2), (VALIDATION, 2)) == [(1, True), (2, True), (2, False)]
     assert run((VALIDATION, 2), (TRAINING, 3)) == [(1, True), (2, True), (2, False), (3, True)]  # it validates anew
-
-
-def test_what_is_not_finite_is_written_as_json_has_it(tmp_path):
-    logger = JsonlLogger(BaseLogger(), str(tmp_path / "metrics.jsonl"), lambda: {"let/cosine": float("nan")})
-    logger.log({**TRAINING, "grad_norm": float("inf")}, 1)
-    logger.close()
-    text = (tmp_path / "metrics.jsonl").read_text()
-    (line,) = [json.loads(text, parse_constant=pytest.fail)]
-    assert line["let/cosine"] is None and line["grad_norm"] is None
 
 
 def test_a_rank_that_does_not_write_still_takes_part(tmp_path, monkeypatch):
@@ -107,40 +90,19 @@ def test_timer_sums_its_regions_and_starts_anew():
     assert timer.pop() == 0
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    """A function that sets the time."""
-    now = [0.0]
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
-    return lambda seconds: now.__setitem__(0, seconds)
-
-
-def test_eta_follows_the_pace_since_the_last_logged_step(clock):
+def test_eta_follows_the_pace_since_the_last_logged_step(monkeypatch):
     progress = Progress(total_steps=1000)
-    assert progress.eta(1) == "-"
-    clock(90.0)  # 9 steps of 10 s
-    assert progress.eta(10) == "2:45:00"
-    clock(100.0)  # then 10 steps of 1 s
-    assert progress.eta(20) == "0:16:20"
-    clock(101.0)
-    assert progress.eta(1000) == "0:00:00"
-
-
-def test_eta_of_a_step_that_is_logged_twice_is_unknown(clock):
-    progress = Progress(total_steps=10)
-    progress.eta(5)
-    clock(1.0)
-    assert progress.eta(5) == "-"
-    clock(3.0)
-    assert progress.eta(6) == "0:00:08"
-
-
-def test_validation_is_told():
-    told = []
-    logger = JsonlLogger(BaseLogger(), None, dict, lambda *args: told.append(args))
-    logger.log(TRAINING, 1)
-    logger.log(VALIDATION, 2)
-    assert told == [(2.75, 2)]
+    # 9 steps of 10 s, then 10 steps of 1 s, a step that is logged twice, and the last one.
+    expected = {
+        (1, 0.0): "-",
+        (10, 90.0): "2:45:00",
+        (20, 100.0): "0:16:20",
+        (20, 101.0): "-",
+        (1000, 102.0): "0:00:00",
+    }
+    for (step, now), eta in expected.items():
+        monkeypatch.setattr(metrics.time, "monotonic", lambda now=now: now)
+        assert progress.eta(step) == eta
 
 
 def test_a_lasting_disagreement_is_said_once():

@@ -24,7 +24,7 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("place", ["the run's own", "remote", "the one that it starts from"])
-def test_it_is_read_from_the_checkpoint_that_the_run_resumes_from(config, tmp_path, place):
+def test_it_is_read_from_the_checkpoint_that_the_run_resumes_from(config, tmp_path, place, caplog):
     if place == "remote":
         config.dump_folder = "memory://run"
     path = f"{config.dump_folder}/{config.checkpoint.folder}/step-2"
@@ -38,6 +38,7 @@ def test_it_is_read_from_the_checkpoint_that_the_run_resumes_from(config, tmp_pa
     got = read(config)
     assert same(got, stop) and got.stop_step == stop.stop_step == 2
     assert same(read(config, name="other"), AdaptiveStop(**SETTINGS))  # a checkpoint without it changes nothing
+    assert "has no other: it starts afresh at step 2" in caplog.text
 
 
 @pytest.mark.parametrize("identity", [[3, 10], [3, 11, 12]])
