@@ -100,7 +100,7 @@ def test_losses_and_gradients_are_those_of_the_run_with_the_teacher(runs, name):
 def test_so_they_are_with_a_teacher_of_another_tokenizer(runs):
     assert_equal(runs, "cross, features", "cross, teacher")
     fractions = [runs[name]["logged"][0].get("let/aligned_fraction") for name in ("cross, features", "teacher")]
-    assert 0.5 < fractions[0] < 1 and fractions[1] is None  # what does not fit has no state
+    assert 0.4 < fractions[0] < 0.9 and fractions[1] is None  # what does not fit has no state
     assert runs["cross, teacher"]["logged"][0]["let/cosine"] != runs["teacher"]["logged"][0]["let/cosine"]
 
 
