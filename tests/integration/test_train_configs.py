@@ -19,7 +19,7 @@ type = "tests.support.data_loaders.GlobalOrderDataLoader"
 dataset = "let_demo_train"
 """
 DEMO_IN_FP32 = [
-    *["--training.mixed_precision_param", "float32", "--training.steps", "4", "--let.stop-step", "4"],
+    *["--training.mixed_precision_param", "float32", "--training.steps", "4", "--let.stop-fraction", "1"],
     *["--training.local_batch_size", "4", "--compile.no-enable", "--validator.no-enable", "--metrics.log_freq", "1"],
 ]
 SMOLLM2 = """
