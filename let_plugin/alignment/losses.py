@@ -128,10 +128,7 @@ def negative_cosine(student_BLD: torch.Tensor, target_BLD: torch.Tensor, coeffic
 
 
 def mse(student_BLD: torch.Tensor, target_BLD: torch.Tensor, *, normalize: bool = False) -> torch.Tensor:
-    """Mean over channels of (a - t)^2, per token.
-
-    With `normalize`, both are first divided by their root mean square over channels, which makes it 2 - 2 cos(a, t).
-    """
+    """Mean over channels of (a - t)^2, per token; `normalize`: of a and t of root mean square 1, 2 - 2 cos(a, t)."""
     if normalize:
         scale = student_BLD.shape[-1] ** 0.5  # of a vector whose root mean square is 1
         student_BLD, target_BLD = _normalize(student_BLD) * scale, _normalize(target_BLD) * scale

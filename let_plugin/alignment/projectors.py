@@ -86,10 +86,7 @@ class TruncateOrPad(nn.Module):
 
 
 class LearnedLinear(nn.Module):
-    """A learned linear map, without bias.
-
-    It starts as the interpolation, or at random: normal, standard deviation in_width**-0.5.
-    """
+    """A learned linear map; starts as the interpolation, or normal with a deviation of in_width**-0.5."""
 
     def __init__(
         self,

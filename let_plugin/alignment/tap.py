@@ -35,7 +35,7 @@ PairFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Alignment]
 class AlignmentTap:
     """Adds the gradients of pairs to the outputs of `model.layers`; the target arrives as `TARGET_KWARG`.
 
-    Inert without a target and in evaluation. `remove` leaves no trace on the model.
+    Inert without a target and in evaluation.
 
     Args:
         model: The student, or a pipeline part of it; anything with a `layers` ModuleDict.
@@ -87,6 +87,7 @@ class AlignmentTap:
         self.gradient_sums.zero_()
 
     def remove(self) -> None:
+        """Leaves no trace on the model."""
         for handle in self._handles:
             handle.remove()
         del self._model.let_metric_sums, self._model.let_gradient_sums

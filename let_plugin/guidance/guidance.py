@@ -121,10 +121,7 @@ class Guidance:
             self._attach(lambda i, part: self._pair(i, part, channels[self.pairs[i].teacher]))
 
     def start_step(self, weight: float, *, measures: bool = False) -> None:
-        """Before the first microbatch of a step, whose lambda is `weight`.
-
-        `measures`: whether its metrics compare the alignment's gradient with that of the student's own loss.
-        """
+        """Before a step's first microbatch: its lambda, and whether its metrics compare the two gradients."""
         self._measures = measures
         self._lambda = weight
         self._num_accumulations_left = self._trainer.gradient_accumulation_steps
@@ -137,10 +134,7 @@ class Guidance:
 
     @contextmanager
     def microbatches(self, global_valid_tokens: torch.Tensor) -> Iterator[None]:
-        """Around one forward and backward pass, of one microbatch or of a pipeline's.
-
-        `global_valid_tokens`: number of tokens of the whole step, over all ranks, that count in the loss; 0-dim.
-        """
+        """Around a forward and backward pass; the number, 0-dim, is of all ranks' tokens that count in the step."""
         self._valid_tokens = global_valid_tokens
         for tap in self.taps:
             tap.coefficient.fill_(self._lambda).div_(global_valid_tokens)

@@ -40,8 +40,8 @@ _TOLERANCE = 0.05  # of the teacher's states, which may be in bf16, relative to 
 class AuxiliaryHead:
     """The student's final norm and language-model head, applied to the outputs of blocks.
 
-    Every rank of the job makes one. Under pipeline parallelism norm and head live on the last stage: once a step their
-    weights are broadcast to the other stages, and the gradients are summed over them.
+    Every rank of the job makes one. Norm and head live on a pipeline's last stage: once a step their weights are
+    broadcast to the other stages, and the gradients are summed over them.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -110,7 +110,7 @@ class AuxiliaryHead:
             parameter.grad.add_(gradient.to(parameter.grad.dtype))  # in place: a captured step writes to this address
 
     def finish_step(self) -> None:
-        """The student's optimizer has taken the step."""
+        pass
 
     def _head_gradients(
         self,
@@ -194,10 +194,7 @@ class TeacherHead:
 
 
 def distillation_from(head: TeacherHead, *, temperature: float) -> LogitLoss:
-    """(the student's logits [T, V], the teacher's states [T, E]) -> sum of the tokens' losses, fp32.
-
-    A token whose state is zero does not count.
-    """
+    """From the student's logits and the teacher's states [T, E]; a token whose state is zero does not count."""
 
     def loss(logits_TV: torch.Tensor, states_TE: torch.Tensor) -> torch.Tensor:
         counts_T = states_TE.ne(0).any(dim=-1)

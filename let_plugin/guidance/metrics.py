@@ -16,8 +16,7 @@ _VALIDATION_LOSS = "validation_metrics/loss"
 class JsonlLogger(BaseLogger):
     """Adds LET's metrics to torchtitan's, hands them all on, and writes each logged step as one line of JSON.
 
-    Validation is a line of its own. A run that resumes continues its file without the lines that the interrupted run
-    wrote after its checkpoint. What is not finite is written as null.
+    A run that resumes continues its file without the lines after its checkpoint. What is not finite is null.
 
     Args:
         inner: The logger that torchtitan built.
@@ -144,7 +143,7 @@ class Progress:
         self._last: tuple[int, float] | None = None
 
     def eta(self, step: int) -> str:
-        """`h:mm:ss` until the last step; a dash until the pace is known. `step` steps are done."""
+        """`h:mm:ss` until the last step when `step` steps are done; a dash until the pace is known."""
         now = time.monotonic()
         last, self._last = self._last, (step, now)
         if last is None or step <= last[0]:

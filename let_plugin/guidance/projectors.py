@@ -36,7 +36,7 @@ class LearnedProjector(Stateful):
         block: Name of that block in `part.layers`.
         config: The student's configuration.
         index: Number of the pair.
-        device: This rank's device.
+        device: Where the weights live.
     """
 
     def __init__(

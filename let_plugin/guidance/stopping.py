@@ -81,8 +81,6 @@ class Stopping:
             assert self.teacher_loss is not None
             self._measured(known.item() - self.teacher_loss, steps_taken)
 
-    # Tensors only, as in AdaptiveStop. The loss that the configuration gives is the one that counts.
-
     def state_dict(self) -> dict[str, Any]:
         assert self._adaptive is not None
         state = self._adaptive.state_dict()
