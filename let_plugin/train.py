@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from let_plugin.config import load
 from let_plugin.config.errors import ConfigError, exit_with
 
 if TYPE_CHECKING:
@@ -47,45 +48,32 @@ def main(
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="", file=sys.stdout if argv else sys.stderr)
         raise SystemExit(0 if argv else 2)
+    modes = {"--check", "--print-config"}.intersection(argv)
     try:
-        _run(argv, on_built, on_loaded)
+        source = load.read([arg for arg in argv if arg not in modes])
+
+        from let_plugin.runtime import host  # imports torch: not before `--help` and plain mistakes were dealt with
+
+        host.set_up(source.runtime.device)
+        loaded = load.resolve(source)
+        if "--print-config" in modes:
+            loaded.apply(lambda config: None)
+            print(load.dump(loaded), end="")
+            return
+        if on_loaded is not None:
+            on_loaded(loaded.config)
+
+        from let_plugin.preflight import checks
+        from let_plugin.runtime import data
+
+        data.register()
+        report = loaded.apply(checks.run)
+        if os.environ["RANK"] == "0":
+            print(report, flush=True)
+        if "--check" not in modes:
+            loaded.apply(lambda config: train(config, on_built))
     except ConfigError as error:
         exit_with(error)
-
-
-def _run(
-    argv: list[str],
-    on_built: "Callable[[Trainer], None] | None",
-    on_loaded: "Callable[[Trainer.Config], None] | None",
-) -> None:
-    from let_plugin.config import load as toml_config
-
-    modes = {"--check", "--print-config"}
-    mode = modes.intersection(argv)
-    argv = [arg for arg in argv if arg not in modes]
-    source = toml_config.read(argv)
-
-    from let_plugin.runtime import host  # imports torch: not before `--help` and plain mistakes have been dealt with
-
-    host.set_up(source.runtime.device)
-    if "--print-config" in mode:
-        loaded = toml_config.resolve(source)
-        loaded.apply(lambda config: None)
-        print(toml_config.dump(loaded), end="")
-        return
-    loaded = toml_config.resolve(source)
-    if on_loaded is not None:
-        on_loaded(loaded.config)
-
-    from let_plugin.preflight import checks as preflight
-    from let_plugin.runtime import data
-
-    data.register()
-    report = loaded.apply(preflight.run)
-    if os.environ["RANK"] == "0":
-        print(report, flush=True)
-    if "--check" not in mode:
-        loaded.apply(lambda config: train(config, on_built))
 
 
 def train(config: "Trainer.Config", on_built: "Callable[[Trainer], None] | None" = None) -> None:

@@ -1,4 +1,4 @@
-"""The options of the command line as TOML tables, judged and explained as those of a file; tyro prints the help.
+"""The options of the command line as TOML tables, judged as those of a file; tyro prints the help.
 
 `--section.key VALUE` and `--section.key=VALUE` set a key, `--section.flag` and `--section.no-flag` a boolean,
 `activation-checkpoint:full` the type of a section that is a choice. Dashes and underscores are the same.
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import tomli
 
 from let_plugin.config.errors import ConfigError, Problem, suggest
-from let_plugin.config.schema import arms, settable_fields, walk
+from let_plugin.config.schema import arms, walk
 
 if TYPE_CHECKING:
     from torchtitan.trainer import Trainer
@@ -80,15 +80,15 @@ def print_help(config: Any, section: str, prog: str) -> NoReturn:
 
     from let_plugin.runtime import upstream
 
-    shown, names = config, [_key(name) for name in section.split(".") if name]
-    for name in names:
-        sections = [n for n in settable_fields(type(shown)) if dataclasses.is_dataclass(getattr(shown, n))]
-        if name not in sections:
-            raise ConfigError(Problem("--help", f"no such section; {suggest(name, sections)}", section, SOURCE))
-        shown = getattr(shown, name)
-    for name in reversed(names):  # in a table of its own, so that the options keep their whole names
-        default = dataclasses.field(default_factory=functools.partial(copy.copy, shown))
-        shown = dataclasses.make_dataclass("Options", [(name, type(shown), default)])()
+    sections = {key: value for key, _, value in walk(config) if dataclasses.is_dataclass(value)}
+    section, shown = _key(section), config
+    if section:
+        if section not in sections:
+            raise ConfigError(Problem("--help", f"no such section; {suggest(section, sections)}", section, SOURCE))
+        shown = sections[section]
+        for name in reversed(section.split(".")):  # in a table of its own, so that the options keep their whole names
+            default = dataclasses.field(default_factory=functools.partial(copy.copy, shown))
+            shown = dataclasses.make_dataclass("Options", [(name, type(shown), default)])()
     tyro.cli(type(shown), prog=prog, args=["--help"], default=shown, registry=upstream.tyro_registry())
     raise AssertionError("tyro exits after the help")
 

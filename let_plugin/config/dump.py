@@ -1,21 +1,13 @@
 """The inverse of the overlay: a configuration as TOML tables, complete, for overlaying on the same base."""
 
 import dataclasses
+import pkgutil
 from dataclasses import MISSING
 from types import NoneType
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from let_plugin.config.errors import ConfigError, Problem
-from let_plugin.config.schema import (
-    Arm,
-    arms,
-    config_classes,
-    config_name,
-    config_path,
-    default_value,
-    settable_fields,
-    types_by_name,
-)
+from let_plugin.config.schema import Arm, arms, config_classes, default_value, join, owner, settable_fields
 
 
 class _UnwritableError(Exception):
@@ -37,8 +29,7 @@ def to_tables(config: Any, base: Any) -> dict[str, Any]:
 def _fields(prefix: str, config: Any, base: Any, problems: list[Problem]) -> dict[str, Any]:
     table = {}
     for name, hint in settable_fields(type(config)).items():
-        key = f"{prefix}.{name}" if prefix else name
-        value = getattr(config, name)
+        key, value = join(prefix, name), getattr(config, name)
         base_value = getattr(base, name) if type(base) is type(config) else default_value(type(config), name)
         try:
             if value is not None or base_value is not None:
@@ -52,41 +43,31 @@ def _fields(prefix: str, config: Any, base: Any, problems: list[Problem]) -> dic
 def _value(key: str, value: Any, hint: Any, base: Any, problems: list[Problem]) -> Any:
     alternatives = arms(hint)
     if dataclasses.is_dataclass(value):
-        type_key = _type_key(value, alternatives, base)
-        return type_key | _fields(key, value, base, problems)
+        return _type_key(type(value), alternatives, base) | _fields(key, value, base, problems)
     if value is None:
         if not any(arm.type is NoneType for arm in alternatives):
             raise _UnwritableError("there is no null in TOML")
         return {"type": "none"} if config_classes(alternatives) else "none"
-    if isinstance(value, str) and value.lower() == "none" and any(arm.type is NoneType for arm in alternatives):
-        raise _UnwritableError("the text would be read as no value")
     if isinstance(value, list) and any(map(dataclasses.is_dataclass, value)):
-        element = next(arm.type.__args__[0] for arm in alternatives if getattr(arm.type, "__origin__", None) is list)
+        (element,) = (get_args(arm.type)[0] for arm in alternatives if get_origin(arm.type) is list)
         return [_value(f"{key}.{i}", item, element, MISSING, problems) for i, item in enumerate(value)]
-    types = [arm.type for arm in alternatives]
-    if type(value) is int and float in types and int not in types:
-        return float(value)  # a base may say 0 where a float belongs; reading the text again makes it one
     return _plain(value)
 
 
-def _type_key(value: Any, alternatives: list[Arm], base: Any) -> dict[str, str]:
-    """The `type` key, where the class needs one: it is not the declared one, or the field is a choice."""
-    cls = type(value)
-    if [arm.type for arm in alternatives] == [cls]:
-        return {}
-    names = types_by_name(alternatives)
+def _type_key(cls: type, alternatives: list[Arm], base: Any) -> dict[str, str]:
+    """The `type` key, where the class is neither the base's nor the only one that the field declares."""
     for arm in alternatives:
         if arm.type is cls and arm.name is not None:
             return {"type": arm.name}
-    # A short name is only known once its module is imported. The base imports that of its own class.
-    if type(base) is cls and names.get(config_name(cls)) == [cls]:
-        return {"type": config_name(cls)}
-    path = config_path(cls)
-    if path is not None:
-        return {"type": path}
-    if type(base) is cls:
+    if type(base) is cls or [arm.type for arm in alternatives] == [cls]:
         return {}
-    raise _UnwritableError(f"{cls.__module__}.{cls.__qualname__} cannot be imported by name")
+    path = f"{owner(cls).__module__}.{owner(cls).__qualname__}"
+    try:
+        if pkgutil.resolve_name(path) is owner(cls):
+            return {"type": path}
+    except (ImportError, AttributeError, ValueError):
+        pass
+    raise _UnwritableError(f"{path} cannot be imported by name")
 
 
 def _plain(value: Any) -> Any:

