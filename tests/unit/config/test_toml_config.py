@@ -11,7 +11,7 @@ import tomli_w
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss, MSELoss
-from torchtitan.distributed.activation_checkpoint import FullAC, MemoryBudgetAC
+from torchtitan.distributed.activation_checkpoint import FullAC
 
 from let_plugin.config import RuntimeConfig
 from let_plugin.config.errors import ConfigError, Problem
@@ -55,15 +55,12 @@ def problems_of(text, *cli, base=DEBUG_MODEL):
 
 def value_at(config, key):
     for name in key.split("."):
-        if isinstance(config, dict | list):
-            config = config[int(name) if isinstance(config, list) else name]
-        else:
-            config = getattr(config, name)
+        config = config[int(name)] if name.isdigit() else getattr(config, name)
     return config
 
 
 def comparable(config):
-    """Without what holds functions, which a base makes anew at each call, so that they never compare equal."""
+    """Without what holds functions, which a base makes anew at each call."""
     config = dataclasses.replace(config, model_spec=None)
     if hasattr(config.dataloader, "sample_processor"):
         config.dataloader = dataclasses.replace(config.dataloader, sample_processor=len)
@@ -90,14 +87,12 @@ pattern = ".*"
 optimizer_name = "AdamW"
 """
 TIKTOKEN = '[tokenizer]\ntype = "TikTokenTokenizer"\n[tokenizer.special_tokens]\n"<|end of text|>" ='
-AC = "torchtitan.distributed.activation_checkpoint.FullAC"
 
 
 @pytest.mark.parametrize(
     ("text", "key", "expected"),
     [
         ("", "training.steps", 10),
-        ("training.seq_len = 64\n", "training.local_batch_size", 8),  # the base's, next to it
         ("[let]\nweight = 1\n", "let.weight", 1.0),
         ("[training]\nmax_norm = 2\n", "training.max_norm", 2),  # its type is float | int
         ('[compile]\ncomponents = ["model"]\n', "compile.components", ["model"]),
@@ -114,17 +109,13 @@ AC = "torchtitan.distributed.activation_checkpoint.FullAC"
          ChunkedLossWrapper.Config(num_chunks=4, loss_fn=CrossEntropyLoss.Config(global_vocab_size=2048))),
         ('[loss.loss_fn]\ntype = "MSELoss"\n', "loss.loss_fn", MSELoss.Config()),
         ('activation_checkpoint.type = "FullAC"\n', "activation_checkpoint", FullAC.Config()),
-        (f'activation_checkpoint.type = "{AC}.Config"\n', "activation_checkpoint", FullAC.Config()),
-        ('compile.enable = true\nactivation_checkpoint.type = "memory-budget"\n', "activation_checkpoint",
-         MemoryBudgetAC.Config()),
+        (f'activation_checkpoint.type = "{FullAC.__module__}.FullAC.Config"', "activation_checkpoint", FullAC.Config()),
         ('activation_checkpoint.type = "none"\n', "activation_checkpoint", None),
-        # Right only with another table.
         ("parallelism.pipeline_parallel_degree = 2\ntraining.disable_cuda_graphs = true\n",
          "parallelism.pipeline_parallel_degree", 2),
         (f"{TIKTOKEN} 100\n", "tokenizer.special_tokens", {"<|end of text|>": 100}),
         # [let] turns LET on.
         ("", "let.enable", False),
-        ("[let]\n", "let.enable", True),
         ("[let]\nenable = false\nweight = 0.2\n", "let.enable", False),
         ('[let]\nteacher = "some/path"\n', "let.teacher.path", "some/path"),
     ],
@@ -165,31 +156,25 @@ def test_the_home_folder_in_paths(monkeypatch):
         ('compile.components = ["model", 3]', "compile.components = ['model', 3]: element 1: expected a string"),
         ("training = 3", "training = 3: expected a table"),
         (f'{OPTIMIZER}.lr = "1e-3"', f"{OPTIMIZER}.lr = '1e-3': expected a number"),
-        # keys
         ("training.step = 3", "training.step = 3: unknown; did you mean 'steps'?"),
         ("[trainign]\nsteps = 3", "trainign: unknown; did you mean 'training'?"),
         ("training.stop_step = 3", "training.stop_step = 3: unknown; did you mean let.stop_step"),
         ('model_spec = "x"', "model_spec = 'x': only Python can set it"),
         ("loss._owner = 3", "loss._owner = 3: unknown"),
         ("[optimizer.param_groups.1]\n", "optimizer.param_groups.1: no such element; valid names: 0"),
-        # `type` keys
         ('loss.type = "CrossEntropy"', "loss.type = 'CrossEntropy': unknown type; did you mean 'CrossEntropyLoss'?"),
-        ('loss.type = "torchtitan.components.loss.Loss"', "loss.type = 'torchtitan.components.loss.Loss': cannot be"),
         ('loss.type = "torchtitan.trainer.Trainer"', "loss.type = 'torchtitan.trainer.Trainer': neither it nor"),
         ("loss.type = 3", "loss.type = 3: expected a string"),
         ('activation_checkpoint = { type = "none", debug = true }', "activation_checkpoint.debug = True: not together"),
         ('tokenizer.type = "MultiModalTokenizer"', "tokenizer.pad_token: missing; MultiModalTokenizer needs it"),
         (f'{TIKTOKEN} "100"', "tokenizer.special_tokens.<|end of text|> = '100': expected an integer"),
-        # what the configuration classes refuse
         ("validator.steps = 0", "validator.steps = 0: validation steps must be positive or -1"),
         ('compile = { backend = "x", enable_async_tensor_parallel = true }',
          "compile.enable_async_tensor_parallel = True: Async TP requires"),
         ('dataloader = { type = "InterleavedHuggingFaceTextDataLoader", sources = [] }',
          "dataloader: At least one source should be defined"),
         ("parallelism.pipeline_parallel_degree = 2", "parallelism: CUDA graphs"),
-        # the runtime
         ('runtime.device = "gpu"', "runtime.device = 'gpu': not a valid choice; did you mean 'cpu'?"),
-        ("runtime = 3", "runtime = 3: expected a table"),
     ],
 )  # fmt: skip
 def test_a_mistake_names_key_value_and_remedy(text, expected):
@@ -224,15 +209,8 @@ def test_all_mistakes_at_once_and_the_good_values_next_to_them():
     eps = 1e-5
     """
     loaded = resolve_text(text, "--training.local-batch-size", "many", "--metrics.log_freq", "3")
-    wrong = {
-        "nonsense",
-        "training.stepz",
-        "training.seq_len",
-        "loss.reduction",
-        "compile.components",
-        f"{OPTIMIZER}.lr",
-    }
-    wrong |= {"checkpoint.interval", "checkpoint.keep_latest_k", "training.local_batch_size"}
+    wrong = {"nonsense", "training.stepz", "training.seq_len", "loss.reduction", "compile.components"}
+    wrong |= {"checkpoint.interval", f"{OPTIMIZER}.lr", "checkpoint.keep_latest_k", "training.local_batch_size"}
     keys = {problem.key for problem in loaded.problems}
     assert wrong == {key for key in keys if not key.startswith("tokenizer.")} < keys
     base, config = config_of(), loaded.config
@@ -257,27 +235,23 @@ def test_old_keys_and_the_own_tables_are_judged_without_a_base(base):
 def test_unreadable_files(folder):
     (folder / "bad.toml").write_text("a = \n")
     (folder / "binary.toml").write_bytes(b"\xff\xfe")
-    for name, message in [
-        *[(name, f"{name}: cannot be read") for name in ("missing.toml", ".", "bad.toml/x")],
-        *[(name, f"{name}: not valid TOML") for name in ("bad.toml", "binary.toml")],
-        ("--training.steps", "the first argument is the TOML file"),
-    ]:
-        with pytest.raises(ConfigError, match=message):
+    messages = dict.fromkeys(["missing.toml", ".", "bad.toml/x"], "cannot be read")
+    messages |= dict.fromkeys(["bad.toml", "binary.toml"], "not valid TOML") | {
+        "--a.b": "the first argument is the TOML"
+    }
+    for name, message in messages.items():
+        with pytest.raises(ConfigError, match=f"{name}.*: {message}"):
             read([name])
 
 
 def test_read_knows_the_device_and_imports_neither_torch_nor_torchtitan(folder):
     (folder / "a.toml").write_text('base = "x.y"\n[runtime]\ndevice = "cpu"\n')
     assert read(["a.toml", "--runtime.device", "auto", "--training.steps=3"]).runtime.device == "auto"
-    code = (
-        "import sys; from let_plugin.config.load import read; "
-        "print(read(['a.toml']).runtime.device, {'torch', 'torchtitan'} & set(sys.modules))"
-    )
+    code = "import sys, let_plugin.config.load as load; print(load.read(['a.toml']).runtime.device, "
+    code += "{'torch', 'torchtitan'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert run.stdout.strip() == "cpu set()", run.stderr
 
-
-# --- base
 
 MODULE = """
 from dataclasses import dataclass
@@ -362,9 +336,6 @@ def test_what_only_follows_from_a_wrong_value_is_not_said():
     assert [key for _, key in found(loaded, *follows, *own)] == keys
 
 
-# --- dump
-
-
 # The data loader of the second holds a function, which TOML cannot write.
 BASES = ["llama3.llama3_8b", "llama3.sft_debugmodel", "qwen3.qwen3_debugmodel_moe_param_groups", "flux.flux_dev"]
 
@@ -373,8 +344,8 @@ BASES = ["llama3.llama3_8b", "llama3.sft_debugmodel", "qwen3.qwen3_debugmodel_mo
 def test_round_trip(base):
     base = f'base = "{base}"\n'
     assert_round_trip(load_text("", base=base))
-    text = f'{OPTIMIZER} = {{ lr = 1e-5, extra = ["a", "b"] }}\n[let]\nteacher = "t"\n[loss]\ntype = "MSELoss"\n'
-    text += '[activation_checkpoint]\ntype = "none"\n[lr_scheduler]\ndecay_ratio = "none"\n'
+    text = f'{OPTIMIZER} = {{ lr = 1e-5, extra = ["a", "b"] }}\nlet.teacher = "t"\nloss.type = "MSELoss"\n'
+    text += 'activation_checkpoint.type = "none"\nlr_scheduler.decay_ratio = "none"\n'
     assert_round_trip(load_text(text, "--training.steps", "3", "--let.stop-step", "2", base=base))
 
 
