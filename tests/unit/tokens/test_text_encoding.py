@@ -49,9 +49,6 @@ def test_a_normaliser_makes_tokens_of_what_it_has_read():
 
 def test_tokens_of_the_same_bytes():
     assert match_bytes([None, b"a", b"b", b"c"], [b"b", b"a", None, b"b"]).tolist() == [-1, 1, 3, -1]
-
-
-def test_the_same_tokenizers_tokens_are_themselves():
     for make in kinds.KINDS.values():
         tokens = Tokens(make())
         same = match_bytes(tokens.bytes, tokens.bytes)
