@@ -1,31 +1,39 @@
 """`python -m let_plugin.bench.child REQUEST.json`: one run of let-train in a process of its own, measured from outside.
 
-REQUEST.json is a `processes.Request`. Rank 0 writes the result.
+REQUEST.json has `argv`, the arguments of let-train; `out`, the file for the result, which rank 0 writes; the `settings`
+of the measuring class, none for a convergence suite; and, where they differ from the configuration, `num_blocks` and
+`test`, see `adapt`.
 """
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from let_plugin import train
-from let_plugin.bench.processes import Request
 
 if TYPE_CHECKING:
     from torchtitan.trainer import Trainer
 
 
 def main(argv: list[str]) -> None:
-    request = Request(**json.loads(Path(argv[0]).read_text()))
+    request = json.loads(Path(argv[0]).read_text())
     train.main(
-        list(request.argv),
-        on_loaded=lambda config: adapt(config, request.num_blocks, request.test),
-        on_built=lambda trainer: _watch(trainer, request),
+        request["argv"],
+        on_loaded=lambda config: adapt(config, request.get("num_blocks"), request.get("test")),
+        on_built=lambda trainer: _watch(trainer, request["out"], request["settings"]),
     )
 
 
-def adapt(config: "Trainer.Config", num_blocks: int | None, test: Any) -> None:
-    """Changes the configuration where let-train has no option for it: see `Request`. In place."""
+def adapt(config: "Trainer.Config", num_blocks: int | None, test: Sequence[str] | None) -> None:
+    """Changes the configuration where let-train has no option for it. In place.
+
+    Args:
+        config: Of the run.
+        num_blocks: Train only the first blocks of the student; None: all.
+        test: (dataset, path) of a test split to evaluate as well; None: what the configuration says.
+    """
     if num_blocks is not None:
         from let_plugin.bench.converge import stacking
 
@@ -36,15 +44,15 @@ def adapt(config: "Trainer.Config", num_blocks: int | None, test: Any) -> None:
         add_test_split(config, *test)
 
 
-def _watch(trainer: "Trainer", request: Request) -> None:
-    if request.measure == "throughput":
+def _watch(trainer: "Trainer", out: str, settings: dict[str, Any]) -> None:
+    if settings:
         from let_plugin.bench.throughput.measure import Watch
 
-        Watch(trainer, request.out, **request.settings).start()
+        Watch(trainer, out, **settings).start()
     else:
         from let_plugin.bench.converge.observe import Observer
 
-        Observer(trainer, request.out).start()
+        Observer(trainer, out).start()
 
 
 if __name__ == "__main__":

@@ -2,8 +2,11 @@
 
 import argparse
 import logging
+import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from let_plugin.bench.rows import command_line
 from let_plugin.config import load as toml_config
@@ -57,7 +60,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     for suite, name in ((throughput, "throughput"), (converge, "converge")):
         out = Path("outputs/bench")
         suite.add_argument("config", type=Path, metavar="CONFIG.toml")
-        suite.add_argument("--processes", type=int, default=1, help="processes of a run, by torchrun (1)")
+        suite.add_argument("--processes", type=_integer(1), default=1, help="processes of a run, by torchrun (1)")
         suite.add_argument("--out", type=Path, default=out / f"{name}.jsonl", help="file of rows")
         suite.add_argument("--work-dir", type=Path, default=out / name, help="for logs and what runs write")
     table = command("table", "the tables of rows that are there", "Prints the tables of rows, as their suites do.")
@@ -69,11 +72,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     plot.add_argument("--out", type=Path, required=True, metavar="FILE", help=".html, .png or .svg")
     for reader in (table, report):
         reader.add_argument("rows", type=Path, nargs="+", metavar="ROWS.jsonl")
-    export = command(
-        "export",
-        "a checkpoint as a folder that transformers opens",
-        f"Exports a checkpoint to Hugging Face's format, for lm-eval and others. {_OF_LET_TRAIN}",
-    )
+    description = f"Exports a checkpoint to Hugging Face's format, for lm-eval and others. {_OF_LET_TRAIN}"
+    export = command("export", "a checkpoint as a folder that transformers opens", description)
     export.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a torchtitan checkpoint (.../step-N)")
     export.add_argument("--config", type=Path, required=True, metavar="CONFIG.toml", help="what it was trained with")
     export.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new folder for the model")
@@ -84,22 +84,25 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _add_throughput(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+    add, share = parser.add_argument, _number("a percentage above 0, at most 100", lambda value: 0 < value <= 100)
+    cases = ("plain", "active", "stopped", "features", "rkd", "control")
     help_ = "beside plain: active, stopped, features, rkd, control (active stopped)"
-    add("--cases", nargs="+", default=["active", "stopped"], metavar="CASE", help=help_)
-    add("--pairs", type=int, default=7, help="how often each case is measured (7)")
-    add("--steps", type=int, default=8, help="measured steps of a run, after 4 that are not (8)")
+    add("--cases", nargs="+", default=["active", "stopped"], choices=cases, metavar="CASE", help=help_)
+    # Without a spread there is no interval: two of each.
+    add("--pairs", type=_integer(2), default=7, help="how often each case is measured (7)")
+    add("--steps", type=_integer(2), default=8, help="measured steps of a run, after 4 that are not (8)")
     help_ = "random teachers of P %% of the student's size, instead of the configured one"
-    add("--teacher-share", type=float, nargs="+", default=[], metavar="P", help=help_)
-    add("--batch-sizes", type=int, nargs="+", default=[], metavar="B", help="local batch sizes")
-    add("--seq-lens", type=int, nargs="+", default=[], metavar="L", help="sequence lengths")
+    add("--teacher-share", type=share, nargs="+", action=_Unique, default=[], metavar="P", help=help_)
+    sizes: dict[str, Any] = {"type": _integer(1), "nargs": "+", "action": _Unique, "default": []}
+    add("--batch-sizes", metavar="B", help="local batch sizes", **sizes)
+    add("--seq-lens", metavar="L", help="sequence lengths", **sizes)
     add("--profile", action="store_true", help="one more run per case: where the overhead goes")
     help_ = "the cases make their steps in turn: for noisy machines, with memory for all of them at once"
     add("--interleave", action="store_true", help=help_)
 
 
 def _add_converge(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+    add, weight = parser.add_argument, _number("a number above 0", lambda value: 0 < value < math.inf)
     methods = ["let", "rkd", "salt", "labels", "random_teacher", "shuffled_targets"]
     help_ = (
         "beside standard: let, rkd, salt, labels, random_teacher, shuffled_targets, gstack, miniplm, or of "
@@ -108,17 +111,43 @@ def _add_converge(parser: argparse.ArgumentParser) -> None:
     )
     add("--methods", nargs="+", default=methods, metavar="M", help=help_)
     add("--methods-file", type=Path, metavar="FILE.toml", help="methods as NAME = [options of let-train]")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], metavar="S", help="of the results (0 1 2 3 4)")
+    seeds: dict[str, Any] = {"type": _integer(0), "nargs": "+", "action": _Unique, "metavar": "S"}
+    add("--seeds", default=[0, 1, 2, 3, 4], help="of the results (0 1 2 3 4)", **seeds)
+    add("--tuning-seeds", help="of the runs that choose (the one after --seeds)", **seeds)
     help_ = "an option of let-train and values to choose from for each method; several: all combinations"
     add("--grid", nargs="+", action="append", default=[], metavar=("KEY", "VALUE"), help=help_)
-    add("--weights", type=float, nargs="+", default=[], metavar="W", help="the same as --grid let.weight W ...")
-    help_ = "of the runs that choose (the one after --seeds)"
-    add("--tuning-seeds", type=int, nargs="+", metavar="S", help=help_)
+    help_ = "the same as --grid let.weight W ..."
+    add("--weights", type=weight, nargs="+", action=_Unique, default=[], metavar="W", help=help_)
     add("--test-dataset", default="", metavar="NAME", help="dataset that the result is read on")
     add("--test-path", default="", metavar="PATH", help="its files, if the name does not say so")
     add("--selected-text", type=Path, metavar="FILE", help="of miniplm: see its data_selection")
-    add("--gstack-blocks", type=int, metavar="N", help="of gstack: blocks of the shallow model")
-    add("--gstack-steps", type=int, metavar="N", help="of gstack: steps of the shallow model")
+    add("--gstack-blocks", type=_integer(1), metavar="N", help="of gstack: blocks of the shallow model")
+    add("--gstack-steps", type=_integer(1), metavar="N", help="of gstack: steps of the shallow model")
+
+
+class _Unique(argparse.Action):
+    """A list without what is given twice."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, list(dict.fromkeys(values)))
+
+
+def _number(expected: str, is_right: Callable[[Any], bool], make: Callable[[str], Any] = float) -> Callable[[str], Any]:
+    """An argument that is a number for which `is_right` holds."""
+
+    def parse(text: str) -> Any:
+        try:
+            if is_right(value := make(text)):
+                return value
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"expected {expected}, not {text}")
+
+    return parse
+
+
+def _integer(least: int) -> Callable[[str], int]:
+    return _number(f"an integer, at least {least}", lambda value: value >= least, int)
 
 
 def _show(args: argparse.Namespace, others: list[str]) -> None:
@@ -150,22 +179,18 @@ def _of_configuration(args: argparse.Namespace, options: list[str], command: str
 
     from torchtitan.tools.logging import logger
 
-    from let_plugin.bench import export_hf
-    from let_plugin.bench.converge import plan
+    from let_plugin.bench import export_hf, processes
     from let_plugin.bench.converge import run as converge
-    from let_plugin.bench.processes import RunFailedError
     from let_plugin.bench.throughput import suite as throughput
 
     logger.setLevel(logging.ERROR)  # torchtitan's remarks on each of many configurations
     if args.command == "export":
         export_hf.export(toml_config.load(args.config, options).config, args.checkpoint, args.out)
         return f"wrote {args.out}"
+    processes.check_launch(args.out, args.work_dir)
+    suite = throughput if args.command == "throughput" else converge
     try:
-        if args.command == "throughput":
-            throughput.check(args)
-            return throughput.run(args, options, command)
-        plan.check(args)
-        return converge.run(args, options, command)
-    except RunFailedError as error:
+        return suite.run(args, options, command)
+    except processes.RunFailedError as error:
         print(f"{_PROGRAM}: {error}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -29,12 +29,9 @@ _TOKENIZER_FILES = (_TOKENIZER, "tokenizer_config.json", "special_tokens_map.jso
 
 
 def export(config: Trainer.Config, checkpoint: str, out: Path) -> None:
-    """Writes the model of a checkpoint into the folder `out`, in the checkpoint's dtype.
+    """Writes the model of a checkpoint (DCP) into the new folder `out`, in the checkpoint's dtype.
 
-    Args:
-        config: What the checkpoint was trained with; its `hf_assets_path` is the tokenizer.
-        checkpoint: Folder of a torchtitan checkpoint (DCP), of which the model is read.
-        out: A folder that is empty or not there yet.
+    `config` is what the checkpoint was trained with; its `hf_assets_path` is the tokenizer.
 
     Raises:
         ConfigError: If transformers is not installed, the model is of another family, the checkpoint is not of this
@@ -66,13 +63,9 @@ def export(config: Trainer.Config, checkpoint: str, out: Path) -> None:
 
 
 def write(spec: ModelSpec, weights: Mapping[str, torch.Tensor], out: Path, *, check: bool = False) -> None:
-    """Writes a model's config.json and weights. ConfigError if it is of another family.
+    """Writes a model's config.json and state dict into the folder `out`. ConfigError if it is of another family.
 
-    Args:
-        spec: The model.
-        weights: Its state dict.
-        out: Folder.
-        check: Compare the tensors with those of transformers' model first.
+    `check`: compare the tensors with those of transformers' model first.
     """
     from safetensors.torch import save_file
 
@@ -97,13 +90,8 @@ def describe(spec: ModelSpec) -> dict[str, Any]:
         raise ConfigError(Problem("model_spec", message, spec.name))
     attention: Any = model.first_attention
     rope = attention.rope
-    problems = []
     if rope.scaling not in _ROPE_TYPES:
-        problems.append(Problem("model_spec", "its rotary embedding's scaling cannot be exported", rope.scaling))
-    if getattr(attention, "qk_norm", None) is not None:
-        problems.append(Problem("model_spec", "transformers' llama has no norm of queries and keys", spec.flavor))
-    if problems:
-        raise ConfigError(problems)
+        raise ConfigError(Problem("model_spec", "its rotary embedding's scaling cannot be exported", rope.scaling))
     rope_parameters = {"rope_type": _ROPE_TYPES[rope.scaling], "rope_theta": rope.theta}
     if rope.scaling == "llama":
         names = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -140,10 +128,7 @@ def read_checkpoint(
 ) -> dict[str, torch.Tensor]:
     """Tensors out of a torchtitan checkpoint (DCP), in its dtype. ConfigError lists those that are not as expected.
 
-    Args:
-        checkpoint: Its folder.
-        shapes: Name -> shape of what is wanted.
-        source: Name -> its name in the checkpoint.
+    `shapes` has what is wanted, by name; `source` gives the name in the checkpoint.
     """
     try:
         reader = dcp_files.open_checkpoint(checkpoint)

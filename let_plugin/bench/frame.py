@@ -1,17 +1,77 @@
-"""Rows as pandas frames. Each number of a table, a page or a figure is derived here, once."""
+"""Rows as pandas frames. Each number of a table, a page or a figure is derived here, once.
 
+Estimates are of paired measurements: made in turn on one machine, or with one seed.
+"""
+
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean, median
+from typing import NamedTuple
 
 import pandas as pd
 
-from let_plugin.bench import rows, statistics
+from let_plugin.bench import rows
 from let_plugin.bench.rows import BASELINE, CHOICE, CONTROLS, CONVERGE, DIVERGED, PROFILE, THROUGHPUT, Row
-from let_plugin.bench.statistics import Estimate, median, step_at_loss
 from let_plugin.config.errors import ConfigError, Problem
 
 AXES = ("tokens", "flops", "seconds")  # what a curve may be drawn against
+CONFIDENCE = 0.95
+
+
+class Estimate(NamedTuple):
+    """A mean and Student's 95 % confidence interval. The interval is None for fewer than two values."""
+
+    value: float
+    low: float | None
+    high: float | None
+    num: int
+
+    def contains(self, value: float) -> bool:
+        return self.low is not None and self.high is not None and self.low <= value <= self.high
+
+    def text(self, form: str, unit: str = "") -> str:
+        """The value with a unit, and its interval, each in the format `form`."""
+        interval = "" if self.low is None else f" [{self.low:{form}}, {self.high:{form}}]"
+        return f"{self.value:{form}}{unit}{interval}"
+
+
+def mean(values: Sequence[float]) -> Estimate:
+    """The mean of independent values, one per seed for example. ValueError if there are none."""
+    from scipy import stats
+
+    num, center = len(values), fmean(values)
+    if num == 1:
+        return Estimate(center, None, None, num)
+    half = float(stats.sem(values) * stats.t.ppf((1 + CONFIDENCE) / 2, num - 1))
+    return Estimate(center, center - half, center + half, num)
+
+
+def difference(values: Sequence[float], baselines: Sequence[float]) -> Estimate:
+    """The mean of values - baselines over pairs. ValueError if they are not pairs."""
+    return mean([a - b for a, b in zip(values, baselines, strict=True)])
+
+
+def ratio(values: Sequence[float], baselines: Sequence[float]) -> Estimate:
+    """The geometric mean of values / baselines over pairs: the interval is that of the mean logarithm.
+
+    The inverse ratio has the inverse estimate. ValueError if they are not pairs, or a value is not positive.
+    """
+    *estimate, num = difference(*([math.log(value) for value in some] for some in (values, baselines)))
+    return Estimate(*(None if log is None else math.exp(log) for log in estimate), num)
+
+
+def step_at_loss(curve: Sequence[tuple[float, float]], loss: float) -> float | None:
+    """The step at which a curve of (step, loss) first reached `loss`, linearly between points; None if it never did."""
+    previous: tuple[float, float] | None = None
+    for step, value in curve:
+        if value <= loss:
+            if previous is None or value == previous[1]:
+                return float(step)
+            return previous[0] + (step - previous[0]) * (previous[1] - loss) / (previous[1] - value)
+        previous = (step, value)
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +148,9 @@ def costs(own: Sequence[Row]) -> Suite | None:
         first = measured[0]
         plain = rounds[first["baseline"]]
         ratios = [_step_time_ratio(row, base) for row, base in zip(measured, plain, strict=True)]
-        step_time = statistics.ratio(ratios, [1.0] * len(ratios))
+        step_time, steps = ratio(ratios, [1.0] * len(ratios)), first["run_steps"]
+        # As in the preflight report, which imports torchtitan: a table shall not wait for that. None: it never pays.
+        affordable_steps = steps - (step_time.value - 1) * first["stop_step"]
         line = {
             "label": label,
             "case": first["case"],
@@ -100,11 +162,11 @@ def costs(own: Sequence[Row]) -> Suite | None:
             "step_time": step_time,
             "flop_bound": 1 + first["flop_bound"],
             "memory_bound": first["memory_bound_bytes"],
-            "break_even": _break_even(first["run_steps"], first["stop_step"], step_time.value - 1),
+            "break_even": steps / affordable_steps if affordable_steps > 0 else None,
         }
         for kind in first["peak_memory_bytes"]:
             peaks, plain_peaks = ([row["peak_memory_bytes"][kind] for row in some] for some in (measured, plain))
-            line |= {kind: median(peaks), f"{kind} / plain": statistics.ratio(peaks, plain_peaks)}
+            line |= {kind: median(peaks), f"{kind} / plain": ratio(peaks, plain_peaks)}
             line.setdefault("more_memory", median(peaks) - median(plain_peaks))
         lines.append(line)
     if not lines:
@@ -133,13 +195,13 @@ def gains(own: Sequence[Row]) -> Suite | None:
     losses = {label: [row["final_test_loss"] for row in runs] for label, runs in seeds.items()}
     lines = []
     for label, runs in seeds.items():
-        line = {"label": label, "loss": statistics.mean(losses[label]), "preparation": runs[0]["preparation"]}
-        line["difference"] = statistics.difference(losses[label], losses[BASELINE])
+        line = {"label": label, "loss": mean(losses[label]), "preparation": runs[0]["preparation"]}
+        line["difference"] = difference(losses[label], losses[BASELINE])
         for axis in AXES:
             pairs = zip(seeds[BASELINE], runs, losses[BASELINE], strict=True)
             reached = [(_cost_of(base, loss, axis), _cost_of(run, loss, axis)) for base, run, loss in pairs]
             missed = sum(own is None for _, own in reached)
-            speed_up = None if missed else statistics.ratio(*zip(*reached, strict=True))
+            speed_up = None if missed else ratio(*zip(*reached, strict=True))
             line |= {f"{axis}_missed": missed, f"{axis}_ratio": speed_up}
             line[axis] = sum(row["curve"][axis][-1] for row in runs) / len(runs)
         peaks = runs[0]["peak_memory_bytes"]
@@ -165,7 +227,7 @@ def gains(own: Sequence[Row]) -> Suite | None:
         rows=used,
         choices=list({row["method"]: row for row in own if row["kind"] == CHOICE}.values()),
         diverged=diverged,
-        comparisons=[(a, b, statistics.difference(losses[a], losses[b])) for a, b in compared],
+        comparisons=[(a, b, difference(losses[a], losses[b])) for a, b in compared],
     )
 
 
@@ -175,7 +237,7 @@ def curves(suite: Suite) -> pd.DataFrame:
     for label in suite.frame.index:
         runs = [pd.DataFrame(row["curve"]).set_index("step") for row in suite.rows if row["label"] == label]
         for step, at_step in pd.concat(runs).groupby(level=0):
-            loss = statistics.mean(at_step["test_loss"])
+            loss = mean(at_step["test_loss"])
             costs = at_step[list(AXES)].mean()
             lines.append(
                 {"label": label, "step": step, **costs, "loss": loss.value, "low": loss.low, "high": loss.high}
@@ -193,7 +255,7 @@ def slope(suite: Suite) -> Estimate | None:
     active = suite.frame[suite.frame["case"] == "active"]
     if active["share"].nunique() < 3 or active["share"].duplicated().any():
         return None
-    return statistics.mean([stats.linregress(active["share"], ys).slope for ys in zip(*active["ratios"], strict=True)])
+    return mean([stats.linregress(active["share"], ys).slope for ys in zip(*active["ratios"], strict=True)])
 
 
 def _complete(found: Sequence[Row], index: str) -> dict[str, list[Row]]:
@@ -210,12 +272,6 @@ def _step_time_ratio(row: Row, plain: Row) -> float:
     if row.get("interleaved") and plain.get("interleaved"):
         return median([own / base for own, base in zip(row["values"], plain["values"], strict=True)])
     return median(row["values"]) / median(plain["values"])
-
-
-def _break_even(steps: int, stop_step: int, overhead: float) -> float | None:
-    """As in the preflight report, which imports torchtitan: a table shall not wait for that. None: it never pays."""
-    affordable_steps = steps - overhead * stop_step
-    return steps / affordable_steps if affordable_steps > 0 else None
 
 
 def _cost_of(row: Row, loss: float, axis: str) -> float | None:

@@ -8,11 +8,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from let_plugin.config.errors import Problem
+from let_plugin.config.errors import ConfigError, Problem
 
 # What torchrun and host.set_up put into the environment: a run gets its own.
 _JOB_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -25,27 +24,6 @@ _GRACE_SECONDS, _GRACE_SECONDS_TORCHRUN = 10.0, 40.0
 
 class RunFailedError(RuntimeError):
     """A run failed. The message has the last lines of its log, and where the log is."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """One run of let-train that `child.main` makes and measures. All values are JSON.
-
-    Attributes:
-        measure: What to measure: "throughput" or "convergence".
-        argv: The arguments of let-train: a TOML file and options.
-        out: File for the result, as JSON. The log and the request lie beside it.
-        settings: Further arguments of the measuring class.
-        num_blocks: Train only the first blocks of the student; None: all.
-        test: (dataset, path) of the test split; None: what the configuration says.
-    """
-
-    measure: str
-    argv: Sequence[str]
-    out: str
-    settings: Mapping[str, Any]
-    num_blocks: int | None = None
-    test: Sequence[str] | None = None
 
 
 class Running:
@@ -80,12 +58,11 @@ class Running:
             )
 
     @classmethod
-    def of(cls, request: Request, *, what: str, num_processes: int) -> "Running":
-        """A run of let-train that is measured (see `Request`)."""
-        out = Path(request.out)
+    def of(cls, request: Mapping[str, Any], out: Path, *, what: str, num_processes: int) -> "Running":
+        """A run of let-train that is measured; for `request` see `child`."""
         out.parent.mkdir(parents=True, exist_ok=True)
         file = out.with_suffix(".request.json")
-        file.write_text(json.dumps(asdict(request)))
+        file.write_text(json.dumps({"out": str(out), **request}))
         return cls("let_plugin.bench.child", [str(file)], out, what=what, num_processes=num_processes)
 
     def check(self) -> None:
@@ -126,15 +103,16 @@ class Running:
         raise RunFailedError(f"{self._what!r} {how}\n{last_lines}\nall of it: {self._log}")
 
 
-def launch_problems(out: Path, work: Path) -> list[Problem]:
-    """What is wrong with where a suite writes (--out, --work-dir), and with where it was started."""
+def check_launch(out: Path, work: Path) -> None:
+    """ConfigError for what is wrong with where a suite writes (--out, --work-dir), and with where it was started."""
     problems = []
     for option, path in (("--out", out), ("--work-dir", work)):
         if path.exists() and path.is_dir() != (option == "--work-dir"):
             problems.append(Problem(option, "a folder; expected a file" if path.is_dir() else "a file", str(path)))
     if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         problems.append(Problem("--processes", "started under torchrun; start let-bench alone, and it starts them"))
-    return problems
+    if problems:
+        raise ConfigError(problems)
 
 
 def slug(label: str) -> str:
@@ -143,30 +121,23 @@ def slug(label: str) -> str:
 
 
 class Progress:
-    """Prints what is done and how long the rest will take: each run as long as the last one of its label.
+    """Prints what is done and how long the rest will take: each run as long as those before it on average.
 
-    Args:
-        labels: The runs to come, in order.
+    `num_left`: how many runs are to come; it may be set anew.
     """
 
-    def __init__(self, labels: Sequence[str]) -> None:
-        self._left = list(labels)
-        self._num = len(labels)
-        self._seconds: dict[str, float] = {}
-        self._started = time.monotonic()
+    def __init__(self, num_left: int) -> None:
+        self.num_left = num_left
+        self._num_done = 0
+        self._started = self._last = time.monotonic()
 
-    def expect(self, labels: Sequence[str]) -> None:
-        """Replaces the list of the runs to come."""
-        self._num += len(labels) - len(self._left)
-        self._left = list(labels)
-
-    def after(self, message: str, num_more: int = 0) -> None:
-        """The next run has ended, and `num_more` that ran beside it and share its time."""
+    def after(self, message: str) -> None:
+        """The next run has ended."""
         now = time.monotonic()
-        took = (now - self._started) / (1 + num_more)
-        self._started += took
-        self._seconds[self._left.pop(0)] = took
-        average = sum(self._seconds.values()) / len(self._seconds)
-        left = round(sum(self._seconds.get(label, average) for label in self._left))
+        self.num_left -= 1
+        self._num_done += 1
+        left = round((now - self._started) / self._num_done * self.num_left)
         eta = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
-        print(f"[{self._num - len(self._left)}/{self._num}] {message} ({took:.0f} s; {eta} left)", flush=True)
+        done = f"[{self._num_done}/{self._num_done + self.num_left}]"
+        print(f"{done} {message} ({now - self._last:.0f} s; {eta} left)", flush=True)
+        self._last = now

@@ -12,12 +12,13 @@ import shlex
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import let_plugin
-from let_plugin.bench.statistics import quantiles
 from let_plugin.config.errors import ConfigError, Problem
 
 Row = Mapping[str, Any]
@@ -58,7 +59,7 @@ def provenance() -> dict[str, Any]:
         "dirty": dirty,
         "code": code and code[:12],
         "device": f"{platform.machine()} {platform.system()}, {os.cpu_count()} cores",
-        "versions": {name: v for name in _DISTRIBUTIONS if (v := _version(name)) is not None},
+        "versions": {name: version(name) for name in _DISTRIBUTIONS if any(distributions(name=name))},
     }
 
 
@@ -97,14 +98,15 @@ def row(
         config: The run's full effective configuration as TOML.
         seed: Its seed; None if it was not fixed.
         unit: Unit of the values.
-        values: The raw measurements, finite, at least one.
+        values: The raw measurements, finite, at least one. ValueError for others.
         origin: `provenance()`, taken before the run.
         details: Fields of this kind of row.
     """
     if not values or not all(map(math.isfinite, values)):
         raise ValueError(f"expected finite numbers, at least one: {values}")
     fields = {"kind": kind, "command": command, **origin, "config": without_checkout(config), "seed": seed}
-    return {**fields, "unit": unit, "quantiles": quantiles(values), "values": list(values), **details}
+    quantiles = {f"{p:g}": float(np.quantile(values, p)) for p in (0, 0.25, 0.5, 0.75, 1)}
+    return {**fields, "unit": unit, "quantiles": quantiles, "values": list(values), **details}
 
 
 def append(path: Path, new: Mapping[str, Any]) -> None:
@@ -140,15 +142,6 @@ def read(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def complete_rounds(found: Sequence[Row], suite: str, labels: Sequence[str]) -> list[int]:
-    """Numbers of a throughput suite's rounds in which every label has been measured, in order."""
-    measured: dict[int, set[str]] = {}
-    for row in found:
-        if row["kind"] == THROUGHPUT and row.get("suite") == suite:
-            measured.setdefault(row["pair"], set()).add(row["label"])
-    return sorted(number for number, have in measured.items() if have >= set(labels))
-
-
 def _git(folder: Path, *args: str) -> str | None:
     """What git prints; None if it fails or is not there."""
     try:
@@ -156,10 +149,3 @@ def _git(folder: Path, *args: str) -> str | None:
     except FileNotFoundError:
         return None
     return result.stdout.strip() if result.returncode == 0 else None
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

@@ -29,23 +29,13 @@ QUIET = (
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run of a suite.
-
-    Attributes:
-        label: Its name in the suite.
-        argv: The arguments of let-train.
-        config: The full effective configuration, as TOML.
-        settings: What is measured, for the process that runs it: see `processes.Request`.
-        num_blocks: Train only the first blocks of the student; None: all.
-        details: What its rows say besides.
-    """
+    """A run of a suite."""
 
     label: str
-    argv: Sequence[str]
-    config: str
-    settings: Mapping[str, Any]
-    num_blocks: int | None = None
-    details: Mapping[str, Any]
+    argv: Sequence[str]  # of let-train
+    config: str  # the full effective configuration, as TOML
+    settings: Mapping[str, Any]  # of the class that measures it
+    details: Mapping[str, Any]  # what its rows say besides
 
     def id(self, origin: Mapping[str, Any], *more: Any) -> str:
         """The same for the same run of the same code on the same device. `more`: what else must be the same."""
@@ -54,10 +44,8 @@ class Run:
     def row(self, kind: str, origin: Mapping[str, Any], command: str, unit: str, values: Any, **more: Any) -> Any:
         """A row of what it has measured (see `rows.row`)."""
         own: dict[str, Any] = {"label": self.label, "let_train": rows.command_line("let-train", self.argv)}
-        seed = self.details["seed"]
-        fields = {"command": command, "config": self.config, "seed": seed, "unit": unit, "values": values}
-        details = {key: value for key, value in self.details.items() if key != "seed"}
-        return rows.row(kind, origin=origin, **fields, **own, **details, **more)
+        fields = {"command": command, "config": self.config, "unit": unit, "values": values, "origin": origin}
+        return rows.row(kind, **fields, **own, **self.details, **more)
 
 
 class Setup:
@@ -68,20 +56,17 @@ class Setup:
         options: The user's options of let-train, as on the command line.
         num_processes: Processes of each run.
         test: (dataset, path) of a test split to evaluate as well; None: what the configuration says.
-
-    Attributes:
-        dims: The parallel dimensions of the runs, once `check` has passed.
     """
 
     def __init__(self, toml: Path, options: Sequence[str], num_processes: int, test: Sequence[str] | None = None):
         self._toml = toml
         self._options = options
         self._num_processes = num_processes
-        self._test = test
+        self.test = test
         os.environ["WORLD_SIZE"] = str(num_processes)  # of the runs, which the checks are for
 
-    @property
     def dims(self) -> ParallelDims:
+        """The parallel dimensions of the runs, once `check` has passed."""
         return ParallelDims.from_config(self.load([]).config.parallelism, self._num_processes)
 
     def argv(self, options: Sequence[str]) -> list[str]:
@@ -95,7 +80,7 @@ class Setup:
     def load(self, options: Sequence[str], num_blocks: int | None = None) -> Loaded:
         """The configuration of such a run. ConfigError for mistakes in it."""
         loaded = toml_config.load(self._toml, self.argv(options)[1:])
-        child.adapt(loaded.config, num_blocks, self._test)
+        child.adapt(loaded.config, num_blocks, self.test)
         return loaded
 
     def check(self, variants: Sequence[Sequence[str]]) -> None:
@@ -104,7 +89,7 @@ class Setup:
         for options in variants:
             try:
                 loaded = self.resolve(options)
-                child.adapt(loaded.config, None, self._test)
+                child.adapt(loaded.config, None, self.test)
                 loaded.apply(preflight.run)
             except ConfigError as error:
                 problems += [problem for problem in error.problems if problem not in problems]

@@ -2,16 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
 import pandas as pd
 
 from let_plugin.bench import frame
-from let_plugin.bench.frame import AXES, Suite
+from let_plugin.bench.frame import Suite
 from let_plugin.bench.rows import BASELINE, THROUGHPUT, Row
-from let_plugin.bench.statistics import median
 
 MIB = 2**20
-_AXIS_NAMES = {"tokens": "tokens", "flops": "FLOPs", "seconds": "seconds"}
 
 
 def text(files: Sequence[Path], suite: str | None = None) -> str:
@@ -37,8 +36,8 @@ def lines(cells: pd.DataFrame) -> str:
 
 def table(suite: Suite) -> pd.DataFrame:
     """The suite's results as cells of text, for the console and the page."""
-    cells = [_cost_cells(line) if suite.kind == THROUGHPUT else _gain_cells(line, suite) for line in _lines(suite)]
-    first = "case" if suite.kind == THROUGHPUT else "method"
+    make, first = (_cost_cells, "case") if suite.kind == THROUGHPUT else (_gain_cells, "method")
+    cells = [make(line) for _, line in suite.frame.iterrows()]
     return pd.DataFrame(cells, index=suite.frame.index.rename(None)).rename_axis(columns=first)
 
 
@@ -133,10 +132,6 @@ def profile_table(row: Row) -> tuple[str, pd.DataFrame]:
     return caption, pd.DataFrame(cells, index=list(parts)).rename_axis(columns="part")
 
 
-def _lines(suite: Suite) -> list[pd.Series]:
-    return [line for _, line in suite.frame.iterrows()]
-
-
 def _cost_cells(line: pd.Series) -> dict[str, str]:
     cells = {
         "tokens/s": f"{line['tokens_per_second']:,.0f}",
@@ -157,19 +152,17 @@ def _cost_cells(line: pd.Series) -> dict[str, str]:
     return cells | {"break-even": pays if line["flop_bound"] > 1 else ""}
 
 
-def _gain_cells(line: pd.Series, suite: Suite) -> dict[str, str]:
+def _gain_cells(line: pd.Series) -> dict[str, str]:
     is_baseline = line.name == BASELINE
     cells = {"test loss": f"{line['loss'].value:.4f}"}
     cells[f"less {BASELINE}"] = "" if is_baseline else line["difference"].text("+.4f")
-    for axis in AXES:
-        cells[f"speed-up, {_AXIS_NAMES[axis]}"] = "1" if is_baseline else speed_up(line, axis)
+    for axis, name in (("tokens", "tokens"), ("flops", "FLOPs"), ("seconds", "seconds")):
+        cells[f"speed-up, {name}"] = "1" if is_baseline else _speed_up(line, axis)
     cells |= {"FLOPs": f"{line['flops']:.3g}", "seconds": f"{line['seconds']:,.0f}"}
-    return cells | {f"{suite.frame['memory_kind'].iloc[0]} MiB": f"{line['memory'] / MIB:,.0f}"}
+    return cells | {f"{line['memory_kind']} MiB": f"{line['memory'] / MIB:,.0f}"}
 
 
-def speed_up(line: pd.Series, axis: str) -> str:
+def _speed_up(line: pd.Series, axis: str) -> str:
     if line[f"{axis}_missed"]:
         return f"not reached by {line[f'{axis}_missed']} of {line['loss'].num}"
-    estimate = line[f"{axis}_ratio"]
-    interval = "" if estimate.low is None else f" [{estimate.low:.3f}, {estimate.high:.3f}]"
-    return f"{estimate.value:.3f}x{interval}"
+    return line[f"{axis}_ratio"].text(".3f", unit="x")

@@ -4,9 +4,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from let_plugin.bench.statistics import median, step_at_loss
+from let_plugin.bench.frame import step_at_loss
 
 VALIDATION_LOSS = "validation_metrics/loss"
 TOKENS_PER_SECOND = "throughput(tps)"

@@ -22,7 +22,10 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
+from statistics import fmean
 from typing import IO, Any
 
 from let_plugin.config import TeacherConfig
@@ -47,13 +50,9 @@ def read_costs(out: Path) -> dict[str, Any]:
 
 
 def select(config: Any, reference: TeacherConfig, out: Path, keep: float) -> dict[str, Any]:
-    """Scores the documents, and writes those that are kept to `out`.
+    """Scores the documents, writes those that are kept to `out`, and what it took beside it.
 
-    Returns:
-        What it took, which is written beside `out`.
-
-    Raises:
-        ConfigError: Before any model is loaded, for what is wrong with the files; then for weights that are.
+    ConfigError before any model is loaded, for what is wrong with the files; then for weights that are.
     """
     from let_plugin.teacher.open import open_teacher
 
@@ -64,22 +63,21 @@ def select(config: Any, reference: TeacherConfig, out: Path, keep: float) -> dic
     for key, source in sources.items():
         _check_vocabulary(tokenizer, source, models[key], key)
     started = time.perf_counter()
-    means: dict[str, list[float]] = {}
+    means: list[list[float]] = []  # of the teacher, then of the reference
     flops = num_tokens = 0
-    for key, source in sources.items():
+    for source in sources.values():
         losses = _losses(config, tokenizer, source)
         num_tokens += sum(count for _, count in losses)
         flops += 2 * source.info.num_language_model_params * sum(count for _, count in losses)
-        means[key] = [loss / max(count, 1) for loss, count in losses]
-    scores = [own - teacher for teacher, own in zip(means["let.teacher"], means["--reference"], strict=True)]
+        means.append([loss / max(count, 1) for loss, count in losses])
+    scores = [reference - teacher for teacher, reference in zip(*means, strict=True)]
     if not scores:
         raise ConfigError(Problem("dataloader.dataset", "there are no documents", config.dataloader.dataset))
     numbers = kept(scores, keep)
-    wanted = set(numbers)
     out.parent.mkdir(parents=True, exist_ok=True)
     with _OPENERS[out.suffix](out, "wt", encoding="utf-8") as file:
         for number, text in enumerate(_texts(config)):
-            if number in wanted:
+            if number in numbers:
                 file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
     costs = {
         "flops": float(flops),
@@ -88,8 +86,7 @@ def select(config: Any, reference: TeacherConfig, out: Path, keep: float) -> dic
         "documents": len(scores),
         "kept": len(numbers),
         "lowest_score_kept": min(scores[number] for number in numbers),
-        "mean_teacher_nll": sum(means["let.teacher"]) / len(scores),
-        "mean_reference_nll": sum(means["--reference"]) / len(scores),
+        **{f"mean_{name}_nll": fmean(own) for name, own in zip(("teacher", "reference"), means, strict=True)},
         "teacher": sources["let.teacher"].info.description,
         "reference": sources["--reference"].info.description,
     }
@@ -103,60 +100,39 @@ def document_losses(
     """(sum of the cross-entropy in nats, number of tokens predicted) of each document, in order.
 
     A document longer than `seq_len` is cut, as torchtitan's data loader cuts it: each part is predicted from itself
-    alone, and the first token of the document is not predicted.
-
-    Args:
-        model: A `LanguageModel` on `device`.
-        documents: Token ids.
-        seq_len: Longest row.
-        vocab_size: Of the model.
-        device: Where it is.
+    alone, and the first token of the document is not predicted. `model` is a `LanguageModel` on `device`.
     """
     import torch
+    from torch.nn.utils.rnn import pad_sequence
     from torchtitan.components.loss import IGNORE_INDEX
 
     from let_plugin.teacher.language_model import row_loss_sums
 
-    max_rows = max(1, _BATCH_TOKENS // seq_len)
-    rows: list[tuple[Sequence[int], Sequence[int]]] = []
-    num_rows: list[int] = []  # of each document
+    def part_losses() -> Iterator[tuple[int, list[float]]]:
+        """(number of the document, [loss, number of tokens]) of each part of a document."""
+        parts = (
+            (number, torch.tensor(document[start : start + seq_len + 1], dtype=torch.int64))
+            for number, document in enumerate(documents)
+            for start in range(0, max(len(document) - 1, 1), seq_len)
+        )
+        while batch := list(islice(parts, max(1, _BATCH_TOKENS // seq_len))):
+            # Causal: what stands behind a row's end changes nothing before it.
+            tokens_BL = pad_sequence([ids[:-1] for _, ids in batch], batch_first=True)
+            labels_BL = pad_sequence([ids[1:] for _, ids in batch], batch_first=True, padding_value=IGNORE_INDEX)
+            sums_B2 = torch.zeros(len(batch), 2)
+            if tokens_BL.shape[1] > 0:
+                given = (tokens_BL.to(device), None, labels_BL.to(device))
+                sums_B2 = row_loss_sums(model, *given, vocab_size=vocab_size)
+            yield from zip((number for number, _ in batch), sums_B2.tolist(), strict=True)
 
-    def flush() -> Iterator[tuple[float, int]]:
-        length = max((len(tokens) for tokens, _ in rows), default=0)
-        # Causal: what stands behind a row's end changes nothing before it.
-        tokens_BL = torch.zeros(len(rows), length, dtype=torch.int64)
-        labels_BL = torch.full((len(rows), length), IGNORE_INDEX)
-        for i, (tokens, labels) in enumerate(rows):
-            tokens_BL[i, : len(tokens)] = torch.tensor(tokens)
-            labels_BL[i, : len(labels)] = torch.tensor(labels)
-        sums_B2 = torch.zeros(len(rows), 2, dtype=torch.float64)
-        for start in range(0, len(rows), max_rows):
-            part = slice(start, start + max_rows)
-            given = (tokens_BL[part].to(device), None, labels_BL[part].to(device))
-            sums_B2[part] = row_loss_sums(model, *given, vocab_size=vocab_size).cpu()
-        for sums_N2 in sums_B2.split(num_rows):
-            loss, num_tokens = sums_N2.sum(dim=0).tolist()
-            yield loss, int(num_tokens)
-        rows.clear()
-        num_rows.clear()
-
-    for document in documents:
-        inputs, labels = document[:-1], document[1:]
-        cuts = range(0, len(inputs), seq_len)
-        rows += [(inputs[cut : cut + seq_len], labels[cut : cut + seq_len]) for cut in cuts]
-        num_rows.append(len(cuts))
-        if len(rows) >= max_rows:
-            yield from flush()
-    yield from flush()
+    for _, group in groupby(part_losses(), key=itemgetter(0)):
+        losses, counts = zip(*(values for _, values in group), strict=True)
+        yield sum(losses), int(sum(counts))
 
 
-def kept(scores: Sequence[float], keep: float) -> list[int]:
-    """Numbers of the documents with the highest scores, a share `keep` of them, at least one, in order.
-
-    Of equal scores the first are kept.
-    """
-    count = max(1, int(keep * len(scores)))
-    return sorted(sorted(range(len(scores)), key=lambda i: -scores[i])[:count])
+def kept(scores: Sequence[float], keep: float) -> set[int]:
+    """Numbers of the documents with the highest scores: a share `keep`, at least one; of equal ones the first."""
+    return set(sorted(range(len(scores)), key=lambda i: -scores[i])[: max(1, int(keep * len(scores)))])
 
 
 def _losses(config: Any, tokenizer: Any, source: Any) -> list[tuple[float, int]]:

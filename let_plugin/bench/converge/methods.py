@@ -36,23 +36,14 @@ Grid = Mapping[str, Sequence[str]]
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A way to train.
-
-    Attributes:
-        name: Its name.
-        options: Options of let-train.
-        defaults: Options before these, which a grid may override.
-        like: The method whose tuned settings it takes; empty: it is tuned by itself.
-        grid: What it is tuned over; None: the grid of the command line.
-        asked: Its name as it was asked for, with a weight (let@0.1).
-    """
+    """A way to train: options of let-train."""
 
     name: str
     options: tuple[str, ...] = ()
-    defaults: tuple[str, ...] = ()
-    like: str = ""
-    grid: Grid | None = field(default=None, hash=False)
-    asked: str = ""
+    defaults: tuple[str, ...] = ()  # before the options, which a grid may override
+    like: str = ""  # the method whose tuned settings it takes; empty: it is tuned by itself
+    grid: Grid | None = field(default=None, hash=False)  # what it is tuned over; None: the grid of the command line
+    asked: str = ""  # its name as it was asked for, with a weight (let@0.1)
 
     def tuned_over(self, grid: Grid) -> dict[str, Sequence[str]]:
         """What of the grid applies: no key that its options set, and no key of LET without LET."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from let_plugin.bench.converge import data_selection, methods
 from let_plugin.bench.converge.methods import WEIGHT, Method
-from let_plugin.bench.processes import launch_problems, slug
+from let_plugin.bench.processes import slug
 from let_plugin.bench.rows import BASELINE
 from let_plugin.bench.runs import QUIET, Run, Setup, active_cost, step_flops
 from let_plugin.config import plan
@@ -38,6 +38,8 @@ class Planner:
 
     def __init__(self, args: argparse.Namespace, options: Sequence[str]) -> None:
         self._args = args
+        if short := [grid for grid in args.grid if len(grid) < 2]:
+            raise ConfigError(Problem("--grid", "give a key and its values", grid) for grid in short)
         self.grid: dict[str, Sequence[str]] = {key.replace("-", "_"): values for key, *values in args.grid}
         if args.weights:
             self.grid[WEIGHT] = [f"{weight:g}" for weight in args.weights]
@@ -45,7 +47,7 @@ class Planner:
         test = (args.test_dataset, args.test_path) if args.test_dataset else None
         self.setup = Setup(args.config, [*options, *QUIET, "--validator.enable"], args.processes, test)
         self._check()
-        self._dims = self.setup.dims
+        self._dims = self.setup.dims()
         self.cell = cache(self._cell)
 
     def tuned(self) -> list[Method]:
@@ -115,7 +117,7 @@ class Planner:
             steps = self._args.gstack_steps
             shallow = Student(self.setup.load(self._options(method), self._args.gstack_blocks).config)
             tokens = tokens_per_step * steps
-            return _prepared("shallow model", step_flops(shallow, tokens), tokens)
+            return {"what": "shallow model", "flops": step_flops(shallow, tokens), "tokens": tokens, "seconds": None}
         if config.let.enable and config.let.target == "teacher" and config.let.teacher.features:
             features = Features(config.let.teacher.features)
             info = features.info
@@ -125,7 +127,7 @@ class Planner:
             length = teacher_seq_len(config, info) if aligned else features.settings["seq_len"]
             tokens = result["num_rows"] * length
             num_params = info.num_params_to(layers) - info.num_embedding_params
-            return _prepared("stored states", 2.0 * num_params * tokens, tokens)
+            return {"what": "stored states", "flops": 2.0 * num_params * tokens, "tokens": tokens, "seconds": None}
         return {"what": "nothing", "flops": 0.0, "tokens": 0, "seconds": 0.0}
 
     def _check(self) -> None:
@@ -137,16 +139,10 @@ class Planner:
         if "let" in names and found != "target = 'teacher', control = 'none'":
             message = f"must be LET itself, which the others are compared with, not {found}"
             problems.append(Problem("let", message))
-        for method in self.methods:
-            if method.name == "gstack":
-                problems += [
-                    Problem(f"--gstack-{name}", "missing; gstack needs it" if value is None else "must be at least 1")
-                    for name, value in (("blocks", self._args.gstack_blocks), ("steps", self._args.gstack_steps))
-                    if value is None or value < 1
-                ]
-            if method.name == "miniplm" and self._args.selected_text is None:
-                message = "missing; miniplm needs it: python -m let_plugin.bench.converge.data_selection makes it"
-                problems.append(Problem("--selected-text", message))
+        needed = {"gstack": ("gstack_blocks", "gstack_steps"), "miniplm": ("selected_text",)}
+        for name in names & needed.keys():
+            absent = [f"--{key.replace('_', '-')}" for key in needed[name] if getattr(self._args, key) is None]
+            problems += [Problem(option, f"missing; {name} needs it: see benchmarks/README.md") for option in absent]
         if problems:
             raise ConfigError(problems)
         for method in self.methods:
@@ -159,27 +155,6 @@ class Planner:
             own = method.tuned_over(self.grid)
             cells += [(method, ((key, value),)) for key, values in own.items() for value in values]
         self.setup.check(list(dict.fromkeys(tuple(self._options(*cell)) for cell in cells)))
-
-
-def check(args: argparse.Namespace) -> None:
-    """ConfigError with all that is wrong with the command line itself."""
-    problems: list[Problem] = []
-    try:
-        asked(args)
-    except ConfigError as error:
-        problems += error.problems
-    seeds = (("--seeds", args.seeds), ("--tuning-seeds", args.tuning_seeds))
-    for option, values in (*seeds, ("--weights", args.weights), ("--methods", args.methods)):
-        problems += [Problem(option, "given twice", v) for v in dict.fromkeys(values) if values.count(v) > 1]
-    for option, given in seeds:
-        problems += [Problem(option, "must be at least 0", seed) for seed in given if seed < 0]
-    problems += [Problem("--weights", "must be more than 0", w) for w in args.weights if not 0 < w < math.inf]
-    problems += [Problem("--grid", "give a key and its values", grid) for grid in args.grid if len(grid) < 2]
-    if args.processes < 1:
-        problems.append(Problem("--processes", "must be at least 1", args.processes))
-    problems += launch_problems(args.out, args.work_dir)
-    if problems:
-        raise ConfigError(problems)
 
 
 def split(loader: Any) -> dict[str, Any]:
@@ -223,8 +198,3 @@ def _incomparable(config: Any, args: argparse.Namespace) -> list[Problem]:
         message = "is also the split that choices are made on, validator.dataloader; name another"
         problems.append(Problem("--test-dataset", message, args.test_dataset))
     return problems
-
-
-def _prepared(what: str, flops: float, tokens: int) -> dict[str, Any]:
-    """A preparation whose time is not known, or not yet."""
-    return {"what": what, "flops": flops, "tokens": tokens, "seconds": None}

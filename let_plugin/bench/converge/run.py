@@ -7,25 +7,22 @@ import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from let_plugin.bench import rows, tables
 from let_plugin.bench.converge import stacking
 from let_plugin.bench.converge.methods import WEIGHT, Method
 from let_plugin.bench.converge.plan import Planner, Point
-from let_plugin.bench.processes import Progress, Request, RunFailedError, Running, slug
+from let_plugin.bench.processes import Progress, RunFailedError, Running, slug
 from let_plugin.bench.rows import BASELINE, CHOICE, CONVERGE, DIVERGED
 from let_plugin.bench.runs import Run
 from let_plugin.config import load as toml_config
 
 
 def run(args: argparse.Namespace, options: Sequence[str], command: str) -> str:
-    """Runs what is missing, and returns the table.
+    """Runs what is missing, and returns the table. ConfigError before anything is run.
 
-    Raises:
-        ConfigError: Before anything is run.
-        RunFailedError: If a run fails; what was run before is in the result file.
+    RunFailedError if a run fails; what was run before is in the result file.
     """
     suite = Suite(Planner(args, options), args, command)
     suite.tune()
@@ -48,15 +45,14 @@ class Suite:
         self.id = rows.fingerprint(self._origin, self._common, args.processes)
         self._tuned = {method: planner.points(method) for method in planner.tuned()}
         self._chosen: dict[Method, Point] = {}
-        self._num_results = len(args.seeds) * len(planner.methods)
-        self._progress = Progress([])
+        self._progress = Progress(0)
 
     def tune(self) -> None:
         """Runs the grids, and chooses by the validation split."""
         seeds = self._args.tuning_seeds
         cells = [(method, point) for method, points in self._tuned.items() for point in points]
         runs = {(*cell, seed): self._planner.run(*cell, seed) for seed in seeds for cell in cells}
-        self._run(list(runs.values()), "tuning", [""] * self._num_results)
+        self._run(list(runs.values()), "tuning", len(self._args.seeds) * len(self._planner.methods))
         found = self._found()
         for method, points in self._tuned.items():
             losses = [
@@ -75,24 +71,23 @@ class Suite:
         runs = {self._id(own): own for seed in self._args.seeds for own in (self._planner.run(*c, seed) for c in cells)}
         found = self._found()
         _refuse_without_baseline(found[id_] for id_ in runs if id_ in found)
-        self._run(list(runs.values()), "result", [])
+        self._run(list(runs.values()), "result")
         for own in (self._found()[id_] for id_ in runs):
             if own["role"] != "result":  # it was run to tune, and is a result as well
                 rows.append(self._args.out, own | {"role": "result"})
 
-    def _run(self, runs: Sequence[Run], role: str, later: Sequence[str]) -> None:
+    def _run(self, runs: Sequence[Run], role: str, num_later: int = 0) -> None:
         found = self._found()
         missing = [own for own in runs if self._id(own) not in found]
         if known := len(runs) - len(missing):
             print(f"{self._args.out} has {known} of {len(runs)} {role} runs already", flush=True)
-        self._progress.expect([*(own.details["method"] for own in missing), *later])
+        self._progress.num_left = len(missing) + num_later
         for own in missing:
             origin = rows.provenance()
             if rows.fingerprint(origin, self._common, self._args.processes) != self.id:
                 raise RunFailedError("let_plugin has changed since the suite began: what is run now is other code")
-            result = self._execute(own)
             details = {"suite": self.id, "run": self._id(own), "role": role, "num_processes": self._args.processes}
-            new = row(own, result, origin, self._command, details)
+            new = row(own, self._execute(own), origin, self._command, details)
             rows.append(self._args.out, new)
             _refuse_without_baseline([new])
             text = f"diverged, by step {new['values'][0]}"
@@ -103,39 +98,30 @@ class Suite:
     def _execute(self, own: Run) -> dict[str, Any]:
         """What was observed in a run, and its `preparation`. RunFailedError if it fails."""
         name = f"{slug(own.label)}-seed-{own.details['seed']}"
-        folder, scratch = self._args.work_dir / self.id, self._args.work_dir / "dump" / f"{name}-shallow"
-        # Of a run that was broken off.
-        shutil.rmtree(self._args.work_dir / "dump" / name, ignore_errors=True)
-        shutil.rmtree(scratch, ignore_errors=True)
-        preparation = own.details["preparation"]
+        scratch = (self._args.work_dir / "dump" / f"{name}-shallow").absolute()
+        for left in (self._args.work_dir / "dump" / name, scratch):  # of a run that was broken off
+            shutil.rmtree(left, ignore_errors=True)
+        argv, preparation = own.argv, own.details["preparation"]
         if preparation["what"] == "shallow model":
             steps, blocks = str(self._args.gstack_steps), self._args.gstack_blocks
             saved = ["--checkpoint.enable", "--checkpoint.async_mode", "disabled", "--checkpoint.folder", "saved"]
             saved += ["--training.steps", steps, "--validator.freq", steps, "--dump_folder", str(scratch)]
-            shallow = replace(own, argv=(*own.argv, *saved), num_blocks=blocks)
-            observed = self._observe(shallow, folder / f"{name}-shallow")
+            observed = self._observe([*argv, *saved], f"{name}-shallow", blocks)
             started = time.perf_counter()
-            config = toml_config.load(self._args.config, list(own.argv[1:])).config
-            stacking.grow(config, blocks, str(scratch / "saved" / f"step-{steps}"), scratch.absolute() / "initial")
+            config = toml_config.load(self._args.config, list(argv[1:])).config
+            stacking.grow(config, blocks, str(scratch / "saved" / f"step-{steps}"), scratch / "initial")
             seconds = observed["wall_seconds"] + time.perf_counter() - started
             preparation = preparation | {"seconds": seconds}
-            initial = ["--checkpoint.initial-load-path", str(scratch.absolute() / "initial")]
-            own = replace(own, argv=(*own.argv, "--checkpoint.enable", "--checkpoint.load-only", *initial))
-        result = self._observe(own, folder / name)
+            initial = ["--checkpoint.initial-load-path", str(scratch / "initial")]
+            argv = [*argv, "--checkpoint.enable", "--checkpoint.load-only", *initial]
+        result = self._observe(argv, name)
         shutil.rmtree(scratch, ignore_errors=True)
         return result | {"preparation": preparation}
 
-    def _observe(self, own: Run, stem: Path) -> dict[str, Any]:
-        test = (self._args.test_dataset, self._args.test_path) if self._args.test_dataset else None
-        request = Request(
-            measure="convergence",
-            argv=own.argv,
-            out=str(stem.parent / f"{stem.name}.json"),
-            settings=own.settings,
-            num_blocks=own.num_blocks,
-            test=test,
-        )
-        return Running.of(request, what=stem.name, num_processes=self._args.processes).result()
+    def _observe(self, argv: Sequence[str], name: str, num_blocks: int | None = None) -> dict[str, Any]:
+        request = {"argv": argv, "settings": {}, "num_blocks": num_blocks, "test": self._planner.setup.test}
+        out = self._args.work_dir / self.id / f"{name}.json"
+        return Running.of(request, out, what=name, num_processes=self._args.processes).result()
 
     def _note_choice(self, method: Method, points: Sequence[Point], losses: Sequence[float], best: int) -> None:
         names = [_point_name(point) for point in points]

@@ -30,16 +30,7 @@ def shallow_name(name: str, depth: int) -> str:
 def grow(config: Trainer.Config, depth: int, checkpoint: str, out: Path) -> None:
     """Writes the initial weights of the student that `config` trains into the new folder `out`.
 
-    A run starts from them by `checkpoint.enable = true` and `checkpoint.initial_load_path = "OUT"`.
-
-    Args:
-        config: Of the deep student.
-        depth: Blocks of the shallow model.
-        checkpoint: Folder of a torchtitan checkpoint (DCP) of the shallow model.
-        out: Where to.
-
-    Raises:
-        ConfigError: If the checkpoint is not of a model of that depth and the same widths.
+    `checkpoint` (DCP) is that of a shallow model of `depth` blocks. ConfigError if it has another depth or width.
     """
     assert config.model_spec is not None
     model: Any = config.model_spec.model

@@ -6,6 +6,7 @@ train_configs/paper/ that overlay it, `docs/paper_scale.md` gives reasons for. T
 size and a vocabulary, since the student is trained on its teacher's tokenizer.
 """
 
+from functools import partial
 from typing import Any
 
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
@@ -37,41 +38,6 @@ _7B = {"dim": 4096, "num_layers": 32, "num_heads": 32, "hidden_dim": 11_008}
 _OPT, _PYTHIA, _SMOLLM, _LLAMA3 = 50_272, 50_304, 49_152, 128_256
 
 _SEQ_LEN = 2048
-
-
-def llama_1_4b_opt() -> Trainer.Config:
-    """A student of 1.4 billion parameters with OPT's vocabulary."""
-    return _config("1.4B_opt", _1_4B, _OPT)
-
-
-def llama_1_4b_pythia() -> Trainer.Config:
-    """A student of 1.4 billion parameters with Pythia's vocabulary."""
-    return _config("1.4B_pythia", _1_4B, _PYTHIA)
-
-
-def llama_1_4b_smollm() -> Trainer.Config:
-    """A student of 1.4 billion parameters with SmolLM's vocabulary."""
-    return _config("1.4B_smollm", _1_4B, _SMOLLM)
-
-
-def llama_3b_opt() -> Trainer.Config:
-    """A student of 3.1 billion parameters with OPT's vocabulary."""
-    return _config("3B_opt", _3B, _OPT)
-
-
-def llama_3b_pythia() -> Trainer.Config:
-    """A student of 3.1 billion parameters with Pythia's vocabulary."""
-    return _config("3B_pythia", _3B, _PYTHIA)
-
-
-def llama_3b_smollm() -> Trainer.Config:
-    """A student of 3.1 billion parameters with SmolLM's vocabulary."""
-    return _config("3B_smollm", _3B, _SMOLLM)
-
-
-def llama_7b_llama3() -> Trainer.Config:
-    """A student of 7.5 billion parameters with Llama 3's vocabulary."""
-    return _config("7B_llama3", _7B, _LLAMA3)
 
 
 def _config(flavor: str, dimensions: dict[str, Any], vocab_size: int) -> Trainer.Config:
@@ -106,3 +72,13 @@ def _config(flavor: str, dimensions: dict[str, Any], vocab_size: int) -> Trainer
         checkpoint=CheckpointManager.Config(enable=True, interval=1000),
         debug=DebugConfig(seed=0),
     )
+
+
+# A size and a vocabulary each.
+llama_1_4b_opt = partial(_config, "1.4B_opt", _1_4B, _OPT)
+llama_1_4b_pythia = partial(_config, "1.4B_pythia", _1_4B, _PYTHIA)
+llama_1_4b_smollm = partial(_config, "1.4B_smollm", _1_4B, _SMOLLM)
+llama_3b_opt = partial(_config, "3B_opt", _3B, _OPT)
+llama_3b_pythia = partial(_config, "3B_pythia", _3B, _PYTHIA)
+llama_3b_smollm = partial(_config, "3B_smollm", _3B, _SMOLLM)
+llama_7b_llama3 = partial(_config, "7B_llama3", _7B, _LLAMA3)

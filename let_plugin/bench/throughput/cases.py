@@ -20,21 +20,13 @@ _TURN_SECONDS = str(24 * 3600)
 
 @dataclass(frozen=True)
 class Case:
-    """Something to measure.
-
-    Attributes:
-        options: Options of let-train, beside those of all cases.
-        is_active: Whether the teacher is there in the measured steps; a run where it is not so is an error.
-        has_teacher: Whether it runs with LET, and once for each size of teacher.
-        reads_states: Whether the teacher's states are written beforehand, and read by the run.
-        is_throughout: Whether the teacher would stay for a whole run, whatever the configuration's stop.
-    """
+    """Something to measure: options of let-train, beside those of all cases."""
 
     options: tuple[str, ...] = ()
-    is_active: bool = False
-    has_teacher: bool = True
-    reads_states: bool = False
-    is_throughout: bool = False
+    is_active: bool = False  # the teacher is there in the measured steps; a run where it is not so is an error
+    has_teacher: bool = True  # it runs with LET, and once for each size of teacher
+    reads_states: bool = False  # the teacher's states are written beforehand, and read by the run
+    is_throughout: bool = False  # the teacher would stay for a whole run, whatever the configuration's stop
 
 
 CASES = {
@@ -49,35 +41,22 @@ CASES = {
 
 @dataclass(frozen=True)
 class Variant:
-    """A case in one size.
-
-    Attributes:
-        case: Name of the case.
-        local_batch_size: Sequences per data-parallel rank and microbatch.
-        seq_len: Tokens per sequence.
-        teacher_share: Size of a random teacher, as a share of the student's; None: the configured teacher.
-        baseline: Label of the plain case of the same size.
-        label: Its name in the suite.
-    """
+    """A case in one size, with its name in the suite."""
 
     case: str
     local_batch_size: int
     seq_len: int
-    teacher_share: float | None
-    baseline: str
+    teacher_share: float | None  # size of a random teacher, as a share of the student's; None: the configured teacher
+    baseline: str  # label of the plain case of the same size
     label: str
 
 
 def variants(
     cases: Sequence[str], shares: Sequence[float], local_batch_sizes: Sequence[int], seq_lens: Sequence[int]
 ) -> list[Variant]:
-    """All cases in all sizes, in the order of a round: what is compared is close in time.
+    """All cases in all sizes, in the order of a round: what is compared is close in time. The plain case comes first.
 
-    Args:
-        cases: Names of cases; the plain one is always there, and first.
-        shares: Sizes of random teachers; none: the configured teacher.
-        local_batch_sizes: One or more.
-        seq_lens: One or more.
+    `shares` are the sizes of random teachers; none: the configured teacher.
     """
     found = []
     for batch, length in product(local_batch_sizes, seq_lens):
@@ -101,7 +80,7 @@ def options(
         interleave: Whether the runs make their steps in turn.
         work: Folder for what runs write.
         teacher: Folder of the random teacher; None: the configured one.
-        states: Folder of the teacher's states, for a case that reads them, once they are there.
+        states: Folder of the teacher's states, for a case that reads them.
     """
     total = str(WARMUP_STEPS + measured)
     found = [*QUIET, "--validator.no-enable", "--dump_folder", str(work / "dump"), "--training.steps", total]

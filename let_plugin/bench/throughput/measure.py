@@ -15,6 +15,7 @@ import torch
 from torchtitan.tools import utils
 from torchtitan.trainer import Trainer
 
+from let_plugin.bench.throughput.profiling import StepProfiler
 from let_plugin.bench.throughput.turns import Turn
 from let_plugin.config import plan
 from let_plugin.runtime import host
@@ -52,8 +53,8 @@ class Watch:
         self._profile, self._turns = profile, turns
         self._train_step = trainer.train_step
         self._device_module: Any = utils.device_module
-        self._clock = StepClock(trainer.device)
-        self._profiler: Any = None
+        self._marks: list[Any] = []  # start and end of each measured step
+        self._profiler: StepProfiler | None = None
         self._turn: Turn | None = None
 
     def start(self) -> None:
@@ -65,7 +66,7 @@ class Watch:
         number = self._trainer.step  # counts from 1
         # What the loop did between two steps belongs to the one before.
         if number > self._warmup + 1:
-            self._clock.stop()
+            self._mark()
         if self._turns is not None:
             self._next_turn(is_first=number == 1)
         if number == max(self._warmup, 1):
@@ -74,7 +75,7 @@ class Watch:
         if number == self._warmup + 1:
             self._begin()
         if number > self._warmup:
-            self._clock.start()
+            self._mark()
         self._train_step(data_iterator)
         if number <= self._warmup:
             return
@@ -82,7 +83,7 @@ class Watch:
         if self._is_active != is_active:
             raise RuntimeError(f"step {number} was to be measured with LET {'off' if is_active else 'active'}")
         if number == self._total:
-            self._clock.stop()
+            self._mark()
             self._end()
 
     def _next_turn(self, *, is_first: bool) -> None:
@@ -96,12 +97,24 @@ class Watch:
 
     def _begin(self) -> None:
         if self._profile:
-            from let_plugin.bench.throughput.profiling import StepProfiler
-
             self._profiler = StepProfiler(self._trainer)
         self._device_module.synchronize()
         self._device_module.reset_peak_memory_stats()
         self._started = time.perf_counter()
+
+    def _mark(self) -> None:
+        """Notes the time; on an accelerator by an event on its stream, read at the end, so that the host runs on."""
+        if self._trainer.device.type == "cpu":
+            self._marks.append(time.perf_counter())
+        else:
+            self._marks.append(torch.Event(self._trainer.device, enable_timing=True))
+            self._marks[-1].record()
+
+    def _step_seconds(self) -> list[float]:
+        pairs = zip(self._marks[::2], self._marks[1::2], strict=True)
+        if self._trainer.device.type == "cpu":
+            return [end - start for start, end in pairs]
+        return [start.elapsed_time(end) / 1000 for start, end in pairs]
 
     def _end(self) -> None:
         self._device_module.synchronize()
@@ -109,14 +122,12 @@ class Watch:
         device = self._trainer.device
         # Before anything else is allocated.
         memory = largest_of_ranks(local_peak_memory(device, self._device_module), device)
-        step_seconds = self._clock.seconds()
-        if self._turns is not None:
-            wall_seconds = sum(step_seconds)  # the others' steps left out
+        step_seconds = self._step_seconds()
         dims = self._trainer.parallel_dims
         result = {
             "device_name": self._device_module.get_device_name(),
             "num_threads": torch.get_num_threads(),
-            "wall_seconds": wall_seconds,
+            "wall_seconds": wall_seconds if self._turns is None else sum(step_seconds),  # the others' steps left out
             "step_seconds": step_seconds,
             "tokens_per_step": plan.tokens_per_step(self._trainer.config, dims.dp_replicate * dims.dp_shard),
             "peak_memory_bytes": memory,
@@ -144,32 +155,3 @@ def largest_of_ranks(values: Mapping[str, int], device: torch.device) -> dict[st
     largest = torch.tensor(list(values.values()), dtype=torch.int64, device=device)
     torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
     return dict(zip(values, largest.tolist(), strict=True))
-
-
-class StepClock:
-    """Times of steps. On an accelerator they are events on its stream, read at the end: the host does not wait."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._starts: list[Any] = []
-        self._ends: list[Any] = []
-
-    def start(self) -> None:
-        self._starts.append(self._now())
-
-    def stop(self) -> None:
-        self._ends.append(self._now())
-
-    def seconds(self) -> list[float]:
-        """Of each step, from its start to its end; the device must have passed the last one."""
-        pairs = zip(self._starts, self._ends, strict=True)
-        if self._device.type == "cpu":
-            return [end - start for start, end in pairs]
-        return [start.elapsed_time(end) / 1000 for start, end in pairs]
-
-    def _now(self) -> Any:
-        if self._device.type == "cpu":
-            return time.perf_counter()
-        event = torch.Event(self._device, enable_timing=True)
-        event.record()
-        return event

@@ -17,12 +17,8 @@ _HEAD_WIDTHS = (128, 64, 32, 16)
 def shape(student: Student, share: float) -> dict[str, int]:
     """A llama of a share of the student's size: its depth and width scaled by one factor.
 
-    Sizes are those of the FLOP bound N_T / (3 N_S): parameters that are multiplied. The width of the feed-forward
-    network, about 8/3 of the model's, makes up for what rounding has changed.
-
-    Args:
-        student: What it is to teach.
-        share: N_T / N_S, more than 0.
+    `share` is N_T / N_S of the FLOP bound: of parameters that are multiplied. The width of the feed-forward network,
+    about 8/3 of the model's, makes up for what rounding has changed.
     """
     target = share * student.num_matmul_params
     # A block has about 12 width^2 parameters.
@@ -42,11 +38,7 @@ def num_matmul_params(dim: int, num_layers: int, hidden_dim: int) -> int:
 
 
 def write(size: dict[str, int], vocab_size: int, folder: Path) -> Path:
-    """Writes a teacher of a `shape` below `folder`, in Hugging Face's format and bf16, unless it is there.
-
-    Returns:
-        Its own folder, for `let.teacher.path`.
-    """
+    """The folder, below `folder`, of a teacher of a `shape` in Hugging Face's format and bf16; written if missing."""
     name = "x".join(map(str, [*size.values(), vocab_size]))
     path = folder / f"random_llama_{name}"
     if (path / export_hf.WEIGHTS).exists():  # written last

@@ -6,54 +6,30 @@ again, under a new number.
 """
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from torchtitan.trainer import Trainer
 
 from let_plugin.bench import rows, tables
-from let_plugin.bench.processes import Progress, Request, RunFailedError, Running, launch_problems, slug
-from let_plugin.bench.rows import PROFILE, THROUGHPUT, complete_rounds
+from let_plugin.bench.processes import Progress, RunFailedError, Running, slug
+from let_plugin.bench.rows import PROFILE, THROUGHPUT
 from let_plugin.bench.runs import Run, Setup, active_cost
-from let_plugin.bench.statistics import median
 from let_plugin.bench.throughput import cases, random_teacher
 from let_plugin.bench.throughput.cases import CASES, PLAIN, WARMUP_STEPS, Variant
 from let_plugin.bench.throughput.turns import take_turns
 from let_plugin.config import plan
-from let_plugin.config.errors import ConfigError, Problem, suggest
 from let_plugin.preflight.report import Student
 from let_plugin.teacher.stored.features import MANIFEST, Manifest
 
 
-def check(args: argparse.Namespace) -> None:
-    """ConfigError with all that is wrong with the command line itself."""
-    problems = []
-    # Without a spread there is no interval.
-    minima = (("--pairs", args.pairs, 2), ("--steps", args.steps, 2), ("--processes", args.processes, 1))
-    for name, value, minimum in minima:
-        if value < minimum:
-            problems.append(Problem(name, f"must be at least {minimum}", value))
-    lengths = (("--batch-sizes", args.batch_sizes), ("--seq-lens", args.seq_lens))
-    for name, sizes in lengths:
-        problems += [Problem(name, "must be at least 1", size) for size in sizes if size < 1]
-    for name, given in (("--teacher-share", args.teacher_share), *lengths):
-        problems += [Problem(name, "given twice", s) for s in dict.fromkeys(given) if given.count(s) > 1]
-    message = "must be more than 0 and at most 100, in percent"
-    problems += [Problem("--teacher-share", message, share) for share in args.teacher_share if not 0 < share <= 100]
-    unknown = [name for name in args.cases if name not in CASES]
-    problems += [Problem("--cases", f"unknown benchmark case; {suggest(name, CASES)}", name) for name in unknown]
-    problems += launch_problems(args.out, args.work_dir)
-    if problems:
-        raise ConfigError(problems)
-
-
 def run(args: argparse.Namespace, options: Sequence[str], command: str) -> str:
-    """Measures what is missing, and returns the table.
+    """Measures what is missing, and returns the table. ConfigError before anything is measured.
 
-    Raises:
-        ConfigError: Before anything is measured.
-        RunFailedError: If a run fails; what was measured before is in the result file.
+    RunFailedError if a run fails; what was measured before is in the result file.
     """
     suite = Suite(plan_runs(args, options), args, command)
     suite.measure()
@@ -84,7 +60,7 @@ def plan_runs(args: argparse.Namespace, options: Sequence[str]) -> list[Run]:
         folder = args.work_dir / "teachers"
         teachers[share / 100] = random_teacher.write(size, base.model_spec.model.vocab_size, folder)
     setup.check([own(variant) for variant in variants])
-    dims = setup.dims
+    dims = setup.dims()
     degree = dims.dp_replicate * dims.dp_shard
     # The stop of a whole run; LET may be off in the configuration, but not what it says of the stop.
     stop_step = plan.stop_step(base, degree)
@@ -119,13 +95,7 @@ def plan_runs(args: argparse.Namespace, options: Sequence[str]) -> list[Run]:
 
 
 class Suite:
-    """Measures rounds of runs, and notes each run in the result file.
-
-    Args:
-        runs: The runs of a round.
-        args: The command line of `let-bench throughput`.
-        command: The same as text, for the rows.
-    """
+    """Measures rounds of `runs`, and notes each run in the result file. `command` is the command line as text."""
 
     def __init__(self, runs: Sequence[Run], args: argparse.Namespace, command: str) -> None:
         self._runs = runs
@@ -139,15 +109,16 @@ class Suite:
         found = rows.read(args.out)
         # What is started together, under which number; profiles have none.
         groups: list[tuple[int | None, Sequence[Run]]] = []
-        for pair in missing_rounds(found, self.id, labels, args.pairs):
+        missing = missing_rounds(found, self.id, labels, args.pairs)
+        for pair in missing:
             groups += [(pair, self._runs)] if args.interleave else [(pair, [run]) for run in self._runs]
-        if num_known := len(complete_rounds(found, self.id, labels)):
+        if num_known := args.pairs - len(missing):
             print(f"{args.out} has {num_known} of {args.pairs} pairs already; another --out measures anew", flush=True)
         if args.profile:
             profiled = {row["label"] for row in found if row["kind"] == PROFILE and row.get("suite") == self.id}
             active = [run for run in self._runs if run.settings["is_active"]]
             groups += [(None, [run]) for run in active if run.label not in profiled]
-        progress = Progress([run.label for _, group in groups for run in group])
+        progress = Progress(sum(len(group) for _, group in groups))
         for number, group in groups:
             self._measure_group(number, group, progress)
 
@@ -156,30 +127,24 @@ class Suite:
         origin = rows.provenance()
         if self._id(origin) != self.id:
             raise RunFailedError("let_plugin has changed since the suite began: what is measured now is other code")
-        starts = [self._starter(run, what) for run in group]
+        starts = [partial(self._start, run, what) for run in group]
         results = take_turns(starts, seed=number or 0) if len(group) > 1 else [starts[0](None).result()]
         common: dict[str, Any] = {"suite": self.id, "num_processes": self._args.processes}
         if number is not None:
             common |= {"pair": number, "interleaved": self._args.interleave}
-        for left, (run, result) in enumerate(zip(group, results, strict=True)):
+        for run, result in zip(group, results, strict=True):
             seconds = result.pop("step_seconds")
             speed = result["tokens_per_step"] * len(seconds) / result["wall_seconds"]
             kind = THROUGHPUT if number is not None else PROFILE
             more = {"tokens_per_second": speed, **result, **common}
             rows.append(self._args.out, run.row(kind, origin, self._command, "s/step", seconds, **more))
-            message = f"{what}, {run.label}: {speed:,.0f} tokens/s, {median(seconds):.3f} s/step"
-            progress.after(message, num_more=len(group) - 1 - left)
+            progress.after(f"{what}, {run.label}: {speed:,.0f} tokens/s, {median(seconds):.3f} s/step")
 
-    def _starter(self, run: Run, what: str) -> Callable[[str | None], Running]:
-        """Starts the run, given where it gets its turns, if it takes any."""
+    def _start(self, run: Run, what: str, turns: str | None) -> Running:
+        """`turns`: where it gets its turns, if it takes any."""
         out = self._args.work_dir / "runs" / self.id / f"{slug(run.label)}-{what.replace(' ', '-')}.json"
-
-        def start(turns: str | None) -> Running:
-            settings: Mapping[str, Any] = {**run.settings, "profile": what == "profile", "turns": turns}
-            request = Request(measure="throughput", argv=run.argv, out=str(out), settings=settings)
-            return Running.of(request, what=run.label, num_processes=self._args.processes)
-
-        return start
+        request = {"argv": run.argv, "settings": {**run.settings, "profile": what == "profile", "turns": turns}}
+        return Running.of(request, out, what=run.label, num_processes=self._args.processes)
 
     def _id(self, origin: Mapping[str, Any]) -> str:
         """Names what may be compared: the same runs, measured in the same way by the same code on the same device."""
@@ -189,10 +154,13 @@ class Suite:
 
 def missing_rounds(found: Sequence[rows.Row], suite: str, labels: Sequence[str], pairs: int) -> list[int]:
     """Numbers of the rounds that are still to be measured: above all that the file has, broken ones too."""
-    missing = pairs - len(complete_rounds(found, suite, labels))
-    known = [row["pair"] for row in found if row["kind"] == THROUGHPUT and row.get("suite") == suite]
-    first = max(known, default=-1) + 1
-    return list(range(first, first + max(missing, 0)))
+    measured: dict[int, set[str]] = {}
+    for row in found:
+        if row["kind"] == THROUGHPUT and row.get("suite") == suite:
+            measured.setdefault(row["pair"], set()).add(row["label"])
+    first = max(measured, default=-1) + 1
+    num_complete = sum(have >= set(labels) for have in measured.values())
+    return list(range(first, first + max(pairs - num_complete, 0)))
 
 
 def _stored_states(argv: Sequence[str], label: str, data_parallel_degree: int, work: Path) -> Path:

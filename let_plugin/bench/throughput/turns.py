@@ -9,6 +9,7 @@ import random
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from let_plugin.bench.processes import Running
@@ -45,25 +46,23 @@ def take_turns(starts: Sequence[Callable[[str], Running]], seed: int = 0) -> lis
             runs.append(start(f"{_HOST}:{server.getsockname()[1]}"))
             stack.callback(runs[-1].stop)
         for number, (server, run) in enumerate(zip(servers, runs, strict=True)):
-            connections[number] = _accept(server, run)
+            server.settimeout(_POLL_SECONDS)
+            connections[number] = _wait(server.accept, run)[0]
+            connections[number].settimeout(_POLL_SECONDS)
         shuffle = random.Random(seed).shuffle
         while connections:
             lap = list(connections.items())
             shuffle(lap)
             for number, connection in lap:
                 connection.sendall(b".")
-                if not _returned(connection, runs[number]):
+                if not _wait(partial(_returned, connection), runs[number]):
                     connections.pop(number).close()
                     runs[number].result()  # waits for its end, which is not to be in the others' turns
         return [run.result() for run in runs]
 
 
 class Turn:
-    """A run's side.
-
-    Args:
-        address: Of the one who gives the turns, HOST:PORT.
-    """
+    """A run's side: it connects to the address HOST:PORT of the one who gives the turns."""
 
     def __init__(self, address: str) -> None:
         host, port = address.rsplit(":", 1)
@@ -82,24 +81,18 @@ class Turn:
         self._connection.close()
 
 
-def _accept(server: socket.socket, run: Running) -> socket.socket:
-    server.settimeout(_POLL_SECONDS)
+def _wait(wait: Callable[[], Any], run: Running) -> Any:
+    """What `wait` returns, tried again after each TimeoutError. RunFailedError if the run has ended meanwhile."""
     while True:
         try:
-            connection = server.accept()[0]
+            return wait()
         except TimeoutError:
             run.check()
-        else:
-            connection.settimeout(_POLL_SECONDS)
-            return connection
 
 
-def _returned(connection: socket.socket, run: Running) -> bool:
-    """Waits until the run gives its turn back; False if it is at its end."""
-    while True:
-        try:
-            return connection.recv(1) != b""
-        except TimeoutError:
-            run.check()
-        except ConnectionResetError:
-            return False
+def _returned(connection: socket.socket) -> bool:
+    """Waits until a run gives its turn back; False if it is at its end."""
+    try:
+        return connection.recv(1) != b""
+    except ConnectionResetError:
+        return False

@@ -1,7 +1,7 @@
 """The exported model is the same model."""
 
-import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,22 +56,18 @@ def test_the_logits_are_the_same(shape, tmp_path, parallel_dims):
     torch.testing.assert_close(found_BLV, expected_BLV, atol=1e-4, rtol=1e-4)
 
 
-def test_the_tokenizer_is_the_same(tmp_path):
+@pytest.mark.parametrize("files", ["*", "tokenizer.json"])
+def test_the_tokenizer_is_the_same(tmp_path, files):
+    """Also if its one file does not say of which class it is."""
     config, _ = saved(SHAPES["untied"], tmp_path / "checkpoint")
+    (tmp_path / "assets").mkdir()
+    for file in Path(TOKENIZER).glob(files):
+        shutil.copy(file, tmp_path / "assets")
+    config.hf_assets_path = str(tmp_path / "assets")
     export_hf.export(config, str(tmp_path / "checkpoint"), tmp_path / "out")
     text = "The river Thames, 346 km long."
     own = transformers.PreTrainedTokenizerFast(tokenizer_file=f"{TOKENIZER}/tokenizer.json")
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")(text).input_ids == own(text).input_ids
-
-
-def test_a_tokenizer_alone_gets_a_class(tmp_path):
-    config, _ = saved(SHAPES["untied"], tmp_path / "checkpoint")
-    (tmp_path / "assets").mkdir()
-    shutil.copy(f"{TOKENIZER}/tokenizer.json", tmp_path / "assets")
-    config.hf_assets_path = str(tmp_path / "assets")
-    export_hf.export(config, str(tmp_path / "checkpoint"), tmp_path / "out")
-    content = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
-    assert content["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
 def refused(config, checkpoint, out):
@@ -88,15 +84,11 @@ def test_another_family_is_refused(tmp_path):
 
 
 def test_another_models_checkpoint_is_refused(tmp_path):
+    assert "not a checkpoint of torchtitan" in refused(tiny(), tmp_path / "missing", tmp_path / "out")
     saved(SHAPES["untied"], tmp_path / "checkpoint")
-    config = tiny()
-    message = refused(config, tmp_path / "checkpoint", tmp_path / "out")
+    message = refused(tiny(), tmp_path / "checkpoint", tmp_path / "out")
     assert "layers.3.attention_norm.weight is not in it" in message
     assert "layers.0.feed_forward.w1.weight has the shape (80, 48) in it; " in message
-
-
-def test_no_checkpoint_is_refused(tmp_path):
-    assert "not a checkpoint of torchtitan" in refused(tiny(), tmp_path / "missing", tmp_path / "out")
 
 
 def test_what_is_there_is_not_overwritten(tmp_path):

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from let_plugin.bench import processes
-from let_plugin.bench.processes import Progress, RunFailedError, Running, slug
+from let_plugin.bench.processes import Progress, RunFailedError, Running
 
 
 @pytest.fixture
@@ -35,12 +35,11 @@ time.sleep(600)
 """
 
 
-def wait_for(path):
+def wait_until(holds):
     until = time.monotonic() + 120
-    while not path.exists() or not path.read_text():
+    while not holds():
         assert time.monotonic() < until
         time.sleep(0.05)
-    return path.read_text()
 
 
 def is_running(pid):
@@ -51,24 +50,10 @@ def is_running(pid):
         return False
 
 
-def wait_for_end(pids):
-    until = time.monotonic() + 60
-    while any(map(is_running, pids)):
-        assert time.monotonic() < until, "it is still there"
-        time.sleep(0.05)
-
-
-def test_a_run_that_ignores_sigterm_is_killed_with_all_that_it_has_started(start, tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "_GRACE_SECONDS", 0.5)
-    run = start(STUBBORN)
-    pids = [int(pid) for pid in wait_for(tmp_path / "out.json.pids").split()]
-    run.stop()
-    wait_for_end(pids)
-    run.stop()  # nothing is left to do
-
-
 def test_ctrl_c_does_not_wait_for_a_run_that_hangs(tmp_path, monkeypatch):
-    """A real SIGINT to a process that waits for a run, as let-bench does."""
+    """A real SIGINT to a process that waits for a run, as let-bench does. The run ignores SIGTERM, and is killed with
+    all that it has started.
+    """
     (tmp_path / "code_of_a_run.py").write_text(f"import os, sys, time\n{STUBBORN}")
     (tmp_path / "waits.py").write_text(
         "from pathlib import Path\n"
@@ -79,10 +64,11 @@ def test_ctrl_c_does_not_wait_for_a_run_that_hangs(tmp_path, monkeypatch):
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.getcwd()}")
     waits = subprocess.Popen([sys.executable, str(tmp_path / "waits.py")], stderr=subprocess.DEVNULL)
-    pids = [int(pid) for pid in wait_for(tmp_path / "out.json.pids").split()]
+    pids = tmp_path / "out.json.pids"
+    wait_until(lambda: pids.exists() and pids.read_text())
     waits.send_signal(signal.SIGINT)
     assert waits.wait(60) != 0
-    wait_for_end(pids)
+    wait_until(lambda: not any(map(is_running, pids.read_text().split())))
 
 
 def test_a_run_that_fails_says_why(start):
@@ -92,32 +78,28 @@ def test_a_run_that_fails_says_why(start):
         start("").result()
 
 
-@pytest.mark.parametrize(("own", "expected"), [(None, "1"), ("0", "0")])
-def test_a_run_has_huge_pages_unless_the_user_does_without_and_no_rank_yet(start, monkeypatch, own, expected):
+def test_the_environment_of_a_run(start, monkeypatch):
+    """It has huge pages unless the user does without, and is no rank yet."""
     monkeypatch.setenv("RANK", "1")
     monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
-    if own is not None:
-        monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", own)
-    environment = start("json.dump(dict(os.environ), open(sys.argv[1], 'w'))").result()
-    assert environment["THP_MEM_ALLOC_ENABLE"] == expected and "RANK" not in environment
+    write = "json.dump(dict(os.environ), open(sys.argv[1], 'w'))"
+    environment = start(write).result()
+    assert environment["THP_MEM_ALLOC_ENABLE"] == "1" and "RANK" not in environment
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
+    assert start(write).result()["THP_MEM_ALLOC_ENABLE"] == "0"
 
 
-def test_the_rest_is_as_long_as_the_last_of_each_label(monkeypatch, capsys):
+def test_the_rest_takes_as_long_as_what_was_there(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(processes.time, "monotonic", lambda: now[0])
-    progress = Progress(["a", "b", "a", "b"])
-    now[0] = 10.0
-    progress.after("first")
-    assert capsys.readouterr().out == "[1/4] first (10 s; 0:00:30 left)\n"  # b is not known yet: as the average
-    now[0] = 40.0
-    progress.after("second")
-    assert capsys.readouterr().out == "[2/4] second (30 s; 0:00:40 left)\n"
-    progress.expect(["b", "b", "b"])
-    now[0] = 80.0
+    progress = Progress(4)
+    for now[0], message, expected in (
+        (10.0, "first", "[1/4] first (10 s; 0:00:30 left)\n"),
+        (40.0, "second", "[2/4] second (30 s; 0:00:40 left)\n"),
+    ):
+        progress.after(message)
+        assert capsys.readouterr().out == expected
+    progress.num_left = 3
+    now[0] = 90.0
     progress.after("third")
-    assert capsys.readouterr().out == "[3/5] third (40 s; 0:01:20 left)\n"
-
-
-@pytest.mark.parametrize(("label", "expected"), [("let@0.1", "let-0.1"), ("active 2.5% batch 4", "active-2.5-batch-4")])
-def test_file_names(label, expected):
-    assert slug(label) == expected
+    assert capsys.readouterr().out == "[3/5] third (50 s; 0:01:00 left)\n"

@@ -159,10 +159,14 @@ def test_where_a_grid_ends():
 
 
 def test_the_command_refuses_with_one_message(config_file, tmp_path, capfd):
-    args = ["converge", str(config_file), "--methods", "lett", "--work-dir", str(tmp_path / "work")]
-    with pytest.raises(SystemExit) as stop:
-        cli.main([*args, "--out", str(tmp_path / "rows.jsonl"), "--seeds", "0", "0"])
-    assert stop.value.code == 2
-    out, err = capfd.readouterr()
-    assert out == "" and err.startswith("let-bench: 2 problems in the configuration\n  --methods = 'lett': unknown")
+    files = ["--work-dir", str(tmp_path / "work"), "--out", str(tmp_path / "rows.jsonl")]
+    for option, value, message in (
+        ("--methods", "lett", "let-bench: 1 problem in the configuration\n  --methods = 'lett': unknown"),
+        ("--weights", "0", "argument --weights: expected a number above 0, not 0"),
+        ("--tuning-seeds", "-1", "argument --tuning-seeds: expected an integer, at least 0, not -1"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["converge", str(config_file), *files, option, value])
+        out, err = capfd.readouterr()
+        assert stop.value.code == 2 and out == "" and message in err
     assert not (tmp_path / "work").exists() and not (tmp_path / "rows.jsonl").exists()

@@ -5,8 +5,6 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 
 from let_plugin.bench.converge import data_selection
 from let_plugin.bench.converge.data_selection import document_losses, kept
@@ -60,7 +58,7 @@ def mean_nll(folder, text):
         return F.cross_entropy(model(ids[None, :-1]).logits[0], ids[1:]).item(), len(ids) - 1
 
 
-def test_the_documents_that_the_teacher_finds_easier(corpus, tmp_path, capsys):
+def test_the_documents_that_the_teacher_finds_easier(corpus, tmp_path, capsys, monkeypatch):
     config, texts, reference = corpus
     out = tmp_path / "kept.jsonl.xz"
     option = f"--let.teacher.spec '' --let.teacher.path {reference} --let.teacher.tokenizer_path {TOKENIZER}"
@@ -88,28 +86,19 @@ def test_the_documents_that_the_teacher_finds_easier(corpus, tmp_path, capsys):
     assert data_selection.main([str(config), "--reference", option, "--out", str(out)]) == 2
     assert "--out" in capsys.readouterr().err
 
-
-@pytest.mark.parametrize(
-    ("arguments", "key"),
-    [
+    # Each mistake by its name, and nothing is written.
+    monkeypatch.chdir(tmp_path)
+    for arguments, key in (
         (["--reference", "nowhere", "--out", "x.jsonl"], "nowhere"),
         (["--reference", "--let.teacher.pth x", "--out", "x.jsonl"], "let.teacher.pth"),
-        (["--reference", TEACHER, "--out", "x.txt"], "--out"),
-        (["--reference", TEACHER, "--out", "x.jsonl", "--keep", "1.5"], "--keep"),
-    ],
-)
-def test_mistakes(corpus, tmp_path, capsys, monkeypatch, arguments, key):
-    monkeypatch.chdir(tmp_path)
-    assert data_selection.main([str(corpus[0]), *arguments]) == 2
-    assert key in capsys.readouterr().err and not list(tmp_path.glob("x.*"))
-
-
-def test_a_file_that_is_no_selection(tmp_path):
+        (["--reference", TEACHER, "--out", "x.txt", "--keep", "1.5"], "--keep = 1.5: must be between"),
+    ):
+        assert data_selection.main([str(config), *arguments]) == 2
+        assert key in capsys.readouterr().err and not list(tmp_path.glob("x.*"))
     with pytest.raises(ConfigError, match="--selected-text"):
         data_selection.read_costs(tmp_path / "text.jsonl")
 
 
-CPU = torch.device("cpu")
 VOCAB_SIZE = 17
 TABLE_VV = torch.randn(VOCAB_SIZE, VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
 
@@ -120,13 +109,13 @@ def causal_model(tokens_BL, positions_BL):
     return TABLE_VV[tokens_BL].cumsum(dim=1) / counts_L[:, None]
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 24, 2**14])
+@pytest.mark.parametrize("batch_tokens", [1, 24])
 def test_each_document_by_itself(monkeypatch, batch_tokens):
     monkeypatch.setattr(data_selection, "_BATCH_TOKENS", batch_tokens)
     generator = torch.Generator().manual_seed(1)
     lengths = [5, 1, 9, 8, 25, 2, 17]
     documents = [torch.randint(VOCAB_SIZE, (n,), generator=generator).tolist() for n in lengths]
-    found = list(document_losses(causal_model, documents, seq_len=8, vocab_size=VOCAB_SIZE, device=CPU))
+    found = list(document_losses(causal_model, documents, seq_len=8, vocab_size=VOCAB_SIZE, device="cpu"))
     assert [count for _, count in found] == [n - 1 for n in lengths]
     for document, (loss, _) in zip(documents, found, strict=True):
         expected = 0.0
@@ -137,13 +126,6 @@ def test_each_document_by_itself(monkeypatch, batch_tokens):
         assert loss == pytest.approx(expected, abs=1e-4)
 
 
-@given(st.lists(st.floats(-5, 5), min_size=1, max_size=30), st.floats(0.05, 0.95))
-def test_the_best_are_kept_in_the_order_of_the_corpus(scores, keep):
-    numbers = kept(scores, keep)
-    assert numbers == sorted(set(numbers)) and len(numbers) == max(1, int(keep * len(scores)))
-    left = set(range(len(scores))) - set(numbers)
-    assert all(scores[i] >= scores[j] for i in numbers for j in left)
-
-
 def test_of_equal_scores_the_first_are_kept():
-    assert kept([1.0, 2.0, 2.0, 2.0, 0.0, 3.0], 0.5) == [1, 2, 5]
+    assert kept([1.0, 2.0, 2.0, 2.0, 0.0, 3.0], 0.5) == {1, 2, 5}
+    assert kept([1.0], 0.05) == {0}

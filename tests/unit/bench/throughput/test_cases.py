@@ -10,7 +10,6 @@ from let_plugin.bench.throughput import cases, suite
 from let_plugin.bench.throughput.cases import WARMUP_STEPS
 from let_plugin.config.errors import ConfigError
 from let_plugin.config.load import load
-from tests.support import jobs
 from tests.unit.preflight.test_report import STUDENT_BLOCKS, STUDENT_EMBEDDING, TEACHER_BLOCKS, TEACHER_EMBEDDING
 
 
@@ -34,17 +33,12 @@ def test_all_cases_in_all_sizes_plain_once_and_first():
 
 
 @pytest.fixture
-def planned(tiny_config, tmp_path, monkeypatch):
-    """Label -> run, of a command line; and the configuration that a row's line of let-train gives."""
-    from let_plugin.runtime import data
-
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    data.register()
+def planned(parsed, tiny_config):
+    """Label -> run, of a command line."""
 
     def plan(text):
-        files = ["--out", str(tmp_path / "rows.jsonl"), "--work-dir", str(tmp_path / "work")]
-        args, options = cli.parse(["throughput", str(tiny_config), *files, *text.split()])
-        suite.check(args)
+        args, options = parsed("throughput", text)
+        args.config = tiny_config
         return {run.label: run for run in suite.plan_runs(args, options)}
 
     return plan
@@ -103,25 +97,16 @@ def test_mistakes_of_the_configuration(planned, tmp_path):
     assert not (tmp_path / "work").exists()
 
 
-def test_mistakes_of_the_options(planned, tmp_path):
-    with pytest.raises(ConfigError) as error:
-        planned(
-            "--pairs 1 --steps 1 --processes 0 --cases active stoped --teacher-share 0 150 --batch-sizes 0 "
-            f"--seq-lens 64 32 64 --out {tmp_path}"
-        )
-    keys = ["--pairs", "--steps", "--processes", "--batch-sizes", "--seq-lens", "--teacher-share", "--teacher-share"]
-    assert [problem.key for problem in error.value.problems] == [*keys, "--cases", "--out"]
-    assert "did you mean 'stopped'" in error.value.problems[-2].message
-
-
-def test_the_command_refuses_with_one_message(tiny_config, tmp_path, capfd):
-    args = ["throughput", str(tiny_config), "--pairs", "0", "--work-dir", str(tmp_path / "work")]
-    with pytest.raises(SystemExit) as stop:
-        cli.main([*args, "--out", str(tmp_path / "rows.jsonl")])
-    assert stop.value.code == 2
-    message = "let-bench: 1 problem in the configuration\n  --pairs = 0: must be at least 2\n"
-    assert capfd.readouterr() == ("", message)
+def test_mistakes_of_the_command_line(tiny_config, tmp_path, capfd):
+    args = ["throughput", str(tiny_config), "--work-dir", str(tmp_path / "work"), "--out", str(tmp_path)]
+    for option, value, message in (
+        ("--pairs", "1", "argument --pairs: expected an integer, at least 2, not 1"),
+        ("--teacher-share", "150", "argument --teacher-share: expected a percentage above 0, at most 100, not 150"),
+        ("--cases", "stoped", "argument --cases: invalid choice: 'stoped'"),
+        ("--steps", "2", "let-bench: 1 problem in the configuration\n  --out = "),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([*args, option, value])
+        assert stop.value.code == 2 and message in capfd.readouterr().err
     assert not (tmp_path / "work").exists()
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["throughput", str(jobs.ROOT / "no.toml")])
-    assert stop.value.code == 2 and "no such file" in capfd.readouterr().err
+    assert cli.parse([*args, "--batch-sizes", "2", "1", "2"])[0].batch_sizes == [2, 1]
