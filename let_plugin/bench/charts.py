@@ -55,7 +55,7 @@ def ratios(figure: FigureBase, columns: Mapping[str, tuple[Mapping[str, Estimate
     """
     subplots = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
     for axes, (name, (found, bounds)) in zip(subplots, columns.items(), strict=True):
-        for label, estimate in reversed(found.items()):
+        for label, estimate in list(found.items())[::-1]:
             low, high = estimate.low or estimate.value, estimate.high or estimate.value
             axes.plot([low, high], [label, label], color="C0", linewidth=3)
             axes.plot([estimate.value], [label], "o", color="C0")

@@ -155,11 +155,11 @@ def _check_complete(described: dict[str, Any], exported: dict[str, torch.Tensor]
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig.from_dict(described))
-        expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        expected = LlamaForCausalLM(LlamaConfig.from_dict(described)).state_dict()
     if described["tie_word_embeddings"]:
         del expected[_HEAD]
-    found = {name: tensor.shape for name, tensor in exported.items()}
-    if different := sorted(name for name in expected | found if expected.get(name) != found.get(name)):
-        message = f"its parameters are not those of transformers' llama: {', '.join(different[:4])}"
+    shapes = ({name: tensor.shape for name, tensor in tensors.items()} for tensors in (expected, exported))
+    if different := set.symmetric_difference(*(set(own.items()) for own in shapes)):
+        names = sorted({name for name, _ in different})
+        message = f"its parameters are not those of transformers' llama: {', '.join(names[:4])}"
         raise ConfigError(Problem("model_spec", message))

@@ -58,8 +58,9 @@ def ratio(values: Sequence[float], baselines: Sequence[float]) -> Estimate:
 
     The inverse ratio has the inverse estimate. ValueError if they are not pairs, or a value is not positive.
     """
-    *estimate, num = difference(*([math.log(value) for value in some] for some in (values, baselines)))
-    return Estimate(*(None if log is None else math.exp(log) for log in estimate), num)
+    logs = difference(*([math.log(value) for value in some] for some in (values, baselines)))
+    low, high = (None if log is None else math.exp(log) for log in (logs.low, logs.high))
+    return Estimate(math.exp(logs.value), low, high, logs.num)
 
 
 def step_at_loss(curve: Sequence[tuple[float, float]], loss: float) -> float | None:
@@ -76,26 +77,17 @@ def step_at_loss(curve: Sequence[tuple[float, float]], loss: float) -> float | N
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    """What may be compared with each other.
+    """What may be compared with each other."""
 
-    Attributes:
-        name: The question that it answers: the rows' own `name`, or that of their file.
-        kind: THROUGHPUT or CONVERGE.
-        frame: A line per label: see `costs` and `gains`.
-        rows: What the frame is made of.
-        profiles: Rows of profiled runs.
-        choices: Rows of weights that were chosen, the latest of each method.
-        diverged: Label -> seeds that diverged. Such a label is not in the frame: the other seeds would flatter it.
-        comparisons: Label, the label it is compared with, and the difference of their final losses.
-    """
-
-    name: str
-    kind: str
-    frame: pd.DataFrame
-    rows: Sequence[Row]
+    name: str  # the question that it answers: the rows' own `name`, or that of their file
+    kind: str  # THROUGHPUT or CONVERGE
+    frame: pd.DataFrame  # a line per label: see `costs` and `gains`
+    rows: Sequence[Row]  # what the frame is made of
     profiles: Sequence[Row] = ()
-    choices: Sequence[Row] = ()
+    choices: Sequence[Row] = ()  # of weights, the latest of each method
+    # Label -> seeds that diverged. Such a label is not in the frame: the other seeds would flatter it.
     diverged: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    # Label, the label it is compared with, and the difference of their final losses.
     comparisons: Sequence[tuple[str, str, Estimate]] = ()
 
     @property

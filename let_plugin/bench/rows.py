@@ -131,11 +131,10 @@ def read(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             found.append(json.loads(line))
-            missing = _REQUIRED - found[-1].keys()
-            message = f"not a row: it has no {', '.join(sorted(missing))}" if missing else ""
+            if missing := _REQUIRED - found[-1].keys():
+                problems.append(Problem(f"{path}:{number}", f"not a row: it has no {', '.join(sorted(missing))}"))
         except (json.JSONDecodeError, AttributeError):
             message = "not a JSON object; if a write was cut off, remove the line"
-        if message:
             problems.append(Problem(f"{path}:{number}", message))
     if problems:
         raise ConfigError(problems)

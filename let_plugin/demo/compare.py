@@ -16,15 +16,10 @@ PEAK_MEMORY = "memory/max_reserved(GiB)"
 
 @dataclass(frozen=True)
 class History:
-    """What a run has logged.
+    """What a run has logged."""
 
-    Attributes:
-        train: The lines of `metrics.jsonl` that log training steps, in order.
-        validation: (step, held-out loss in nats per token), in order.
-    """
-
-    train: list[dict[str, Any]]
-    validation: list[tuple[int, float]]
+    train: list[dict[str, Any]]  # the lines of metrics.jsonl that log training steps, in order
+    validation: list[tuple[int, float]]  # (step, held-out loss in nats per token), in order
 
     def values(self, key: str, active: int | None = None) -> list[float]:
         """A metric over the logged steps, or over those with the teacher (1) or without it (0).
@@ -63,9 +58,8 @@ def table(result: dict[str, Any]) -> str:
     """The comparison as a small table for the console."""
     loss, steps = result["held_out_loss"], result["steps"]
     let_loss = f"{loss['let']:.4f} ({loss['let'] - loss['plain']:+.4f})"
-    reached = result["let_reached_plain_final_loss_at_step"]
     verdict = f"LET did not reach the plain run's final loss in {steps} steps"
-    if reached is not None:
+    if reached := result["let_reached_plain_final_loss_at_step"]:
         fewer = f"{steps / reached:.2f}x fewer steps"
         verdict = f"LET reached the plain run's final loss at step {reached:.0f} of {steps}: {fewer}"
 
@@ -85,12 +79,10 @@ def table(result: dict[str, Any]) -> str:
 
 def plot(plain: History, let: History, path: Path) -> None:
     """Writes a PNG: both held-out curves, and below them lambda and the cosine."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (upper, lower) = plt.subplots(2, 1, sharex=True, figsize=(7, 6), height_ratios=(3, 2), layout="constrained")
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     for run, name, color in ((plain, "plain", "tab:grey"), (let, "LET", "tab:blue")):
         upper.plot(*zip(*run.validation, strict=True), marker="o", markersize=3, color=color, label=name)
     upper.axhline(plain.validation[-1][1], color="tab:grey", linewidth=0.8, linestyle=":")
@@ -103,4 +95,3 @@ def plot(plain: History, let: History, path: Path) -> None:
         axis.set_ylabel(name, color=color)
     lower.set_xlabel("step")
     figure.savefig(path, dpi=130)
-    plt.close(figure)

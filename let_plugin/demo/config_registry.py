@@ -3,6 +3,9 @@
 The TOML files in train_configs/ overlay these.
 """
 
+from functools import partial
+from typing import Any
+
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.components.validate import Validator
@@ -22,33 +25,12 @@ from let_plugin.runtime.upstream import (
 from let_plugin.teacher.titan.source import register_teacher_spec
 
 _VOCAB_SIZE = 4096  # of the demo's tokenizer
+# The student is initialized as Hugging Face's Llama: the alignment's gradient scales as 1/|h|, and torchtitan's 1.0
+# makes h large.
+_STUDENT: dict[str, Any] = {"dim": 256, "num_layers": 6, "num_heads": 4, "hidden_dim": 768, "embedding_init_std": 0.02}
+_TEACHER: dict[str, Any] = {"dim": 128, "num_layers": 4, "num_heads": 2, "hidden_dim": 352, "tie_embeddings": True}
 
-
-def _student_spec(vocab_size: int = _VOCAB_SIZE) -> ModelSpec:
-    return llama_spec(
-        "demo_student",
-        dim=256,
-        num_layers=6,
-        num_heads=4,
-        hidden_dim=768,
-        vocab_size=vocab_size,
-        # As Hugging Face's Llama. The alignment's gradient scales as 1/|h|, and torchtitan's 1.0 makes h large.
-        embedding_init_std=0.02,
-    )
-
-
-def _teacher_spec() -> ModelSpec:
-    return llama_spec(
-        "demo_teacher",
-        dim=128,
-        num_layers=4,
-        num_heads=2,
-        hidden_dim=352,
-        vocab_size=_VOCAB_SIZE,
-        tie_embeddings=True,
-    )
-
-
+_teacher_spec = partial(llama_spec, "demo_teacher", vocab_size=_VOCAB_SIZE, **_TEACHER)
 register_teacher_spec("demo_teacher", _teacher_spec, path=TEACHER, tokenizer_path=TOKENIZER)
 
 
@@ -77,7 +59,7 @@ def _config(model_spec: ModelSpec) -> Trainer.Config:
 
 def student() -> Trainer.Config:
     """A student of 7.2 million parameters: 6 blocks of width 256."""
-    return _config(_student_spec())
+    return _config(llama_spec("demo_student", vocab_size=_VOCAB_SIZE, **_STUDENT))
 
 
 def teacher() -> Trainer.Config:
@@ -87,4 +69,4 @@ def teacher() -> Trainer.Config:
 
 def smollm2_student() -> Trainer.Config:
     """The demo's student with SmolLM2's vocabulary, 30 million parameters, most of them embeddings."""
-    return _config(_student_spec(vocab_size=49_152))
+    return _config(llama_spec("demo_student", vocab_size=49_152, **_STUDENT))

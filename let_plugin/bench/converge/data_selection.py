@@ -41,7 +41,7 @@ _BATCH_TOKENS = 2**14  # that go through a model at a time, about
 def read_costs(out: Path) -> dict[str, Any]:
     """`flops`, `tokens` and `seconds` of the selection that made a file. ConfigError if it is not from here."""
     try:
-        content = json.loads(_costs_path(out).read_text())
+        content = json.loads(Path(f"{out}.costs.json").read_text())
         types = {"flops": float, "tokens": int, "seconds": float}
         return {name: make(content[name]) for name, make in types.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -90,7 +90,7 @@ def select(config: Any, reference: TeacherConfig, out: Path, keep: float) -> dic
         "teacher": sources["let.teacher"].info.description,
         "reference": sources["--reference"].info.description,
     }
-    _costs_path(out).write_text(json.dumps(costs, indent=1) + "\n")
+    Path(f"{out}.costs.json").write_text(json.dumps(costs, indent=1) + "\n")
     return costs
 
 
@@ -147,10 +147,6 @@ def _losses(config: Any, tokenizer: Any, source: Any) -> list[tuple[float, int]]
     model = source.language_model(dtype=plan.teacher_dtype(config), device=device, seq_len=seq_len)
     ids = (tokenizer.encode(text, add_bos=True, add_eos=True) for text in _texts(config))
     return list(document_losses(model, ids, seq_len=seq_len, vocab_size=source.info.vocab_size, device=device))
-
-
-def _costs_path(out: Path) -> Path:
-    return out.with_name(f"{out.name}.costs.json")
 
 
 def _check(config: Any, out: Path, keep: float) -> None:

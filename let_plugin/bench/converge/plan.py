@@ -27,13 +27,7 @@ Point = tuple[tuple[str, str], ...]
 class Planner:
     """The runs of a suite, checked. ConfigError lists all that is wrong with any of them.
 
-    Args:
-        args: The command line of `let-bench converge`.
-        options: Options of let-train, for all runs.
-
-    Attributes:
-        methods: What was asked for, the baseline first.
-        grid: Key of let-train -> values that are tried for each method.
+    `methods` are those that were asked for, the baseline first; `grid` has the values that each is tuned over, by key.
     """
 
     def __init__(self, args: argparse.Namespace, options: Sequence[str]) -> None:
@@ -82,8 +76,11 @@ class Planner:
         costs = active_cost(config, student, self._dims)
         weight = config.let.weight if config.let.enable else None
         text = method.name if not weight else f"{method.name}@{weight:g}"
-        needs = self._needs(method)
-        needs += [f"{key} {value}" for key, value in point if key != WEIGHT]
+        needs = [f"{key} {value}" for key, value in point if key != WEIGHT]
+        if method.name == "gstack":
+            needs = [f"{self._args.gstack_blocks} blocks", f"{self._args.gstack_steps} steps", *needs]
+        if method.name == "miniplm":
+            needs = [str(self._args.selected_text), *needs]
         details = {
             "method": method.name,
             "weight": weight,
@@ -98,11 +95,6 @@ class Planner:
         }
         return f"{text} [{', '.join(needs)}]" if needs else text, details
 
-    def _needs(self, method: Method) -> list[str]:
-        if method.name == "gstack":
-            return [f"{self._args.gstack_blocks} blocks", f"{self._args.gstack_steps} steps"]
-        return [str(self._args.selected_text)] if method.name == "miniplm" else []
-
     def _options(self, method: Method, point: Point = ()) -> list[str]:
         own = [*method.defaults, *method.options]
         if method.name == "miniplm":
@@ -114,9 +106,8 @@ class Planner:
         if method.name == "miniplm":
             return {"what": "selection of documents", **data_selection.read_costs(self._args.selected_text)}
         if method.name == "gstack":
-            steps = self._args.gstack_steps
             shallow = Student(self.setup.load(self._options(method), self._args.gstack_blocks).config)
-            tokens = tokens_per_step * steps
+            tokens = tokens_per_step * self._args.gstack_steps
             return {"what": "shallow model", "flops": step_flops(shallow, tokens), "tokens": tokens, "seconds": None}
         if config.let.enable and config.let.target == "teacher" and config.let.teacher.features:
             features = Features(config.let.teacher.features)

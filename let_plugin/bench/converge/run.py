@@ -5,7 +5,7 @@ import math
 import shlex
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -70,7 +70,8 @@ class Suite:
         cells = [(method, self._planner.chosen(method, self._chosen)) for method in self._planner.methods]
         runs = {self._id(own): own for seed in self._args.seeds for own in (self._planner.run(*c, seed) for c in cells)}
         found = self._found()
-        _refuse_without_baseline(found[id_] for id_ in runs if id_ in found)
+        for id_ in runs.keys() & found.keys():
+            _refuse_without_baseline(found[id_])
         self._run(list(runs.values()), "result")
         for own in (self._found()[id_] for id_ in runs):
             if own["role"] != "result":  # it was run to tune, and is a result as well
@@ -89,7 +90,7 @@ class Suite:
             details = {"suite": self.id, "run": self._id(own), "role": role, "num_processes": self._args.processes}
             new = row(own, self._execute(own), origin, self._command, details)
             rows.append(self._args.out, new)
-            _refuse_without_baseline([new])
+            _refuse_without_baseline(new)
             text = f"diverged, by step {new['values'][0]}"
             if new["kind"] == CONVERGE:
                 text = f"validation {new['final_validation_loss']:.4f}, test {new['final_test_loss']:.4f}"
@@ -119,7 +120,12 @@ class Suite:
         return result | {"preparation": preparation}
 
     def _observe(self, argv: Sequence[str], name: str, num_blocks: int | None = None) -> dict[str, Any]:
-        request = {"argv": argv, "settings": {}, "num_blocks": num_blocks, "test": self._planner.setup.test}
+        request: dict[str, Any] = {
+            "argv": argv,
+            "settings": {},
+            "num_blocks": num_blocks,
+            "test": self._planner.setup.test,
+        }
         out = self._args.work_dir / self.id / f"{name}.json"
         return Running.of(request, out, what=name, num_processes=self._args.processes).result()
 
@@ -188,9 +194,9 @@ def row(own: Run, result: Mapping[str, Any], origin: Any, command: str, details:
 def at_end(points: Sequence[Point], best: int) -> list[str]:
     """The keys whose best value is the smallest or the largest that was tried: the grid should go further there."""
     found = []
-    for i, (key, value) in enumerate(points[best]):
+    for (key, value), *others in zip(points[best], *points, strict=True):
         try:
-            values = {float(point[i][1]) for point in points}
+            values = {float(other) for _, other in others}
         except ValueError:
             continue  # names have no order
         if len(values) > 1 and float(value) in (min(values), max(values)):
@@ -205,11 +211,10 @@ def _point_name(point: Point) -> float | str:
     return ", ".join(f"{key} {value}" for key, value in point)
 
 
-def _refuse_without_baseline(found: Iterable[Mapping[str, Any]]) -> None:
-    for own in found:
-        if own["kind"] == DIVERGED and own["method"] == BASELINE:
-            what = f"{BASELINE!r} has diverged with seed {own['seed']}"
-            raise RunFailedError(f"{what}: there is nothing to compare with. Change the configuration or the seeds")
+def _refuse_without_baseline(own: Mapping[str, Any]) -> None:
+    if own["kind"] == DIVERGED and own["method"] == BASELINE:
+        what = f"{BASELINE!r} has diverged with seed {own['seed']}"
+        raise RunFailedError(f"{what}: there is nothing to compare with. Change the configuration or the seeds")
 
 
 def _final_loss(own: Mapping[str, Any]) -> float:

@@ -29,8 +29,8 @@ class Watch:
     Args:
         trainer: Before its first step.
         out: Where rank 0 writes the result.
-        warmup: Steps that are not measured.
-        total: Steps of the run; those after the warm-up are measured.
+        warmup: Steps that are not measured, of `total`.
+        total: Steps of the run.
         is_active: Whether LET is to be active in the measured steps.
         profile: Also say where the time of the steps goes, which takes time itself.
         turns: Address that gives the turn for each step (see `turns`); None: it runs alone.
