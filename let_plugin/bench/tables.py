@@ -157,12 +157,12 @@ def _gain_cells(line: pd.Series) -> dict[str, str]:
     cells = {"test loss": f"{line['loss'].value:.4f}"}
     cells[f"less {BASELINE}"] = "" if is_baseline else line["difference"].text("+.4f")
     for axis, name in (("tokens", "tokens"), ("flops", "FLOPs"), ("seconds", "seconds")):
-        cells[f"speed-up, {name}"] = "1" if is_baseline else _speed_up(line, axis)
+        cells[f"speed-up, {name}"] = "1" if is_baseline else speed_up(line, axis)
     cells |= {"FLOPs": f"{line['flops']:.3g}", "seconds": f"{line['seconds']:,.0f}"}
     return cells | {f"{line['memory_kind']} MiB": f"{line['memory'] / MIB:,.0f}"}
 
 
-def _speed_up(line: pd.Series, axis: str) -> str:
+def speed_up(line: pd.Series, axis: str) -> str:
     if line[f"{axis}_missed"]:
         return f"not reached by {line[f'{axis}_missed']} of {line['loss'].num}"
     return line[f"{axis}_ratio"].text(".3f", unit="x")

@@ -70,8 +70,8 @@ class Suite:
         cells = [(method, self._planner.chosen(method, self._chosen)) for method in self._planner.methods]
         runs = {self._id(own): own for seed in self._args.seeds for own in (self._planner.run(*c, seed) for c in cells)}
         found = self._found()
-        for id_ in runs.keys() & found.keys():
-            _refuse_without_baseline(found[id_])
+        for known in (found[id_] for id_ in runs if id_ in found):
+            _refuse_without_baseline(known)
         self._run(list(runs.values()), "result")
         for own in (self._found()[id_] for id_ in runs):
             if own["role"] != "result":  # it was run to tune, and is a result as well

@@ -17,13 +17,6 @@ def suite(path):
     return made
 
 
-def test_a_round_that_is_not_complete_does_not_count(path):
-    synthetic_rows.throughput(path, pairs=3)
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
-    assert set(suite(path).frame["step_time"].map(lambda e: e.num)) == {2}
-    assert len(suite(path).rows) == 10 and suite(path).name == "a question"
-
-
 def test_steps_that_were_made_in_turn_are_pairs(path):
     """A machine that was slow for two of three steps: for the first of them both runs, for the last one of them."""
     synthetic_rows.throughput(path, pairs=1, shares=(), interleaved=True)

@@ -83,19 +83,14 @@ def test_an_installed_package_has_no_commit_whatever_repository_it_lies_in(clone
     assert provenance_in(clone, site.parent, PATH="/nowhere")["commit"] is None  # no git at all
 
 
-@pytest.mark.parametrize("values", [[], [1.0, float("nan")]])
-def test_a_row_needs_finite_values(values):
-    fields = {"command": "", "config": "", "seed": 0, "unit": "s", "origin": {}}
-    with pytest.raises(ValueError, match="finite numbers, at least one"):
-        rows.row("throughput", values=values, **fields)
-
-
 def test_all_that_is_wrong_with_a_file_at_once(tmp_path):
     path = tmp_path / "rows.jsonl"
     incomplete = {k: v for k, v in make().items() if k not in ("unit", "device")}
     path.write_text("\n".join([json.dumps(make()), json.dumps(incomplete), "[1]", json.dumps(make())[:100]]))
     with pytest.raises(ConfigError) as error:
         rows.read(path)
+    with pytest.raises(ValueError, match="finite numbers, at least one"):
+        rows.row("x", command="", config="", seed=0, unit="s", origin={}, values=[1.0, float("nan")])
     keys = [problem.key.removeprefix(str(path)) for problem in error.value.problems]
     assert keys == [":2", ":3", ":4"]
     assert "it has no device, unit" in str(error.value) and "cut off" in error.value.problems[-1].message

@@ -7,7 +7,6 @@ import pytest
 
 from let_plugin.bench import cli, rows, tables
 from let_plugin.bench.converge import run
-from let_plugin.bench.converge.run import at_end
 from let_plugin.bench.processes import RunFailedError
 
 # Final validation loss of a run without a process: LET is best at 1, rkd at 0.1; standard is 4.
@@ -16,13 +15,7 @@ TUNED = "--weights 0.1 1 --methods let rkd random_teacher"
 
 
 class Converge:
-    """`let-bench converge` with runs that take no time.
-
-    Attributes:
-        order: (label, seed) of the runs of the last call.
-        dies_at: Number of the run at which it is killed.
-        diverging: (label, seed) of runs that diverge.
-    """
+    """`let-bench converge` with runs that take no time: `order` has the label and seed of those of the last call."""
 
     def __init__(self, parsed):
         self._parsed = parsed
@@ -154,8 +147,9 @@ def test_a_row_counts_the_preparation_and_the_active_steps(converge, parsed):
 
 def test_where_a_grid_ends():
     points = [(("a", a), ("b", b), ("loss", "mse")) for a in ("1", "10", "9") for b in ("0.1", "0.01")]
-    assert at_end(points, points.index((("a", "9"), ("b", "0.01"), ("loss", "mse")))) == ["b"]  # 10 is the largest a
-    assert at_end(points[:1], 0) == []
+    best = points.index((("a", "9"), ("b", "0.01"), ("loss", "mse")))
+    assert run.at_end(points, best) == ["b"]  # 10 is the largest a
+    assert run.at_end(points[:1], 0) == []
 
 
 def test_the_command_refuses_with_one_message(config_file, tmp_path, capfd):

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from let_plugin.bench.converge.observe import Observer
+from let_plugin.bench.converge import observe
 from let_plugin.runtime.held_out import TwoSplitValidator
 from tests.support import jobs
 
@@ -19,25 +19,10 @@ def config(config):
     return config
 
 
-def test_what_is_seen(trainer, tmp_path):
-    out = tmp_path / "result.json"
-    Observer(trainer, str(out)).start()
-    trainer.train()
-    result = json.loads(out.read_text())
-    curve = result["curve"]
-    assert curve["step"] == [1, 2, 4] and curve["active_steps"] == [1, 2, 2]
-    seconds = curve["seconds"]
-    assert 0 < seconds[0] < seconds[1] < seconds[2] < result["wall_seconds"]  # which has the evaluations in it
-    logged = [line for line in jobs.metrics(tmp_path / "out") if "validation_metrics/loss" in line]
-    assert curve["validation_loss"] == [line["validation_metrics/loss"] for line in logged]
-    assert curve["test_loss"] == [line["test_metrics/loss"] for line in logged]
-    assert result["peak_memory_bytes"].keys() == {"resident"} and result["peak_memory_bytes"]["resident"] > 2**20
-
-
-def test_the_peak_of_training_is_kept_and_that_of_an_evaluation_is_not(trainer, tmp_path, monkeypatch):
-    """torchtitan starts it anew at each logged step; here a stand-in counts what would be allocated."""
-    from let_plugin.bench.converge import observe
-
+def test_what_is_seen(trainer, tmp_path, monkeypatch):
+    """The peak of training is kept, which torchtitan starts anew at each logged step, and that of an evaluation is not:
+    a stand-in counts what would be allocated.
+    """
     state = {"peak": 0}
     monitor = trainer.metrics_processor.device_memory_monitor
     monkeypatch.setattr(observe, "local_peak_memory", lambda device, module: {"allocated": state["peak"]})
@@ -55,6 +40,13 @@ def test_the_peak_of_training_is_kept_and_that_of_an_evaluation_is_not(trainer, 
     monkeypatch.setattr(trainer, "train_step", step)
     monkeypatch.setattr(trainer.validator, "validate", evaluate)
     out = tmp_path / "result.json"
-    Observer(trainer, str(out)).start()
+    observe.Observer(trainer, str(out)).start()
     trainer.train()
-    assert json.loads(out.read_text())["peak_memory_bytes"] == {"allocated": 70}
+    result = json.loads(out.read_text())
+    assert result["peak_memory_bytes"] == {"allocated": 70}
+    curve, seconds = result["curve"], result["curve"]["seconds"]
+    assert curve["step"] == [1, 2, 4] and curve["active_steps"] == [1, 2, 2]
+    assert 0 < seconds[0] < seconds[1] < seconds[2] < result["wall_seconds"]  # which has the evaluations in it
+    logged = [line for line in jobs.metrics(tmp_path / "out") if "validation_metrics/loss" in line]
+    assert curve["validation_loss"] == [line["validation_metrics/loss"] for line in logged]
+    assert curve["test_loss"] == [line["test_metrics/loss"] for line in logged]

@@ -130,10 +130,8 @@ def test_steps_in_turn(measure):
     plain, active = "plain-pair-1.json", "active-pair-1.json"
     order = measure(1, interleave=True)
     assert sorted(order[:2]) == sorted(order[2:]) == [active, plain]
-    assert [(row["label"], row["pair"], row["interleaved"]) for row in rows.read(measure.out)] == [
-        ("plain", 0, True),
-        ("active", 0, True),
-    ]
+    assert [(row["label"], row["pair"]) for row in rows.read(measure.out)] == [("plain", 0), ("active", 0)]
+    assert all(row["interleaved"] for row in rows.read(measure.out))
     measure.fail.touch()
     with pytest.raises(processes.RunFailedError, match="failed with exit code 1\nout of luck\nall of it: "):
         measure(2, interleave=True)
