@@ -222,7 +222,8 @@ def _function(base: str) -> Callable[[], Any]:
             continue
         if callable(function := getattr(module, name, None)):
             return function
-        own = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == candidate]
-        functions = [key for key in own if inspect.isfunction(getattr(module, key)) and not key.startswith("_")]
+        own = {key: getattr(value, "func", value) for key, value in vars(module).items()}  # what a partial is of, too
+        own = {key: value for key, value in own.items() if inspect.isfunction(value) and not key.startswith("_")}
+        functions = [key for key, value in own.items() if value.__module__ == candidate]
         raise ConfigError(Problem("base", f"no function {name!r} in {candidate}; {suggest(name, functions)}", base))
     raise ConfigError(Problem("base", f"no module {module_name!r}; {suggest(module_name, SHORT_MODULES)}", base))
