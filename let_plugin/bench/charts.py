@@ -47,12 +47,7 @@ def losses(figure: FigureBase, curves: pd.DataFrame) -> None:
 
 
 def ratios(figure: FigureBase, columns: Mapping[str, tuple[Mapping[str, Estimate], Mapping[str, float]]]) -> None:
-    """Ratios to plain, with their intervals, and marks at their bounds.
-
-    Args:
-        figure: Where to draw.
-        columns: What the ratios are of -> (label -> ratio, label -> bound).
-    """
+    """Ratios to plain with intervals, and marks at bounds: what they are of -> (label -> ratio, label -> bound)."""
     subplots = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
     for axes, (name, (found, bounds)) in zip(subplots, columns.items(), strict=True):
         for label, estimate in list(found.items())[::-1]:

@@ -29,10 +29,7 @@ def main(argv: list[str]) -> None:
 def adapt(config: "Trainer.Config", num_blocks: int | None, test: Sequence[str] | None) -> None:
     """Changes the configuration where let-train has no option for it. In place.
 
-    Args:
-        config: Of the run.
-        num_blocks: Train only the first blocks of the student; None: all.
-        test: (dataset, path) of a test split to evaluate as well; None: what the configuration says.
+    `num_blocks`: train the student's first blocks only. `test`: (dataset, path) of a test split to evaluate as well.
     """
     if num_blocks is not None:
         from let_plugin.bench.converge import stacking

@@ -37,11 +37,9 @@ def write(files: Sequence[Path], out: Path) -> None:
 
 
 def plot(paths: Sequence[Path], out: Path) -> None:
-    """Draws curves to `out`, as .html, .svg or .png: metrics of runs, or the held-out losses of convergence rows.
+    """Draws curves to the file `out` (.html, .svg or .png); an older one is replaced.
 
-    Args:
-        paths: Dump folders of let-train (with a metrics.jsonl), or files of rows.
-        out: The file; an older one is replaced.
+    `paths` are dump folders of let-train, whose metrics are drawn, or files of rows: held-out losses of convergence.
     """
     problems = _missing_libraries()
     if out.suffix not in (".html", ".svg", ".png"):

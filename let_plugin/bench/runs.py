@@ -49,13 +49,9 @@ class Run:
 
 
 class Setup:
-    """What all runs of a suite have in common. The host is set up.
+    """What all runs of a suite have in common: a TOML file, options of let-train, and the processes of each run.
 
-    Args:
-        toml: The user's TOML file.
-        options: The user's options of let-train, as on the command line.
-        num_processes: Processes of each run.
-        test: (dataset, path) of a test split to evaluate as well; None: what the configuration says.
+    `test` is (dataset, path) of a test split to evaluate as well, or None. The host is set up.
     """
 
     def __init__(self, toml: Path, options: Sequence[str], num_processes: int, test: Sequence[str] | None = None):

@@ -34,9 +34,7 @@ def add_test_split(config: Trainer.Config, dataset: str, path: str) -> None:
 class Observer:
     """Notes at each evaluation its losses, and what training has taken until then, evaluations left out.
 
-    Args:
-        trainer: Before its first step, with a TwoSplitValidator.
-        out: Where rank 0 writes the result, after the evaluation at the last step.
+    `trainer` has a TwoSplitValidator. Rank 0 writes the result to `out`, after the evaluation at the last step.
     """
 
     def __init__(self, trainer: Trainer, out: str) -> None:

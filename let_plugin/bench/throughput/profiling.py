@@ -64,9 +64,7 @@ class StepProfiler:
 def range_seconds(events: Any, *, on_device: bool) -> tuple[Mapping[str, float], Mapping[tuple[str, str], float]]:
     """Seconds of LET's ranges in a profile; and of what is directly in them, by range and kind of `_KINDS`.
 
-    Args:
-        events: Of torch's profiler.
-        on_device: Whether an accelerator's time counts, instead of the host's.
+    `on_device`: an accelerator's time counts, instead of the host's.
     """
     ranges: Counter[str] = Counter()
     inside: Counter[tuple[str, str]] = Counter()

@@ -19,17 +19,10 @@ _POLL_SECONDS = 0.5  # how soon a run that has died is noticed
 
 
 def take_turns(starts: Sequence[Callable[[str], Running]], seed: int = 0) -> list[dict[str, Any]]:
-    """Runs them, to their ends.
+    """Runs them to their ends, and returns what each has written. RunFailedError if one fails; the others are stopped.
 
-    Args:
-        starts: Each starts a run, which makes a `Turn` of the address it is given, and a step whenever it has it.
-        seed: Of the laps' orders.
-
-    Returns:
-        What each has written.
-
-    Raises:
-        RunFailedError: If one fails; the others are stopped.
+    Each of `starts` starts a run, which makes a `Turn` of the address it is given, and a step whenever it has it. The
+    laps' orders are drawn with `seed`.
     """
     runs: list[Running] = []
     connections: dict[int, socket.socket] = {}
