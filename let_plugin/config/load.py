@@ -22,6 +22,7 @@ from let_plugin.config import LetConfig, RuntimeConfig, command_line
 from let_plugin.config.dump import to_tables
 from let_plugin.config.errors import ConfigError, Problem, suggest
 from let_plugin.config.overlay import Overlay, leaves
+from let_plugin.config.tables import STOPS
 
 if TYPE_CHECKING:
     from torchtitan.trainer import Trainer
@@ -132,13 +133,13 @@ def resolve(source: Source) -> Loaded:
         overlay.without_base(tables, {"let": LetConfig(), "runtime": RuntimeConfig()})
         problems = [replace(problem, source=file) for problem in error.problems]
         raise ConfigError([*problems, *overlay.problems]) from error
-    config = overlay.configuration(config, tables)
+    config = overlay.configuration(_without_stops(config, tables), tables)
     if "--help" in cli:
         section = [word for word in cli[cli.index("--help") + 1 :] if not word.startswith("--")][:1]
         command_line.print_help(config, "".join(section), f"let-train {file}")
     options, problems = command_line.parse(cli, command_line.choices(config))
     on_top = Overlay(command_line.SOURCE)
-    config = on_top.configuration(config, options)
+    config = on_top.configuration(_without_stops(config, options), options)
     keys = {key.removesuffix(".type") for key in leaves("", options)} if options else set()
     return Loaded(config, base, file, tables, keys, [*overlay.problems, *problems, *on_top.problems])
 
@@ -175,6 +176,14 @@ def _with_let_shorthands(tables: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(let.get("teacher"), str):
         let["teacher"] = {"path": let["teacher"]}
     return {**tables, "let": let}
+
+
+def _without_stops(config: "Trainer.Config", tables: Mapping[str, Any]) -> "Trainer.Config":
+    """Of the `stop_*` keys at most one is given: one in `tables` replaces those of the layers below."""
+    let = tables.get("let")
+    if not isinstance(let, dict) or not let.keys() & set(STOPS):
+        return config
+    return replace(config, let=replace(config.let, **dict.fromkeys(STOPS)))
 
 
 def _load_base(base: Any) -> "Trainer.Config":

@@ -16,6 +16,7 @@ from let_plugin.alignment.projectors import DIMENSION_MATCHES
 from let_plugin.alignment.schedules import SCHEDULES, Schedule, with_warmup
 from let_plugin.config import LetConfig, options
 from let_plugin.config.errors import ConfigError, Problem, lookup
+from let_plugin.config.tables import STOPS
 
 if TYPE_CHECKING:
     from torchtitan.trainer import Trainer
@@ -32,8 +33,7 @@ def stop_step(config: "Trainer.Config", num_data_parallel: int) -> int:
     """
     let: LetConfig = config.let
     steps = config.training.steps
-    keys = ("stop_step", "stop_tokens", "stop_fraction")
-    given = {key: value for key in keys if (value := getattr(let, key)) is not None}
+    given = {key: value for key in STOPS if (value := getattr(let, key)) is not None}
     if len(given) > 1:
         raise ConfigError([Problem(f"let.{key}", "give one of the stop_* keys only", given[key]) for key in given])
     if let.stop_tokens is not None:

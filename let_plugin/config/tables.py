@@ -124,6 +124,10 @@ class TokenAlignmentConfig:
     """
 
 
+# At most one of them is given.
+STOPS = ("stop_step", "stop_tokens", "stop_fraction")
+
+
 @dataclass(kw_only=True, slots=True)
 class LetConfig:
     """The `[let]` table. Its presence in a TOML file turns LET on; without it the run is plain torchtitan."""

@@ -375,3 +375,10 @@ def test_dump_refuses_what_toml_cannot_write():
     loaded.config.optimizer.param_groups[0].optimizer_kwargs["fused"] = None
     with pytest.raises(ConfigError, match=r"optimizer\.param_groups.*cannot be written as TOML"):
         dump(loaded)
+
+
+def test_a_stop_on_the_command_line_replaces_the_files():
+    let = config_of("[let]\nstop_fraction = 0.5", "--let.stop-step", "3").let
+    assert (let.stop_step, let.stop_fraction) == (3, None)
+    let = config_of("[let]\nstop_step = 3\nstop_fraction = 0.5").let  # of one file: for preflight to refuse
+    assert (let.stop_step, let.stop_fraction) == (3, 0.5)
