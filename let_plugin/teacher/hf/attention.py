@@ -79,22 +79,22 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """[B, L, N, H] in the query's dtype, in the signature that `transformers` calls attention functions with.
 
-    Raises:
-        NotImplementedError: If the family asks for something that this function cannot do. It must never be silent:
-            a lost window, or a leak between documents, would be a wrong target.
+    NotImplementedError if the family asks for something that this function cannot do: a lost window, or a leak between
+    documents, would silently be a wrong target.
     """
+    reason = ""
     if let_documents is None:
-        raise NotImplementedError("the model does not hand keyword arguments on to its attention")
-    if attention_mask is not None:
-        raise NotImplementedError("the model builds an attention mask of its own")
-    if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
-        raise NotImplementedError("the model has attention that is not causal")
-    for name in _UNSUPPORTED_ARGUMENTS:
-        if kwargs.get(name) is not None:
-            raise NotImplementedError(f"the model's attention needs {name!r}, which SDPA cannot do")
-    if "sliding_window" not in kwargs and _config_has_window(module):
-        raise NotImplementedError("the model has a sliding window, but does not hand it to its attention")
-
+        reason = "does not hand keyword arguments on to its attention"
+    elif attention_mask is not None:
+        reason = "builds an attention mask of its own"
+    elif kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
+        reason = "has attention that is not causal"
+    elif needed := [name for name in _UNSUPPORTED_ARGUMENTS if kwargs.get(name) is not None]:
+        reason = f"needs {needed[0]!r} in its attention, which SDPA cannot do"
+    elif "sliding_window" not in kwargs and _config_has_window(module):
+        reason = "has a sliding window, but does not hand it to its attention"
+    if reason or let_documents is None:
+        raise NotImplementedError(f"the model {reason}")
     mask = let_documents.get(query_BNLH.shape[2], kwargs.pop("sliding_window", None), query_BNLH.device)
     if softcap is not None:
         return _soft_capped_attention(query_BNLH, key_BKLH, value_BKLH, mask, kwargs.get("scaling"), softcap), None

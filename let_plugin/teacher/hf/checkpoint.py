@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,14 +19,7 @@ from torch import nn
 from let_plugin.config import TeacherConfig
 from let_plugin.config.errors import ConfigError, Problem
 from let_plugin.teacher.hf.checks import check_is_decoder, check_isolates_documents, find_layers
-from let_plugin.teacher.hf.files import (
-    check_folder,
-    read_headers,
-    remote_code_problem,
-    some_names,
-    unused_index,
-    weight_files,
-)
+from let_plugin.teacher.hf.files import check_folder, read_headers, some_names, weight_files
 from let_plugin.tokens.vocabulary import open_tokenizer
 
 if TYPE_CHECKING:
@@ -34,6 +27,8 @@ if TYPE_CHECKING:
 
 _PATH_KEY = "let.teacher.path"
 _HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
+_LACKS = "the checkpoint lacks tensors that its configuration asks for"
+_MISFITS = "tensors that are not as its configuration says"
 _INTEGERS = {"I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
 
 
@@ -59,11 +54,13 @@ class Checkpoint:
         self.config = config
         self.is_gguf = is_gguf(config.path)
         self._hub: Any = None
+        self._options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": config.trust_remote_code}
         if self.is_gguf:
             from let_plugin.teacher.hf import gguf
 
             gguf.check_file(config.path)
             self._alone = gguf.alone(config.path)
+            self._options["gguf_file"] = os.path.basename(config.path)
             self.folder = self._alone.name
             self.where = f"GGUF {config.path}"
         elif os.path.exists(config.path):
@@ -75,8 +72,8 @@ class Checkpoint:
             self.folder = self._hub.folder
             self.where = f"hub {config.path}{'@' + self._hub.commit[:8] if self._hub.commit else ''} ({self._hub.size})"
         else:
-            message = 'there is no such folder, and it is not a hub name ("org/name"); give a folder with config.json'
-            raise ConfigError(Problem(_PATH_KEY, f"{message} and *.safetensors", config.path))
+            message = 'there is no such folder, and it is not a hub name ("org/name")'
+            raise self._wrong(f"{message}; give a folder with config.json and *.safetensors")
         if config.revision and self._hub is None:
             raise ConfigError(Problem("let.teacher.revision", "only a teacher on the hub has one", config.revision))
         if not self.is_gguf:
@@ -108,15 +105,13 @@ class Checkpoint:
 
         folder = self.weights_folder()
         auto_class = transformers.AutoModelForCausalLM if head else transformers.AutoModel
-        model, problems = self._from_pretrained(auto_class, folder, dtype=dtype, attn_implementation=attention)
+        model = self._from_pretrained(auto_class, folder, dtype=dtype, attn_implementation=attention)
         not_finite = [
             name for name, t in model.state_dict().items() if t.is_floating_point() and not bool(t.isfinite().all())
         ]
-        if not_finite and not problems:
-            message = f"these tensors hold NaN or infinite values: {some_names(not_finite)}; fetch the files again"
-            problems.append(Problem(_PATH_KEY, message, self.config.path))
-        if problems:
-            raise ConfigError(problems)
+        if not_finite:
+            names = some_names(not_finite)
+            raise self._wrong(f"these tensors hold NaN or infinite values: {names}; fetch the files again")
         return model
 
     def tokenizer(self) -> Any | None:
@@ -140,12 +135,11 @@ class Checkpoint:
 
         try:
             with quiet_transformers():
-                return AutoConfig.from_pretrained(
-                    self.folder, trust_remote_code=self.config.trust_remote_code, **self._options()
-                )
+                return AutoConfig.from_pretrained(self.folder, **self._options)
         except Exception as error:  # OSError, ValueError, JSON errors, and whatever remote code or a .gguf file raises
             if "trust_remote_code" in str(error):
-                raise ConfigError(remote_code_problem()) from error
+                message = "the checkpoint comes with Python code of its own; set it to true if you trust that code"
+                raise ConfigError(Problem("let.teacher.trust_remote_code", message, False)) from error
             raise self._unreadable("configuration", error) from error
 
     def _build_on_meta(self) -> Any:
@@ -153,8 +147,7 @@ class Checkpoint:
             # Every family has "eager" attention, so that the checks can say what is the matter with the others.
             return self.on_meta(attention="eager")
         except Exception as error:  # a configuration that contradicts itself fails anywhere in the model's constructor
-            message = f"its configuration cannot be built: {error}"
-            raise ConfigError(Problem(_PATH_KEY, message, self.config.path)) from error
+            raise self._wrong(f"its configuration cannot be built: {error}") from error
 
     def _check_headers(self) -> None:
         if self.is_gguf:
@@ -165,28 +158,16 @@ class Checkpoint:
             except Exception as error:  # a damaged file fails in numpy, struct or the reader: any type of error
                 raise self._unreadable("weights", error) from error
             if missing:
-                message = f"the checkpoint lacks tensors that its configuration asks for: {some_names(missing)}"
-                raise ConfigError(Problem(_PATH_KEY, message, self.config.path))
+                raise self._wrong(f"{_LACKS}: {some_names(missing)}")
             return
         from transformers import AutoModel
 
         headers = read_headers(weight_files(Path(self.folder)))
         integers = {name for name, stored in headers.items() if stored.dtype in _INTEGERS}
-        _, problems = self._from_pretrained(
-            AutoModel, self.folder, integers=integers, device_map="meta", dtype=torch.float32
-        )
-        if problems:
-            raise ConfigError(problems)
+        self._from_pretrained(AutoModel, self.folder, integers, device_map="meta", dtype=torch.float32)
 
-    def _from_pretrained(
-        self,
-        auto_class: Any,
-        folder: str,
-        *,
-        integers: Collection[str] = (),
-        **options: Any,
-    ) -> tuple[Any, list[Problem]]:
-        """The model, and what is wrong with it. `integers`: the stored tensors that hold no floating-point numbers."""
+    def _from_pretrained(self, auto_class: Any, folder: str, integers: Collection[str] = (), **options: Any) -> Any:
+        """The model. `integers`: the stored tensors that hold no floating-point numbers."""
         with quiet_transformers() as said:
             try:
                 model, info = auto_class.from_pretrained(
@@ -194,54 +175,47 @@ class Checkpoint:
                     use_safetensors=True,
                     output_loading_info=True,
                     ignore_mismatched_sizes=True,
-                    trust_remote_code=self.config.trust_remote_code,
-                    **self._options(),
+                    **self._options,
                     **{name: value for name, value in options.items() if value is not None},
                 )
             except Exception as error:  # whatever a damaged file brings about in a reader or converter
-                names = sorted(set(re.findall(r"destined for ([\w.]*\w)", "\n".join(said))))
-                if names:
-                    message = f"tensors that are not as its configuration says: {some_names(names)} ({error})"
-                    raise ConfigError(Problem(_PATH_KEY, message, self.config.path)) from error
+                if names := set(re.findall(r"destined for ([\w.]*\w)", "\n".join(said))):
+                    raise self._wrong(f"{_MISFITS}: {some_names(names)} ({error})") from error
                 raise self._unreadable("weights", error) from error
-        return model, self._fit_problems(model, info, integers)
-
-    def _fit_problems(self, model: Any, info: dict[str, Any], integers: Collection[str]) -> list[Problem]:
+        wrong = [f"{n} (file {tuple(f)}, configuration {tuple(w)})" for n, f, w in info["mismatched_keys"]]
         state = model.state_dict()
-        wrong = [
-            f"{name} (file {tuple(found)}, configuration {tuple(wanted)})"
-            for name, found, wanted in info["mismatched_keys"]
-        ]
         for name in set(integers) - set(info["unexpected_keys"]):
             if all(t.is_floating_point() for key, t in state.items() if name.endswith(key)):
                 wrong.append(f"{name} (file integers, configuration floating-point numbers)")
-        # A head, or a buffer of an old version, may be left over; a whole layer means a wrong config.json.
+        messages = []
+        if missing := info["missing_keys"]:
+            messages.append(f"{_LACKS}: {some_names(missing)}")
+        if wrong:
+            messages.append(f"{_MISFITS}: {some_names(wrong)}")
+        if surplus := self._surplus(model, info["unexpected_keys"]):
+            depth = self.model_config.num_hidden_layers
+            messages.append(f"the checkpoint has more layers than its configuration ({depth}): {some_names(surplus)}")
+        if messages:
+            raise self._wrong(*messages)
+        return model
+
+    def _surplus(self, model: nn.Module, unexpected: Iterable[str]) -> list[str]:
+        """A head, or a buffer of an old version, may be left over; a whole layer means a wrong config.json."""
         num_layers = self.model_config.num_hidden_layers
         layers = find_layers(model, num_layers)
         prefix = next(name for name, module in model.named_modules() if module is layers).rpartition(".")[2]
         in_layers = re.compile(rf"(^|\.){re.escape(prefix)}\.(\d+)\.")
-        surplus = [n for n in info["unexpected_keys"] if (match := in_layers.search(n)) and int(match[2]) >= num_layers]
-        messages = []
-        if missing := info["missing_keys"]:
-            text = f"the checkpoint lacks tensors that its configuration asks for: {some_names(missing)}"
-            messages.append(f"{text}{unused_index(Path(self.folder))}")
-        if wrong:
-            messages.append(f"tensors that are not as its configuration says: {some_names(wrong)}")
-        if surplus:
-            text = f"the checkpoint has more layers than its configuration ({num_layers})"
-            messages.append(f"{text}: {some_names(surplus)}")
-        return [Problem(_PATH_KEY, message, self.config.path) for message in messages]
-
-    def _options(self) -> dict[str, Any]:
-        gguf_file = {"gguf_file": os.path.basename(self.config.path)} if self.is_gguf else {}
-        return {"local_files_only": True, **gguf_file}
+        return [name for name in unexpected if (match := in_layers.search(name)) and int(match[2]) >= num_layers]
 
     def _unreadable(self, what: str, error: Exception) -> ConfigError:
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         if self.is_gguf:
             size = os.path.getsize(self.config.path)
             reason = f"the file is truncated ({size} bytes), damaged or of an unknown kind; {reason}"
-        return ConfigError(Problem(_PATH_KEY, f"its {what} cannot be read: {reason}", self.config.path))
+        return self._wrong(f"its {what} cannot be read: {reason}")
+
+    def _wrong(self, *messages: str) -> ConfigError:
+        return ConfigError([Problem(_PATH_KEY, message, self.config.path) for message in messages])
 
 
 def is_gguf(path: str) -> bool:

@@ -84,14 +84,9 @@ def find_layers(trunk: nn.Module, num_layers: int) -> nn.ModuleList:
 def cut(trunk: nn.Module, blocks: nn.ModuleList, info: TeacherInfo, layers: Sequence[int | str]) -> bool:
     """Takes away the blocks behind the deepest layer of a trunk on the meta device.
 
-    In a family that runs its blocks in loops, a later block may come before an earlier one. Whether that is so is seen
-    from a run without values.
-
-    Returns:
-        Whether it was seen: a few families look at values as they run. Then `try_out` sees to it.
-
-    Raises:
-        ConfigError: If the states of the layers depend on blocks behind them.
+    ConfigError if the states of the layers depend on blocks behind them, as in families that run blocks in loops. That
+    is seen from a run without values. Returns whether it was seen: a few families look at values as they run; then
+    `try_out` sees to it.
     """
     from let_plugin.teacher.hf.attention import model_inputs
 
@@ -125,23 +120,11 @@ def try_out(
     device: torch.device,
     path: str,
 ) -> None:
-    """Runs a teacher that is loaded, on its device. Collective over the ranks that it is sharded over.
+    """Runs a loaded teacher over short documents, on `device`. Collective over the ranks that it is sharded over.
 
-    Two documents of 6 tokens in each of 2 rows, twice: milliseconds for a small teacher. A family that passes
-    `check_isolates_documents` but has other ways from token to token (a convolution, say) is caught here.
-
-    Args:
-        teacher: The teacher.
-        blocks: Those of its blocks that are there.
-        info: What is known of it.
-        layers: Those whose states it returns.
-        width: The width E that the states must have.
-        in_order: Whether it is to be refused unless each block runs once, in order.
-        device: This rank's device.
-        path: The checkpoint, for messages.
-
-    Raises:
-        ConfigError: If it does not run, has another width, or a document's states depend on the one before it.
+    ConfigError if it does not run, its states have another width E than `width`, or a document's states depend on the
+    one before it: a family may pass `check_isolates_documents` but have other ways from token to token (a convolution,
+    say). With `in_order` also unless each of `blocks`, those that are there, runs once, in order.
     """
     tokens_BL, positions_BL = _two_documents(info, device)
     changed_BL = tokens_BL.clone()

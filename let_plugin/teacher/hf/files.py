@@ -31,11 +31,7 @@ def check_folder(config: TeacherConfig, folder: Path) -> None:
     if not folder.is_dir():
         message = "not a folder; give the folder with config.json and *.safetensors (or a .gguf file)"
         raise ConfigError(Problem(_PATH_KEY, message, config.path))
-    names = sorted(file.name for file in folder.iterdir())
-    problems = missing_files(names, config)
-    if "config.json" in names:
-        problems += _config_file_problems(folder / "config.json", config)
-    if problems:
+    if problems := missing_files((file.name for file in folder.iterdir()), config):
         raise ConfigError(problems)
 
 
@@ -50,9 +46,7 @@ def missing_files(names: Iterable[str], config: TeacherConfig) -> list[Problem]:
         return [Problem(_PATH_KEY, message, config.path)]
     messages = []
     if "config.json" not in names:
-        messages.append(
-            "no config.json there; a teacher needs config.json and *.safetensors, as save_pretrained writes"
-        )
+        messages.append("no config.json there; a teacher needs it and *.safetensors, as save_pretrained writes")
     if not {SINGLE_FILE, INDEX} & names:
         if any(Path(name).suffix in PICKLE_SUFFIXES for name in names):
             messages.append(
@@ -86,24 +80,15 @@ def weight_files(folder: Path, *, any_name: bool = False) -> list[Path]:
         raise ConfigError(Problem(_PATH_KEY, f"its {INDEX} cannot be read: {error!r}", str(folder))) from error
     # A file may be a link to anywhere (the hub's cache has such links), but not lie in another folder by its name.
     root = folder.resolve()
-    messages = []
     if outside := [n for n, f in zip(names, files, strict=True) if not f.parent.resolve().is_relative_to(root)]:
-        messages.append(f"its {INDEX} names files outside the folder: {some_names(outside)}")
+        message = f"its {INDEX} names files outside the folder: {some_names(outside)}"
     elif absent := [n for n, f in zip(names, files, strict=True) if not f.is_file()]:
         message = f"its {INDEX} names files that are not there: {some_names(absent)}; fetch them"
         if others := sorted(f.name for f in folder.glob("*.safetensors") if f not in files):
             message += f". The folder has {some_names(others)}: if the index is of another checkpoint, delete it"
-        messages.append(message)
-    if messages:
-        raise ConfigError([Problem(_PATH_KEY, message, str(folder)) for message in messages])
-    return files
-
-
-def unused_index(folder: Path) -> str:
-    """A remark for messages if an index lies beside a single file, which is read without it."""
-    if (folder / SINGLE_FILE).is_file() and (folder / INDEX).is_file():
-        return f" ({SINGLE_FILE} was read; the {INDEX} beside it is not used)"
-    return ""
+    else:
+        return files
+    raise ConfigError(Problem(_PATH_KEY, message, str(folder)))
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
@@ -117,11 +102,7 @@ def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
                     stored = opened.get_slice(name)
                     tensors[name] = StoredTensor(stored.get_dtype(), tuple(stored.get_shape()))
         except (OSError, SafetensorError) as error:
-            if not file.is_file():
-                message = f"{file.name} is missing"
-            else:
-                size = file.stat().st_size
-                message = f"{file.name} is truncated or not a safetensors file ({size} bytes): {error}; fetch it again"
+            message = f"{file.name} is truncated or not a safetensors file: {error}; fetch it again"
             problems.append(Problem(_PATH_KEY, message, str(file.parent)))
     if problems:
         raise ConfigError(problems)
@@ -133,28 +114,3 @@ def some_names(names: Iterable[str]) -> str:
     names = sorted(names)
     more = len(names) - _MAX_NAMED
     return ", ".join(names[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
-
-
-def remote_code_problem() -> Problem:
-    """For a checkpoint with Python code of its own."""
-    message = (
-        "the checkpoint comes with Python code of its own; set it to true if you trust that code, or choose a teacher "
-        "that transformers knows"
-    )
-    return Problem("let.teacher.trust_remote_code", message, False)
-
-
-def _config_file_problems(config_file: Path, config: TeacherConfig) -> list[Problem]:
-    from transformers import CONFIG_MAPPING
-
-    try:
-        content = json.loads(config_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return [Problem(_PATH_KEY, f"its config.json cannot be read: {error}", config.path)]
-    model_type = content.get("model_type") if isinstance(content, dict) else None
-    if model_type in CONFIG_MAPPING:
-        return []
-    if isinstance(content, dict) and "auto_map" in content:
-        return [] if config.trust_remote_code else [remote_code_problem()]
-    message = f"transformers knows no model_type {model_type!r} (in config.json); a newer transformers may"
-    return [Problem(_PATH_KEY, message, config.path)]

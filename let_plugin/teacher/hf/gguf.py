@@ -28,12 +28,8 @@ def check_file(path: str) -> None:
         if find_spec(package) is None:
             message = f"a .gguf teacher needs the {package} package: pip install let-plugin[hf]"
             raise ConfigError(Problem(_PATH_KEY, message))
-    if os.path.isdir(path):
-        message = "a folder, not a .gguf file; give the file in it (or rename a folder in Hugging Face format)"
-    elif not os.path.exists(path):
-        message = "there is no such file; give the path of a .gguf file"
-    elif not os.path.isfile(path):
-        message = "not a regular file; give the path of a .gguf file"
+    if not os.path.isfile(path):  # a pipe would be waited for
+        message = "no such file (or it is a folder or a pipe); give the path of a .gguf file"
     else:
         try:
             with open(path, "rb") as f:
@@ -53,9 +49,8 @@ def alone(path: str) -> "tempfile.TemporaryDirectory[str]":
 
 
 def missing_tensors(path: str, trunk: nn.Module) -> list[str]:
-    """The trunk's tensors, by its own names, that the file lacks.
+    """The trunk's tensors, by its own names, that the file lacks; of those that the `gguf` package has a name for.
 
-    A tensor that is made of several in the file, or of a name that the `gguf` package does not know, is left out.
     Raises errors of any type for a damaged file.
     """
     from gguf import MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map
@@ -91,17 +86,6 @@ def load_tokenizer(path: str) -> Any:
         raise ConfigError(Problem(_PATH_KEY, message, path)) from error
 
 
-def write_tokenizer(path: str, folder: str) -> None:
-    """Writes the tokenizer of a .gguf file as tokenizer.json and tokenizer_config.json into `folder`.
-
-    ConfigError if there is none, or it has no end-of-sequence token: torchtitan puts one between documents.
-    """
-    tokenizer = load_tokenizer(path)
-    if tokenizer.eos_token is None:
-        raise ConfigError(Problem(_PATH_KEY, "its tokenizer has no end-of-sequence token", path))
-    tokenizer.save_pretrained(folder)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m let_plugin.teacher.gguf", description=__doc__.split("\n")[0])
@@ -109,7 +93,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokenizer", metavar="OUT_DIR", required=True, help="folder to write its tokenizer to")
     options = parser.parse_args(arguments)
     try:
-        write_tokenizer(options.file, options.tokenizer)
+        tokenizer = load_tokenizer(options.file)
+        if tokenizer.eos_token is None:  # torchtitan puts one between documents
+            raise ConfigError(Problem(_PATH_KEY, "its tokenizer has no end-of-sequence token", options.file))
+        tokenizer.save_pretrained(options.tokenizer)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -30,20 +30,14 @@ _MIB = 2**20
 
 @dataclass(frozen=True)
 class HubCheckpoint:
-    """A repository on the hub, at one commit.
+    """A repository on the hub, at one commit."""
 
-    Attributes:
-        folder: A local folder with its small files and its weight files. If the weights were not in the cache, these
-            are empty files of the right size behind the right headers.
-        commit: The commit; empty if it was found in the cache alone.
-        size: Of the weights, for people.
-        temporary: What `folder` is in, if it goes away with this object.
-    """
-
+    # A local folder with its small files and its weight files. If the weights were not in the cache, these are empty
+    # files of the right size behind the right headers.
     folder: str
-    commit: str = ""
-    size: str = "in the cache"
-    temporary: "TemporaryDirectory[str] | None" = None
+    commit: str = ""  # empty if it was found in the cache alone
+    size: str = "in the cache"  # of the weights, for people
+    temporary: "TemporaryDirectory[str] | None" = None  # what `folder` is in, if it goes away with this object
 
 
 def open_hub(config: TeacherConfig) -> HubCheckpoint:

@@ -43,16 +43,10 @@ class HFTeacher(Teacher):
     def forward(
         self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor | None, student_masks: Any = None
     ) -> torch.Tensor:
-        """Returns the layers' states, concatenated along channels, [B, L, E], in the teacher's dtype.
+        """See Teacher. `student_masks` are not used: `transformers` has its own kind.
 
         Reads no tensor on the host, except in families whose rotary frequencies depend on the length of the input
         ("dynamic" and "longrope" scaling): `transformers` does it there.
-
-        Args:
-            tokens_BL: Token ids, int64.
-            positions_BL: Position of each token within its own document, int64: 0 starts a document. None: one
-                document per row.
-            student_masks: Not used: `transformers` has its own kind.
         """
         from let_plugin.teacher.hf.attention import model_inputs
 

@@ -132,11 +132,8 @@ class TitanTeacherSource(TeacherSource):
             enable_cpu_offload=False,
         )
         compile_config = CompileConfig(**dataclasses.asdict(config.compile))
-        model_config: Any = self._spec.model
-        model_config.update_from_config(
-            config=Trainer.Config(
-                model_spec=self._spec, training=training, parallelism=parallelism, compile=compile_config
-            )
+        model_config = _model_config(
+            self._spec, Trainer.Config(training=training, parallelism=parallelism, compile=compile_config)
         )
         with keep_rng_state(device):
             with torch.device("meta"), set_default_dtype(dtype):
@@ -155,10 +152,7 @@ class TitanTeacherSource(TeacherSource):
             )
             if isinstance(model, FSDPModule):
                 model.set_reshard_after_forward(True)  # torchtitan leaves the root, with the norm, to the default
-            model.to_empty(device=device)
-            with torch.no_grad():
-                # The buffers (RoPE); the weights are overwritten below.
-                model.init_weights(buffer_device=None)
+            _allocate(model, device)
             self._weights.load(model, dtype, parallel_dims)
         student = config.model_spec.model if config.model_spec else None
         teacher = TitanTeacher(model, layers, takes_student_masks=_makes_same_masks(model_config, student))
@@ -166,31 +160,22 @@ class TitanTeacherSource(TeacherSource):
         return teacher
 
     def language_model(self, *, dtype: torch.dtype, device: torch.device, seq_len: int) -> LanguageModel:
-        spec = dataclasses.replace(self._spec, model=copy.deepcopy(self._spec.model))  # torchtitan writes into it
-        model_config: Any = spec.model
         training = TrainingConfig(seq_len=seq_len)
         parallelism = ParallelismConfig(spmd_backend=SPMD_BACKEND)
-        model_config.update_from_config(
-            config=Trainer.Config(model_spec=spec, training=training, parallelism=parallelism)
-        )
+        model_config = _model_config(self._spec, Trainer.Config(training=training, parallelism=parallelism))
         with keep_rng_state(device):
             with torch.device("meta"), set_default_dtype(dtype):
                 model = model_config.build()
-            model.to_empty(device=device)
-            with torch.no_grad():
-                model.init_weights(buffer_device=None)  # the buffers (RoPE), and ties the weights
+            _allocate(model, device)
         self._weights.load(model, dtype)
         freeze(model)
         return TitanLanguageModel(model)
 
 
 class TitanTeacher(Teacher):
-    """The trunk of a torchtitan decoder, cut for some layers. Shape legend: B batch, L sequence, E teacher width.
+    """The trunk of a torchtitan decoder, cut for `layers`, as in TeacherSource.build.
 
-    Args:
-        model: The trunk.
-        layers: As in TeacherSource.build.
-        takes_student_masks: Whether the student's attention masks are those that the trunk would make.
+    `takes_student_masks`: whether the student's attention masks are those that the trunk would make.
     """
 
     def __init__(self, model: Any, layers: Sequence[int | str], *, takes_student_masks: bool) -> None:
@@ -223,12 +208,7 @@ class TitanLanguageModel:
 
 
 def describe(spec: ModelSpec, where: str) -> TeacherInfo:
-    """Describes the trunk of a torchtitan specification, counted on the meta device.
-
-    Args:
-        spec: The specification, adapted to the host.
-        where: Of the weights: format and folder.
-    """
+    """Describes the trunk of a torchtitan specification that is adapted to the host; `where` its weights are."""
     model_config: Any = spec.model
     trunk = _meta_trunk(spec)
     attention = model_config.first_attention
@@ -266,11 +246,9 @@ def _make_spec(name: str) -> ModelSpec:
 
 
 def _find_spec(name: str) -> TeacherSpec:
-    if name in TEACHER_SPECS:
-        return lookup(TEACHER_SPECS.get, name, key="let.teacher.spec")
     model, colon, flavor = name.partition(":")
-    if not colon:
-        lookup(TEACHER_SPECS.get, name, key="let.teacher.spec")  # raises, with the nearest name
+    if name in TEACHER_SPECS or not colon:
+        return lookup(TEACHER_SPECS.get, name, key="let.teacher.spec")
     if model not in upstream.MODELS:
         raise ConfigError(
             Problem("let.teacher.spec", f"torchtitan has no such model; {suggest(model, upstream.MODELS)}", name)
@@ -280,6 +258,21 @@ def _find_spec(name: str) -> TeacherSpec:
     if flavors is not None and flavor not in flavors:
         raise ConfigError(Problem("let.teacher.spec", f"{model} has no such flavor; {suggest(flavor, flavors)}", name))
     return TeacherSpec(make_spec=lambda: module.model_registry(flavor))
+
+
+def _model_config(spec: ModelSpec, config: Trainer.Config) -> Any:
+    """A copy of the model's configuration, into which torchtitan writes what `config` asks for."""
+    model_config: Any = copy.deepcopy(spec.model)
+    config.model_spec = dataclasses.replace(spec, model=model_config)
+    model_config.update_from_config(config=config)
+    return model_config
+
+
+def _allocate(model: Any, device: torch.device) -> None:
+    """Memory for a model on the meta device. Its buffers (RoPE) get their values; its weights are still to be read."""
+    model.to_empty(device=device)
+    with torch.no_grad():
+        model.init_weights(buffer_device=None)
 
 
 def _meta_trunk(spec: ModelSpec) -> Any:
@@ -315,8 +308,8 @@ def _compile_apart(model: Any) -> None:
     """Keeps a student of the teacher's family compiled for its own shapes.
 
     Dynamo remembers by code object which sizes have been different, and makes those symbols in what it compiles next:
-    after the teacher's blocks, the student's would be compiled for any width and any number of heads, and stay so after
-    the stop. (On a GPU such a run was seen to fail while FlexAttention was compiled, its scale a symbol.)
+    after the teacher's blocks, the student's would be compiled for any width and number of heads, also after the stop.
+    (On a GPU such a run failed while FlexAttention was compiled, its scale a symbol.)
     """
     classes = {cls: type(cls.__name__, (_Block, cls), {}) for cls in map(type, model.layers.values())}
     for block in model.layers.values():
@@ -324,12 +317,7 @@ def _compile_apart(model: Any) -> None:
 
 
 def _makes_same_masks(teacher: Any, student: Any) -> bool:
-    """Whether two models make the same attention masks of the same positions.
-
-    Args:
-        teacher: The configuration of a torchtitan decoder.
-        student: The configuration of any model.
-    """
+    """Whether two models, by their configurations, make the same attention masks of the same positions."""
     if not isinstance(student, Decoder.Config):
         return False
     for name in ("get_attention_masks", "_create_flex_attention_mask_for_document", "_create_flex_attention_mask"):

@@ -6,7 +6,6 @@ ten times slower. config.json says what the shapes do not.
 
 import json
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +30,7 @@ _WANTED = {
 }
 _SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _MIN_HEAD_WIDTH = 16  # of FlexAttention
-_ROTATES_WHOLE_HEADS = ("llama3", "qwen3")
+_LLAMA_NAMES = ("llama3", "qwen3")  # torchtitan's models whose config.json names the rotary fields as Llama's does
 
 
 def obstacle(config: "PreTrainedConfig") -> str:
@@ -96,56 +95,47 @@ def read_hf_config(folder: str) -> dict[str, Any] | None:
 def check_agrees(hf_config: dict[str, Any], spec: ModelSpec, *, name: str) -> None:
     """ConfigError with a Problem for each field of config.json that means another model than `spec` does.
 
+    Compares what the shapes of the weights do not show. A field that config.json leaves out is not compared.
+
     Args:
-        hf_config: What config.json says. A field that it leaves out, or that `spec` knows nothing of, is not compared.
+        hf_config: What config.json says.
         spec: The specification.
         name: The name of it that the user gave.
     """
-    nested = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
-    found = dict(hf_config)
-    if (nested or "rope_theta" in hf_config) and not any(isinstance(value, dict) for value in nested.values()):
-        found |= {**nested, "rope_type": nested.get("rope_type", nested.get("type", "default"))}
-    remedy = "; take the spec of this checkpoint, or none: then its config.json is the spec"
-    problems = [
-        Problem(
-            "let.teacher.spec", f"its config.json has {field} = {found[field]!r}, the spec {wanted!r}{remedy}", name
-        )
-        for field, wanted in _fields(spec)
-        if wanted is not None and found.get(field) is not None and not _same(found[field], wanted)
-    ]
+    rope = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
+    found = {**hf_config, **rope}
+    if "rope_theta" in found:
+        found["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
+    remedy = "take the spec of this checkpoint, or none: then its config.json is the spec"
+    problems = []
+    for field, wanted in _fields(spec).items():
+        value = found.get(field)
+        if wanted is None or value is None or value == wanted:
+            continue
+        if not isinstance(wanted, float) or not math.isclose(value, wanted, rel_tol=1e-6):
+            message = f"its config.json has {field} = {value!r}, the spec {wanted!r}; {remedy}"
+            problems.append(Problem("let.teacher.spec", message, name))
     if problems:
         raise ConfigError(problems)
 
 
-def _fields(spec: ModelSpec) -> Iterable[tuple[str, Any]]:
+def _fields(spec: ModelSpec) -> dict[str, Any]:
     """What a torchtitan specification says, under the names of config.json."""
     model: Any = spec.model
     attention = model.first_attention
-    num_heads = getattr(attention, "n_heads", None)
-    yield "hidden_size", model.dim
-    yield "num_hidden_layers", len(model.layers)
-    yield "vocab_size", model.vocab_size
-    yield "rms_norm_eps", getattr(model.norm, "eps", None)
-    yield "num_attention_heads", num_heads
-    if hasattr(attention, "n_kv_heads"):
-        yield "num_key_value_heads", attention.n_kv_heads or num_heads
-    feed_forward = getattr(model.layers[0], "feed_forward", None)
-    if isinstance(feed_forward, FeedForward.Config):
-        yield "intermediate_size", feed_forward.w1.out_features
-        yield "hidden_act", "silu"
+    is_gated = isinstance(getattr(model.layers[0], "feed_forward", None), FeedForward.Config)
+    fields = {
+        "num_attention_heads": getattr(attention, "n_heads", None),
+        "num_key_value_heads": getattr(attention, "n_kv_heads", None),
+        "rms_norm_eps": getattr(model.norm, "eps", None),
+        "hidden_act": "silu" if is_gated else None,
+    }
     rope = getattr(attention, "rope", None)
-    if not isinstance(rope, RoPE.Config):
-        return
-    yield "rope_theta", rope.theta
-    if spec.name in _ROTATES_WHOLE_HEADS:  # the other families' config.json has names of its own
-        yield "head_dim", rope.dim
-        yield "rope_type", {"none": "default", "llama": "llama3", "yarn": "yarn"}[rope.scaling]
-        if rope.scaling == "llama":
-            yield "factor", rope.scaling_factor
-            yield from ((name, getattr(rope, name)) for name in _SCALING[1:])
-
-
-def _same(found: Any, wanted: Any) -> bool:
-    if isinstance(found, (int, float)) and isinstance(wanted, (int, float)):
-        return math.isclose(found, wanted, rel_tol=1e-6)
-    return bool(found == wanted)
+    if isinstance(rope, RoPE.Config):
+        fields["rope_theta"] = rope.theta
+        if spec.name in _LLAMA_NAMES:
+            fields["rope_type"] = {"none": "default", "llama": "llama3", "yarn": "yarn"}[rope.scaling]
+            if rope.scaling == "llama":
+                fields["factor"] = rope.scaling_factor
+                fields |= {name: getattr(rope, name) for name in _SCALING[1:]}
+    return fields

@@ -7,7 +7,7 @@ What the files say of themselves is compared with the model before anything is b
 import copy
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -48,7 +48,7 @@ class TitanWeights:
         format: "DCP", "safetensors" or "GGUF".
 
     Raises:
-        ConfigError: If the folder is not there, or holds neither.
+        ConfigError: If the folder is not there, or holds neither DCP nor safetensors.
     """
 
     def __init__(self, path: str, spec: ModelSpec, name: str, checkpoint: "Checkpoint | None" = None) -> None:
@@ -74,23 +74,20 @@ class TitanWeights:
         try:
             if self.format == "DCP":
                 described = dcp_files.open_checkpoint(self._path).read_metadata()
+                messages = _differences(described, wanted, num_blocks)
+                if cut := dcp_files.incomplete(described, _tensors(described) & wanted.keys(), Path(self._path)):
+                    names = some_names(f"{name} ({what})" for name, what in cut.items())
+                    messages.append(f"tensors that are not wholly there: {names}; fetch the files again")
             else:
                 read_headers(weight_files(Path(self._path), any_name=True))
                 adapter = self._adapter()
-                wanted = adapter.to_hf(wanted)
                 with _linked(self._path) as folder:
                     described = adapter.get_hf_storage_reader(folder).read_metadata()
-            messages = _differences(described, wanted, num_blocks)
-            if self.format == "DCP":
-                names = [name for name in wanted if _is_tensor(described, name)]
-                cut = dcp_files.incomplete(described, names, Path(self._path))
-                if cut:
-                    cut_names = some_names(f"{name} ({what})" for name, what in cut.items())
-                    messages.append(f"tensors that are not wholly there: {cut_names}; fetch the files again")
+                messages = _differences(described, adapter.to_hf(wanted), num_blocks)
         except ConfigError:
             raise
         except Exception as error:  # whatever a reader stumbles over, it is the file's
-            raise self._unfit(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+            raise self._unfit(error) from error
         if messages:
             raise ConfigError([Problem(_PATH_KEY, message, self._path) for message in messages])
 
@@ -108,7 +105,7 @@ class TitanWeights:
             self._read_gguf(state_dict, dtype, parallel_dims, head=model.lm_head is not None)
             model.load_state_dict(state_dict, strict=not model.enable_weight_tying)
             return
-        problems = []
+        problems: list[Problem] = []
         try:
             read = self._read(state_dict)
             loaded = {name: read[name] for name in state_dict}
@@ -118,17 +115,16 @@ class TitanWeights:
                 message = f"these tensors hold NaN or infinite values: {some_names(not_finite)}; fetch the files again"
                 problems = [Problem(_PATH_KEY, message, self._path)]
         except ConfigError as error:
-            problems = list(error.problems)
+            problems = error.problems
         except (Exception, CheckpointException) as error:  # the latter is no Exception, only a BaseException
-            problems = list(self._unfit(_first_cause(error)).problems)
+            problems = self._unfit(_first_cause(error)).problems
         if parallel_dims is not None:
             raise_together(problems, parallel_dims)
         elif problems:
             raise ConfigError(problems)
 
     def _read(self, state_dict: dict[str, Any]) -> Mapping[str, Any]:
-        """Reads this rank's rows of the model's tensors, maybe in place."""
-        # Every rank plans and reads for itself, so that ranks without a teacher need not take part.
+        """Reads this rank's shards, maybe in place. No collective: ranks without a teacher need not take part."""
         if self.format == "DCP":
             dcp_files.load(state_dict, dcp_files.open_checkpoint(self._path))
             return state_dict
@@ -157,7 +153,8 @@ class TitanWeights:
         config.enable_weight_tying = False  # a tied head is the embedding, and no part of what is read
         return self._spec.state_dict_adapter(config, None)
 
-    def _unfit(self, cause: str) -> ConfigError:
+    def _unfit(self, error: BaseException) -> ConfigError:
+        cause = f"{type(error).__name__}: {error}".splitlines()[0]
         message = f"the weights do not fit the teacher spec {self._name!r} or cannot be read: {cause}"
         return ConfigError(Problem(_PATH_KEY, message, self._path))
 
@@ -172,70 +169,62 @@ def _linked(folder: str) -> Iterator[str]:
 
 
 def _weights_format(path: str, spec: ModelSpec) -> str:
-    if not path:
-        raise ConfigError(Problem(_PATH_KEY, "set it to the folder with the teacher's weights", path))
-    if not os.path.isdir(path):
-        raise ConfigError(Problem(_PATH_KEY, "no such folder", path))
-    files = os.listdir(path)
+    files = os.listdir(path) if os.path.isdir(path) else []
     if ".metadata" in files:
         return "DCP"
-    if any(f.endswith((".safetensors", ".safetensors.index.json")) for f in files):
-        if spec.state_dict_adapter is None:
-            message = f"{spec.name} has no adapter for Hugging Face weights; give a torchtitan checkpoint (DCP)"
-            raise ConfigError(Problem(_PATH_KEY, message, path))
+    if not path:
+        message = "set it to the folder with the teacher's weights"
+    elif not os.path.isdir(path):
+        message = "no such folder"
+    elif not any(f.endswith((".safetensors", ".safetensors.index.json")) for f in files):
+        message = "the folder holds neither a torchtitan checkpoint (DCP) nor *.safetensors"
+    elif spec.state_dict_adapter is None:
+        message = f"{spec.name} has no adapter for Hugging Face weights; give a torchtitan checkpoint (DCP)"
+    else:
         return "safetensors"
-    message = "the folder holds neither a torchtitan checkpoint (DCP) nor *.safetensors"
     raise ConfigError(Problem(_PATH_KEY, message, path))
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    """Of this rank's part of it."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return not local.is_floating_point() or bool(local.isfinite().all())
 
 
-def _is_tensor(described: Metadata, name: str) -> bool:
-    return isinstance(described.state_dict_metadata.get(name), TensorStorageMetadata)
+def _tensors(described: Metadata) -> set[str]:
+    return {n for n, stored in described.state_dict_metadata.items() if isinstance(stored, TensorStorageMetadata)}
 
 
 def _differences(described: Metadata, wanted: Mapping[str, torch.Tensor], num_blocks: int) -> list[str]:
     """What is wrong with the tensors that a checkpoint describes, `wanted` being those of a model of `num_blocks`."""
-    missing, mismatched = [], []
-    for name, tensor in wanted.items():
-        stored: Any = described.state_dict_metadata.get(name)
-        if not isinstance(stored, TensorStorageMetadata):
-            missing.append(name)
-        elif stored.size != tensor.shape:
+    missing = wanted.keys() - _tensors(described)
+    mismatched = []
+    for name in wanted.keys() - missing:
+        stored: Any = described.state_dict_metadata[name]
+        tensor, dtype = wanted[name], stored.properties.dtype
+        if stored.size != tensor.shape:
             mismatched.append(f"{name} (file {tuple(stored.size)}, spec {tuple(tensor.shape)})")
-        elif stored.properties.dtype.is_floating_point != tensor.dtype.is_floating_point:
-            mismatched.append(f"{name} (file {stored.properties.dtype}, spec {tensor.dtype})")
+        elif dtype.is_floating_point != tensor.dtype.is_floating_point:
+            mismatched.append(f"{name} (file {dtype}, spec {tensor.dtype})")
     messages = []
     if missing:
         messages.append(f"the checkpoint lacks tensors that the spec asks for: {some_names(missing)}")
     if mismatched:
         messages.append(f"tensors that are not as the spec says: {some_names(mismatched)}")
-    return messages + _surplus(described.state_dict_metadata, wanted, num_blocks)
-
-
-def _surplus(names: Iterable[str], wanted: Collection[str], num_blocks: int) -> list[str]:
-    """Tensors of blocks that would silently be left out, and make another model of it.
-
-    A deeper model's weights would load into its lower blocks; those of one with biases would lose them.
-    """
-    tensors = {name: int(match[1]) for name in names if (match := _BLOCK.match(name))}
-    depth = max(tensors.values(), default=-1) + 1
+    # Tensors of blocks would silently be left out: a deeper model's weights would load into its lower blocks, those of
+    # one with biases would lose them. Old checkpoints hold the rotary frequencies, which follow from the configuration.
+    blocks = {name: int(match[1]) for name in described.state_dict_metadata if (match := _BLOCK.match(name))}
+    depth = max(blocks.values(), default=-1) + 1
+    surplus = [name for name in blocks.keys() - wanted.keys() if not name.endswith("rotary_emb.inv_freq")]
     if depth > num_blocks:
-        return [f"the checkpoint has {depth} blocks, the spec {num_blocks}"]
-    # Old checkpoints hold the rotary frequencies, which follow from the configuration.
-    surplus = [name for name in tensors if name not in wanted and not name.endswith("rotary_emb.inv_freq")]
-    if surplus:
-        return [f"the checkpoint has tensors that the spec knows nothing of: {some_names(surplus)}"]
-    return []
+        messages.append(f"the checkpoint has {depth} blocks, the spec {num_blocks}")
+    elif surplus:
+        messages.append(f"the checkpoint has tensors that the spec knows nothing of: {some_names(surplus)}")
+    return messages
 
 
-def _first_cause(error: BaseException) -> str:
+def _first_cause(error: BaseException) -> BaseException:
     if isinstance(error, CheckpointException):  # holds, for each rank, what it caught
         error = next(iter(error.failures.values()))[0]
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    return error

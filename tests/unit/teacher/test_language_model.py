@@ -17,33 +17,24 @@ from let_plugin.teacher import language_model
 from let_plugin.teacher.language_model import loss_sums
 from let_plugin.teacher.open import open_teacher
 from tests.support import config_registry as tiny
-from tests.support import reference
+from tests.support import hf_models, reference
+from tests.support.hf_models import packed_batch
 
 CPU = torch.device("cpu")
-LENGTHS = (7, 12, 5)  # of the packed documents
 
 
 def load(source, dtype=torch.float32):
     return source.language_model(dtype=dtype, device=CPU, seq_len=24)
 
 
-def packed_batch(vocab_size=tiny.VOCAB_SIZE):
-    tokens_BL = torch.randint(vocab_size, (2, 24), generator=torch.Generator().manual_seed(1))
-    return tokens_BL, torch.cat([torch.arange(n) for n in LENGTHS]).repeat(2, 1)
-
-
-def document_by_document(model, tokens_BL):
-    """transformers' own logits of each packed document alone, [B, L, V]."""
-    documents = tokens_BL.split(LENGTHS, dim=1)
-    return torch.cat([model(input_ids=document_BL).logits for document_BL in documents], dim=1)
-
-
 def assert_logits_are_those_of(model, logits_of):
+    def expected(tokens):
+        return model(input_ids=tokens).logits
+
     tokens_BL, positions_BL = packed_batch(min(model.config.vocab_size, tiny.VOCAB_SIZE))
-    expected_BLV = document_by_document(model, tokens_BL)
+    expected_BLV = hf_models.alone(expected, tokens_BL)
     torch.testing.assert_close(logits_of(tokens_BL, positions_BL), expected_BLV, rtol=0, atol=2e-4)
-    expected_BLV = model(input_ids=tokens_BL).logits
-    torch.testing.assert_close(logits_of(tokens_BL, None), expected_BLV, rtol=0, atol=2e-4)
+    torch.testing.assert_close(logits_of(tokens_BL, None), expected(tokens_BL), rtol=0, atol=2e-4)
 
 
 @pytest.fixture
@@ -59,28 +50,15 @@ def test_logits_of_a_tied_model_in_hugging_face_format(transformers, spec):
     assert torch.equal(torch.get_rng_state(), rng_state)
     model = transformers.AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32).eval()
     assert_logits_are_those_of(model, logits_of)
-    assert not logits_of(*packed_batch()).requires_grad
+    assert not logits_of(*packed_batch(tiny.VOCAB_SIZE)).requires_grad
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox", "gemma2", "qwen2"])
 @torch.no_grad()
-def test_logits_of_other_families(transformers, tmp_path, family):
+def test_logits_of_other_families(transformers, folders, family):
     """With what they do to them: Gemma 2 caps its logits."""
-    sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    if family == "gpt2":
-        sizes = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4}
-    elif family == "opt":
-        sizes |= {"ffn_dim": 48, "word_embed_proj_dim": 32}
-    else:
-        sizes |= {"intermediate_size": 48, "num_key_value_heads": 4}
-    if family == "gemma2":
-        sizes |= {"head_dim": 8, "final_logit_softcapping": 1.0}
-    config = transformers.AutoConfig.for_model(family, **sizes)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(tmp_path)
-    assert_logits_are_those_of(model, load(open_teacher(TeacherConfig(path=str(tmp_path)))))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folders[family], attn_implementation="eager").eval()
+    assert_logits_are_those_of(model, load(open_teacher(TeacherConfig(path=str(folders[family])))))
 
 
 @torch.no_grad()
@@ -88,7 +66,7 @@ def test_logits_of_a_torchtitan_checkpoint(tiny_teacher, tmp_path):
     head_VE = torch.randn(tiny.VOCAB_SIZE, tiny.TEACHER_DIM, generator=torch.Generator().manual_seed(2))
     dcp.save({**tiny_teacher[1], "lm_head.weight": head_VE}, checkpoint_id=str(tmp_path), no_dist=True)
     logits_of = load(open_teacher(TeacherConfig(spec="tiny_teacher", path=str(tmp_path))))
-    batch = packed_batch()
+    batch = packed_batch(tiny.VOCAB_SIZE)
     _, states_BLE = reference.llama(tiny_teacher[1], *batch, **tiny.TEACHER)
     torch.testing.assert_close(logits_of(*batch), states_BLE @ head_VE.T, rtol=1e-4, atol=1e-4)
 

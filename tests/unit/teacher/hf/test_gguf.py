@@ -139,9 +139,9 @@ def test_a_tensor_that_is_missing_is_named_when_it_is_opened(tmp_path) -> None:
 
 def test_a_path_that_cannot_be_read_as_a_file(tmp_path, monkeypatch) -> None:
     (tmp_path / "folder.gguf").mkdir()
-    assert message_of(str(tmp_path / "folder.gguf")).startswith("a folder, not a .gguf file")
+    assert message_of(str(tmp_path / "folder.gguf")).startswith("no such file (or it is a folder or a pipe)")
     os.mkfifo(tmp_path / "pipe.gguf")
-    assert message_of(str(tmp_path / "pipe.gguf")).startswith("not a regular file")
+    assert message_of(str(tmp_path / "pipe.gguf")).startswith("no such file (or it is a folder or a pipe)")
     # A real I/O error: reading a process's memory from its start.
     os.symlink("/proc/self/mem", tmp_path / "memory.gguf")
     assert message_of(str(tmp_path / "memory.gguf")).startswith("the file cannot be read: [Errno 5]")

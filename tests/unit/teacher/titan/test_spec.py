@@ -195,14 +195,9 @@ def test_a_spec_agrees_with_the_config_it_is_made_of_in_its_old_form_too(hf_conf
     ("field", "value"),
     [
         ("hidden_act", "gelu"),
-        ("hidden_size", 960),
-        ("intermediate_size", 1024),
         ("num_attention_heads", 18),
-        ("num_hidden_layers", 12),
         ("num_key_value_heads", 3),
         ("rms_norm_eps", 1e-6),
-        ("vocab_size", 49153),
-        ("head_dim", 32),
     ],
 )
 def test_a_field_that_differs_is_named(hf_config, field, value):

@@ -10,7 +10,7 @@ import shutil
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.tensor import DTensor
+from safetensors.torch import load_file, save_file
 from torchtitan.config import CompileConfig
 from torchtitan.models.common.attention import ScaledDotProductAttention, VarlenAttention
 
@@ -22,7 +22,7 @@ from let_plugin.runtime import host
 from let_plugin.runtime.models import llama_spec
 from let_plugin.teacher.titan.source import TEACHER_SPECS, TitanTeacherSource, describe_spec, register_teacher_spec
 from tests.support import config_registry as tiny
-from tests.support import jobs, reference
+from tests.support import reference
 
 LENGTHS = [[7, 12, 5], [1, 3, 20]]  # of the packed documents
 
@@ -63,44 +63,70 @@ def relative_difference(got, expected):
     return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-# Hidden states
+def expected_states(weights, tokens_BL, positions_BL):
+    """By layer, without the final norm; and, as "final", with it."""
+    hidden, final_BLE = reference.llama(weights, tokens_BL, positions_BL, **tiny.TEACHER)
+    return {EMBEDDING: weights["tok_embeddings.weight"][tokens_BL], **dict(enumerate(hidden)), "final": final_BLE}
 
 
+def num_hooks(teacher):
+    """Hooks of this plugin; FSDP has its own."""
+    hooks = [hook for m in teacher.modules() for hook in [*m._forward_hooks.values(), *m._forward_pre_hooks.values()]]
+    return sum("let_plugin" in getattr(hook, "__module__", "") for hook in hooks)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("layers", "final_norm", "num_blocks", "hooks"),
+    [
+        ([EMBEDDING], True, 1, 1),
+        ([0], True, 1, 0),
+        ([1], False, 2, 0),
+        ([1], True, 2, 0),
+        ([1, EMBEDDING, 0], True, 2, 2),
+        ([1, EMBEDDING, 0], False, 2, 2),
+        ([0, EMBEDDING], True, 1, 1),
+    ],
+)
 @torch.no_grad()
-def test_states_of_a_torchtitan_checkpoint_equal_the_plain_reference(tiny_teacher, build):
+def test_states_of_any_layers_equal_the_plain_reference(
+    tiny_teacher, build, config, layers, final_norm, num_blocks, hooks, compiled
+):
     path, weights = tiny_teacher
-    teacher = build(path)
-    tokens_BL, positions_BL = packed_batch()
-    _, expected_BLE = reference.llama(weights, tokens_BL, positions_BL, **tiny.TEACHER)
-    states_BLE = teacher(tokens_BL, positions_BL)
-    assert type(states_BLE) is torch.Tensor and states_BLE.shape == (2, 24, tiny.TEACHER_DIM)
-    assert relative_difference(states_BLE, expected_BLE) <= 1e-6
+    config.compile = CompileConfig(enable=compiled, components=["model"], backend="aot_eager")
+    teacher = build(path, layers=layers, final_norm=final_norm)
+    batch = packed_batch()
+    by_layer = expected_states(weights, *batch)
+    expected_BLE = torch.cat([by_layer["final" if layer == 1 and final_norm else layer] for layer in layers], -1)
+    for _ in range(2):  # compiled in the first
+        states_BLE = teacher(*batch)
+        assert type(states_BLE) is torch.Tensor and relative_difference(states_BLE, expected_BLE) <= 1e-6
+    assert num_hooks(teacher) == hooks
+    assert len(teacher.model.layers) == num_blocks
+    has_norm = final_norm and 1 in layers
+    assert (teacher.model.norm is not None) == has_norm
+    info = TitanTeacherSource(TeacherConfig(spec="tiny_teacher", path=str(path))).info
+    num_params = sum(p.numel() for p in teacher.parameters()) + (0 if has_norm else tiny.TEACHER_DIM)
+    assert num_params == info.num_params_to(layers) == info.num_trunk_params - sum(info.block_params[num_blocks:])
+    assert states_BLE.shape[-1] == sum(info.width(layer, final_norm) for layer in layers)
 
 
 @torch.no_grad()
-def test_states_of_safetensors_equal_those_of_transformers(build):
+def test_states_of_safetensors_equal_those_of_transformers_of_each_document_alone(build):
     transformers = pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
     model = transformers.AutoModel.from_pretrained(TEACHER, dtype=torch.float32).eval()
-    teacher = build("", spec="demo_teacher")
     tokens_BL, positions_BL = packed_batch()
-    expected_BLE = model(input_ids=tokens_BL).last_hidden_state
-    torch.testing.assert_close(teacher(tokens_BL, None), expected_BLE, rtol=0, atol=1e-4)
+
+    def expected(tokens):
+        return torch.cat(model(input_ids=tokens, output_hidden_states=True).hidden_states, -1)
+
+    teacher = build("", spec="demo_teacher", layers=[EMBEDDING, *range(model.config.num_hidden_layers)])
+    torch.testing.assert_close(teacher(tokens_BL, None), expected(tokens_BL), rtol=0, atol=1e-4)
     states_BLE = teacher(tokens_BL, positions_BL)
     for row, lengths in enumerate(LENGTHS):
         for document in torch.arange(24).split(lengths):
-            alone_1LE = model(input_ids=tokens_BL[row : row + 1, document]).last_hidden_state
+            alone_1LE = expected(tokens_BL[row : row + 1, document])
             torch.testing.assert_close(states_BLE[row, document], alone_1LE[0], rtol=0, atol=1e-4)
-
-
-@torch.no_grad()
-def test_a_document_does_not_see_the_others(tiny_teacher, build):
-    teacher = build(tiny_teacher[0])
-    tokens_BL, positions_BL = packed_batch()
-    before_BLE = teacher(tokens_BL, positions_BL)
-    tokens_BL[0, :7] = (tokens_BL[0, :7] + 1) % tiny.VOCAB_SIZE  # the first document of row 0
-    after_BLE = teacher(tokens_BL, positions_BL)
-    assert (after_BLE[0, :7] - before_BLE[0, :7]).abs().amax(-1).min() > 1e-2
-    assert torch.equal(after_BLE[0, 7:], before_BLE[0, 7:]) and torch.equal(after_BLE[1], before_BLE[1])
 
 
 def masks_of(model_config, positions_BL):
@@ -152,137 +178,44 @@ def test_bf16_states_are_near_the_fp32_ones(tiny_teacher, build):
     assert 1e-4 < relative_difference(states_BLE, build(tiny_teacher[0])(*batch)) < 0.03
 
 
-# Layers
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_named(tiny_teacher, tmp_path, build, value):
+@torch.no_grad()
+def test_weights_that_are_not_finite_are_named_and_those_of_blocks_behind_the_layers_not_read(
+    tiny_teacher, tmp_path, build
+):
     weights = {name: weight.clone() for name, weight in tiny_teacher[1].items()}
-    weights["layers.1.attention.wo.weight"][3, 5] = value
+    weights["layers.1.attention.wo.weight"][3, 5] = torch.inf
+    weights["norm.weight"][3] = torch.nan
     dcp.save(weights, checkpoint_id=str(tmp_path), no_dist=True)
     problem = problem_of(build, tmp_path)
     assert problem.key == "let.teacher.path"
-    assert "NaN or infinite values: layers.1.attention.wo.weight" in problem.message
-    build(tmp_path, layers=[0])  # what is not read cannot hurt
-
-
-def test_safetensors_that_are_not_finite_are_named(tmp_path, build):
-    from safetensors.torch import load_file, save_file
-
+    assert "NaN or infinite values: layers.1.attention.wo.weight, norm.weight" in problem.message
+    batch = packed_batch()
+    assert torch.equal(build(tmp_path, layers=[0])(*batch), build(tiny_teacher[0], layers=[0])(*batch))
     weights = load_file(f"{TEACHER}/model.safetensors")
     weights["model.layers.1.self_attn.q_proj.weight"][3, 5] = torch.nan
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    problem = problem_of(build, tmp_path, spec="demo_teacher")
-    assert problem.key == "let.teacher.path"
+    (tmp_path / "safetensors").mkdir()
+    save_file(weights, tmp_path / "safetensors/model.safetensors", metadata={"format": "pt"})
+    problem = problem_of(build, tmp_path / "safetensors", spec="demo_teacher")
     # By the name that it has in the torchtitan model.
     assert "NaN or infinite values: layers.1.attention.qkv_linear.wq.weight" in problem.message
 
 
-def expected_states(weights, tokens_BL, positions_BL):
-    """By layer, without the final norm; and, as "final", with it."""
-    hidden, final_BLE = reference.llama(weights, tokens_BL, positions_BL, **tiny.TEACHER)
-    return {EMBEDDING: weights["tok_embeddings.weight"][tokens_BL], **dict(enumerate(hidden)), "final": final_BLE}
-
-
-def num_hooks(teacher):
-    """Hooks of this plugin; FSDP has its own."""
-    hooks = [
-        hook
-        for module in teacher.modules()
-        for hook in [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    ]
-    return sum("let_plugin" in getattr(hook, "__module__", "") for hook in hooks)
-
-
-@pytest.mark.parametrize(("layer", "num_blocks", "hooks"), [(EMBEDDING, 1, 1), (0, 1, 0), (1, 2, 0), ("final", 2, 0)])
-@torch.no_grad()
-def test_states_of_each_layer_equal_the_plain_reference(tiny_teacher, build, layer, num_blocks, hooks):
-    path, weights = tiny_teacher
-    final_norm = layer == "final"
-    layers = [1 if final_norm else layer]
-    teacher = build(path, layers=layers, final_norm=final_norm)
-    batch = packed_batch()
-    states_BLE = teacher(*batch)
-    assert relative_difference(states_BLE, expected_states(weights, *batch)[layer]) <= 1e-6
-    assert num_hooks(teacher) == hooks
-    assert len(teacher.model.layers) == num_blocks
-    assert (teacher.model.norm is not None) == final_norm
-    info = TitanTeacherSource(TeacherConfig(spec="tiny_teacher", path=str(path))).info
-    num_params = sum(p.numel() for p in teacher.parameters()) + (0 if final_norm else tiny.TEACHER_DIM)
-    assert num_params == info.num_params_to(layers) == info.num_trunk_params - sum(info.block_params[num_blocks:])
-    assert states_BLE.shape[-1] == info.width(layers[0], final_norm)
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("final_norm", [False, True])
-@pytest.mark.parametrize("layers", [[1, EMBEDDING, 0], [0, EMBEDDING]])
-@torch.no_grad()
-def test_several_layers_in_the_order_asked_for(tiny_teacher, build, config, layers, final_norm, compiled):
-    path, weights = tiny_teacher
-    config.compile = CompileConfig(enable=compiled, components=["model"], backend="aot_eager")
-    teacher = build(path, layers=layers, final_norm=final_norm)
-    batch = packed_batch()
-    by_layer = expected_states(weights, *batch)
-    expected_BLE = torch.cat([by_layer["final" if layer == 1 and final_norm else layer] for layer in layers], -1)
-    for _ in range(2):  # compiled in the first
-        assert relative_difference(teacher(*batch), expected_BLE) <= 1e-6
-
-
-@torch.no_grad()
-def test_the_blocks_behind_the_deepest_layer_are_not_read(tiny_teacher, tmp_path, build):
-    weights = {
-        k: torch.full_like(v, torch.nan) if k.startswith(("layers.1.", "norm.")) else v
-        for k, v in tiny_teacher[1].items()
-    }
-    dcp.save(weights, checkpoint_id=str(tmp_path), no_dist=True)
-    batch = packed_batch()
-    assert torch.equal(build(tmp_path, layers=[0])(*batch), build(tiny_teacher[0], layers=[0])(*batch))
-    assert "layers.1." in problem_of(build, tmp_path, layers=[1]).message
-
-
-@torch.no_grad()
-def test_states_of_each_layer_of_safetensors_equal_those_of_transformers(build):
-    transformers = pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
-    model = transformers.AutoModel.from_pretrained(TEACHER, dtype=torch.float32).eval()
-    tokens_BL, _ = packed_batch()
-    expected = model(input_ids=tokens_BL, output_hidden_states=True).hidden_states
-    layers = [EMBEDDING, *range(len(expected) - 1)]
-    states_BLE = build("", spec="demo_teacher", layers=layers)(tokens_BL, None)
-    torch.testing.assert_close(states_BLE, torch.cat(expected, -1), rtol=0, atol=1e-4)
-
-
-# What is built
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_built_teacher_is_frozen_and_headless(tiny_teacher, build, dtype):
-    teacher = build(tiny_teacher[0], dtype=dtype)
-    parameters = dict(teacher.named_parameters())
-    assert sum(p.numel() for p in parameters.values()) == sum(w.numel() for w in tiny_teacher[1].values())
-    assert not [name for name in parameters if "lm_head" in name]
-    assert all(p.dtype == dtype and not p.requires_grad for p in parameters.values())
-    assert not [name for name, module in teacher.named_modules() if module.training]
-    assert not teacher(*packed_batch()).requires_grad
-
-
-def test_the_weights_are_the_checkpoints(tiny_teacher, build):
-    teacher = build(tiny_teacher[0])
-    state_dict = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in teacher.model.state_dict().items()}
-    assert jobs.relative_difference(state_dict, tiny_teacher[1]) == 0
-
-
 @pytest.mark.parametrize("spec", ["tiny_teacher", "demo_teacher"])
-def test_building_leaves_the_random_numbers_and_the_default_dtype(tiny_teacher, build, spec):
-    rng_state = torch.get_rng_state()
-    build(tiny_teacher[0] if spec == "tiny_teacher" else "", spec=spec, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_built_teacher_is_frozen_and_headless_and_nothing_else_is_changed(tiny_teacher, build, config, dtype, spec):
+    rng_state, before = torch.get_rng_state(), repr(config)
+    teacher = build(tiny_teacher[0] if spec == "tiny_teacher" else "", spec=spec, dtype=dtype)
     assert torch.equal(torch.get_rng_state(), rng_state)
     assert torch.get_default_dtype() == torch.float32
-
-
-def test_building_leaves_the_students_configuration(tiny_teacher, build, config):
-    before = repr(config)
-    build(tiny_teacher[0])
     assert repr(config) == before
+    assert not [name for name, _ in teacher.named_parameters() if "lm_head" in name]
+    assert all(p.dtype == dtype and not p.requires_grad for p in teacher.parameters())
+    assert not [name for name, module in teacher.named_modules() if module.training]
+    assert not teacher(*packed_batch()).requires_grad
+    if spec == "tiny_teacher":
+        state_dict = teacher.model.state_dict()
+        assert state_dict.keys() == tiny_teacher[1].keys()
+        assert all(torch.equal(state_dict[name], weight.to(dtype)) for name, weight in tiny_teacher[1].items())
 
 
 def test_info(tiny_teacher):
@@ -293,14 +226,13 @@ def test_info(tiny_teacher):
     assert info.max_seq_len == 131_072
     assert info.num_trunk_params == sum(w.numel() for w in weights.values())
     assert info.num_embedding_params == 4096 * 32
-
-
-def test_info_of_a_tied_teacher_counts_the_embedding_once():
-    from safetensors.torch import load_file
-
-    source = TitanTeacherSource(TeacherConfig(spec="demo_teacher"))
-    weights = load_file(f"{TEACHER}/model.safetensors")
-    assert source.info.num_trunk_params == sum(w.numel() for w in weights.values())
+    weights = load_file(f"{TEACHER}/model.safetensors")  # the embedding is tied, and counted once
+    info = TitanTeacherSource(TeacherConfig(spec="demo_teacher")).info
+    assert info.num_trunk_params == sum(w.numel() for w in weights.values())
+    info = describe_spec("llama3:1B")
+    assert (info.hidden_size, info.num_layers, info.vocab_size) == (2048, 16, 128_256)
+    # Llama 3.2 1B has 1,235,814,400 parameters, the head tied to the embedding.
+    assert (info.num_trunk_params, info.num_embedding_params) == (1_235_814_400, 128_256 * 2048)
 
 
 def test_vocabulary(tiny_teacher):
@@ -321,27 +253,16 @@ def test_damaged_tokenizer(tiny_teacher, tmp_path, key):
     assert "tokenizer.json" in problem.message
 
 
-# Names
-
-
-def test_an_unknown_spec_suggests(tiny_teacher):
-    problem = problem_of(TitanTeacherSource, TeacherConfig(spec="tiny_teachr", path=str(tiny_teacher[0])))
-    assert (problem.key, problem.value) == ("let.teacher.spec", "tiny_teachr")
-    assert "did you mean 'tiny_teacher'?" in problem.message
-
-
-def test_torchtitans_own_models_by_name():
-    info = describe_spec("llama3:1B")
-    assert (info.hidden_size, info.num_layers, info.vocab_size) == (2048, 16, 128_256)
-    # Llama 3.2 1B has 1,235,814,400 parameters, the head tied to the embedding.
-    assert info.num_trunk_params == 1_235_814_400
-    assert info.num_embedding_params == 128_256 * 2048
-
-
 @pytest.mark.parametrize(
-    ("spec", "suggestion"), [("llama3:1b", "'1B'"), ("llama3:", "valid names: 1B"), ("lama3:1B", "'llama3'")]
+    ("spec", "suggestion"),
+    [
+        ("tiny_teachr", "did you mean 'tiny_teacher'?"),
+        ("llama3:1b", "'1B'"),
+        ("llama3:", "valid names: 1B"),
+        ("lama3:1B", "'llama3'"),
+    ],
 )
-def test_a_bad_model_or_flavor_suggests(tiny_teacher, spec, suggestion):
+def test_a_bad_spec_model_or_flavor_suggests(tiny_teacher, spec, suggestion):
     problem = problem_of(TitanTeacherSource, TeacherConfig(spec=spec, path=str(tiny_teacher[0])))
     assert (problem.key, problem.value) == ("let.teacher.spec", spec)
     assert suggestion in problem.message

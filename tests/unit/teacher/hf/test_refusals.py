@@ -1,0 +1,186 @@
+"""Every mistake in a checkpoint in Hugging Face format is one error that names the key, the value and the cause."""
+
+import json
+import math
+import shutil
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+transformers = pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
+
+from let_plugin.config.errors import ConfigError  # noqa: E402
+from tests.support import hf_models  # noqa: E402
+from tests.support.hf_models import build, source_of  # noqa: E402
+
+FILE = "model.safetensors"
+DOWN, QUERY, NORM = "model.layers.0.mlp.down_proj.weight", "model.layers.1.self_attn.q_proj.weight", "model.norm.weight"
+
+
+def config(**fields):
+    def edit(folder):
+        file = folder / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+    return edit
+
+
+def weights(edit):
+    return lambda folder: save_file(edit(load_file(folder / FILE)), folder / FILE, metadata={"format": "pt"})
+
+
+def without(part):
+    return weights(lambda tensors: {name: tensor for name, tensor in tensors.items() if part not in name})
+
+
+def spoiled(value):
+    def edit(tensors):
+        for name in (DOWN, QUERY):
+            tensors[name][-1, 3] = value
+        return tensors
+
+    return weights(edit)
+
+
+def content(damaged, name=FILE):
+    return lambda folder: (folder / name).write_bytes(damaged)
+
+
+def missing_shard(folder):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    (folder / FILE).unlink()
+    model.save_pretrained(folder, max_shard_size="20KB")
+    (folder / "model-00002-of-00004.safetensors").unlink()
+
+
+def nothing(folder):
+    for file in folder.iterdir():
+        file.unlink()
+
+
+def pickled(folder):
+    (folder / FILE).rename(folder / "pytorch_model.bin")
+
+
+def refusal(path, *, load=False, **fields):
+    """The text of the error that the source (or, with `load`, only its build) must raise."""
+    source = source_of(path, **fields) if load else None
+    with pytest.raises(ConfigError) as error:
+        build(source) if source else source_of(path, **fields)
+    return str(error.value)
+
+
+QUANTIZED = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+OPENED = [  # family, mistake, parts of the error
+    ("llama", nothing, ("no config.json", "no model.safetensors", "save_pretrained")),
+    ("llama", content(b"{", "config.json"), ("its configuration cannot be read",)),
+    ("llama", pickled, ("pickled", "from_pretrained(path).save_pretrained(new_path)")),
+    ("llama", config(model_type="my_own"), ("its configuration cannot be read", "`my_own`", "update Transformers")),
+    ("llama", config(quantization_config=QUANTIZED), ("quantized", "give a checkpoint in bfloat16")),
+    (
+        "llama",
+        without("1.mlp.up_proj"),
+        ("lacks tensors that its configuration asks for", ": layers.1.mlp.up_proj.weight"),
+    ),
+    ("llama", config(intermediate_size=56), ("layers.0.mlp.down_proj.weight (file (32, 48), configuration (32, 56))",)),
+    (
+        "llama",
+        weights(lambda tensors: {**tensors, DOWN: tensors[DOWN].to(torch.int8)}),
+        ("layers.0.mlp.down_proj.weight (file integers, configuration floating-point numbers)",),
+    ),
+    ("llama", config(num_hidden_layers=2), ("more layers than its configuration (2)", "layers.2.")),
+    ("olmoe", without("experts.3.gate_proj"), ("mlp.experts.gate_up_proj", "not as its configuration says")),
+    ("llama", missing_shard, ("names files that are not there: model-00002-of-00004.safetensors; fetch them",)),
+    ("llama", lambda f: (pickled(f), content(b"{}", f"{FILE}.index.json")(f)), ("index.json cannot be read",)),
+    *(
+        ("llama", content(damaged), ("model.safetensors is truncated or not a safetensors file",))
+        for damaged in (b"", b"123", b"x" * 100, (2).to_bytes(8, "little") + b"[]" + b"x")
+    ),
+]
+
+
+@pytest.mark.parametrize(("family", "damage", "parts"), OPENED)
+def test_what_is_wrong_is_said_when_it_is_opened(folders, tmp_path, family, damage, parts):
+    folder = shutil.copytree(folders[family], tmp_path / family)
+    damage(folder)
+    text = refusal(folder)
+    assert text.startswith(f"let.teacher.path = '{folder}': ")
+    for part in parts:
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("damage", "names"),
+    [
+        (spoiled(math.nan), "layers.0.mlp.down_proj.weight, layers.1.self_attn.q_proj.weight"),
+        (spoiled(-math.inf), "layers.0.mlp.down_proj.weight, layers.1.self_attn.q_proj.weight"),
+        # Too large for the teacher's data type.
+        (weights(lambda tensors: {**tensors, NORM: tensors[NORM].double() * 1e300}), "norm.weight"),
+    ],
+)
+def test_tensors_that_are_not_finite_are_named_when_they_are_read(folders, tmp_path, damage, names):
+    folder = shutil.copytree(folders["llama"], tmp_path / "llama")
+    damage(folder)
+    assert f"these tensors hold NaN or infinite values: {names}; fetch" in refusal(folder, load=True)
+
+
+def test_a_file_that_is_truncated_before_or_after_its_header_was_read(folders, tmp_path):
+    folder = shutil.copytree(folders["llama"], tmp_path / "llama")
+    source = source_of(folder)
+    content((folder / FILE).read_bytes()[:-100])(folder)
+    with pytest.raises(ConfigError, match=r"let\.teacher\.path.*its weights cannot be read: SafetensorError"):
+        build(source)
+    assert "model.safetensors is truncated" in refusal(folder)
+
+
+def test_remote_code_is_refused(folders, tmp_path):
+    folder = shutil.copytree(folders["llama"], tmp_path / "llama")
+    config(model_type="my_own", auto_map={"AutoConfig": "configuration_my_own.MyConfig"})(folder)
+    assert "let.teacher.trust_remote_code = False" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("config_class", "fields", "reason"),
+    [
+        ("BertConfig", {}, "encoder"),
+        ("T5Config", {}, "encoder-decoder"),
+        ("ViTConfig", {}, "not a causal language model"),
+        ("LlavaConfig", {}, "multimodal"),
+        ("MambaConfig", {"num_hidden_layers": 2}, "cannot be kept apart"),
+        ("GPTNeoConfig", {"num_layers": 2, "attention_types": [[["global"], 2]]}, "cannot be kept apart"),
+        ("BloomConfig", {"n_layer": 2}, "cannot be kept apart"),
+        ("GptOssConfig", {"num_hidden_layers": 2}, "cannot be kept apart"),
+        ("Lfm2Config", {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}, "conv"),
+    ],
+)
+def test_architectures_that_cannot_be_a_teacher(tmp_path, config_class, fields, reason):
+    getattr(transformers, config_class)(**fields).save_pretrained(tmp_path)
+    (tmp_path / FILE).touch()
+    assert reason in refusal(tmp_path)
+
+
+def test_a_path_that_is_none(folders, tmp_path, monkeypatch):
+    assert "no such folder" in refusal(tmp_path / "absent")
+    assert "not a GGUF file" in refusal(__file__)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "no local folder of that name either" in refusal("let-plugin-no-such-org/no-such-model")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert "pip install let-plugin[hf]" in refusal(folders["llama"])
+
+
+@torch.no_grad()
+def test_hub_name_in_the_hub_clients_cache(folders, tmp_path, monkeypatch):
+    repository = tmp_path / "models--org--name"
+    shutil.copytree(folders["llama"], repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    source = source_of("org/name")
+    assert "hub org/name (in the cache)" in source.info.description
+    batch = hf_models.packed_batch()
+    assert torch.equal(build(source)(*batch), build(source_of(folders["llama"]))(*batch))
+    shutil.rmtree(repository)
+    assert "not in the hub client's cache" in refusal("org/name")
