@@ -80,7 +80,11 @@ class Checkpoint:
             check_folder(config, Path(self.folder))
         self.model_config = self._load_config()
         check_is_decoder(self.model_config, config)
-        self.trunk = self._build_on_meta()
+        try:
+            # Every family has "eager" attention, so that the checks can say what is the matter with the others.
+            self.trunk = self.on_meta(attention="eager")
+        except Exception as error:  # a configuration that contradicts itself fails anywhere in the model's constructor
+            raise self._wrong(f"its configuration cannot be built: {error}") from error
         check_isolates_documents(self.model_config, self.trunk, config.path)
         self._check_headers()
 
@@ -141,13 +145,6 @@ class Checkpoint:
                 message = "the checkpoint comes with Python code of its own; set it to true if you trust that code"
                 raise ConfigError(Problem("let.teacher.trust_remote_code", message, False)) from error
             raise self._unreadable("configuration", error) from error
-
-    def _build_on_meta(self) -> Any:
-        try:
-            # Every family has "eager" attention, so that the checks can say what is the matter with the others.
-            return self.on_meta(attention="eager")
-        except Exception as error:  # a configuration that contradicts itself fails anywhere in the model's constructor
-            raise self._wrong(f"its configuration cannot be built: {error}") from error
 
     def _check_headers(self) -> None:
         if self.is_gguf:

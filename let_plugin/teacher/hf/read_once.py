@@ -17,15 +17,8 @@ def read_once(
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.dtype]]:
     """Calls `read` on the first of the ranks that a teacher is sharded over; each replica has its own first rank.
 
-    Args:
-        read: Returns whole tensors by name.
-        parallel_dims: The teacher's device meshes.
-
-    Returns:
-        The tensors on the rank that has read, nothing on the others; and, on all, the data type of each tensor.
-
-    Raises:
-        ConfigError: On all of them, if `read` raises one.
+    Returns the tensors on the rank that has read, nothing on the others; and, on all, the data type of each tensor.
+    ConfigError on all of them if `read` raises one. `parallel_dims` are the teacher's device meshes.
     """
     tensors: dict[str, torch.Tensor] = {}
     problems = []

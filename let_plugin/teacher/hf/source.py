@@ -28,12 +28,7 @@ if TYPE_CHECKING:
 
 
 class HFTeacher(Teacher):
-    """A frozen `transformers` trunk.
-
-    Args:
-        trunk: An `AutoModel` with the attention function of `attention.py`.
-        states: Takes the layers' states out of it.
-    """
+    """A frozen `transformers` trunk: an `AutoModel` with the attention function of `attention.py`."""
 
     def __init__(self, trunk: nn.Module, states: LayerStates) -> None:
         super().__init__()
@@ -58,12 +53,9 @@ class HFTeacherSource(TeacherSource):
     """A decoder in a local folder (config.json and safetensors), on the hub or in a .gguf file, run by `transformers`.
 
     Args:
-        config: The `[let.teacher]` table.
+        config: The `[let.teacher]` table. ConfigError as for Checkpoint.
         checkpoint: What it means, if that has been opened already.
         reason: Why it is not run by torchtitan, for the report.
-
-    Raises:
-        ConfigError: As Checkpoint.
     """
 
     def __init__(self, config: TeacherConfig, checkpoint: Checkpoint | None = None, reason: str = "") -> None:

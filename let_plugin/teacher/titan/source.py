@@ -43,17 +43,11 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TeacherSpec:
-    """A torchtitan model that can be a teacher.
+    """A torchtitan model that can be a teacher."""
 
-    Attributes:
-        make_spec: Returns its ModelSpec. Called anew for every teacher, since torchtitan writes into a specification.
-        path: Folder of its weights; used where `let.teacher.path` is empty.
-        tokenizer_path: Folder of its tokenizer; used where `let.teacher.tokenizer_path` is empty.
-    """
-
-    make_spec: Callable[[], ModelSpec]
-    path: str = ""
-    tokenizer_path: str = ""
+    make_spec: Callable[[], ModelSpec]  # called anew for every teacher, since torchtitan writes into a specification
+    path: str = ""  # folder of its weights, where `let.teacher.path` is empty
+    tokenizer_path: str = ""  # folder of its tokenizer, where `let.teacher.tokenizer_path` is empty
 
 
 TRANSFORMERS = "transformers"  # in place of a spec's name: transformers runs the teacher

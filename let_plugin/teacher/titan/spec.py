@@ -112,7 +112,8 @@ def check_agrees(hf_config: dict[str, Any], spec: ModelSpec, *, name: str) -> No
         value = found.get(field)
         if wanted is None or value is None or value == wanted:
             continue
-        if not isinstance(wanted, float) or not math.isclose(value, wanted, rel_tol=1e-6):
+        numbers = isinstance(wanted, (int, float)) and isinstance(value, (int, float))
+        if not numbers or not math.isclose(value, wanted, rel_tol=1e-6):
             message = f"its config.json has {field} = {value!r}, the spec {wanted!r}; {remedy}"
             problems.append(Problem("let.teacher.spec", message, name))
     if problems:

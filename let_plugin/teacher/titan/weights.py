@@ -45,10 +45,7 @@ class TitanWeights:
         checkpoint: The checkpoint that the specification was made from, if it was; it has been checked already.
 
     Attributes:
-        format: "DCP", "safetensors" or "GGUF".
-
-    Raises:
-        ConfigError: If the folder is not there, or holds neither DCP nor safetensors.
+        format: "DCP", "safetensors" or "GGUF". ConfigError if the folder is not there, or holds none.
     """
 
     def __init__(self, path: str, spec: ModelSpec, name: str, checkpoint: "Checkpoint | None" = None) -> None:
@@ -64,11 +61,9 @@ class TitanWeights:
     def check(self, trunk: nn.Module, num_blocks: int) -> None:
         """Compares what the files say of themselves with a whole trunk on the meta device; reads no weights.
 
-        A head, and what else is no part of a block (an optimizer's state), may be left over.
-
-        Raises:
-            ConfigError: That names the tensors which are missing, of another shape or kind of data type, in a file
-                that is missing or truncated, or in blocks of which the model knows nothing.
+        ConfigError names the tensors which are missing, of another shape or kind of data type, in a file that is
+        missing or truncated, or in blocks of which the model knows nothing. What is no part of a block (a head, an
+        optimizer's state) may be left over.
         """
         wanted = trunk.state_dict()
         try:
@@ -94,9 +89,8 @@ class TitanWeights:
     def load(self, model: Any, dtype: torch.dtype, parallel_dims: ParallelDims | None = None) -> None:
         """Reads this rank's own shards into `model`. Collective over the ranks that share it, if there are several.
 
-        Raises:
-            ConfigError: For files that have become others since `check`, or tensors that hold NaN or infinities: on
-                all of these ranks.
+        ConfigError, on all of these ranks, for files that have become others since `check`, or tensors that hold NaN or
+        infinities.
         """
         state_dict = model.state_dict()
         if model.enable_weight_tying:

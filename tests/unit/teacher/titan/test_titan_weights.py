@@ -85,7 +85,10 @@ SAFETENSORS = [  # mistake, part of the error
     (edited(lambda w: {k: v for k, v in w.items() if k != UP}), f"lacks tensors that the spec asks for: {UP}"),
     (edited(lambda w: w | {UP: torch.zeros(128, 352)}), f"{UP} (file (128, 352), spec (352, 128))"),
     # It would load, as another model: the blocks below the missing ones, and a norm that never saw their output.
-    (edited(lambda w: w | {"model.layers.4.mlp.up_proj.weight": w[UP]}), "the checkpoint has 5 blocks, the spec 4"),
+    (
+        edited(lambda w: w | {"model.layers.4.mlp.up_proj.weight": w[UP].clone()}),
+        "the checkpoint has 5 blocks, the spec 4",
+    ),
     (edited(lambda w: w | {BIAS: torch.ones(128)}), f"tensors that the spec knows nothing of: {BIAS}"),
 ]
 
