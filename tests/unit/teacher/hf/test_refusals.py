@@ -52,7 +52,7 @@ def missing_shard(folder):
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     (folder / FILE).unlink()
     model.save_pretrained(folder, max_shard_size="20KB")
-    (folder / "model-00002-of-00004.safetensors").unlink()
+    sorted(folder.glob("*.safetensors"))[1].unlink()
 
 
 def nothing(folder):
@@ -92,7 +92,7 @@ OPENED = [  # family, mistake, parts of the error
     ),
     ("llama", config(num_hidden_layers=2), ("more layers than its configuration (2)", "layers.2.")),
     ("olmoe", without("experts.3.gate_proj"), ("mlp.experts.gate_up_proj", "not as its configuration says")),
-    ("llama", missing_shard, ("names files that are not there: model-00002-of-00004.safetensors; fetch them",)),
+    ("llama", missing_shard, ("names files that are not there: model-00002-of-",)),
     ("llama", lambda f: (pickled(f), content(b"{}", f"{FILE}.index.json")(f)), ("index.json cannot be read",)),
     *(
         ("llama", content(damaged), ("model.safetensors is truncated or not a safetensors file",))
