@@ -52,7 +52,7 @@ house:  ## Print how large the package and the tests are, beside the bounds
 	$(PYTHON) tests/house.py
 
 $(DEMO): EXTRAS := bench
-$(TEST): EXTRAS := hf,bench,eval,dev
+$(TEST): EXTRAS := hf,bench,dev
 
 $(DEMO) $(TEST): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

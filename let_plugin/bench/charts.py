@@ -1,75 +1,168 @@
-"""Figures of rows and of runs, each a function that draws on a matplotlib figure or a part of one."""
+"""Figures as Vega-Lite specifications. Colors are the page's CSS variables, so that a figure follows its scheme."""
 
-import io
-from collections.abc import Callable, Mapping, Sequence
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-import matplotlib
 import pandas as pd
-from matplotlib.figure import Figure, FigureBase
 
-from let_plugin.bench.frame import Estimate
 from let_plugin.bench.rows import BASELINE
 
+Spec = dict[str, Any]
+
 AXES = {"tokens": "training tokens", "flops": "FLOPs, preparation included", "seconds": "seconds, preparation included"}
+_HEIGHT = 320
+_SERIES = [f"var(--series-{number})" for number in range(1, 9)]
+# The page's light colors, for images.
+LIGHT = {"text": "#1c2128", "muted": "#57606b", "line": "#dfe3e8", "series-1": "#2563a8", "series-2": "#b4540a"}
+LIGHT |= {"series-3": "#1f7a4d", "series-4": "#7a4bb0", "series-5": "#b3264a", "series-6": "#0f7285"}
+LIGHT |= {"series-7": "#6f6a12", "series-8": "#6b5b4d"}
+_CONFIG = {
+    "background": None,
+    "font": "system-ui, sans-serif",
+    "view": {"stroke": None},
+    "axis": {
+        "labelColor": "var(--muted)",
+        "titleColor": "var(--text)",
+        "gridColor": "var(--line)",
+        "domainColor": "var(--muted)",
+        "tickColor": "var(--muted)",
+        "labelFontSize": 12,
+        "titleFontSize": 12,
+        "titleFontWeight": "normal",
+    },
+    "text": {"fontSize": 12},
+}
 
-Draw = Callable[[FigureBase], None]
 
-
-def drawn(draws: Sequence[Draw]) -> Figure:
-    """The figures, one below the other."""
-    whole = Figure(figsize=(12, 3.6 * len(draws)), layout="constrained")
-    for part, draw in zip(whole.subfigures(len(draws), 1, squeeze=False).flat, draws, strict=True):
-        draw(part)
-    return whole
-
-
-def svg(figure: Figure) -> str:
-    """The figure as an element of an HTML page, with its texts as text."""
-    stream = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none"}):
-        figure.savefig(stream, format="svg")
-    text = stream.getvalue()
-    return text[text.index("<svg") :]
-
-
-def losses(figure: FigureBase, curves: pd.DataFrame) -> None:
-    """Held-out loss with bands, against what it took. Takes `frame.curves`."""
+def losses(curves: pd.DataFrame) -> Spec:
+    """Held-out loss with bands, against tokens; each curve has its name at its end. Takes `frame.curves`."""
+    labels = list(dict.fromkeys(curves["label"]))
     # Early losses are so much higher that nothing else could be told apart: the first fifth of the run is left out.
     curves = curves[curves["tokens"] >= 0.2 * curves["tokens"].max()]
-    subplots = figure.subplots(1, len(AXES), sharey=True)
-    for axes, (column, name) in zip(subplots, AXES.items(), strict=True):
-        for (label, own), color in zip(curves.groupby("label", sort=False), _colors(curves["label"]), strict=True):
-            axes.plot(own[column], own["loss"], color=color, label=label)
-            axes.fill_between(own[column], own["low"], own["high"], color=color, alpha=0.14, linewidth=0)
-        axes.set_xlabel(name)
-    subplots[0].set_ylabel("held-out loss, nats/token")
-    subplots[0].legend()
+    low, high = curves["low"].fillna(curves["loss"]).min(), curves["high"].fillna(curves["loss"]).max()
+    domain = [low - 0.02 * (high - low), high + 0.02 * (high - low)]
+    ends = curves.groupby("label", sort=False).tail(1).copy()
+    ends["place"] = _apart(list(ends["loss"]), gap=14 * (domain[1] - domain[0]) / _HEIGHT)
+    name = "held-out loss, nats/token"
+    y_scale = {"domain": domain, "nice": False, "zero": False}
+    tip = [{"field": "label", "title": "method"}, {"field": "step"}, {"field": "loss", "format": ".4f"}]
+    tip += [{"field": end, "title": f"95 %, {end}", "format": ".4f"} for end in ("low", "high")]
+    tip += [{"field": axis, "format": ".4~s"} for axis in AXES]
+    x = {"field": "tokens", "type": "quantitative", "title": AXES["tokens"], "scale": {"zero": False}}
+    band = {"y": _y("low", y_scale, name), "y2": {"field": "high"}}
+    names = {"y": _y("place", y_scale, name), "text": {"field": "label"}}
+    spec = _spec(_HEIGHT, curves.merge(ends[["label", "step", "place"]], how="left"))
+    spec["padding"] = {"left": 5, "top": 5, "right": 14, "bottom": 5}
+    spec["encoding"] = {"x": x | {"axis": {"format": "~s", "tickCount": 5}}, "color": _color("label", labels)}
+    spec["layer"] = [
+        _layer("area", band, opacity=0.14, clip=True),
+        *_lines(_y("loss", y_scale, name), tip),
+        _layer("text", names, align="left", dx=6, fontWeight=600, clip=False)
+        | {"transform": [{"filter": "isValid(datum.place)"}]},
+    ]
+    return spec
 
 
-def ratios(figure: FigureBase, columns: Mapping[str, tuple[Mapping[str, Estimate], Mapping[str, float]]]) -> None:
-    """Ratios to plain with intervals, and marks at bounds: what they are of -> (label -> ratio, label -> bound)."""
-    subplots = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
-    for axes, (name, (found, bounds)) in zip(subplots, columns.items(), strict=True):
-        for label, estimate in list(found.items())[::-1]:
-            low, high = estimate.low or estimate.value, estimate.high or estimate.value
-            axes.plot([low, high], [label, label], color="C0", linewidth=3)
-            axes.plot([estimate.value], [label], "o", color="C0")
-            axes.plot([bounds[label]], [label], "|", color="C1", markersize=16, markeredgewidth=3)
-        axes.axvline(1, color="grey")
-        axes.set_xlabel(name)
+def ratios(frame: pd.DataFrame, column: str, bound: Mapping[str, float], title: str) -> Spec:
+    """Ratios to plain: a line with the interval for each label, and a mark at its bound. Takes `costs`' frame."""
+    values = [
+        {"label": label, "ratio": e.value, "low": e.low, "high": e.high, "bound": bound[label]}
+        for label, e in frame[column].items()
+    ]
+    y = {"field": "label", "type": "nominal", "sort": None, "title": None, "axis": {"labelLimit": 130, "ticks": False}}
+    x = {"type": "quantitative", "scale": {"zero": False}, "title": title, "axis": {"tickCount": 5}}
+    tip = [{"field": "label", "title": "case"}]
+    tip += [{"field": name, "format": ".4f"} for name in ("ratio", "low", "high", "bound")]
+    spec = _spec(24 * len(values), pd.DataFrame(values))
+    spec["layer"] = [
+        _layer("rule", {"x": {"datum": 1}}, color="var(--muted)"),
+        _layer("rule", {"y": y, "x": x | {"field": "low"}, "x2": {"field": "high"}}, color=_SERIES[0], strokeWidth=3),
+        _layer("point", {"y": y, "x": x | {"field": "ratio"}, "tooltip": tip}, color=_SERIES[0], **_POINT),
+        _layer("tick", {"y": y, "x": x | {"field": "bound"}, "tooltip": tip}, color=_SERIES[1], thickness=3, height=16),
+    ]
+    return spec
 
 
-def metric(figure: FigureBase, lines: pd.DataFrame, name: str) -> None:
+def metric(lines: pd.DataFrame, name: str) -> Spec:
     """A metric of runs over their steps. `lines` has the columns run, step and value."""
-    axes = figure.subplots()
-    for (run, own), color in zip(lines.groupby("run", sort=False), _colors(lines["run"]), strict=True):
-        axes.plot(own["step"], own["value"], color=color, label=run)
-    axes.set(xlabel="step", ylabel=name)
-    axes.legend()
+    tip = [{"field": "run"}, {"field": "step"}, {"field": "value", "format": ".4~g"}]
+    color = _color("run", list(dict.fromkeys(lines["run"]))) | {"legend": {"orient": "top", "title": None}}
+    spec = _spec(220, lines)
+    spec["encoding"] = {"x": {"field": "step", "type": "quantitative", "title": "step"}, "color": color}
+    return spec | {"layer": _lines(_y("value", {"zero": False}, name), tip)}
 
 
-def _colors(labels: pd.Series) -> list[str]:
-    """Of each label in order: the baseline is black, and does not change the others' colors."""
-    names = list(dict.fromkeys(labels))
-    others = [name for name in names if name != BASELINE]
-    return ["black" if name == BASELINE else f"C{others.index(name) % 10}" for name in names]
+def save(specs: Sequence[Spec], out: Path) -> None:
+    """The figures, one below the other, as SVG or PNG, in the light colors."""
+    import vl_convert
+
+    config = _CONFIG | {"background": "white"}
+    views = [{k: v for k, v in spec.items() if k != "config"} | {"width": 620} for spec in specs]
+    whole = {"config": config, "vconcat": views}
+    text = re.sub(r"var\(--([\w-]+)\)", lambda match: LIGHT[match[1]], json.dumps(whole))
+    if out.suffix == ".svg":
+        out.write_text(vl_convert.vegalite_to_svg(text))
+    else:
+        out.write_bytes(vl_convert.vegalite_to_png(text, scale=2))
+
+
+# Wheel and touch alone still scroll the page.
+_ZOOM = {
+    "name": "zoom",
+    "bind": "scales",
+    "select": {"type": "interval", "zoom": "wheel![event.ctrlKey || event.shiftKey]"},
+}
+_POINT = {"filled": True, "size": 70, "opacity": 1}
+_HOVER = {"name": "hover", "select": {"type": "point", "on": "pointerover", "nearest": True, "clear": "pointerout"}}
+
+
+def _spec(height: int, values: pd.DataFrame) -> Spec:
+    data = {"values": json.loads(values.to_json(orient="records"))}  # NaN is null
+    return {"width": "container", "height": height, "config": _CONFIG, "data": data}
+
+
+def _layer(mark: str, encoding: Mapping[str, Any], **style: Any) -> Spec:
+    return {"mark": {"type": mark, **style}, "encoding": encoding}
+
+
+def _lines(y: Mapping[str, Any], tip: Sequence[Mapping[str, str]]) -> list[Spec]:
+    """Lines that can be zoomed, and points that show themselves and their numbers to the pointer."""
+    opacity = {"condition": {"param": "hover", "empty": False, "value": 1}, "value": 0}
+    points = _layer("point", {"y": y, "opacity": opacity, "tooltip": tip}, clip=True, **_POINT)
+    return [_layer("line", {"y": y}, clip=True, strokeWidth=2) | {"params": [_ZOOM]}, points | {"params": [_HOVER]}]
+
+
+def _y(field: str, scale: Mapping[str, Any], title: str | None) -> dict[str, Any]:
+    return {"field": field, "type": "quantitative", "scale": scale, "title": title}
+
+
+def _color(field: str, labels: Sequence[str]) -> dict[str, Any]:
+    others = [label for label in labels if label != BASELINE]
+    colors = {label: _SERIES[number % len(_SERIES)] for number, label in enumerate(others)} | {BASELINE: "var(--text)"}
+    scale = {"domain": labels, "range": [colors[label] for label in labels]}
+    return {"field": field, "type": "nominal", "scale": scale, "legend": None}
+
+
+def _apart(places: Sequence[float], gap: float) -> list[float]:
+    """The places, moved as little as an even spread of those that collide needs, to be `gap` apart."""
+    order = sorted(range(len(places)), key=places.__getitem__)
+    groups: list[list[int]] = []
+    for index in order:
+        groups.append([index])
+        while len(groups) > 1 and _start(groups[-1], places, gap) < _start(groups[-2], places, gap) + gap * len(
+            groups[-2]
+        ):
+            last = groups.pop()
+            groups[-1] += last
+    moved = list(places)
+    for group in groups:
+        for number, index in enumerate(group):
+            moved[index] = _start(group, places, gap) + number * gap
+    return moved
+
+
+def _start(group: Sequence[int], places: Sequence[float], gap: float) -> float:
+    return sum(places[index] for index in group) / len(group) - gap * (len(group) - 1) / 2
