@@ -45,16 +45,7 @@ def record(trainer, out):
     for optimizer in trainer.optimizers:
         optimizer.register_step_pre_hook(before_optimizer_step)
 
-    post_dataloading_process = trainer.post_dataloading_process
-
-    def record_batch(input_dict, labels):
-        batch = (input_dict["input"], input_dict["positions"], labels)
-        # Through numpy: the tensors themselves get torchtitan's annotations, which are not data.
-        log["batches"].append(tuple(torch.from_numpy(t.cpu().numpy().copy()) for t in batch))
-        return post_dataloading_process(input_dict, labels)
-
-    trainer.post_dataloading_process = record_batch
-
+    record_batches(trainer, log)
     log_metrics = trainer.metrics_processor.log
 
     def record_metrics(step, loss, max_loss, grad_norm, **kwargs):
@@ -91,6 +82,18 @@ def record(trainer, out):
         close()
 
     trainer.close = write_and_close
+
+
+def record_batches(trainer, log):
+    post_dataloading_process = trainer.post_dataloading_process
+
+    def record_batch(input_dict, labels):
+        batch = (input_dict["input"], input_dict["positions"], labels)
+        # Through numpy: the tensors themselves get torchtitan's annotations, which are not data.
+        log["batches"].append(tuple(torch.from_numpy(t.cpu().numpy().copy()) for t in batch))
+        return post_dataloading_process(input_dict, labels)
+
+    trainer.post_dataloading_process = record_batch
 
 
 def num_hooks(trainer):

@@ -2,13 +2,8 @@
 
 from tests import house
 
-TODAY = {
-    "lines of the package": 17_100,
-    "lines of the tests": 16_750,
-    "lines of the longest file": 795,
-    "lines of the longest function": 90,
-    "lines of README.md": 250,
-}
+# Where the house is still larger than its bounds. May only shrink.
+TODAY = {"lines of the package": 14_000, "lines of the tests": 14_000}
 
 
 def test_no_bound_is_exceeded():
