@@ -47,9 +47,7 @@ def llama_spec(
     """A llama3-type ModelSpec of the given size, initialized as torchtitan initializes its own.
 
     Args:
-        flavor: Name of the size, for logs.
         dim: Width D of the residual stream; each head is `dim // num_heads` wide.
-        num_layers: Number of blocks.
         hidden_dim: Width of the feed-forward network (SwiGLU).
         vocab_size: Rows of the token embedding.
         num_kv_heads: Key/value heads (grouped-query attention); None: `num_heads`.
