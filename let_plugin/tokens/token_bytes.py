@@ -130,6 +130,6 @@ def _space_symbol(part: dict[str, Any]) -> str | None:
     if part["type"] == "Replace":
         pattern, content = part["pattern"].get("String", ""), part["content"]
         if " " in (pattern, content):
-            symbol = (pattern + content).strip()  # of the normaliser, or of the decoder, which goes back
+            symbol = (pattern + content).strip()  # of the normalizer, or of the decoder, which goes back
             return symbol if len(symbol) == 1 else None
     return None

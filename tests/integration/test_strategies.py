@@ -58,7 +58,7 @@ dimension_match = "mlp"
 projector.side = "student"
 dimension_match_options.hidden_width = 40""",
     "mse": 'loss = "mse"',
-    "mse, normalised": 'loss = "mse"\nloss_options.normalize = true',
+    "mse, normalized": 'loss = "mse"\nloss_options.normalize = true',
     "smooth_l1": 'loss = "smooth_l1"\nloss_options.beta = 0.5',
     "logsum": 'loss = "logsum"\nloss_options.alpha = 2',
     "relational": 'loss = "relational"\nloss_options.stride = 4',
@@ -91,7 +91,7 @@ warmup_steps = 1
 stop_step = 3
 layer_mapping = "uniform"
 layer_mapping_options.num_pairs = 2""",
-    "M2E + align_corners + normalised mse + stop_fraction": """\
+    "M2E + align_corners + normalized mse + stop_fraction": """\
 layer_mapping = "M2E"
 layer_mapping_options.early = 0.5
 dimension_match_options.align_corners = true

@@ -24,7 +24,7 @@ _LENGTH = 6  # tokens of a document in the trial
 
 
 def check_is_decoder(config: "PreTrainedConfig", teacher_config: TeacherConfig) -> None:
-    """ConfigError if `config` does not describe a text decoder with unquantised weights."""
+    """ConfigError if `config` does not describe a text decoder with unquantized weights."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,

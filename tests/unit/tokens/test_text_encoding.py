@@ -39,7 +39,7 @@ def test_a_document_may_get_a_space_in_front_and_the_rest_of_one_does_not():
         assert text == {False: b"the", True: b" the"}
 
 
-def test_a_normaliser_makes_tokens_of_what_it_has_read():
+def test_a_normalizer_makes_tokens_of_what_it_has_read():
     ids, read = encode(kinds.KINDS["NFC"](), "e\u0301!")
     tokens = Tokens(kinds.KINDS["NFC"]())
     assert b"".join(tokens.bytes[i] for i in ids) == "\u00e9!".encode()
