@@ -151,9 +151,11 @@ def out_of_bounds(value: Any, hint: Any) -> str:
     """What the bounds of `hint` ask for; empty if `value` is within them. An annotated number is finite, too."""
     if type(value) not in (int, float) or not _metadata(hint):
         return ""
-    if math.isfinite(value) and all(holds(value, limit) for _, holds, limit in _bounds(hint)):
+    if not math.isfinite(value):
+        return " and ".join(filter(None, ["must be finite", bounds_text(hint)]))
+    if all(holds(value, limit) for _, holds, limit in _bounds(hint)):
         return ""
-    return f"must be {bounds_text(hint) or 'finite'}"
+    return f"must be {bounds_text(hint)}"
 
 
 def bounded(key: str, hint: Any) -> Any:

@@ -26,10 +26,10 @@ def test_names_that_the_registries_know_are_the_defaults():
 
 BOUNDS = [
     ("training.steps", 0, "at least 1"),
-    ("training.max_norm", float("nan"), "at least 0"),
+    ("training.max_norm", float("nan"), "finite and at least 0"),
     ("lr_scheduler.warmup_steps", -1, "at least 0"),
     ("let.weight", -0.5, "at least 0"),
-    ("let.weight", float("inf"), "at least 0"),
+    ("let.weight", float("inf"), "finite and at least 0"),
     ("let.temperature", 0.0, "more than 0"),
     ("let.stop_fraction", 1.5, "at least 0 and at most 1"),
     ("let.warmup_steps", -1, "at least 0"),

@@ -122,7 +122,7 @@ MISTAKES = [
     (PTRR, "parallelism.context_parallel_load_balancer = 'ptrr'", 'choose "headtail" or "none"'),
     ({**CUT_SEQUENCE, **RELATIONAL}, "let.loss = 'relational'", "choose a loss per token"),
     ({**TP, **RELATIONAL}, "let.loss = 'relational'", "choose a loss per token"),
-    ({**VALIDATION, "let__target": "labels"}, "let.adaptive_stop.teacher_loss = None", "no teacher to measure: give"),
+    ({**VALIDATION, "let__target": "labels"}, "let.adaptive_stop.teacher_loss", "no teacher to measure: give"),
     (
         {**VALIDATION, "let__token_alignment__enable": True},
         "let.adaptive_stop.teacher_loss = None",
