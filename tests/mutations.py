@@ -171,7 +171,7 @@ MUTATIONS: list[Mutation] = [
         "the teacher is freed at the stop",
         "trainer.py",
         "        self.guidance.remove()\n        self.guidance = None",
-        "        self.guidance.remove()\n        self._kept, self.guidance = self.guidance.taps, None",
+        "        self._kept = self.guidance.teacher\n        self.guidance.remove()\n        self.guidance = None",
         "tests/unit/test_trainer.py",
     ),
     Mutation(
