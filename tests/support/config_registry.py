@@ -73,26 +73,31 @@ def demo_teacher():
     return config
 
 
-def _with_demo_vocabulary(spec):
-    model = spec.model
-    model.vocab_size = model.tok_embeddings.num_embeddings = model.lm_head.out_features = VOCAB_SIZE
-    model.layers = model.layers[:4]
-    return spec
-
-
-def tiny_qwen3():
-    """torchtitan's qwen3 of debug size (tied embeddings), four blocks of it."""
+def _qwen3(flavor):
+    """torchtitan's own configuration, with two blocks and the demo's vocabulary."""
     from torchtitan.models.qwen3 import model_registry
 
     config = tiny()
-    config.model_spec = _with_demo_vocabulary(model_registry("debugmodel"))
+    config.model_spec = model_registry(flavor)
+    model = config.model_spec.model
+    model.vocab_size = model.tok_embeddings.num_embeddings = model.lm_head.out_features = VOCAB_SIZE
+    model.layers = model.layers[:2]
     return config
 
 
-def tiny_mixture_of_experts():
-    """torchtitan's mixture-of-experts qwen3 of debug size, four blocks of it."""
-    from torchtitan.models.qwen3 import model_registry
+def tiny_qwen3():
+    """torchtitan's qwen3 of debug size (tied embeddings)."""
+    return _qwen3("debugmodel")
 
-    config = tiny()
-    config.model_spec = _with_demo_vocabulary(model_registry("debugmodel_moe"))
+
+def tiny_mixture_of_experts():
+    """torchtitan's mixture-of-experts qwen3 of debug size, with 4 of its 64 experts."""
+    config = _qwen3("debugmodel_moe")
+    for layer in config.model_spec.model.layers:
+        moe = layer.moe
+        routed = moe.routed_experts
+        for part in (moe, moe.router, routed.inner_experts, routed.token_dispatcher):
+            part.num_experts = 4
+        moe.router.gate.out_features = 4
+        moe.router.top_k = routed.token_dispatcher.top_k = 2
     return config
