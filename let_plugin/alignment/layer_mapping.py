@@ -17,17 +17,11 @@ EMBEDDING: Literal["embedding"] = "embedding"
 
 @dataclass(frozen=True)
 class LayerPair:
-    """The output of student block `student` is aligned with the teacher's layer `teacher`.
+    """The output of student block `student` is aligned with the teacher's layer `teacher`."""
 
-    Attributes:
-        student: 0-based index of a block of the student.
-        teacher: 0-based index of a block of the teacher, whose output it is; negative: from the end; or `EMBEDDING`.
-        weight: Factor of this pair's loss, beside lambda.
-    """
-
-    student: int
-    teacher: int | str = -1
-    weight: float = 1.0
+    student: int  # 0-based index of a block
+    teacher: int | str = -1  # that of a block, whose output it is; negative: from the end; or `EMBEDDING`
+    weight: float = 1.0  # factor of this pair's loss, beside lambda
 
 
 class LayerMapping(Protocol):

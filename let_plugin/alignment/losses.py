@@ -26,17 +26,11 @@ _LOG_EPS = 1e-6
 
 
 class Alignment(NamedTuple):
-    """What one microbatch contributes.
+    """What one microbatch contributes."""
 
-    Attributes:
-        gradient_BLD: coefficient * d(sum of the tokens' losses) / d(hidden state).
-        target_gradient_BLD: The same with respect to the target, for a projector that learns; None after that.
-        metric_sum: Sum over tokens of what is logged, fp32, 0-dim: their cosine similarity, whatever the loss.
-    """
-
-    gradient_BLD: torch.Tensor
-    target_gradient_BLD: torch.Tensor | None
-    metric_sum: torch.Tensor
+    gradient_BLD: torch.Tensor  # coefficient * d(sum of the tokens' losses) / d(hidden state)
+    target_gradient_BLD: torch.Tensor | None  # the same of the target, for a projector that learns; None after that
+    metric_sum: torch.Tensor  # sum over tokens of what is logged, fp32, 0-dim: their cosine similarity by default
 
 
 class TokenLoss(Protocol):
@@ -56,17 +50,11 @@ AlignmentLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
 
 @dataclass(frozen=True)
 class LossEntry:
-    """A registered loss.
-
-    Attributes:
-        function: Each token's loss.
-        closed_form: The gradient of the sum of `function` without options, if it is known.
-        needs_whole_sequence: Whether a token's loss looks at other tokens of its row: no rank may hold a part of it.
-    """
+    """A registered loss."""
 
     function: TokenLoss
-    closed_form: ClosedForm | None = None
-    needs_whole_sequence: bool = False
+    closed_form: ClosedForm | None = None  # the gradient of the sum of `function` without options, if it is known
+    needs_whole_sequence: bool = False  # a token's loss looks at others of its row: no rank may hold a part of it
 
 
 # An entry point may give the plain function.

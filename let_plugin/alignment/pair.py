@@ -61,17 +61,13 @@ class PairAlignment:
             self._compiled_gradients = torch.compile(self._gradients, **options)
 
     def __call__(self, student_BLD: torch.Tensor, teacher_BLE: torch.Tensor, coefficient: torch.Tensor) -> Alignment:
-        """What this microbatch contributes.
-
-        `teacher_BLE` are the states for all pairs, zeros for a token that does not count; `coefficient` is lambda /
-        (number of valid tokens of the step), 0-dim fp32.
-        """
+        """`teacher_BLE`: the states for all pairs, zeros for a token that does not count; `coefficient`: lambda /
+        (number of valid tokens of the step), 0-dim fp32."""
         alignment, gradients = self._compiled_gradients(student_BLD, teacher_BLE, coefficient, self.weights)
         for name, gradient in gradients.items():
             self.weight_gradients[name].add_(gradient)
         if self.products is not None:
-            states = student_BLD, teacher_BLE[..., self._channels]
-            student, teacher = (state.flatten(0, 1).float() for state in states)
+            student, teacher = (x.flatten(0, 1).float() for x in (student_BLD, teacher_BLE[..., self._channels]))
             given, wanted = (teacher, student) if self._matches_teacher else (student, teacher)
             self.products.addmm_(wanted.T, given)
         return alignment

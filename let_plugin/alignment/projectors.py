@@ -98,14 +98,10 @@ class LearnedLinear(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        generator = _generator(seed)
         if init == "interpolate":
-            identity_1EE = torch.eye(in_width, device="cpu")[None]
-            weight_DE = interpolate(identity_1EE, out_width, align_corners=align_corners)[0].T.contiguous()
-        elif init == "random":
-            weight_DE = torch.randn(out_width, in_width, generator=generator, device="cpu") * in_width**-0.5
+            weight_DE = _interpolation(in_width, out_width, align_corners=align_corners)
         else:
-            raise ValueError("init must be 'interpolate' or 'random'")
+            weight_DE = torch.randn(out_width, in_width, generator=_generator(seed), device="cpu") * in_width**-0.5
         self.weight = nn.Parameter(weight_DE)
 
     def forward(self, hidden_BLE: torch.Tensor) -> torch.Tensor:
@@ -181,8 +177,7 @@ class Procrustes(FittedMatch):
         if refit_every < 1:
             raise ValueError("refit_every must be at least 1")
         self.refit_every = refit_every
-        identity_1EE = torch.eye(in_width, device="cpu")[None]
-        self.weight = nn.Parameter(interpolate(identity_1EE, out_width)[0].T.contiguous(), requires_grad=False)
+        self.weight = nn.Parameter(_interpolation(in_width, out_width), requires_grad=False)
 
     def forward(self, hidden_BLE: torch.Tensor) -> torch.Tensor:
         return F.linear(hidden_BLE, self.weight.to(hidden_BLE.dtype))
@@ -192,9 +187,13 @@ class Procrustes(FittedMatch):
         return left @ right
 
 
+def _interpolation(in_width: int, out_width: int, *, align_corners: bool = False) -> torch.Tensor:
+    """The matrix, [D, E], of `interpolate`."""
+    identity_1EE = torch.eye(in_width, device="cpu")[None]
+    return interpolate(identity_1EE, out_width, align_corners=align_corners)[0].T.contiguous()
+
+
 def _generator(seed: int) -> torch.Generator:
-    if seed < 0:
-        raise ValueError("seed must not be negative")
     return torch.Generator(device="cpu").manual_seed(seed)
 
 

@@ -12,23 +12,18 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """A named collection of objects that TOML keys select from.
-
-    Args:
-        kind: What the entries are, for error messages ("teacher spec").
-        group: The entry-point group whose entries are added on first look-up.
-    """
+    """What TOML keys select from. `kind` says in error messages what an entry is ("teacher spec")."""
 
     def __init__(self, kind: str, group: str) -> None:
-        self.kind = kind
-        self.group = group
+        self._kind = kind
+        self._group = group
         self._entries: dict[str, T] = {}
         self._entry_points_loaded = False
 
     def register(self, name: str, entry: T) -> T:
         """Adds `entry` under `name` and returns it; ValueError if the name is taken."""
         if name in self._entries:
-            raise ValueError(f"{self.kind} {name!r} is registered already; choose another name")
+            raise ValueError(f"{self._kind} {name!r} is registered already; choose another name")
         self._entries[name] = entry
         return entry
 
@@ -36,7 +31,7 @@ class Registry(Generic[T]):
         """The entry called `name`; LookupError that suggests the nearest one if there is none."""
         self._load_entry_points()
         if name not in self._entries:
-            raise LookupError(f"unknown {self.kind} {name!r}; {suggest(name, self._entries)}")
+            raise LookupError(f"unknown {self._kind} {name!r}; {suggest(name, self._entries)}")
         return self._entries[name]
 
     def unregister(self, name: str) -> None:
@@ -50,7 +45,7 @@ class Registry(Generic[T]):
         if self._entry_points_loaded:
             return
         self._entry_points_loaded = True
-        for entry_point in entry_points(group=self.group):
+        for entry_point in entry_points(group=self._group):
             self.register(entry_point.name, entry_point.load())
 
 

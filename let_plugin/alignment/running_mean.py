@@ -8,12 +8,7 @@ import torch
 class RunningMean:
     """Exponential moving average of the mean state of each step, corrected for its start at zero; fp32.
 
-    Shape legend: B batch, L sequence, C all channels, E those of one call.
-
-    Args:
-        width: Number of channels C.
-        momentum: Weight of the past, from 0 up to but not including 1.
-        device: Where it lives.
+    Shape legend: B batch, L sequence, C all channels, E those of one call. `momentum` is the weight of the past.
 
     Attributes:
         mean_C: The mean over the steps that have ended; zeros before the first. Written in place.

@@ -40,7 +40,6 @@ class AlignmentTap:
     Args:
         model: The student, or a pipeline part of it; anything with a `layers` ModuleDict.
         pairs: Name of a block in `model.layers` -> its pairs. If empty, the tap only takes the target out.
-        device: Where the coefficient and the metrics live.
         context: Makes the context in which the pairs are computed, inside the student's forward pass.
 
     Attributes:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -27,9 +27,7 @@ _DEFAULT_STOP_FRACTION = 0.5
 def stop_step(config: "Trainer.Config", num_data_parallel: int) -> int:
     """S_stop: the first step (0-based) without the teacher. ConfigError if it is beyond the run.
 
-    Args:
-        config: The student's configuration.
-        num_data_parallel: Number of data-parallel ranks, for a stop that is given in tokens.
+    The number of data-parallel ranks matters for a stop that is given in tokens.
     """
     let: LetConfig = config.let
     steps = config.training.steps
@@ -67,11 +65,6 @@ def teacher_dtype(config: "Trainer.Config") -> torch.dtype:
     return getattr(torch, config.training.mixed_precision_param if name == "auto" else name)
 
 
-def math_dtype(let: LetConfig) -> torch.dtype:
-    """Data type of the alignment's maths."""
-    return getattr(torch, let.math_dtype)
-
-
 def schedule(let: LetConfig) -> Schedule:
     """lambda / `let.weight` as a function of the step. ConfigError for an unknown name or a bad option."""
     registered = lookup(SCHEDULES.get, let.schedule, key="let.schedule")
@@ -97,13 +90,9 @@ def adaptive_stop(let: LetConfig) -> AdaptiveStop | None:
 def pairs(config: "Trainer.Config", teacher_depth: int | None) -> list[LayerPair]:
     """Which student blocks the run draws to which teacher layers, with indices that count from 0.
 
-    With `let.target = "logits"` these are the last blocks of both. With "labels" each block occurs once, and its
-    teacher layer means nothing. ConfigError for an unknown mapping, a bad option of it, a layer that does not exist,
-    or settings that have no meaning for the target.
-
-    Args:
-        config: The student's configuration.
-        teacher_depth: Number of the teacher's blocks; None without a teacher.
+    With `let.target = "logits"` these are the last blocks of both. With "labels", where `teacher_depth` is None, each
+    block occurs once, and its teacher layer means nothing. ConfigError for an unknown mapping, a bad option of it, a
+    layer that does not exist, or settings that have no meaning for the target.
     """
     let: LetConfig = config.let
     assert config.model_spec is not None
@@ -112,14 +101,14 @@ def pairs(config: "Trainer.Config", teacher_depth: int | None) -> list[LayerPair
         assert teacher_depth is not None
         _refuse_what_logits_do_not_use(let)
         return [LayerPair(depth - 1, teacher_depth - 1)]
+    by_hand = [LayerPair(pair.student, pair.teacher, pair.weight) for pair in let.pairs]
+    chosen = [(f"let.pairs.{i}", pair) for i, pair in enumerate(by_hand)]
     if not let.pairs:
         mapped = _mapped_pairs(let, depth, depth if teacher_depth is None else teacher_depth)
-        resolved = _resolved([("let.layer_mapping", pair) for pair in mapped], depth, teacher_depth)
+        chosen = [("let.layer_mapping", pair) for pair in mapped]
     elif let.student_block is not None:
         raise ConfigError(Problem("let.student_block", "not together with let.pairs", let.student_block))
-    else:
-        by_hand = [LayerPair(pair.student, pair.teacher, pair.weight) for pair in let.pairs]
-        resolved = _resolved([(f"let.pairs.{i}", pair) for i, pair in enumerate(by_hand)], depth, teacher_depth)
+    resolved = _resolved(chosen, depth, teacher_depth)
     if let.target != "labels":
         return resolved
     by_block: dict[int, LayerPair] = {}
@@ -211,15 +200,14 @@ def loss_entry(let: LetConfig) -> LossEntry:
 def pair_alignment(
     config: "Trainer.Config", match: nn.Module, *, channels: slice = slice(None), weight: float = 1.0
 ) -> PairAlignment:
-    """The maths of one pair, compiled if torchtitan compiles.
-
-    Args:
-        config: The student's configuration.
-        match: The dimension match, on the student's device.
-        channels: Where the pair's layer lies in the teacher's states.
-        weight: The pair's weight.
-    """
+    """The maths of one pair (see PairAlignment), compiled if torchtitan compiles."""
     let: LetConfig = config.let
-    compiles: dict[str, Any] | None = {"backend": config.compile.backend} if config.compile.enable else None
-    how: dict[str, Any] = {"side": let.projector.side, "channels": channels, "weight": weight}
-    return PairAlignment(match, loss(let), dtype=math_dtype(let), compile_options=compiles, **how)
+    return PairAlignment(
+        match,
+        loss(let),
+        dtype=getattr(torch, let.math_dtype),
+        side=let.projector.side,
+        channels=channels,
+        weight=weight,
+        compile_options={"backend": config.compile.backend} if config.compile.enable else None,
+    )

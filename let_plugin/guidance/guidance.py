@@ -42,9 +42,7 @@ METRIC_OF_TARGET = {"teacher": "let/cosine", "labels": "let/auxiliary_loss", "lo
 class Guidance:
     """The teacher, the taps and, where they learn, the projectors. Every rank of the job makes one, at the same step.
 
-    Args:
-        trainer: The student's trainer; its `let` table says what to build.
-        steps_taken: Optimizer steps taken so far; more than 0 if the run has resumed.
+    `steps_taken` is more than 0 if the run has resumed.
 
     Attributes:
         pairs: What is aligned, on all ranks together.
@@ -62,6 +60,7 @@ class Guidance:
         self._extras: BatchExtras | None = None
         self._head: AuxiliaryHead | None = None
         self._center: RunningMean | None = None
+        self._kept: list[str] = []  # names of states in the run's checkpoints
         self._num_accumulations_left = 0
         self._lambda = 0.0
         self._measures = False
@@ -84,7 +83,6 @@ class Guidance:
         teacher_dims = teacher_parallel_dims(dims, tensor_parallel=config.let.teacher.tensor_parallel)
         teacher_dims.build_mesh()
         self._share = TeacherShare(config, dims, device)
-        self._check_every_block_has_a_stage()
         if config.let.target != "teacher":
             self._head = AuxiliaryHead(trainer)
 
@@ -164,13 +162,9 @@ class Guidance:
     ) -> torch.Tensor | None:
         """The target of a microbatch, for this rank's part of the sequence; None on a rank without an aligned block.
 
-        The teacher's states, [B, S, E], as TargetProvider.target makes them; or the labels, [B, S].
-
-        Args:
-            input_dict: "input", token ids, and, for packed documents, "positions", of whole sequences, [B, L].
-            labels_BL: Labels of the whole sequences.
-            extras: What the data loader has added for LET.
-            student_masks: The attention masks that the student will run with, if there are any.
+        The teacher's states, [B, S, E], as TargetProvider.target makes them; or the labels, [B, S]. `input_dict` has
+        "input", token ids, and, for packed documents, "positions", of whole sequences, [B, L]; `extras` is what the
+        data loader has added for LET, `student_masks` the attention masks that the student will run with.
         """
         if self._trainer.config.let.target == "labels":
             return self._share.part(labels_BL)
@@ -234,16 +228,10 @@ class Guidance:
 
     def remove(self) -> None:
         """Leaves no trace on the student, its trainer and its checkpoints."""
-        for tap in self.taps:
-            tap.remove()
-        if self._head is not None:
-            self._head.remove()
-        for projector in self.projectors:
-            projector.remove()
-            if self._trainer.config.checkpoint.enable:
-                del self._trainer.checkpointer.states[projector.name]
-        if self._center is not None and self._trainer.config.checkpoint.enable:
-            del self._trainer.checkpointer.states[CENTER]
+        for part in (*self.taps, *self._learners):
+            part.remove()
+        for name in self._kept:
+            del self._trainer.checkpointer.states[name]
         if self._extras is not None:
             self._extras.stop()
         self._provider, self.taps, self.projectors, self._head, self._center = None, [], [], None, None
@@ -271,16 +259,14 @@ class Guidance:
         return self._head.pair(loss, self.pairs[index].weight)
 
     def _pair(self, index: int, part: nn.Module, channels: slice) -> PairAlignment:
-        config, device, spec = self._trainer.config, self._trainer.device, self.pairs[index]
+        config, spec = self._trainer.config, self.pairs[index]
         make_match = plan.dimension_match(config.let)
-        match = make_match(channels.stop - channels.start, config.model_spec.model.dim).to(device)
+        match = make_match(channels.stop - channels.start, config.model_spec.model.dim).to(self._trainer.device)
         pair = plan.pair_alignment(config, match, channels=channels, weight=spec.weight)
-        projector: LearnedProjector | FittedProjector | None = None
-        if any(parameter.requires_grad for parameter in match.parameters()):
-            projector = LearnedProjector(pair, part, str(spec.student), config, index=index, device=device)
-        elif isinstance(match, FittedMatch):
-            projector = FittedProjector(pair, part, str(spec.student), config, index=index)
-        if projector is not None:
+        learns = any(parameter.requires_grad for parameter in match.parameters())
+        if learns or isinstance(match, FittedMatch):
+            kind = LearnedProjector if learns else FittedProjector
+            projector = kind(pair, part, str(spec.student), config, index=index)
             self._keep(projector.name, projector, [spec.student, _number(spec.teacher)])
             self.projectors.append(projector)
         return pair
@@ -303,14 +289,7 @@ class Guidance:
             checkpoint.restore(name, state, self._trainer.config, self._steps_taken)
         if self._trainer.config.checkpoint.enable:
             self._trainer.checkpointer.states[name] = state
-
-    def _check_every_block_has_a_stage(self) -> None:
-        owners = torch.zeros(len(self.pairs), device=self._trainer.device)
-        owners[[i for indices in self._pairs_of_taps for i in indices]] = 1
-        torch.distributed.all_reduce(owners)
-        for pair, num_owners in zip(self.pairs, owners.tolist(), strict=True):
-            if not num_owners:
-                raise RuntimeError(f"LET: no pipeline stage holds layers.{pair.student}, a block that is to be aligned")
+            self._kept.append(name)
 
     def _channels(self, teacher: TeacherInfo, layers: Sequence[int | str]) -> dict[int | str, slice]:
         """Where each layer lies in the states that the teacher returns."""

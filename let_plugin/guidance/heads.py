@@ -24,7 +24,6 @@ from torchtitan.trainer import Trainer
 
 from let_plugin.alignment.losses import Alignment
 from let_plugin.alignment.tap import PairFunction
-from let_plugin.config import plan
 from let_plugin.config.errors import ConfigError, Problem
 from let_plugin.guidance.projectors import sum_placements
 from let_plugin.teacher.base import Teacher, TeacherSource
@@ -66,7 +65,7 @@ class AuxiliaryHead:
             dist.all_reduce(owner, dist.ReduceOp.MAX, group=self._pipeline)
         self._owner = int(owner.item())
         self._sequence_parallel = config.parallelism.enable_sequence_parallel
-        self._dtype = plan.math_dtype(config.let)
+        self._dtype: torch.dtype = getattr(torch, config.let.math_dtype)
         self._weights = {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
         self._gradients = {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
         # Buffers of the parts: a pipeline's trial run puts them back (see AlignmentTap).

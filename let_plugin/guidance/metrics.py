@@ -17,12 +17,8 @@ class JsonlLogger(BaseLogger):
     """Adds LET's metrics to torchtitan's, hands them all on, and writes each logged step as one line of JSON.
 
     A run that resumes continues its file without the lines after its checkpoint. What is not finite is null.
-
-    Args:
-        inner: The logger that torchtitan built.
-        path: The file; None on the ranks that do not log.
-        extra_metrics: Called once per logged training step, on every rank (it may communicate).
-        on_validation: Called with each validation's loss and step, on every rank.
+    `extra_metrics`, of a logged training step, and `on_validation`, with its loss and step, are called on every rank
+    (they may communicate), also where `path` is None: on the ranks that do not write.
     """
 
     def __init__(

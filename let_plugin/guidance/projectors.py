@@ -31,24 +31,14 @@ class LearnedProjector(Stateful):
     weights once, sums the gradients of the microbatches where they arise, and reduces them once.
 
     Args:
-        pair: The pair. It gets the weights that it computes with, and where to sum their gradients.
+        pair: The pair, on its device. It gets the weights to compute with, and where to sum their gradients.
         part: The student, or the pipeline part of it that holds the aligned block.
         block: Name of that block in `part.layers`.
         config: The student's configuration.
         index: Number of the pair.
-        device: Where the weights live.
     """
 
-    def __init__(
-        self,
-        pair: PairAlignment,
-        part: nn.Module,
-        block: str,
-        config: Trainer.Config,
-        *,
-        index: int = 0,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, pair: PairAlignment, part: nn.Module, block: str, config: Trainer.Config, *, index: int) -> None:
         self.name = f"{PROJECTOR}_{index}"
         self.weights = pair.weights
         self._gradients = pair.weight_gradients
@@ -58,10 +48,10 @@ class LearnedProjector(Stateful):
         like = _dense_parameter(part.get_submodule(f"layers.{block}"))
         self._sum_placements = sum_placements(like, config.parallelism.enable_sequence_parallel)
         for name, initial in pair.match.named_parameters():
-            weight = initial.detach().to(device, torch.float32)
+            weight = initial.detach().float()
             self._module.register_parameter(self._names[name], nn.Parameter(_distribute(weight, like)))
-            self.weights[name] = initial.detach().to(device).clone()
-            self._gradients[name] = torch.zeros(initial.shape, dtype=torch.float32, device=device)
+            self.weights[name] = initial.detach().clone()
+            self._gradients[name] = torch.zeros_like(weight)
             # A non-persistent buffer of the part: a pipeline's trial run puts it back (see AlignmentTap).
             self._module.register_buffer(f"{self._names[name]}__gradient", self._gradients[name], persistent=False)
         part.register_module(self.name, self._module)

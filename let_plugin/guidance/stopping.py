@@ -100,8 +100,7 @@ class Stopping:
         assert self._adaptive is not None
         smoothed = self._adaptive.update(value, next_step=steps_taken)
         if self._adaptive.stop_step is not None:
-            criterion = self._settings.criterion
-            logger.info(f"LET: step {steps_taken}: the alignment is to end, {criterion} criterion at {smoothed:.4f}")
+            logger.info(f"LET: step {steps_taken}: the alignment is to end, the measured value is {smoothed:.4f}")
         self._come_forward()
 
     def _come_forward(self) -> None:

@@ -1,6 +1,7 @@
 """The teacher's own loss on the data that the student is validated on, for a stop that compares the two."""
 
 import gc
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -59,13 +60,8 @@ def _batches(validator: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor | None
         seq_len=validator.seq_len,
         local_batch_size=rows,
     )
+    steps = zip(*[iter(loader)] * per_step, strict=False)  # an incomplete one, at the end of the data, does not count
     num_steps = validator.config.steps
-    step: list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]] = []
-    for input_dict, labels_BL in loader:
-        step.append((input_dict["input"], input_dict.get("positions"), labels_BL))
-        if len(step) == per_step:  # an incomplete one, at the end of the data, does not count
-            yield from step
-            step = []
-            num_steps -= 1
-            if num_steps == 0:  # -1 never gets there: all of the data
-                return
+    for step in itertools.islice(steps, num_steps if num_steps > 0 else None):  # -1: all of the data
+        for input_dict, labels_BL in step:
+            yield input_dict["input"], input_dict.get("positions"), labels_BL

@@ -140,8 +140,6 @@ def test_making_one_takes_no_random_numbers_and_gives_the_same_again(name, optio
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("linear", {"init": "xavier"}, r"init must be 'interpolate' or 'random'"),
-        ("linear", {"seed": -1}, r"seed must not be negative"),
         ("mlp", {"hidden_width": 0}, r"hidden_width must be at least 1"),
         ("orthogonal", {}, r"in_width .* from 5 to 4 channels cannot keep inner products.*let\.projector\.side"),
         ("procrustes", {"refit_every": 0}, r"refit_every must be at least 1"),

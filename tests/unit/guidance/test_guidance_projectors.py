@@ -15,8 +15,6 @@ from let_plugin.config import ProjectorConfig
 from let_plugin.guidance.projectors import PROJECTOR, FittedProjector, LearnedProjector
 from let_plugin.runtime import checkpoint
 
-CPU = torch.device("cpu")
-
 
 class Part(nn.Module):
     def __init__(self):
@@ -34,8 +32,8 @@ def pair_of(match, side="teacher"):
     return PairAlignment(match, alignment_of(get_loss("cosine"), {}), side=side)
 
 
-def learned(part, config, **kwargs):
-    return LearnedProjector(pair_of(LearnedLinear(3, 4)), part, "1", config, device=CPU, **kwargs)
+def learned(part, config, index=0):
+    return LearnedProjector(pair_of(LearnedLinear(3, 4)), part, "1", config, index=index)
 
 
 def train(projector, steps, start=0):
