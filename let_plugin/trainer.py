@@ -31,8 +31,7 @@ _Base: Any = Trainer if TYPE_CHECKING else object
 class LetTrainerMixin(_Base):
     """Late-to-Early Training for any subclass of torchtitan's Trainer.
 
-    Attributes:
-        guidance: What exists only while the alignment is active; None before its first step and after its end.
+    `guidance` is what exists only while the alignment is active; None before its first step and after its end.
     """
 
     def __init__(self, config: Any) -> None:

@@ -24,9 +24,7 @@ _PREFIX = "let_extra_"
 class BatchExtras:
     """Adds tensors to each batch of a data loader that has not begun to iterate.
 
-    Args:
-        loader: The student's data loader. ConfigError if it is not a torch DataLoader.
-        make: Makes the tensors to add; see MakeExtras.
+    ConfigError if `loader`, the student's, is not a torch DataLoader.
     """
 
     def __init__(self, loader: Any, make: MakeExtras) -> None:

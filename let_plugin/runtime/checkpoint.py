@@ -42,14 +42,10 @@ class Identified(Stateful):
 
 
 def restore(name: str, stateful: Any, config: Trainer.Config, step: int) -> None:
-    """Reads the state called `name` from the checkpoint that the run has resumed from; warns if it has none.
+    """Reads a state from the checkpoint that the run has resumed from, at optimizer step `step`; warns if it has none.
 
-    Args:
-        name: Its name in `checkpointer.states`.
-        stateful: Anything with `state_dict` and `load_state_dict`. ConfigError if it refuses the state, as that of a
-            run with other `[let]` settings.
-        config: The student's configuration.
-        step: The optimizer steps taken by then.
+    `name` is its name in `checkpointer.states`, `stateful` anything with `state_dict` and `load_state_dict`.
+    ConfigError if it refuses the state, as that of a run with other `[let]` settings.
     """
     path: str = filesystem.join(_folder(config), f"step-{step}")
     if not filesystem.isdir(path):
@@ -112,10 +108,9 @@ def find(config: Trainer.Config) -> Resumption | None:
     folder, step = _folder(config), settings.load_step
     if step == -1:
         step = latest_checkpoint_step(folder)
+    key, path, model_only = "load_step", filesystem.join(folder, f"step-{step}"), step == 0
     if step == -1:
         key, path, model_only = "initial_load_path", settings.initial_load_path, settings.initial_load_model_only
-    else:
-        key, path, model_only = "load_step", filesystem.join(folder, f"step-{step}"), step == 0
     if not path:
         return None
     if not filesystem.isdir(path):

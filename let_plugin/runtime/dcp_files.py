@@ -20,7 +20,6 @@ from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
-from torchtitan.tools import filesystem
 
 _CLASSES = (
     Metadata,
@@ -51,7 +50,7 @@ def open_checkpoint(path: str) -> dcp.FileSystemReader:
     Its `read_metadata` runs no code from the file. It raises ValueError if the file is damaged or names anything that
     torch does not write there, OSError if there is no file.
     """
-    return _RemoteReader(path) if filesystem.is_remote(path) else _LocalReader(path)
+    return _Reader(path)
 
 
 def load(state_dict: dict[str, Any], reader: dcp.StorageReader) -> None:
@@ -88,21 +87,13 @@ class _Unpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}") from None
 
 
-class _ReadsMetadata:
+class _Reader(FsspecReader):  # of local files, too
     def read_metadata(self: Any, *args: Any, **kwargs: Any) -> Metadata:
         path = self._get_metadata_path(kwargs.get("rank"))
         with self.fs.create_stream(path, "rb") as file:
             described = _unpickle(file, path)
         described.storage_meta = StorageMeta(load_id=self.load_id)
         return described
-
-
-class _LocalReader(_ReadsMetadata, dcp.FileSystemReader):
-    pass
-
-
-class _RemoteReader(_ReadsMetadata, FsspecReader):
-    pass
 
 
 class _SafePlanner(DefaultLoadPlanner):

@@ -14,9 +14,8 @@ TEST_LOSS = "test_metrics/loss"
 class TwoSplitValidator(Validator):
     """torchtitan's validator, run on the validation split and then on the test split.
 
-    Attributes:
-        losses: (validation, test) of the last call, in nats per valid token. As with torchtitan's own validator, only
-            the ranks of a pipeline's last stage know them.
+    `losses` are those of the last call, in nats per valid token. As with torchtitan's own validator, only the ranks of
+    a pipeline's last stage know them.
     """
 
     dl_config: Any

@@ -20,6 +20,7 @@ import resource
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -118,18 +119,12 @@ def _with_sum_reduction(disable_fsdp_gradient_division: Callable[[Any], None]) -
 
 
 def _dense_mask(
-    mask_mod: Callable[..., torch.Tensor],
-    B: int | None,
-    H: int | None,
-    Q_LEN: int,
-    KV_LEN: int,
-    device: torch.device | str,
-    **_: Any,
+    mask_mod: Callable[..., torch.Tensor], *shape: int | None, device: torch.device | str, **_: Any
 ) -> torch.Tensor:
     """The boolean mask, [B, 1, Q, KV], that `create_block_mask` would describe in blocks."""
     from torch.nn.attention.flex_attention import create_mask
 
-    return create_mask(mask_mod, B, H, Q_LEN, KV_LEN, device=str(device))
+    return create_mask(mask_mod, *shape, device=str(device))
 
 
 def _with_dense_masks(cp_shard: Callable[..., Any]) -> Callable[..., Any]:
@@ -204,8 +199,7 @@ def _cpu_attention_class() -> Any:
 class CpuDeviceModule:
     """The part of `torch.cuda`'s interface that torchtitan uses. Memory is resident memory of the process, in bytes."""
 
-    peak_is_resettable = True
-    """Whether the kernel allows a reset of the peak; True until it has refused one."""
+    peak_is_resettable = True  # until the kernel has refused to reset the peak
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.cpu, name)  # Stream, Event, current_stream, ...
@@ -226,13 +220,10 @@ class CpuDeviceModule:
         return peaks | {"num_alloc_retries": 0, "num_ooms": 0}
 
     def reset_peak_memory_stats(self, device: Any = None) -> None:
-        """Resets the peak to the present value, where the kernel allows it (Linux: /proc/self/clear_refs)."""
-        if not self.peak_is_resettable:
-            return
+        """Resets the peak to the present value, where the kernel allows it."""
         try:
-            with open("/proc/self/clear_refs", "w") as f:
-                f.write("5")
-        except OSError:  # another kernel, or a container that forbids it: the peak is then the process's
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:  # not Linux, or a container that forbids it: the peak is then the process's
             self.peak_is_resettable = False
 
     def empty_cache(self) -> None:
@@ -244,12 +235,8 @@ class CpuDeviceModule:
 
 def peak_resident_memory() -> int:
     """Peak resident memory of this process in bytes, since its start or the last reset."""
-    try:
-        with open("/proc/self/status") as f:
-            for line in f:
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * _KIB
-    except OSError:
-        pass
+    with contextlib.suppress(OSError):
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(status["VmHWM"].split()[0]) * _KIB
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * _KIB  # macOS counts bytes, other systems KiB

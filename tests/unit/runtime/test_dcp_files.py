@@ -46,6 +46,7 @@ REFUSED = r"\.metadata is not one that torch has written, or is damaged"
 @pytest.mark.parametrize("within", [False, True])
 def test_every_reader_refuses_what_torch_itself_would_run(within, tiny_teacher, evidence, config, capsys, tmp_path):
     malicious = str(shutil.copytree(tiny_teacher[0], tmp_path / "malicious"))
+    opened = TitanTeacherSource(TeacherConfig(spec="tiny_teacher", path=malicious))  # before the file was exchanged
     content = Creates(evidence)
     if within:
         described = dcp.FileSystemReader(malicious).read_metadata()
@@ -65,6 +66,7 @@ def test_every_reader_refuses_what_torch_itself_would_run(within, tiny_teacher, 
     teacher, resumed = r"let\.teacher\.path", r"checkpoint\.initial_load_path"
     for key, reads in (
         (teacher, lambda: TitanTeacherSource(config.let.teacher)),
+        (teacher, lambda: opened.language_model(dtype=torch.float32, device=torch.device("cpu"), seq_len=8)),
         (teacher, lambda: preflight.run(config)),
         (resumed, lambda: checkpoint.find(config)),
         ("let", lambda: checkpoint.read("own", None, malicious)),
@@ -93,15 +95,6 @@ def test_what_is_no_metadata_is_refused(tmp_path, content, reason):
     (tmp_path / ".metadata").write_bytes(content)
     with pytest.raises(ValueError, match=f"{REFUSED}: .*{reason}"):
         dcp_files.open_checkpoint(str(tmp_path)).read_metadata()
-
-
-def test_a_teacher_is_refused_when_it_is_loaded(tiny_teacher, tmp_path, evidence):
-    """The file may have been exchanged since it was opened."""
-    folder = shutil.copytree(tiny_teacher[0], tmp_path / "teacher")
-    source = TitanTeacherSource(TeacherConfig(spec="tiny_teacher", path=str(folder)))
-    (folder / ".metadata").write_bytes(pickle.dumps(Creates(evidence)))
-    with pytest.raises(ConfigError, match=r"let\.teacher\.path.*cannot be read"):
-        source.language_model(dtype=torch.float32, device=torch.device("cpu"), seq_len=8)
 
 
 @pytest.mark.parametrize("wanted", [torch.zeros(2), 0.0])

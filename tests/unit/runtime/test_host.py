@@ -46,13 +46,11 @@ def test_a_process_without_torchrun_becomes_a_job_of_its_own(outside_of_a_job):
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("given", [{"MASTER_PORT": "12345"}, {"RANK": "3", "WORLD_SIZE": "8"}])
-def test_what_the_environment_says_is_kept(outside_of_a_job, monkeypatch, given):
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
+def test_what_torchrun_says_is_kept(outside_of_a_job, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
     before = dict(os.environ)
     host.set_up("cpu")
-    assert dict(os.environ) == (before if "RANK" in given else dict(os.environ) | before)
+    assert dict(os.environ) == before
 
 
 # torchtitan's device
@@ -72,18 +70,9 @@ def test_every_copy_of_torchtitans_device_is_the_cpu():
             assert vars(module).get("device_module", utils.device_module) is utils.device_module, name
 
 
-def test_the_device_answers_what_torchtitan_asks():
-    device = utils.device_module
-    device.set_device(0)
-    device.synchronize()
-    assert (device.current_device(), device.device_count()) == (0, 1)
-    properties, memory = device.get_device_properties(0), device.memory_stats()
-    assert properties.name == device.get_device_name() and properties.name.startswith("CPU (")
-    assert properties.total_memory > memory["reserved_bytes.all.peak"] > 10 * MIB and memory["num_ooms"] == 0
-
-
 def test_peak_memory_rises_with_an_allocation_and_can_be_reset(monkeypatch):
     device = host.CpuDeviceModule()
+    assert device.get_device_properties().total_memory > device.memory_stats()["reserved_bytes.all.peak"] > 10 * MIB
 
     def peak():
         return device.memory_stats()["active_bytes.all.peak"]
@@ -100,11 +89,10 @@ def test_peak_memory_rises_with_an_allocation_and_can_be_reset(monkeypatch):
     device.reset_peak_memory_stats()
     assert peak() - before < 50 * MIB
 
-    def forbid(file, mode="r"):
-        assert file == "/proc/self/clear_refs"
-        raise PermissionError(file)
+    def forbid(path, text):
+        raise PermissionError(path)
 
-    monkeypatch.setattr(host, "open", forbid, raising=False)  # a kernel that forbids the reset
+    monkeypatch.setattr(host.Path, "write_text", forbid)  # a kernel that forbids the reset
     device.reset_peak_memory_stats()
     assert not device.peak_is_resettable
     monkeypatch.undo()
