@@ -4,10 +4,10 @@ Every mistake is collected, so that one start shows them all. Nothing here needs
 are built on the meta device. A check reads and writes `Facts`, refuses there what is wrong or raises a ConfigError.
 """
 
-import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torchtitan.components.loss import ChunkedLossWrapper
@@ -28,9 +28,7 @@ from let_plugin.runtime.upstream import DATASETS, HuggingFaceTextDataLoader
 def run(config: Trainer.Config, world_size: int | None = None) -> str:
     """Validates `config` and returns the report, lines for people. ConfigError lists everything that is wrong.
 
-    Args:
-        config: What is to run.
-        world_size: On how many processes; None: on those of this job.
+    `world_size` is the number of processes that it is to run on; None: that of this job.
     """
     facts = Facts(config=config, world_size=world_size)
     facts.attempt(check_bounds, config)  # Python may have set numbers, which no reader of a file has checked
@@ -74,28 +72,19 @@ def find_world_size(facts: Facts) -> None:
 def find_parallel_dims(facts: Facts) -> None:
     if facts.world_size is None:
         return
-    world_size, parallelism = facts.world_size, facts.config.parallelism
-    axes = ("data_parallel_replicate", "data_parallel_shard", "context_parallel", "tensor_parallel")
-    degrees = {f"{axis}_degree": getattr(parallelism, f"{axis}_degree") for axis in (*axes, "pipeline_parallel")}
-    leftover = degrees["data_parallel_shard_degree"] == -1  # takes the ranks that the others leave
-    if leftover:
-        del degrees["data_parallel_shard_degree"]
-    if too_small := {key: degree for key, degree in degrees.items() if degree < 1}:
-        for key, degree in too_small.items():
-            facts.refuse(f"parallelism.{key}", "must be at least 1", degree)
-        return
-    needed = math.prod(degrees.values())
-    if world_size % needed if leftover else world_size != needed:
-        wanted = f"a multiple of {needed}" if leftover else str(needed)
-        used = ", ".join(f"{key} = {degree}" for key, degree in degrees.items() if degree > 1) or "all degrees 1"
+    parallelism = facts.config.parallelism
+    try:
+        facts.parallel_dims = ParallelDims.from_config(parallelism, facts.world_size)
+    except AssertionError:
+        axes = ("data_parallel_replicate", "data_parallel_shard", "context_parallel", "tensor_parallel")
+        degrees = {f"{axis}_degree": getattr(parallelism, f"{axis}_degree") for axis in (*axes, "pipeline_parallel")}
+        given = ", ".join(f"{key} = {degree}" for key, degree in degrees.items() if degree not in (1, -1))
         facts.refuse(
             "parallelism",
-            f"{used}: this needs {wanted} processes and there {'is' if world_size == 1 else 'are'} {world_size}; "
-            f"start it with torchrun --nproc-per-node {needed}",
+            f"{given or 'all degrees 1'}: degrees must be at least 1 (data_parallel_shard_degree = -1: what the others "
+            f"leave) and their product the number of processes, {facts.world_size}; start as many as they need: "
+            "torchrun --nproc-per-node N",
         )
-        return
-    with _torchtitan_refuses("parallelism"):
-        facts.parallel_dims = ParallelDims.from_config(parallelism, world_size)
 
 
 def check_batch_size(facts: Facts) -> None:
@@ -104,12 +93,8 @@ def check_batch_size(facts: Facts) -> None:
     wanted, per_step = facts.config.training.global_batch_size, facts.config.training.local_batch_size
     per_step *= facts.num_data_parallel
     if wanted == 0 or (wanted > 0 and (per_step == 0 or wanted % per_step)):
-        facts.refuse(
-            "training.global_batch_size",
-            f"must be a multiple of training.local_batch_size times the data-parallel degree, {per_step}; "
-            "-1 takes exactly that",
-            wanted,
-        )
+        message = f"must be a multiple of local_batch_size times the data-parallel degree, {per_step}; -1 is just that"
+        facts.refuse("training.global_batch_size", message, wanted)
 
 
 def check_loss_chunks(facts: Facts) -> None:
@@ -126,10 +111,7 @@ def find_student(facts: Facts) -> None:
     with _torchtitan_refuses("training"):
         facts.student = Student(facts.config)
     if facts.config.let.enable and not facts.student.is_decoder:
-        message = (
-            f"LET aligns the blocks of a decoder, and {facts.student.name} has no layers, tok_embeddings, norm and "
-            "lm_head; take another base, or train it without LET"
-        )
+        message = f"LET aligns the blocks of a decoder, and {facts.student.name} is none; train it without LET"
         facts.refuse("let.enable", message, True)
 
 
@@ -140,20 +122,16 @@ def check_tokenizer(facts: Facts) -> None:
     if vocab_size is None:
         return  # not a model of tokens: its own tokenizer knows what it needs
     path = config.hf_assets_path
-    if not os.path.exists(path):
-        return facts.refuse("hf_assets_path", "no such folder; it must hold the student's tokenizer", path)
     try:
         tokenizer: Any = config.tokenizer.build(tokenizer_path=path)
     except ConfigError:
         raise
     except Exception as error:  # the tokenizers library raises plain Exception
-        return facts.refuse("hf_assets_path", f"the tokenizer cannot be loaded: {error}", path)
+        message = f"{error}; it must be a folder with the student's tokenizer"
+        return facts.refuse("hf_assets_path", message, path)
     vocabulary: dict[str, int] = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
     if (highest := max(vocabulary.values(), default=-1)) >= vocab_size:
-        message = (
-            f"the tokenizer has ids up to {highest}, the model only {vocab_size} embeddings; "
-            "choose a base with a larger vocabulary"
-        )
+        message = f"its ids go up to {highest}, the model has {vocab_size} embeddings; choose a base with more"
         return facts.refuse("hf_assets_path", message, path)
     facts.student_vocabulary = vocabulary
 
@@ -182,14 +160,22 @@ def _check_dataset(key: str, loader: Any) -> None:
 
 
 def check_dump_folder(facts: Facts) -> None:
-    path = facts.config.dump_folder
-    existing = os.path.abspath(path)
-    while not os.path.exists(existing):
-        existing = os.path.dirname(existing)
-    if not os.path.isdir(existing):
-        facts.refuse("dump_folder", f"{existing} is a file; choose another folder", path)
-    elif not os.access(existing, os.W_OK):
-        facts.refuse("dump_folder", f"{existing} is not writable; choose another folder", path)
+    check_writable("dump_folder", facts.config.dump_folder)
+
+
+def check_writable(key: str, folder: str) -> None:
+    """ConfigError, naming the field `key`, if `folder` is none and cannot become one, or cannot be written to."""
+    existing = existing_parent(folder)
+    if not existing.is_dir():
+        raise ConfigError(Problem(key, f"{existing} is a file; choose another folder", folder))
+    if not os.access(existing, os.W_OK):
+        raise ConfigError(Problem(key, f"{existing} is not writable; choose another folder", folder))
+
+
+def existing_parent(path: str | Path) -> Path:
+    """The deepest part of a path that exists."""
+    path = Path(path).absolute()
+    return next(part for part in (path, *path.parents) if part.exists())
 
 
 def find_resumption(facts: Facts) -> None:
@@ -219,20 +205,12 @@ def check_let_parallelism(facts: Facts) -> None:
     parallelism = facts.config.parallelism
     cp_is_on = parallelism.context_parallel_degree > 1
     if cp_is_on and parallelism.context_parallel_load_balancer == "ptrr":
-        facts.refuse(
-            "parallelism.context_parallel_load_balancer",
-            "cuts the sequence differently in each batch, and LET cuts the teacher's states once and for all; "
-            'choose "headtail" or "none"',
-            "ptrr",
-        )
+        message = 'cuts each batch in another way, LET cuts the states once and for all; choose "headtail" or "none"'
+        facts.refuse("parallelism.context_parallel_load_balancer", message, "ptrr")
     sequence_is_cut = cp_is_on or (parallelism.tensor_parallel_degree > 1 and parallelism.enable_sequence_parallel)
     if let.target == "teacher" and sequence_is_cut and plan.loss_entry(let).needs_whole_sequence:
-        facts.refuse(
-            "let.loss",
-            "compares the tokens of a sequence, which context parallelism, and tensor parallelism with "
-            "parallelism.enable_sequence_parallel, cut into parts; choose a loss per token",
-            let.loss,
-        )
+        message = "compares the tokens of a sequence, which context or sequence parallelism cuts; take a loss per token"
+        facts.refuse("let.loss", message, let.loss)
 
 
 def check_validation(facts: Facts) -> None:

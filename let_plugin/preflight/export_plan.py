@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torchtitan.trainer import Trainer
 from let_plugin.config import plan
 from let_plugin.config.errors import ConfigError, Problem, suggest
 from let_plugin.preflight import checks as preflight
+from let_plugin.preflight.report import mib
 from let_plugin.teacher.base import TeacherInfo
 from let_plugin.teacher.open import open_source
 from let_plugin.teacher.stored import fingerprints
@@ -23,19 +23,12 @@ from let_plugin.teacher.stored.shards import ENCODINGS, KEY_BYTES, bytes_per_tok
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is to be exported.
+    """What is to be exported."""
 
-    Attributes:
-        config: The run's configuration, with the teacher in place of stored states and data parallelism alone.
-        settings: Of the manifest.
-        folder: Where to.
-        num_processes: Of the export.
-    """
-
-    config: Trainer.Config
-    settings: dict[str, Any]
+    config: Trainer.Config  # of the run, with the teacher in place of stored states and data parallelism alone
+    settings: dict[str, Any]  # of the manifest
     folder: Path
-    num_processes: int
+    num_processes: int  # of the export
 
     @staticmethod
     def make(config: Trainer.Config, args: argparse.Namespace, num_processes: int) -> "Plan":
@@ -80,7 +73,6 @@ class Plan:
         """For people: how much there is to write."""
         settings, widths = self.settings, self.settings["widths"]
         tokens, per_token = self.num_rows * settings["seq_len"], self.bytes_per_row // settings["seq_len"]
-        free = shutil.disk_usage(_existing(self.folder)).free
         return "\n".join(
             [
                 "LET export",
@@ -88,31 +80,30 @@ class Plan:
                 f"  layers     {', '.join(f'{layer} (width {width})' for layer, width in widths.items())}",
                 f"  rows       {self.num_rows:,} of {settings['seq_len']:,} tokens, {tokens:,} tokens in all: "
                 f"{settings['rows_per_rank']:,} rows of each of {settings['data_parallel_degree']} data-parallel ranks",
-                f"  storage    {_size(self.num_bytes):>10}  {per_token:,} B/token, {settings['encoding']}",
-                f"  free       {_size(free):>10}  at {self.folder}",
+                f"  storage    {mib(self.num_bytes)}: {per_token:,} B/token, {settings['encoding']}",
+                f"  free       {mib(self._num_free)} at {self.folder}",
             ]
         )
 
+    @property
+    def _num_free(self) -> int:
+        return shutil.disk_usage(preflight.existing_parent(self.folder)).free
+
     def check_folder(self) -> None:
         """ConfigError if the folder has something else in it, a complete export, or not enough space."""
-        stored, message = 0, ""
-        existing = _existing(self.folder)
-        if self.folder.exists() and not self.folder.is_dir():
-            message = "a file; give a folder"
-        elif (self.folder / MANIFEST).exists():
+        preflight.check_writable("--out", str(self.folder))
+        num_stored, message = 0, ""
+        if (self.folder / MANIFEST).exists():
             manifest = Manifest.read(self.folder)
-            stored = sum(path.stat().st_size for path in shard_paths(self.folder))
-            if names := _differences(manifest.settings, self.settings):
+            num_stored = sum(path.stat().st_size for path in shard_paths(self.folder))
+            if names := [name for name, value in self.settings.items() if manifest.settings.get(name) != value]:
                 message = f"holds an export of other settings ({', '.join(names)}); give another folder"
             elif manifest.result is not None:
                 message = "holds this export already, and it is complete"
         elif self.folder.is_dir() and any(self.folder.iterdir()):
             message = "is not empty and holds no export; give another folder"
-        if not message and not os.access(existing, os.W_OK):
-            message = f"{existing} is not writable; give another folder"
-        needed, free = self.num_bytes - stored, shutil.disk_usage(existing).free
-        if not message and needed > free:
-            message = f"needs {_size(needed)}, and {_size(free)} are free; see --encoding, and --check"
+        if not message and (needed := self.num_bytes - num_stored) > self._num_free:
+            message = f"needs {mib(needed)}, and {mib(self._num_free)} are free; see --encoding, and --check"
         if message:
             raise ConfigError(Problem("--out", message, str(self.folder)))
 
@@ -171,27 +162,3 @@ def _data_parallel_degree(config: Trainer.Config, given: int | None, num_process
     if message:
         raise ConfigError(Problem("--data-parallel-degree", message, degree))
     return degree
-
-
-def _differences(stored: Any, wanted: Any, prefix: str = "") -> list[str]:
-    """Dotted names of the settings in which two manifests differ."""
-    if isinstance(stored, dict) and isinstance(wanted, dict):
-        return [
-            name
-            for key in sorted({*stored, *wanted})
-            for name in _differences(stored.get(key), wanted.get(key), f"{prefix}.{key}" if prefix else key)
-        ]
-    return [] if stored == wanted else [prefix]
-
-
-def _existing(folder: Path) -> Path:
-    folder = folder.absolute()
-    return next(path for path in (folder, *folder.parents) if path.exists())
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:,.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:,.1f} TiB"

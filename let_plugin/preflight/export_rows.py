@@ -33,15 +33,8 @@ def export(plan: Plan) -> Manifest:
         plan.folder.mkdir(parents=True, exist_ok=True)
         Manifest(settings=settings).write(plan.folder)
     provider = _provider(plan)
-    progress = tqdm(
-        total=plan.num_rows * settings["seq_len"],
-        unit=" tokens",
-        unit_scale=True,
-        disable=rank != 0,
-        desc="export",
-        mininterval=1,
-        smoothing=0.05,
-    )
+    num_tokens = plan.num_rows * settings["seq_len"]
+    progress = tqdm(total=num_tokens, desc="export", unit=" tokens", unit_scale=True, disable=rank != 0)
     for first in range(0, settings["data_parallel_degree"], plan.num_processes):
         _export_stream(plan, provider, first + rank, progress)
     progress.close()

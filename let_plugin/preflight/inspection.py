@@ -93,7 +93,7 @@ def _run(options: argparse.Namespace) -> None:
         message = "the teacher comes without a tokenizer; name a folder with its tokenizer.json"
         raise ConfigError(Problem("--tokenizer", message, options.tokenizer))
     else:
-        _print({"tokenizer": "none there", "loss": "not measured: it needs the tokenizer (--tokenizer FOLDER)"})
+        _print({"tokenizer": "none there: the loss is not measured (--tokenizer FOLDER)"})
 
 
 def _print(lines: dict[str, str]) -> None:
@@ -106,12 +106,10 @@ def _describe(info: "TeacherInfo") -> dict[str, str]:
     heads = "" if info.num_heads is None else f", {info.num_heads} heads"
     if info.num_kv_heads not in (None, info.num_heads):
         heads += f" ({info.num_kv_heads} key-value)"
-    width = str(info.hidden_size)
-    if info.residual_size not in (None, info.hidden_size):
-        width += f" (inside: {info.residual_size})"
+    inside = "" if info.residual_size in (None, info.hidden_size) else f" (inside: {info.residual_size})"
     return {
         "teacher": info.description,
-        "blocks": f"{info.num_layers} of width {width}{heads}",
+        "blocks": f"{info.num_layers} of width {info.hidden_size}{inside}{heads}",
         "vocabulary": f"{info.vocab_size:,} rows",
         "positions": "without a limit of its own" if info.max_seq_len is None else f"at most {info.max_seq_len:,}",
         "trunk": f"{info.num_trunk_params:,} parameters: {info.num_embedding_params:,} in embeddings, "
@@ -160,7 +158,7 @@ def _measure(
 def _encode(tokenizer: Any, text: str, *, max_tokens: int) -> tuple[list[int], int]:
     """Token ids of (the beginning of) a document, and how many bytes of text all but the first of them stand for.
 
-    It begins with the tokenizer's beginning-of-sequence token, if there is one, and ends without an end.
+    They begin with the tokenizer's beginning-of-sequence token, if there is one, and end without an end.
     """
     from let_plugin.tokens.encoding import role_id
 
@@ -170,15 +168,11 @@ def _encode(tokenizer: Any, text: str, *, max_tokens: int) -> tuple[list[int], i
     else:
         ids = inner.encode(text, add_special_tokens=False)
         ids = list(getattr(ids, "ids", ids))
-
-    def num_bytes(ids: list[int]) -> int:
-        return len(inner.decode(ids).encode()) if ids else 0
-
     bos = role_id(tokenizer, "bos")
-    num_first = 0 if bos is not None else 1  # predicted from nothing: not at all
-    kept = ids[: max_tokens + num_first]
-    size = len(text.encode()) if len(kept) == len(ids) else num_bytes(kept)
-    return ([] if bos is None else [bos]) + kept, size - num_bytes(kept[:num_first])
+    if bos is not None:
+        ids = [bos, *ids]
+    ids = ids[: max_tokens + 1]
+    return ids, len(inner.decode(ids[1:]).encode()) if len(ids) > 1 else 0
 
 
 def _documents(path: str) -> Iterable[str]:

@@ -23,9 +23,8 @@ from let_plugin.teacher.stored.features import Features
 class Student:
     """How large the student is, read off the meta device. Raises what torchtitan raises for a bad configuration.
 
-    Attributes:
-        is_decoder: Whether it has what LET needs: blocks in `layers`, and token embeddings and head of its own. All
-            other numbers but `num_params` are known of a decoder only.
+    `is_decoder` says whether it has what LET needs: blocks in `layers`, and token embeddings and head of its own. All
+    other numbers but `num_params` are known of a decoder only.
     """
 
     num_blocks = width = num_head_params = num_matmul_params = 0
@@ -96,17 +95,14 @@ class Facts:
 class Cost:
     """What LET costs while it is active, beside a plain step.
 
-    Attributes:
-        num_teacher_params: N_T: the parameters that the teacher multiplies; 0 without one.
-        overhead: Share of a plain step's FLOPs. With a teacher the paper's bound, N_T / (3 N_S): its forward pass
-            (2 N_T per token) beside a forward and a backward pass of the student (6 N_S), N being the parameters that
-            are multiplied. In logit distillation N_T has the teacher's head in it, and the student's is used twice.
-        memory: Bytes per rank, by what they hold.
+    With a teacher the overhead is the paper's bound, N_T / (3 N_S): its forward pass (2 N_T per token) beside a forward
+    and a backward pass of the student (6 N_S), N being the parameters that are multiplied. In logit distillation N_T
+    has the teacher's head in it, and the student's is used twice.
     """
 
-    num_teacher_params: int
-    overhead: float
-    memory: dict[str, int]
+    num_teacher_params: int  # N_T; 0 without a teacher
+    overhead: float  # share of a plain step's FLOPs
+    memory: dict[str, int]  # bytes per rank, by what they hold
 
 
 def cost(
@@ -175,8 +171,7 @@ def report(facts: Facts) -> str:
     if not let.enable:
         lines.append(("LET", "off: plain torchtitan"))
     elif facts.ended_at is not None:
-        ended = f"the alignment has ended at step {facts.ended_at}; the teacher is not needed"
-        lines.append(("teacher", ended))
+        lines.append(("teacher", f"the alignment has ended at step {facts.ended_at}; the teacher is not needed"))
     else:
         lines += _auxiliary_lines(facts) if let.target == "labels" else _teacher_lines(facts)
     heading = "LET preflight" if let.enable else "preflight"
@@ -187,16 +182,13 @@ def _auxiliary_lines(facts: Facts) -> list[tuple[str, str]]:
     student, pairs = facts.student, facts.pairs
     assert student and pairs
     costs = auxiliary_cost(student, pairs)
+    numbers = f"{student.num_head_params:,} parameters of the head, per block, beside {student.num_matmul_params:,}"
     return [
         ("teacher", "none: the labels are the target, through the student's own norm and head"),
         ("blocks", f"{', '.join(str(pair.student) for pair in pairs)} (of 0 to {student.num_blocks - 1})"),
         ("lambda", _describe_schedule(facts)),
-        ("memory", f"+ {_mib(sum(costs.memory.values()))} per rank while active"),
-        (
-            "overhead",
-            f"+ {costs.overhead:.1%} FLOPs while active: {student.num_head_params:,} parameters of the head, once per "
-            f"block, beside the student's {student.num_matmul_params:,}",
-        ),
+        ("memory", f"+ {mib(sum(costs.memory.values()))} per rank while active"),
+        ("overhead", f"+ {costs.overhead:.1%} FLOPs while active: {numbers}"),
     ]
 
 
@@ -209,9 +201,9 @@ def _teacher_lines(facts: Facts) -> list[tuple[str, str]]:
     costs = cost(config, student, teacher, pairs, facts.parallel_dims, features)
     dtype = str(plan.teacher_dtype(config)).removeprefix("torch.")
     cut = f", cut over {facts.parallel_dims.tp} tensor-parallel ranks" if let.teacher.tensor_parallel else ""
-    vocabulary = facts.vocabulary
+    vocabulary = [str(facts.vocabulary)]
     if features:
-        vocabulary = "the student's tokenizer is the one that the states were made with"
+        vocabulary = ["the student's tokenizer is the one that the states were made with"]
         overhead = "+ 0.0% FLOPs: the states are read, no teacher runs"
         break_even = "at any saving of steps: the teacher ran when the states were made"
     else:
@@ -231,7 +223,7 @@ def _teacher_lines(facts: Facts) -> list[tuple[str, str]]:
         break_even = "never: the teacher costs more than the whole plain run"
         if affordable_steps > 0:
             break_even = f"at {steps / affordable_steps:.3f}x fewer steps"
-    parts = ", ".join(f"{name} {_mib(size)}" for name, size in costs.memory.items())
+    parts = ", ".join(f"{name} {mib(size)}" for name, size in costs.memory.items())
     return [
         (
             "teacher",
@@ -241,8 +233,8 @@ def _teacher_lines(facts: Facts) -> list[tuple[str, str]]:
         *(("states", line) for line in (features.describe(config, layers) if features else ())),
         *(("alignment", _describe_pair(pair, student, teacher, let)) for pair in pairs),
         ("lambda", _describe_schedule(facts)),
-        ("vocabulary", str(vocabulary)),
-        ("memory", f"+ {_mib(sum(costs.memory.values()))} per rank while active: {parts}"),
+        *(("vocabulary", line) for line in vocabulary),
+        ("memory", f"+ {mib(sum(costs.memory.values()))} per rank while active: {parts}"),
         ("overhead", overhead),
         ("break-even", break_even),
     ]
@@ -269,18 +261,16 @@ def _describe_pair(pair: LayerPair, student: Student, teacher: TeacherInfo, let:
     )
 
 
-def _describe_token_alignment(config: Trainer.Config, teacher: TeacherInfo, trial: Trial | None) -> str:
+def _describe_token_alignment(config: Trainer.Config, teacher: TeacherInfo, trial: Trial | None) -> list[str]:
     if trial is None:
-        return "two tokenizers, matched by bytes of text"
-    return "\n             ".join(
-        [
-            f"two tokenizers, matched by bytes of text; of {trial.num_rows} rows of the data:",
-            f"{trial.aligned:.1%} of the tokens have a state of the teacher's, {trial.exact:.1%} one of the same end",
-            f"{config.training.seq_len} tokens are {trial.mean_length:.0f} of the teacher's, {trial.max_length} at "
-            f"most, with room for {teacher_seq_len(config, teacher)} (let.token_alignment.teacher_seq_len)",
-            f"{trial.tokens_per_second:,.0f} tokens/s are retokenized by each worker (dataloader.num_workers)",
-        ]
-    )
+        return ["two tokenizers, matched by bytes of text"]
+    return [
+        f"two tokenizers, matched by bytes of text; of {trial.num_rows} rows of the data:",
+        f"{trial.aligned:.1%} of the tokens have a state of the teacher's, {trial.exact:.1%} one of the same end",
+        f"{config.training.seq_len} tokens are {trial.mean_length:.0f} of the teacher's, {trial.max_length} at "
+        f"most, with room for {teacher_seq_len(config, teacher)} (let.token_alignment.teacher_seq_len)",
+        f"{trial.tokens_per_second:,.0f} tokens/s are retokenized by each worker (dataloader.num_workers)",
+    ]
 
 
 def _describe_schedule(facts: Facts) -> str:
@@ -291,5 +281,5 @@ def _describe_schedule(facts: Facts) -> str:
     return f"{start} to 0 at step {facts.stop_step} of {facts.config.training.steps}"
 
 
-def _mib(num_bytes: float) -> str:
+def mib(num_bytes: float) -> str:
     return f"{num_bytes / 2**20:,.1f} MiB"

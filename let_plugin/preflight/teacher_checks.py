@@ -50,10 +50,8 @@ def check_tensor_parallel(facts: Facts) -> None:
         message = "only torchtitan's own models have a plan for it, and transformers runs this teacher"
     else:
         heads = {"heads": teacher.num_heads, "key-value heads": teacher.num_kv_heads}
-        uneven = [f"{number} {name}" for name, number in heads.items() if number is not None and number % degree]
-        if uneven:
-            what = f"the teacher's {' and '.join(uneven)}"
-            message = f"{what} do not divide by parallelism.tensor_parallel_degree = {degree}"
+        if uneven := [f"{number} {name}" for name, number in heads.items() if number and number % degree]:
+            message = f"its {' and '.join(uneven)} do not divide by parallelism.tensor_parallel_degree = {degree}"
     if message:
         facts.refuse("let.teacher.tensor_parallel", f"{message}; leave this off", True)
 
@@ -63,12 +61,11 @@ def check_stored_states(facts: Facts) -> None:
     features, let = facts.source, facts.config.let
     if not isinstance(features, Features):
         return
+    only_states = "it needs the teacher itself, and let.teacher.features has its states only"
     if let.target == "logits":
-        message = "the teacher's language-model head is needed, and let.teacher.features has its states only"
-        facts.refuse("let.target", message, let.target)
+        facts.refuse("let.target", only_states, let.target)
     if let.control == "random_teacher":
-        message = "there is no teacher whose weights could be drawn anew: its states are read from let.teacher.features"
-        facts.refuse("let.control", message, let.control)
+        facts.refuse("let.control", only_states, let.control)
     if facts.pairs is not None and facts.num_data_parallel is not None and facts.stop_step is not None:
         known = {problem.key for problem in facts.problems}
         try:
@@ -106,16 +103,14 @@ def check_vocabulary(facts: Facts) -> None:
     if not teacher or not student:
         message = (
             f"the {'student' if teacher else 'teacher'}'s tokenizer has no vocabulary to compare (no tokenizer.json); "
-            "name the teacher's folder here, or set let.teacher.check_vocabulary = false if the two are known to be "
-            "the same"
+            "name the teacher's folder here, or, if they are the same, set let.teacher.check_vocabulary = false"
         )
         return facts.refuse("let.teacher.tokenizer_path", message, let.teacher.tokenizer_path)
     if differing := compare_vocabularies(student, teacher):
         message = (
-            f"the teacher's vocabulary is not the student's: {len(differing):,} of {len(student):,} ids differ "
-            f"({'; '.join(differing[:3])}). Train the student on the teacher's tokenizer (hf_assets_path), take a "
-            "teacher with the student's, or have the text encoded anew for the teacher "
-            "(let.token_alignment.enable = true)"
+            f"its vocabulary is not the student's: {len(differing):,} of {len(student):,} ids differ "
+            f"({'; '.join(differing[:3])}). Train the student on the teacher's tokenizer (hf_assets_path), take "
+            "another teacher, or have the text encoded anew for it (let.token_alignment.enable = true)"
         )
         return facts.refuse("let.teacher.path", message, let.teacher.path)
     facts.vocabulary = "the student's tokenizer and the teacher's agree token by token"

@@ -112,7 +112,7 @@ def test_all_kinds_of_mistakes_at_once_each_with_its_source(tmp_path, capfd):
         ("command line", "let.enabel = False: unknown; did you mean 'enable'?"),
         ("command line", "training.steps = -1: must be at least 1"),
         (path, "training.gc_freq = 0: must be at least 1"),
-        ("command line", "parallelism: tensor_parallel_degree = 2: this needs a multiple of 2 processes"),
+        ("command line", "parallelism: tensor_parallel_degree = 2: degrees must be at least 1"),
         ("command line", "hf_assets_path = 'no/such/tokenizer': no such folder"),
         (path, "dataloader.dataset = 'let_demo_trian': unknown dataset; did you mean 'let_demo_train'?"),
         (path, "let.teacher.path = 'no/such/teacher': no such folder"),

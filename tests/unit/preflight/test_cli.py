@@ -9,28 +9,25 @@ import pytest
 from let_plugin.preflight import teacher_cli as cli
 from tests.support.jobs import ROOT
 
-DEMO = ["--import", "let_plugin.demo.config_registry"]  # registers demo_teacher
-
 
 @pytest.mark.parametrize(
-    ("arguments", "messages"),
+    ("arguments", "message"),
     [
-        (["/nowhere"], ["PATH = '/nowhere': there is no such folder"]),
-        ([], ["PATH = '': no teacher is given"]),
-        ([*DEMO, "--spec", "demo_teachr"], ["--spec = 'demo_teachr'", "did you mean 'demo_teacher'?"]),
-        (["let_plugin/demo/assets/teacher", "--tokenizer", "/nowhere"], ["--tokenizer = '/nowhere'"]),
-        (["let_plugin/demo/assets/teacher", "--max-tokens", "0"], ["--max-tokens = 0"]),
-        (["--spec", "llama3:1B", "--import", "no_such_module"], ["--import = 'no_such_module'"]),
+        (["/nowhere"], "PATH = '/nowhere': there is no such folder"),
+        (["--import", "let_plugin.demo.config_registry", "--spec", "demo_teachr"], "did you mean 'demo_teacher'?"),
+        (["let_plugin/demo/assets/teacher", "--tokenizer", "/nowhere"], "--tokenizer = '/nowhere'"),
+        (["let_plugin/demo/assets/teacher", "--max-tokens", "0"], "--max-tokens = 0"),
+        (["--spec", "llama3:1B", "--import", "no_such_module"], "--import = 'no_such_module'"),
     ],
 )
-def test_bad_input_is_one_error(monkeypatch, capsys, arguments, messages):
+def test_bad_input_is_one_error(monkeypatch, capsys, arguments, message):
     pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit, match="2"):
         cli.main(["inspect", *arguments, "--device", "cpu"])
     heading, problem = capsys.readouterr().err.splitlines()
     assert heading == "let-teacher inspect: 1 problem in the configuration"
-    assert all(message in problem for message in messages)
+    assert message in problem
 
 
 @pytest.mark.parametrize("arguments", [[], ["inspct"], ["inspect", "--nonsense"]])

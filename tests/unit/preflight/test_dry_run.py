@@ -35,7 +35,6 @@ def fake_ranks(monkeypatch):
 @pytest.mark.parametrize(
     ("plan", "mesh"),
     [
-        ([], "dp_replicate=1, dp_shard=32, cp=1, tp=1"),
         (["--parallelism.data_parallel_replicate_degree", "4"], "dp_replicate=4, dp_shard=8, cp=1, tp=1"),
         (["--parallelism.tensor_parallel_degree", "2"], "dp_replicate=1, dp_shard=16, cp=1, tp=2"),
     ],
@@ -54,11 +53,9 @@ def test_a_student_of_the_paper_shrunk_trains_under_the_plan(plan, mesh, fake_ra
     assert f"mesh with parallelism: pp=1, {mesh}, ep=1" in printed.out + printed.err
 
 
-@pytest.mark.parametrize("num_ranks", [None, "four", "0"])
+@pytest.mark.parametrize("num_ranks", ["", "four", "0"])
 def test_an_environment_that_makes_no_sense(config, monkeypatch, num_ranks):
-    monkeypatch.delenv("NGPU", raising=False)
-    if num_ranks is not None:
-        monkeypatch.setenv("NGPU", num_ranks)
+    monkeypatch.setenv("NGPU", num_ranks)
     set_all(config, comm__mode="fake_backend", let__weight=-1.0)
     with pytest.raises(ConfigError) as info:
         preflight.run(config)
@@ -70,5 +67,5 @@ def test_preflight_takes_the_ranks_of_the_dry_run(config, fake_ranks):
     set_all(config, comm__mode="fake_backend", parallelism__data_parallel_replicate_degree=4)
     preflight.run(config)
     set_all(config, parallelism__data_parallel_replicate_degree=5)
-    with pytest.raises(ConfigError, match="a multiple of 5 processes and there are 32"):
+    with pytest.raises(ConfigError, match=r"data_parallel_replicate_degree = 5: .* the number of processes, 32"):
         preflight.run(config)

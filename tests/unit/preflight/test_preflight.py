@@ -1,7 +1,6 @@
 """Every mistake that is found before anything is built."""
 
 import json
-import math
 import os
 import re
 import sys
@@ -11,7 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from let_plugin.alignment.adaptive_stop import AdaptiveStop
-from let_plugin.config import AdaptiveStopConfig, LetConfig, PairConfig, ProjectorConfig, TeacherConfig
+from let_plugin.config import AdaptiveStopConfig, LetConfig, PairConfig, TeacherConfig
 from let_plugin.config.errors import ConfigError
 from let_plugin.demo import TEACHER, TOKENIZER
 from let_plugin.preflight import checks as preflight
@@ -87,63 +86,39 @@ BATCH = "training__global_batch_size"
 # What is set, and the error: its start, and a part of the message, as regular expressions. {files} is the folder above.
 MISTAKES = [
     ({"training__local_batch_size": 0}, "training.local_batch_size = 0", "must be at least 1"),
-    ({"training__seq_len": -5}, "training.seq_len = -5", "must be at least 1"),
-    ({"training__max_norm": math.nan}, "training.max_norm = nan", "must be finite and at least 0"),
-    ({"let__weight": math.inf}, "let.weight = inf", "must be finite and at least 0"),
     ({**GRADIENT, "let__diagnosis_freq": 0}, "let.diagnosis_freq = 0", "must be at least 1"),
     ({"dataloader__dataset": "let_demo_trian"}, "dataloader.dataset = 'let_demo_trian'", "mean 'let_demo_train'?"),
     (TEXT_FILES, "dataloader.dataset_path = ''", "no such file; give a file, a folder or a glob pattern"),
-    *(
-        ({**TEXT_FILES, "dataloader__dataset_path": path}, f"dataloader.dataset_path = '{path}'", "no such file; give")
-        for path in ("{files}/absent", "{files}/empty")
-    ),
-    ({BATCH: 6}, "training.global_batch_size = 6", "must be a multiple of .*degree, 4; -1 takes"),
-    ({BATCH: 0}, "training.global_batch_size = 0", "must be a multiple of .*degree, 4; -1 takes"),
-    ({**TWO, BATCH: 12}, "training.global_batch_size = 12", "must be a multiple of .*degree, 8; -1 takes"),
-    ({"hf_assets_path": "{files}/absent"}, "hf_assets_path = '{files}/absent'", "no such folder; it must hold"),
-    ({"hf_assets_path": "{files}/empty"}, "hf_assets_path = '{files}/empty'", "the tokenizer cannot be loaded"),
-    ({"hf_assets_path": "{files}/damaged"}, "hf_assets_path = '{files}/damaged'", "the tokenizer cannot be loaded"),
-    ({"model_spec": student(vocab_size=4095)}, "hf_assets_path = .*", "ids up to 4095, the model only 4095 embeddings"),
+    ({BATCH: 0}, "training.global_batch_size = 0", "must be a multiple of .*degree, 4; -1"),
+    ({**TWO, BATCH: 12}, "training.global_batch_size = 12", "must be a multiple of .*degree, 8; -1"),
+    *(({"hf_assets_path": f"{{files}}/{name}"}, f"hf_assets_path = '{{files}}/{name}'", "it must be a folder")
+      for name in ("absent", "empty", "damaged")),
+    ({"model_spec": student(vocab_size=4095)}, "hf_assets_path = .*", "ids go up to 4095, the model has 4095"),
     ({"let__teacher__path": "{files}/absent"}, "let.teacher.path = '{files}/absent'", "no such folder"),
-    ({"let__teacher__path": ""}, "let.teacher.path = ''", "set it to the folder"),
     ({"let__teacher": TeacherConfig()}, "let.teacher.path = ''", "no teacher is given; set it to"),
-    (
-        {"let__teacher__tokenizer_path": "{files}/swapped"},
-        "let.teacher.path = '.*'",
-        r"2 of 4,096 ids differ \(id 100: .* \(student\), .* \(teacher\); id 200: .*Train the student on",
-    ),
+    ({"let__teacher__tokenizer_path": "{files}/swapped"}, "let.teacher.path = '.*'",
+     r"2 of 4,096 ids differ \(id 100: .* \(student\), .* \(teacher\); id 200: .*Train the student on"),
     # The folder with the weights has no tokenizer.
-    (
-        {"let__teacher__tokenizer_path": ""},
-        "let.teacher.tokenizer_path = ''",
-        "no vocabulary .*_vocabulary = false",
-    ),
+    ({"let__teacher__tokenizer_path": ""}, "let.teacher.tokenizer_path = ''", "no vocabulary .*_vocabulary = false"),
     ({**TP_3, **CUT_TEACHER}, "let.teacher.tensor_parallel = True", "2 heads do not divide by .* = 3; leave this off"),
     (PTRR, "parallelism.context_parallel_load_balancer = 'ptrr'", 'choose "headtail" or "none"'),
-    ({**CUT_SEQUENCE, **RELATIONAL}, "let.loss = 'relational'", "choose a loss per token"),
-    ({**TP, **RELATIONAL}, "let.loss = 'relational'", "choose a loss per token"),
+    *(({**cut, **RELATIONAL}, "let.loss = 'relational'", "take a loss per token") for cut in (CUT_SEQUENCE, TP)),
     ({**VALIDATION, "let__target": "labels"}, "let.adaptive_stop.teacher_loss", "no teacher to measure: give"),
-    (
-        {**VALIDATION, "let__token_alignment__enable": True},
-        "let.adaptive_stop.teacher_loss = None",
-        "must be given: losses under two tokenizers",
-    ),
+    ({**VALIDATION, "let__token_alignment__enable": True}, "let.adaptive_stop.teacher_loss = None", "must be given"),
     ({**ORTHOGONAL, "let__projector__side": "student"}, "let.dimension_match_options", "let.projector.side"),
     ({**PIPELINE, "let__student_block": 1}, "parallelism.module_fqns_per_model_part", "no stage has layers.1"),
-    ({"parallelism__data_parallel_shard_degree": 3}, "parallelism", "needs 3 processes and there is 1; start it with"),
-    ({**TP, "world_size": 3}, "parallelism", "needs a multiple of 2 processes and there are 3; start it with torchrun"),
-    ({"parallelism__context_parallel_degree": 0}, "parallelism.context_parallel_degree = 0", "must be at least 1"),
-    ({"dump_folder": "{files}/file"}, "dump_folder = '{files}/file'", "{files}/file is a file; choose another"),
+    *(({f"parallelism__{key}": degree, "world_size": n}, f"parallelism: {key} = {degree}", f"processes, {n}; start")
+      for n, key, degree in ((1, "data_parallel_shard_degree", 3), (3, "tensor_parallel_degree", 2),
+                             (1, "context_parallel_degree", 0))),
     ({"dump_folder": "{files}/file/below"}, "dump_folder = '{files}/file/below'", "{files}/file is a file; choose"),
     ({**SHORT, "training__seq_len": 40}, "training.seq_len = 40", "the teacher was built for at most 32 tokens"),
     ({"training__seq_len": 33}, "training.seq_len = 33", "must be a multiple of loss.num_chunks = 8"),
     ({"model_spec": student(max_seq_len=32)}, "training", "64.*32"),
-]
+]  # fmt: skip
 
 # What is set, and a part of the report.
 RIGHT = [
     ({"let__weight": 0.0}, "0 at step 0"),
-    ({"let__weight": 3.0}, "3 at step 0"),
     ({"validator__enable": False, "validator__dataloader__dataset": "nonsense"}, ""),
     ({**TEXT_FILES, "dataloader__dataset_path": "{files}/*.jsonl"}, ""),
     *(({"world_size": n, BATCH: size}, "") for n, size in ((1, -1), (1, 12), (2, 8))),
@@ -159,7 +134,6 @@ RIGHT = [
     (ORTHOGONAL, "32 to 48 by orthogonal"),
     ({**PIPELINE, "let__student_block": 2}, "student block 2"),
     ({**SHORT, "training__seq_len": 32}, ""),
-    ({"training__seq_len": 40}, ""),
 ]
 
 
@@ -188,32 +162,12 @@ def test_what_is_no_mistake_runs(config, files, short_teacher, changes, line):
 def test_all_mistakes_at_once(config, files):
     set_all(config, training__steps=0, let__weight=-1.0, let__schedule="linaer", dump_folder=__file__)
     set_all(config, dataloader__dataset="let_demo_trian", hf_assets_path=f"{files}/none")
-    set_all(config, let__teacher__path=f"{files}/absent")
-    assert sorted(problems_of(config)) == [
-        "dataloader.dataset",
-        "dump_folder",
-        "hf_assets_path",
-        "let.schedule",
-        "let.stop_step",  # 2 of 0 steps
-        "let.teacher.path",
-        "let.weight",
-        "training.steps",
-    ]
-
-
-def test_all_mistakes_in_strategies_at_once(config):
-    config.let.loss_options = {"beta": 1}
-    config.let.schedule = "linaer"
-    config.let.dimension_match_options = {"align": True}
-    config.let.pairs = [PairConfig(student=9), PairConfig(student=0, teacher=5)]
-    config.let.projector = ProjectorConfig(lr_multiplier=-1.0)
-    stop = AdaptiveStopConfig(criterion="validation", smoothing=1.0, patience=0, teacher_loss=0.0)
-    config.let.adaptive_stop = stop
+    set_all(config, let__teacher__path=f"{files}/absent", let__loss_options={"beta": 1})
+    set_all(config, let__adaptive_stop=AdaptiveStopConfig(criterion="validation", smoothing=1.0))
     assert set(problems_of(config)) == {
-        *("let.loss_options.beta", "let.schedule", "let.dimension_match_options.align"),
-        *("let.pairs.0.student", "let.pairs.1.teacher", "let.projector.lr_multiplier"),
-        *("let.adaptive_stop.smoothing", "let.adaptive_stop.patience", "let.adaptive_stop.teacher_loss"),
-        "validator.enable",
+        *("dataloader.dataset", "dump_folder", "hf_assets_path", "training.steps", "validator.enable"),
+        *("let.schedule", "let.loss_options.beta", "let.adaptive_stop.smoothing", "let.weight", "let.teacher.path"),
+        "let.stop_step",  # 2 of 0 steps
     }
 
 
@@ -238,14 +192,12 @@ def test_a_student_with_a_tiktoken_tokenizer(config, tmp_path):
     config.hf_assets_path = str(tmp_path)
     use(**{EOS: 0})
     assert "no tiktoken rank file there" in problem_of(config, "hf_assets_path").message
-    write_ranks(tmp_path).write_text("hello\n")
-    assert "'hello' is not" in problem_of(config, "hf_assets_path").message
     write_ranks(tmp_path)
     assert "agree token by token" in preflight.run(config)
     use(**{"<eos>": 0})
     assert "id 0: '<eos>' (student), '<|endoftext|>' (teacher)" in problem_of(config, "let.teacher.path").message
     use(**{EOS: 0, "<|far|>": 5000})
-    assert "ids up to 5000, the model only 4096" in problem_of(config, "hf_assets_path").message
+    assert "ids go up to 5000" in problem_of(config, "hf_assets_path").message
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -335,6 +287,3 @@ def test_an_adaptive_stop_has_ended_it_earlier(resumed):
 def test_an_alignment_of_no_step_needs_no_teacher(config, tmp_path):
     set_all(config, let__stop_step=0, let__teacher__path=str(tmp_path / "absent"))
     assert "has ended at step 0" in preflight.run(config)
-    config.let.stop_step = 2
-    config.let.weight = 0.0  # it measures the cosine
-    problem_of(config, "let.teacher.path")
