@@ -26,12 +26,11 @@ MASK_RANGE = "let: mask"
 
 
 class LanguageModel(Protocol):
-    """A whole, frozen model."""
+    """A whole, frozen model: logits [B, L, V] in its dtype; the arguments are those of Teacher.forward."""
 
     head: nn.Module  # the language-model head: the linear map at its end
 
-    def __call__(self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor | None) -> torch.Tensor:
-        """Logits [B, L, V] in the model's dtype; the arguments are those of Teacher.forward."""
+    def __call__(self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor | None) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +56,7 @@ class TeacherInfo:
         return self.num_trunk_params - self.num_embedding_params + self.vocab_size * self.hidden_size
 
     def num_params_to(self, layers: Sequence[int | str]) -> int:
-        """Parameters of the trunk without the blocks that are not needed for these layers.
-
-        The final norm counts, though a torchtitan teacher leaves it out too where it is not needed.
-        """
+        """Parameters of the trunk, final norm included, without the blocks that are not needed for these layers."""
         return self.num_trunk_params - sum(self.block_params[num_blocks_to(layers) :])
 
     def width(self, layer: int | str, final_norm: bool) -> int:
@@ -81,32 +77,31 @@ class Teacher(nn.Module, ABC):
     def forward(
         self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor | None, student_masks: Any = None
     ) -> torch.Tensor:
-        """Returns the layers' states, concatenated along channels, [B, L, E], in the teacher's dtype.
+        """The layers' states, concatenated along channels, [B, L, E], in the teacher's dtype.
 
         Args:
             tokens_BL: Token ids, int64.
             positions_BL: Position of each token within its own document, int64: 0 starts a document, and no token
                 sees another document's. None: one document per row.
-            student_masks: The attention masks that torchtitan has made of the same positions for the student, if there
-                are any. A teacher that would make the same ones takes these.
+            student_masks: What torchtitan has made of the same positions for the student, if anything. A teacher that
+                would make the same attention masks takes these.
         """
 
 
 class TeacherSource(ABC):
     """A teacher that has been found and understood, but not loaded yet.
 
-    Making one reads configuration files and what the weight files say of themselves, no weights, and raises ConfigError
-    for what is wrong with them.
+    Making one reads configuration files and the headers of weight files; ConfigError says what is wrong with them.
     """
 
     info: TeacherInfo
 
     def tokenizer(self) -> Any | None:
-        """The teacher's tokenizer, of torchtitan's or `transformers`' kind; None if it comes without one."""
+        """Of torchtitan's or `transformers`' kind; None if the teacher comes without one."""
         return None
 
     def vocabulary(self) -> dict[str, int] | None:
-        """Token -> id of the teacher's tokenizer, special tokens included; None if it comes without one."""
+        """Token -> id, special tokens included; None if the teacher comes without a tokenizer."""
         tokenizer = self.tokenizer()
         return None if tokenizer is None else tokenizer.get_vocab()
 
@@ -123,26 +118,24 @@ class TeacherSource(ABC):
     ) -> Teacher:
         """Loads the teacher onto `device`, sharded with FSDP2 over the "fsdp" axis of its device meshes.
 
-        Leaves the random number generators as they were. ConfigError for a file that is missing, truncated, or does
-        not hold the weights that the configuration asks for.
+        Leaves the random number generators as they were. ConfigError for weights that cannot be read or are not finite.
 
         Args:
-            dtype: Data type of its weights and maths.
+            dtype: Of its weights and maths.
             device: This rank's.
-            config: The student's configuration, for parallelism, compilation and sequence length.
+            config: The student's, for parallelism, compilation and sequence length.
             parallel_dims: The teacher's device meshes: `sharding.teacher_parallel_dims`.
-            layers: The layers whose states it returns, in this order: numbers of blocks (the residual stream behind
-                block 0, 1, ...) or EMBEDDING (what enters block 0). Distinct, at least one. The blocks behind the
-                deepest do not exist in the teacher.
+            layers: Whose states it returns, in this order, distinct, at least one: numbers of blocks (the residual
+                stream behind block 0, 1, ...) or EMBEDDING (what enters block 0). Blocks behind the deepest do not
+                exist in the teacher.
             final_norm: Whether the last block's state is taken after the final norm.
         """
 
     def language_model(self, *, dtype: torch.dtype, device: torch.device, seq_len: int) -> LanguageModel:
-        """Loads the whole model, with its language-model head, onto `device`: to measure its loss, not to teach.
+        """Loads the whole model, with its head, onto `device`: to measure its loss, not to teach.
 
-        Every process that calls it has a whole, frozen copy, which goes when the result does. `seq_len` is the length
-        of the longest row that it will be given, in tokens. The rest is as in `build`; ConfigError also if there is no
-        head.
+        Every process that calls it has a whole, frozen copy. `seq_len`: of the longest row that it will be given, in
+        tokens. The rest is as in `build`; ConfigError also if there is no head.
         """
         message = "this kind of teacher has no language-model head, so its loss cannot be measured"
         raise ConfigError(Problem("let.teacher.path", message))
@@ -167,12 +160,10 @@ class StateProvider(ABC):
 
     @abstractmethod
     def states(self, batch: Mapping[str, torch.Tensor], student_masks: Any = None) -> States:
-        """The states of all tokens of "input".
+        """The states of all tokens of "input"; `student_masks` as in Teacher.forward.
 
-        Args:
-            batch: "input", token ids [B, L]; for packed documents "positions" [B, L]; and what `make_extras` has
-                added, by its own names. On the device; whole sequences; only the rows of this rank's share.
-            student_masks: As in Teacher.forward.
+        `batch` has "input", token ids [B, L]; for packed documents "positions" [B, L]; and what `make_extras` has
+        added. On the device; whole sequences; only the rows of this rank's share.
         """
 
 
@@ -194,7 +185,7 @@ def num_blocks_to(layers: Sequence[int | str]) -> int:
 
 
 def freeze(model: nn.Module) -> None:
-    """Turns off gradients and everything stochastic (dropout): eval mode, and requires_grad False throughout."""
+    """Turns off gradients and everything stochastic (dropout)."""
     model.requires_grad_(False)
     model.eval()
 

@@ -1,7 +1,6 @@
-"""A teacher with its language-model head: to say how well it predicts a text, not to teach.
+"""A teacher with its language-model head, loaded by TeacherSource.language_model: how well it predicts a text.
 
-A source's `language_model` loads it; a run that only aligns never does. Shape legend: B batch, L sequence,
-V vocabulary.
+Shape legend: B batch, L sequence, V vocabulary.
 """
 
 from collections.abc import Iterable
@@ -25,14 +24,10 @@ def loss_sums(
     vocab_size: int,
     device: torch.device,
 ) -> torch.Tensor:
-    """Sum over the valid tokens of their cross-entropy, in nats, and their number: [2], fp64, on `device`.
+    """Sum over the valid tokens of their cross-entropy, in nats, and their number: [2], fp64, on the model's `device`.
 
-    Args:
-        model: The teacher's, on `device`.
-        batches: Token ids [B, L], positions [B, L] or None, and labels [B, L], IGNORE_INDEX where a token does not
-            count.
-        vocab_size: V.
-        device: Where the model is.
+    Each batch has token ids [B, L], positions [B, L] or None, and labels [B, L], IGNORE_INDEX where a token does not
+    count. `vocab_size` is V.
     """
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches:

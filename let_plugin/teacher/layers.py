@@ -14,9 +14,7 @@ from let_plugin.alignment.layer_mapping import EMBEDDING
 
 
 class LayerStates:
-    """The states of some layers of a model, concatenated along channels.
-
-    The hooks are never taken off: they live as long as the blocks. What the model returns by itself needs none.
+    """The states of some layers of a model, concatenated along channels. Its hooks live as long as the blocks.
 
     Args:
         blocks: The blocks that run, as the model calls them: compiled and wrapped; FSDP2 may come later.
@@ -35,10 +33,7 @@ class LayerStates:
                 blocks[layer].register_forward_hook(self._output_keeper(layer))
 
     def collect(self, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """The layers' states in `forward()`, which runs the model, [B, L, E]; of a single layer without a copy.
-
-        Keeps none of them, also if `forward` raises.
-        """
+        """The layers' states in `forward()`, which runs the model, [B, L, E]; of a single layer without a copy."""
         try:
             output_BLE = forward()
             if self._output_layer is not None:

@@ -41,10 +41,7 @@ def open_teacher(config: TeacherConfig) -> TeacherSource:
 
 
 def open_source(config: TeacherConfig) -> TeacherSource | Features:
-    """What the `[let.teacher]` table gives states of: those that are stored, if it names them, else the teacher.
-
-    ConfigError says what is missing or wrong.
-    """
+    """The stored states that the `[let.teacher]` table names, or else the teacher; ConfigError as in open_teacher."""
     return Features(config.features) if config.features else open_teacher(config)
 
 
@@ -59,7 +56,7 @@ def make_provider(
 ) -> StateProvider:
     """Loads the teacher, or opens the stored states. Arguments as in TeacherSource.build.
 
-    `student_tokenizer` is for a teacher that has another.
+    A teacher with another tokenizer than the student's needs `student_tokenizer`.
     """
     if isinstance(source, Features):
         return StoredStates(source, layers, dtype=plan.teacher_dtype(config))

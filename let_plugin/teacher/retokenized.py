@@ -5,6 +5,7 @@ Shape legend: B batch (this rank's rows), L the student's sequence, T the teache
 
 import copy
 import dataclasses
+import itertools
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -79,28 +80,20 @@ def teacher_config(config: Trainer.Config, length: int) -> Trainer.Config:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What became of some rows of the student's.
+    """What became of some rows of the student's."""
 
-    Attributes:
-        aligned: Share of the tokens that count in the loss and have a state of the teacher's.
-        exact: Share of them with a teacher token that ends exactly where they end.
-        mean_length, max_length: The teacher's tokens of a row.
-        num_rows: How many rows.
-        tokens_per_second: The student's tokens that one process has retokenized in a second.
-    """
-
-    aligned: float
-    exact: float
-    mean_length: float
+    aligned: float  # share of the tokens that count in the loss that have a state
+    exact: float  # share of them that a teacher's token ends exactly with
+    mean_length: float  # the teacher's tokens of a row
     max_length: int
     num_rows: int
-    tokens_per_second: float
+    tokens_per_second: float  # the student's tokens that one process has retokenized in a second
 
 
 def try_out(config: Trainer.Config, student: Any, retokenize: Retokenizer) -> Trial:
-    """Retokenizes the first batches of the student's data, as the first data-parallel rank gets them.
+    """Retokenizes the first batches of the student's data; warns if fewer than half of their tokens have a state.
 
-    Warns if fewer than half of their tokens have a state. ConfigError if the batches cannot be read.
+    ConfigError if the batches cannot be read.
     """
     loader_config = copy.copy(config.dataloader)
     if hasattr(loader_config, "num_workers"):
@@ -113,11 +106,8 @@ def try_out(config: Trainer.Config, student: Any, retokenize: Retokenizer) -> Tr
             seq_len=config.training.seq_len,
             local_batch_size=config.training.local_batch_size,
         )
-        batches = []
-        for batch in loader:
-            batches.append(batch)
-            if sum(labels_BL.numel() for _, labels_BL in batches) >= _TRIAL_TOKENS:
-                break
+        batch_tokens = config.training.local_batch_size * config.training.seq_len
+        batches = list(itertools.islice(loader, -(-_TRIAL_TOKENS // batch_tokens)))
     except ConfigError:
         raise
     except Exception as error:  # of the data set's own library

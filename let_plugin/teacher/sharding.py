@@ -36,8 +36,8 @@ TEACHER_RANGE, DELIVERY_RANGE = "let: teacher", "let: delivery"
 def teacher_parallel_dims(student: ParallelDims, *, tensor_parallel: bool = False) -> ParallelDims:
     """The teacher's device meshes: replicated where the student is, else sharded over a whole pipeline stage.
 
-    Every rank of the job must call it, those that will not hold a teacher too: meshes are made together. With
-    `tensor_parallel` the teacher is cut over the student's tensor-parallel ranks, and sharded over the others.
+    With `tensor_parallel` it is cut over the student's tensor-parallel ranks, and sharded over the others. Every rank
+    of the job must call it, also those that will not hold a teacher: meshes are made together.
     """
     tp = student.tp if tensor_parallel else 1
     return ParallelDims(
@@ -53,10 +53,7 @@ def teacher_parallel_dims(student: ParallelDims, *, tensor_parallel: bool = Fals
 
 
 def raise_together(problems: list[Problem], parallel_dims: ParallelDims) -> None:
-    """ConfigError with the problems of all the ranks that share a teacher, on each of them; none goes on alone.
-
-    `parallel_dims` are the teacher's device meshes.
-    """
+    """ConfigError with the problems of all the ranks of the teacher's device meshes, on each of them."""
     enabled = {"fsdp": parallel_dims.dp_shard_enabled, "tp": parallel_dims.tp_enabled}
     for axis in filter(enabled.get, enabled):
         group = parallel_dims.get_mesh(axis).get_group()
@@ -81,11 +78,11 @@ class TeacherShare:
     """Which rows of a microbatch this rank runs the teacher on, and how the states get to the ranks that need them.
 
     The tensor- and context-parallel ranks of one data-parallel rank ("peers") see the same rows. Each runs the teacher
-    on whole sequences, but on its share of the rows; one all-to-all then gives each peer its part of the sequence, of
-    all rows. If the rows do not divide evenly, each peer runs all of them and cuts its part out. The ranks of a
-    teacher that is itself tensor-parallel run the same rows together, and are no peers.
+    on whole sequences of its share of the rows; one all-to-all then gives each its part of the sequence, of all rows.
+    If the rows do not divide evenly, each peer runs all of them and cuts its part out. The ranks of a teacher that is
+    itself tensor-parallel run the same rows together, and are no peers.
 
-    Every rank of the job must make one: its mesh is made together. `student` are the student's device meshes.
+    `student` are the student's device meshes. Every rank of the job must make one: its mesh is made together.
     """
 
     def __init__(self, config: Trainer.Config, student: ParallelDims, device: torch.device) -> None:
@@ -106,7 +103,7 @@ class TeacherShare:
             dist.all_gather_into_tensor(self._all_parts, self._part_S, group=self._mesh.get_group())
 
     def divides(self, num_rows: int) -> bool:
-        """Whether the peers split so many rows among them; if not, each of them runs all of them."""
+        """Whether the peers split so many rows among them; if not, each runs all of them."""
         return self._num_peers > 1 and num_rows % self._num_peers == 0
 
     def rows(self, tensor_BL: torch.Tensor) -> torch.Tensor:
@@ -117,11 +114,9 @@ class TeacherShare:
         return tensor_BL.chunk(self._num_peers)[self._mesh.get_local_rank()]
 
     def masks(self, student_masks: Any, num_rows: int) -> Any:
-        """The student's attention masks of a microbatch, if they are those of this rank's rows too; else None.
-
-        Context parallelism has cut them, and those of rows that are shared cannot be cut here: a block mask keeps the
-        function of all rows that it was made with.
-        """
+        """The student's attention masks of a microbatch, if they are those of this rank's rows too; else None."""
+        # Context parallelism has cut them. Those of rows that are shared cannot be cut here: a block mask keeps the
+        # function of all rows that it was made with.
         return None if self._cuts_masks or self.divides(num_rows) else student_masks
 
     def part(self, tensor_BL: torch.Tensor) -> torch.Tensor:
@@ -129,10 +124,7 @@ class TeacherShare:
         return tensor_BL if self._part_S is None else tensor_BL.index_select(1, self._part_S)
 
     def deliver(self, states_BLE: torch.Tensor, num_rows: int) -> torch.Tensor:
-        """The states of this rank's part of the sequence, [B, S, E], from those of its rows, [its rows, L, E].
-
-        `num_rows` is B, the rows of the whole microbatch.
-        """
+        """The states of this rank's part of the sequence, [num_rows, S, E], from those of its rows, [rows, L, E]."""
         if not self.divides(num_rows):
             return self.part(states_BLE)
         assert self._mesh is not None
@@ -177,12 +169,8 @@ class TargetProvider:
         """The states of a microbatch, [B, S, E], in the teacher's dtype; zeros for a token that does not count.
 
         A token does not count if its label does not, or if the teacher has no state of it. A state of zeros has a
-        cosine and a gradient of 0, so no mask has to travel.
-
-        Args:
-            batch: As in StateProvider.states, but with all rows.
-            labels_BL: Labels of the whole sequences.
-            student_masks: The attention masks of the student's rows, if there are any.
+        cosine and a gradient of 0, so no mask has to travel. Arguments as in StateProvider.states, but with all rows,
+        and the labels of the whole sequences.
         """
         share, num_rows = self.share, len(labels_BL)
         with self.timer, record_function(TEACHER_RANGE):

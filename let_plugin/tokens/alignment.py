@@ -12,6 +12,7 @@ Shape legend: B batch, L the student's sequence, T the teacher's, N tokens of a 
 teacher's tokenizer.
 """
 
+import re
 from collections.abc import Iterator
 from itertools import accumulate, groupby, pairwise
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from let_plugin.tokens.encoding import TextEncoder, Tokens, match_bytes, match_c
 _LONG_WORD = 16
 # ... and after so many anything is.
 _MAX_EDGE = 64
+_LONE_BYTE = re.compile("[\udc80-\udcff]")
 
 
 class RowAlignment(NamedTuple):
@@ -50,13 +52,10 @@ class Retokenizer:
     Of the tokenizers it calls `encode` alone, which starts no threads. So it can run in forked processes.
 
     Args:
-        student: The student's tokenizer: torchtitan's, `transformers`', `tokenizers`' or tiktoken's.
-        teacher: The teacher's, likewise. If they name tokens that begin and end a document (`bos_id` or
-            `bos_token_id`, likewise eos), these are matched.
+        student: The student's tokenizer, as `token_bytes` takes it; it raises ValueError for others.
+        teacher: The teacher's. If both name tokens that begin and end a document (`bos_id` or `bos_token_id`,
+            likewise eos), these are matched.
         teacher_seq_len: T. What does not fit into a row is cut off at its end.
-
-    Raises:
-        ValueError: If a tokenizer's tokens do not say which bytes they stand for; it names the tokenizer's kind.
     """
 
     def __init__(self, student: Any, teacher: Any, *, teacher_seq_len: int) -> None:
@@ -68,11 +67,9 @@ class Retokenizer:
         self._same = match_bytes(self._student.bytes, self._teacher.bytes)
 
     def __call__(self, input_dict: dict[str, torch.Tensor], labels_BL: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What the teacher needs beside a batch.
+        """What the teacher needs beside a batch: "input" [B, L], for packed documents "positions" [B, L], and labels.
 
-        Args:
-            input_dict: "input", token ids [B, L]; for packed documents "positions" [B, L], of which 0 starts one.
-            labels_BL: Its labels: what follows each token. They tell whether a word goes on behind the row.
+        The labels tell whether a word goes on behind the row.
 
         Returns:
             int64. "teacher_tokens" [B, T]; "teacher_positions" [B, T], if the batch has positions, where the padding is
@@ -117,10 +114,8 @@ class Retokenizer:
     def _document(self, tokens: list[int], follower: int, *, is_start: bool) -> Iterator[tuple[int, int]]:
         """A document in the teacher's tokens: the id of each, and where its bytes end.
 
-        Args:
-            tokens: The student's tokens of it that are in the row.
-            follower: The token behind them, which may be no token's id.
-            is_start: Whether its first token is the document's, too.
+        `tokens` are the student's of it that are in the row, `follower` is behind them, which may be no token's id;
+        `is_start`: whether its first token is the document's, too.
         """
         end = i = 0
         for is_control, group in groupby(tokens, self._student.is_control):
@@ -227,16 +222,7 @@ class _Text(NamedTuple):
 
 def _broken(pieces: list[bytes]) -> list[bool]:
     """Which tokens have a part of a character whose other parts are not there."""
-    data = b"".join(pieces)
-    is_broken = np.zeros(len(data), dtype=bool)
-    begin = 0
-    while True:
-        try:
-            data[begin:].decode()
-            break
-        except UnicodeDecodeError as error:
-            is_broken[begin + error.start : begin + error.end] = True
-            begin += error.end
-    if begin == 0:
-        return [False] * len(pieces)
-    return [bool(is_broken[i:j].any()) for i, j in pairwise(accumulate(map(len, pieces), initial=0))]
+    # Python decodes each byte of such a part to a character of its own.
+    text = b"".join(pieces).decode(errors="surrogateescape")
+    broken = {len(text[: m.start()].encode(errors="surrogateescape")) for m in _LONE_BYTE.finditer(text)}
+    return [not broken.isdisjoint(range(i, j)) for i, j in pairwise(accumulate(map(len, pieces), initial=0))]

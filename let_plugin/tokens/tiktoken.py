@@ -44,26 +44,17 @@ def llama3_special_tokens() -> dict[str, int]:
 
 
 class TikTokenTokenizer(BaseTokenizer):
-    """Byte-level BPE by tiktoken.
+    """Byte-level BPE by tiktoken, of a rank file in the folder `tokenizer_path`.
 
     Text is text: what looks like a special token in it becomes ordinary tokens. `decode` gives any text back, except
-    for lone surrogates, which become U+FFFD.
-
-    Args:
-        config: The `[tokenizer]` table.
-        tokenizer_path: Folder with the rank file.
-
-    Raises:
-        ConfigError: If the rank file is missing or damaged, or the configuration does not fit it.
+    for lone surrogates, which become U+FFFD. ConfigError if the file is missing or damaged, or the configuration does
+    not fit it.
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseTokenizer.Config):
         rank_file: str = ""
-        """
-        The rank file, relative to `hf_assets_path`. Empty: the only one in that folder (*.tiktoken, tokenizer.model or
-        tiktoken.model).
-        """
+        """In `hf_assets_path`. Empty: the only one there (*.tiktoken, tokenizer.model or tiktoken.model)."""
 
         pattern: str = ""
         """Regular expression whose matches are the pieces of a text. Empty: Llama-3's, for Llama-3's file."""
@@ -154,16 +145,15 @@ def _read(path: Path, key: str) -> tuple[dict[bytes, int], bool]:
         content = path.read_bytes()
     except OSError as error:
         raise ConfigError(Problem(key, f"cannot be read: {error.strerror}", str(path))) from error
-    lines = [line for line in content.splitlines() if line]
-    bad = next((line for line in lines if not _LINE.fullmatch(line)), None)
-    if bad is not None:
+    lines, ranks, message = [line for line in content.splitlines() if line], {}, ""
+    if bad := next((line for line in lines if not _LINE.fullmatch(line)), b""):
         message = f'{bad[:40].decode(errors="replace")!r} is not "token in base64, space, rank"'
-        raise ConfigError(Problem(key, f"not a tiktoken rank file: {message}", str(path)))
-    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
-    num_missing = sum(bytes([byte]) not in ranks for byte in range(256))
-    message = f"{num_missing} of the 256 single bytes are not in it" if num_missing else ""
-    if not len(lines) == len(ranks) == len(set(ranks.values())):
-        message = "it has a token or a rank twice"
+    else:
+        ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
+        if not len(lines) == len(ranks) == len(set(ranks.values())):
+            message = "it has a token or a rank twice"
+        elif num_missing := sum(bytes([byte]) not in ranks for byte in range(256)):
+            message = f"{num_missing} of the 256 single bytes are not in it"
     if message:
         raise ConfigError(Problem(key, f"not a tiktoken rank file: {message}", str(path)))
     return ranks, hashlib.sha256(content).hexdigest() == LLAMA3_SHA256
@@ -204,9 +194,7 @@ def _problems(config: TikTokenTokenizer.Config, path: Path, ranks: dict[bytes, i
             message = f"not a special token; {suggest(role, config.special_tokens)}"
             problems.append(Problem(f"tokenizer.{name}", message, role))
     if not config.eos_token:
-        message = (
-            f"missing: which of the special tokens ends a document? {suggest('end of text', config.special_tokens)}"
-        )
+        message = f"missing: which special token ends a document? {suggest('end of text', config.special_tokens)}"
         problems.append(Problem("tokenizer.eos_token", message))
     return problems
 

@@ -19,7 +19,7 @@ from torch import nn
 from let_plugin.config import TeacherConfig
 from let_plugin.config.errors import ConfigError, Problem
 from let_plugin.teacher.hf.checks import check_is_decoder, check_isolates_documents, find_layers
-from let_plugin.teacher.hf.files import check_folder, read_headers, some_names, weight_files
+from let_plugin.teacher.hf.files import missing_files, read_headers, some_names, weight_files
 from let_plugin.tokens.vocabulary import open_tokenizer
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ _PATH_KEY = "let.teacher.path"
 _HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
 _LACKS = "the checkpoint lacks tensors that its configuration asks for"
 _MISFITS = "tensors that are not as its configuration says"
-_INTEGERS = {"I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
 
 
 class Checkpoint:
@@ -40,6 +39,7 @@ class Checkpoint:
             such path on this machine. A local teacher never touches the network.
 
     Attributes:
+        folder: Where its files are, on this machine.
         where: What and where it is, for people.
         model_config: Its configuration.
         trunk: The model without a head, whole, on the meta device.
@@ -52,8 +52,10 @@ class Checkpoint:
     def __init__(self, config: TeacherConfig) -> None:
         import_transformers()
         self.config = config
-        self.is_gguf = is_gguf(config.path)
-        self._hub: Any = None
+        self.is_gguf = config.path.endswith(".gguf") or (
+            os.path.isfile(config.path) and not config.path.endswith(".safetensors")
+        )
+        is_on_hub = bool(_HUB_NAME.match(config.path)) and not os.path.exists(config.path)
         self._options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": config.trust_remote_code}
         if self.is_gguf:
             from let_plugin.teacher.hf import gguf
@@ -63,21 +65,21 @@ class Checkpoint:
             self._options["gguf_file"] = os.path.basename(config.path)
             self.folder = self._alone.name
             self.where = f"GGUF {config.path}"
-        elif os.path.exists(config.path):
+        elif os.path.isdir(config.path):
             self.folder, self.where = config.path, f"folder {config.path}"
-        elif _HUB_NAME.match(config.path):
-            from let_plugin.teacher.hf.hub import open_hub
+        elif is_on_hub:
+            from let_plugin.teacher.hf import hub
 
-            self._hub = open_hub(config)
-            self.folder = self._hub.folder
-            self.where = f"hub {config.path}{'@' + self._hub.commit[:8] if self._hub.commit else ''} ({self._hub.size})"
+            commit = hub.find(config)
+            self.folder = hub.fetch(config, commit, weights=False)
+            self.where = f"hub {config.path} ({'commit ' + commit[:8] if commit else 'in the cache'})"
         else:
-            message = 'there is no such folder, and it is not a hub name ("org/name")'
-            raise self._wrong(f"{message}; give a folder with config.json and *.safetensors")
-        if config.revision and self._hub is None:
+            message = 'no such folder, and no hub name ("org/name"); give a folder with config.json and *.safetensors'
+            raise self._wrong(message)
+        if config.revision and not is_on_hub:
             raise ConfigError(Problem("let.teacher.revision", "only a teacher on the hub has one", config.revision))
-        if not self.is_gguf:
-            check_folder(config, Path(self.folder))
+        if os.path.isdir(config.path) and (problems := missing_files(os.listdir(config.path), config)):
+            raise ConfigError(problems)
         self.model_config = self._load_config()
         check_is_decoder(self.model_config, config)
         try:
@@ -86,7 +88,14 @@ class Checkpoint:
         except Exception as error:  # a configuration that contradicts itself fails anywhere in the model's constructor
             raise self._wrong(f"its configuration cannot be built: {error}") from error
         check_isolates_documents(self.model_config, self.trunk, config.path)
-        self._check_headers()
+        if is_on_hub:
+            self.folder = hub.fetch(config, commit, weights=True)
+        if not self.is_gguf:
+            from transformers import AutoModel
+
+            headers = read_headers(weight_files(Path(self.folder)))
+            integers = {name for name, stored in headers.items() if not stored.is_floating}
+            self._from_pretrained(AutoModel, integers, device_map="meta", dtype=torch.float32)
 
     def on_meta(self, *, attention: str, dtype: torch.dtype = torch.float32) -> Any:
         """A new trunk on the meta device, with the attention function of that name."""
@@ -107,12 +116,9 @@ class Checkpoint:
         """
         import transformers
 
-        folder = self.weights_folder()
         auto_class = transformers.AutoModelForCausalLM if head else transformers.AutoModel
-        model = self._from_pretrained(auto_class, folder, dtype=dtype, attn_implementation=attention)
-        not_finite = [
-            name for name, t in model.state_dict().items() if t.is_floating_point() and not bool(t.isfinite().all())
-        ]
+        model = self._from_pretrained(auto_class, dtype=dtype, attn_implementation=attention)
+        not_finite = [n for n, t in model.state_dict().items() if t.is_floating_point() and not t.isfinite().all()]
         if not_finite:
             names = some_names(not_finite)
             raise self._wrong(f"these tensors hold NaN or infinite values: {names}; fetch the files again")
@@ -126,14 +132,6 @@ class Checkpoint:
             return gguf.load_tokenizer(self.config.path)
         return open_tokenizer(dataclasses.replace(self.config, path=self.folder))
 
-    def weights_folder(self) -> str:
-        """The local folder with the weights; those of a hub name are fetched if they are not there yet."""
-        if self._hub is None:
-            return self.folder
-        from let_plugin.teacher.hf.hub import fetch_weights
-
-        return fetch_weights(self.config, self._hub)
-
     def _load_config(self) -> "PreTrainedConfig":
         from transformers import AutoConfig
 
@@ -146,29 +144,12 @@ class Checkpoint:
                 raise ConfigError(Problem("let.teacher.trust_remote_code", message, False)) from error
             raise self._unreadable("configuration", error) from error
 
-    def _check_headers(self) -> None:
-        if self.is_gguf:
-            from let_plugin.teacher.hf import gguf
-
-            try:
-                missing = gguf.missing_tensors(self.config.path, self.trunk)
-            except Exception as error:  # a damaged file fails in numpy, struct or the reader: any type of error
-                raise self._unreadable("weights", error) from error
-            if missing:
-                raise self._wrong(f"{_LACKS}: {some_names(missing)}")
-            return
-        from transformers import AutoModel
-
-        headers = read_headers(weight_files(Path(self.folder)))
-        integers = {name for name, stored in headers.items() if stored.dtype in _INTEGERS}
-        self._from_pretrained(AutoModel, self.folder, integers, device_map="meta", dtype=torch.float32)
-
-    def _from_pretrained(self, auto_class: Any, folder: str, integers: Collection[str] = (), **options: Any) -> Any:
+    def _from_pretrained(self, auto_class: Any, integers: Collection[str] = (), **options: Any) -> Any:
         """The model. `integers`: the stored tensors that hold no floating-point numbers."""
         with quiet_transformers() as said:
             try:
                 model, info = auto_class.from_pretrained(
-                    folder,
+                    self.folder,
                     use_safetensors=True,
                     output_loading_info=True,
                     ignore_mismatched_sizes=True,
@@ -213,11 +194,6 @@ class Checkpoint:
 
     def _wrong(self, *messages: str) -> ConfigError:
         return ConfigError([Problem(_PATH_KEY, message, self.config.path) for message in messages])
-
-
-def is_gguf(path: str) -> bool:
-    """Whether `let.teacher.path` means a .gguf file."""
-    return path.endswith(".gguf") or (os.path.isfile(path) and not path.endswith(".safetensors"))
 
 
 def import_transformers() -> Any:

@@ -6,7 +6,7 @@ Shape legend: B batch, L sequence, E teacher width.
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -81,31 +81,25 @@ def find_layers(trunk: nn.Module, num_layers: int) -> nn.ModuleList:
 
 
 @torch.no_grad()
-def cut(trunk: nn.Module, blocks: nn.ModuleList, info: TeacherInfo, layers: Sequence[int | str]) -> bool:
+def cut(trunk: nn.Module, blocks: nn.ModuleList, info: TeacherInfo, layers: Sequence[int | str]) -> None:
     """Takes away the blocks behind the deepest layer of a trunk on the meta device.
 
-    ConfigError if the states of the layers depend on blocks behind them, as in families that run blocks in loops. That
-    is seen from a run without values. Returns whether it was seen: a few families look at values as they run; then
-    `try_out` sees to it.
+    ConfigError unless each block runs once, in order: where blocks run in loops, states depend on those behind them.
     """
     from let_plugin.teacher.hf.attention import model_inputs
 
     num_blocks = num_blocks_to(layers)
     if num_blocks == info.num_layers:
-        return True
+        return
     with _order_of(blocks) as order:
         try:
             with torch.device("meta"):
                 trunk(**model_inputs(*_two_documents(info, torch.device("meta"))))
-        except Exception:  # it asks for a value, and there is none
+        except Exception:  # a few families ask for a value, and there is none; `try_out` sees to them
             order.clear()
-    for layer in layers:
-        if layer in order:
-            last_call = len(order) - 1 - order[::-1].index(layer)
-            if any(block >= num_blocks for block in order[:last_call]):
-                raise _loops(info, layers)
+    if order and order != list(range(info.num_layers)):
+        raise _loops(info, layers)
     del blocks[num_blocks:]
-    return bool(order)
 
 
 @torch.no_grad()
@@ -116,15 +110,14 @@ def try_out(
     *,
     layers: Sequence[int | str],
     width: int,
-    in_order: bool,
     device: torch.device,
     path: str,
 ) -> None:
     """Runs a loaded teacher over short documents, on `device`. Collective over the ranks that it is sharded over.
 
-    ConfigError if it does not run, its states have another width E than `width`, or a document's states depend on the
-    one before it: a family may pass `check_isolates_documents` but have other ways from token to token (a convolution,
-    say). With `in_order` also unless each of `blocks`, those that are there, runs once, in order.
+    ConfigError if it does not run, its states have another width E than `width`, a teacher that was cut does not run
+    each of its blocks once, in order, or a document's states depend on the one before it: a family may pass
+    `check_isolates_documents` but have other ways from token to token (a convolution, say).
     """
     tokens_BL, positions_BL = _two_documents(info, device)
     changed_BL = tokens_BL.clone()
@@ -136,17 +129,18 @@ def try_out(
     except Exception as error:  # whatever this family's code raises when it is given our arguments
         message = f"{info.description} cannot run over packed documents: {error}"
         raise ConfigError(Problem(_PATH_KEY, message, path)) from error
-    if in_order and order != list(range(len(blocks))):
+    if len(blocks) < info.num_layers and order != list(range(len(blocks))):
         raise _loops(info, layers)
-    if states_BLE.shape[-1] != width:
-        message = f"its states have width {states_BLE.shape[-1]}, its configuration says {width}"
-        raise ConfigError(Problem(_PATH_KEY, message, path))
     # A masked token contributes exactly 0, but a mixture-of-experts layer groups tokens differently: hence a tolerance
     # relative to the effect that the change has where it may have one.
     effect = (changed_BLE - states_BLE)[0, :_LENGTH].float().norm()
     leak = (changed_BLE - states_BLE)[0, _LENGTH:].float().norm()
-    if not leak <= 1e-2 * effect:
+    message = ""
+    if states_BLE.shape[-1] != width:
+        message = f"its states have width {states_BLE.shape[-1]}, its configuration says {width}"
+    elif not leak <= 1e-2 * effect:
         message = f"{info.description}: a document's states depend on the document before it; choose another teacher"
+    if message:
         raise ConfigError(Problem(_PATH_KEY, message, path))
 
 
@@ -154,11 +148,7 @@ def try_out(
 def _order_of(blocks: nn.ModuleList) -> Iterator[list[int]]:
     """The numbers of the blocks that run inside, call by call."""
     order: list[int] = []
-
-    def note(number: int) -> Any:
-        return lambda *_: order.append(number)
-
-    handles = [block.register_forward_hook(note(i)) for i, block in enumerate(blocks)]
+    handles = [block.register_forward_hook(lambda *_, i=i: order.append(i)) for i, block in enumerate(blocks)]
     try:
         yield order
     finally:
@@ -173,5 +163,5 @@ def _two_documents(info: TeacherInfo, device: torch.device) -> tuple[torch.Tenso
 
 
 def _loops(info: TeacherInfo, layers: Sequence[int | str]) -> ConfigError:
-    message = f"{info.description}: the states of these layers depend on blocks behind them; choose its last layer"
+    message = f"{info.description}: its blocks do not run once each, in order; choose its last layer"
     return ConfigError(Problem("let.pairs", message, list(layers)))

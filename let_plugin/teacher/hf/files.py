@@ -2,8 +2,8 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
@@ -12,62 +12,46 @@ from let_plugin.config.errors import ConfigError, Problem
 
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 _PATH_KEY = "let.teacher.path"
 _MAX_NAMED = 8
 
 
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a safetensors file, not read yet; `dtype` is the format's own name, such as "BF16"."""
+class StoredTensor(NamedTuple):
+    """A tensor in a file, not read yet."""
 
-    dtype: str
     shape: tuple[int, ...]
-
-
-def check_folder(config: TeacherConfig, folder: Path) -> None:
-    """ConfigError unless `folder` holds a config.json and safetensors; `config` is what the user gave."""
-    if not folder.is_dir():
-        message = "not a folder; give the folder with config.json and *.safetensors (or a .gguf file)"
-        raise ConfigError(Problem(_PATH_KEY, message, config.path))
-    if problems := missing_files((file.name for file in folder.iterdir()), config):
-        raise ConfigError(problems)
+    is_floating: bool
 
 
 def missing_files(names: Iterable[str], config: TeacherConfig) -> list[Problem]:
     """What is wrong with a checkpoint, by the names of its files alone."""
-    names = set(names)
-    if ADAPTER_CONFIG in names:
+    names, messages = set(names), []
+    if "adapter_config.json" in names:
         message = (
             "it is an adapter (PEFT), not a whole model; merge it into its base model: "
             "AutoPeftModelForCausalLM.from_pretrained(path).merge_and_unload().save_pretrained(new_path)"
         )
         return [Problem(_PATH_KEY, message, config.path)]
-    messages = []
     if "config.json" not in names:
         messages.append("no config.json there; a teacher needs it and *.safetensors, as save_pretrained writes")
     if not {SINGLE_FILE, INDEX} & names:
+        message = f"no {SINGLE_FILE} (or {INDEX}) there"
         if any(Path(name).suffix in PICKLE_SUFFIXES for name in names):
-            messages.append(
+            message = (
                 "only pickled weights there, which can run code when they are read, and are refused; convert them, if "
                 "you trust them: AutoModelForCausalLM.from_pretrained(path).save_pretrained(new_path). If a revision "
                 "on the hub has safetensors, name it in let.teacher.revision"
             )
-        else:
-            messages.append(f"no {SINGLE_FILE} (or {INDEX}) there")
+        messages.append(message)
     return [Problem(_PATH_KEY, message, config.path) for message in messages]
 
 
 def weight_files(folder: Path, *, any_name: bool = False) -> list[Path]:
     """The safetensors files of a checkpoint: model.safetensors, or else those that the index names.
 
-    Args:
-        folder: The folder.
-        any_name: If there is neither, take all *.safetensors in it.
-
-    Raises:
-        ConfigError: If the index cannot be read, or names files that are not there or outside the folder.
+    With `any_name`, if there is neither, all *.safetensors in the folder. ConfigError if the index cannot be read, or
+    names files that are not there or outside the folder.
     """
     if (folder / SINGLE_FILE).is_file():
         return [folder / SINGLE_FILE]
@@ -75,19 +59,19 @@ def weight_files(folder: Path, *, any_name: bool = False) -> list[Path]:
         return sorted(folder.glob("*.safetensors"))
     try:
         names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-        files = [folder / name for name in names]
+        files = {name: folder / name for name in names}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(Problem(_PATH_KEY, f"its {INDEX} cannot be read: {error!r}", str(folder))) from error
     # A file may be a link to anywhere (the hub's cache has such links), but not lie in another folder by its name.
     root = folder.resolve()
-    if outside := [n for n, f in zip(names, files, strict=True) if not f.parent.resolve().is_relative_to(root)]:
+    if outside := [name for name, file in files.items() if not file.parent.resolve().is_relative_to(root)]:
         message = f"its {INDEX} names files outside the folder: {some_names(outside)}"
-    elif absent := [n for n, f in zip(names, files, strict=True) if not f.is_file()]:
+    elif absent := [name for name, file in files.items() if not file.is_file()]:
         message = f"its {INDEX} names files that are not there: {some_names(absent)}; fetch them"
-        if others := sorted(f.name for f in folder.glob("*.safetensors") if f not in files):
+        if others := [file.name for file in folder.glob("*.safetensors") if file not in files.values()]:
             message += f". The folder has {some_names(others)}: if the index is of another checkpoint, delete it"
     else:
-        return files
+        return list(files.values())
     raise ConfigError(Problem(_PATH_KEY, message, str(folder)))
 
 
@@ -100,7 +84,8 @@ def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 - not a mapping
                     stored = opened.get_slice(name)
-                    tensors[name] = StoredTensor(stored.get_dtype(), tuple(stored.get_shape()))
+                    # F32, BF16, F8_E4M3 and so on; I64, U8, BOOL
+                    tensors[name] = StoredTensor(tuple(stored.get_shape()), "F" in stored.get_dtype())
         except (OSError, SafetensorError) as error:
             message = f"{file.name} is truncated or not a safetensors file: {error}; fetch it again"
             problems.append(Problem(_PATH_KEY, message, str(file.parent)))

@@ -12,13 +12,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from let_plugin.config.errors import ConfigError, Problem
 from let_plugin.teacher.hf.checkpoint import import_transformers, quiet_transformers
 
 _PATH_KEY = "let.teacher.path"
-_MAGIC = b"GGUF"
 
 
 def check_file(path: str) -> None:
@@ -30,15 +27,15 @@ def check_file(path: str) -> None:
             raise ConfigError(Problem(_PATH_KEY, message))
     if not os.path.isfile(path):  # a pipe would be waited for
         message = "no such file (or it is a folder or a pipe); give the path of a .gguf file"
-    else:
-        try:
-            with open(path, "rb") as f:
-                magic = f.read(len(_MAGIC))
-            message = "" if magic == _MAGIC else "not a GGUF file (it does not start with 'GGUF')"
-        except OSError as error:
-            message = f"the file cannot be read: {error}"
-    if message:
         raise ConfigError(Problem(_PATH_KEY, message, path))
+    try:
+        with open(path, "rb") as file:
+            if file.read(4) == b"GGUF":
+                return
+        message = "not a GGUF file (it does not start with 'GGUF')"
+    except OSError as error:
+        message = f"the file cannot be read: {error}"
+    raise ConfigError(Problem(_PATH_KEY, message, path))
 
 
 def alone(path: str) -> "tempfile.TemporaryDirectory[str]":
@@ -46,31 +43,6 @@ def alone(path: str) -> "tempfile.TemporaryDirectory[str]":
     folder = tempfile.TemporaryDirectory(prefix="let_plugin_gguf_")
     os.symlink(os.path.abspath(path), os.path.join(folder.name, os.path.basename(path)))
     return folder
-
-
-def missing_tensors(path: str, trunk: nn.Module) -> list[str]:
-    """The trunk's tensors, by its own names, that the file lacks; of those that the `gguf` package has a name for.
-
-    Raises errors of any type for a damaged file.
-    """
-    from gguf import MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map
-
-    reader = GGUFReader(path)
-    stored = {tensor.name for tensor in reader.tensors}
-    field = reader.get_field("general.architecture")
-    architecture = None if field is None else field.contents()
-    kinds = [kind for kind, name in MODEL_ARCH_NAMES.items() if name == architecture]
-    if not kinds:
-        return []
-    names = get_tensor_name_map(kinds[0], trunk.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
-    missing = []
-    for name in trunk.state_dict():
-        stem, _, kind = name.rpartition(".")
-        found = (names.get_name(f"{prefix}{stem}") for prefix in ("model.", "transformer.", ""))
-        gguf_name = next(filter(None, found), None)
-        if gguf_name and f"{gguf_name}.{kind}" not in stored:
-            missing.append(name)
-    return missing
 
 
 def load_tokenizer(path: str) -> Any:
@@ -96,9 +68,9 @@ def main(arguments: list[str] | None = None) -> int:
         tokenizer = load_tokenizer(options.file)
         if tokenizer.eos_token is None:  # torchtitan puts one between documents
             raise ConfigError(Problem(_PATH_KEY, "its tokenizer has no end-of-sequence token", options.file))
-        tokenizer.save_pretrained(options.tokenizer)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    tokenizer.save_pretrained(options.tokenizer)
     print(f"wrote {Path(options.tokenizer) / 'tokenizer.json'}")
     return 0

@@ -84,7 +84,7 @@ class HFTeacherSource(TeacherSource):
             for name, parameter in trunk.named_parameters():  # some families keep some weights in fp32
                 parameter.data = parameter.data.to(dtypes[name])
             blocks = checks.find_layers(trunk, self.info.num_layers)
-            order_is_known = checks.cut(trunk, blocks, self.info, layers)
+            checks.cut(trunk, blocks, self.info, layers)
             states = LayerStates(list(blocks), layers, output_layer=self.info.num_layers - 1 if final_norm else None)
             teacher = HFTeacher(trunk, states)
             freeze(teacher)
@@ -98,7 +98,6 @@ class HFTeacherSource(TeacherSource):
                 self.info,
                 layers=layers,
                 width=sum(self.info.width(layer, final_norm) for layer in layers),
-                in_order=not order_is_known,
                 device=device,
                 path=self._checkpoint.config.path,
             )

@@ -36,15 +36,10 @@ FORMAT = 2  # 1 had other settings
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What an export is of.
+    """What an export is of, in JSON values."""
 
-    Attributes:
-        settings: What it was asked for; a folder is of one such. JSON values only.
-        result: What came of it: `fidelity`, of each layer how well its states are stored; None until it is complete.
-    """
-
-    settings: dict[str, Any]
-    result: dict[str, Any] | None = None
+    settings: dict[str, Any]  # what it was asked for; a folder is of one such
+    result: dict[str, Any] | None = None  # what came of it; None until it is complete
 
     def write(self, folder: Path) -> None:
         content = {"format": FORMAT, "settings": self.settings, "result": self.result}
@@ -67,18 +62,15 @@ class Manifest:
 
 
 class Features:
-    """A complete export, opened: its manifest has been read, its rows have not.
+    """A complete export in a folder: its manifest has been read, its rows have not.
 
-    Args:
-        path: Its folder.
+    ConfigError if it is not there, not complete or damaged.
 
     Attributes:
-        settings, fidelity: See Manifest.
+        settings: See Manifest.
+        fidelity: Layer -> number of its tokens, and mean cosine of what is stored of them with the teacher's states.
         info: The teacher's.
         is_partial: Whether there are tokens without a state.
-
-    Raises:
-        ConfigError: If it is not there, not complete or damaged.
     """
 
     def __init__(self, path: str) -> None:
@@ -100,18 +92,12 @@ class Features:
         except (KeyError, TypeError) as error:
             message = f"its {MANIFEST} lacks {error}: export again"
             raise ConfigError(Problem(FEATURES_KEY, message, path)) from error
-        if len(shard_paths(self.folder)) != num_shards:
-            message = f"there are {len(shard_paths(self.folder))} files of rows instead of {num_shards}"
+        if (found := len(shard_paths(self.folder))) != num_shards:
+            message = f"there are {found} files of rows instead of {num_shards}"
             raise ConfigError(Problem(FEATURES_KEY, f"{message}: delete {MANIFEST} and export again", path))
 
     def check(self, config: Trainer.Config, layers: Sequence[int | str], num_data_parallel: int) -> None:
-        """ConfigError with every reason why these are not the states that a run needs.
-
-        Args:
-            config: The run's.
-            layers: The teacher layers that it aligns.
-            num_data_parallel: Number of its data-parallel ranks.
-        """
+        """ConfigError with every reason why these are not the states that a run needs, which aligns `layers`."""
         let, stored, folder = config.let.teacher, self.settings, str(self.folder)
         made = f"{FEATURES_KEY} = {folder!r} was made"
         problems = self._differences(config, layers, f"{made} with")
@@ -186,13 +172,7 @@ def rows_per_step(config: Trainer.Config, num_data_parallel: int) -> int:
 
 
 class StoredStates(StateProvider):
-    """Reads the states; no teacher is there.
-
-    Args:
-        features: Where from.
-        layers: The layers that are asked for, in the order in which they lie in the states.
-        dtype: Of the states: the teacher's.
-    """
+    """Reads the states of these layers, in this order, in the teacher's `dtype`; no teacher is there."""
 
     def __init__(self, features: Features, layers: Sequence[int | str], *, dtype: torch.dtype) -> None:
         self._features = features

@@ -65,10 +65,9 @@ def run(config: Trainer.Config) -> dict[str, Any]:
 
 
 def loader(config: Trainer.Config) -> dict[str, Any]:
-    """The data loader's options, those that decide which rows it yields.
+    """The data loader's options, those that decide which rows it yields; local files by their names and sizes.
 
-    Local files stand there with their names and sizes in place of their folder. (That their text is the same shows in
-    the rows themselves.)
+    (That their text is the same shows in the rows themselves.)
     """
     options: dict[str, Any] = json.loads(json.dumps(config.dataloader.to_dict(), default=str))
     kind = type(config.dataloader).__qualname__.removesuffix(".Config")

@@ -87,17 +87,13 @@ def shard_paths(folder: Path, stream: int | None = None) -> list[Path]:
 
 
 class Shard:
-    """A file of rows, read through a memory map.
+    """A file of rows, read through a memory map: no descriptor is kept, there may be thousands.
 
-    Args:
-        path: The file. No descriptor of it is kept: there may be thousands.
+    ConfigError if it is damaged, or no such file.
 
     Attributes:
         keys: The rows' keys, [N] of dtype S16, which numpy can sort.
-        fidelity: Layer -> number of its tokens, and mean cosine of what is stored of them with the teacher's states.
-
-    Raises:
-        ConfigError: If it is damaged, or no such file.
+        fidelity: See Features.
     """
 
     def __init__(self, path: Path) -> None:
@@ -119,13 +115,7 @@ class Shard:
 class ShardWriter:
     """Writes the rows of one stream (what one data-parallel rank reads), and knows what an earlier run has written.
 
-    Args:
-        folder: Of the export.
-        stream: The data-parallel rank.
-        rows_per_shard: Rows of each file but the last.
-
-    Raises:
-        ConfigError: If a file of an earlier run is damaged.
+    ConfigError if a file of an earlier run is damaged. All files but the last have `rows_per_shard` rows.
     """
 
     def __init__(self, folder: Path, stream: int, rows_per_shard: int) -> None:
@@ -144,12 +134,9 @@ class ShardWriter:
         return sorted(i for key, i in first.items() if key not in self._known)
 
     def add(self, key: bytes, columns: Mapping[str, torch.Tensor], cosines: Mapping[str, torch.Tensor]) -> None:
-        """Takes a new row; writes a file when there are enough.
+        """Takes a new row, its columns [L, C] on the CPU; writes a file when there are enough.
 
-        Args:
-            key: The row's.
-            columns: Name -> [L, C], on the CPU.
-            cosines: Layer -> for each token with a state, the cosine of what is stored with it, fp32, on the CPU.
+        `cosines`: layer -> of each token with a state, the cosine of what is stored with it, fp32, on the CPU.
         """
         self._known.add(key)
         self._rows.append((key, columns, cosines))
@@ -177,30 +164,22 @@ class ShardWriter:
 
 
 class RowReader:
-    """Finds the rows of a batch in all files of a folder; what the data loader calls.
+    """Finds the rows of a batch in all files of a folder, and reads these columns; what the data loader calls.
 
-    Args:
-        folder: Of the export.
-        columns: Those that are read.
-
-    Raises:
-        ConfigError: If a file is damaged or lacks a column.
+    ConfigError if a file is damaged or lacks a column.
     """
 
     def __init__(self, folder: Path, columns: Sequence[str]) -> None:
         self._folder, self._columns = folder, tuple(columns)
         self._shards = [Shard(path) for path in shard_paths(folder)]
-        all_keys, all_places = [np.empty(0, f"S{KEY_BYTES}")], [np.empty((0, 2), np.int64)]
-        for i, shard in enumerate(self._shards):
+        for shard in self._shards:
             if missing := set(columns) - shard.columns:
                 message = f"{shard.path.name} has no {', '.join(sorted(missing))}; export again"
                 raise ConfigError(Problem(FEATURES_KEY, message, str(folder)))
-            rows_N = np.arange(len(shard.keys))
-            all_keys.append(shard.keys)
-            all_places.append(np.stack([np.full_like(rows_N, i), rows_N], axis=1))
-        keys = np.concatenate(all_keys)
-        order = np.argsort(keys, kind="stable")
-        self._keys, self._places = keys[order], np.concatenate(all_places)[order]
+        keys = np.concatenate([np.empty(0, f"S{KEY_BYTES}"), *(shard.keys for shard in self._shards)])
+        self._order = np.argsort(keys, kind="stable")
+        self._keys = keys[self._order]
+        self._starts = np.cumsum([0, *(len(shard.keys) for shard in self._shards)])  # first row of each file, of all
 
     def __reduce__(self) -> Any:  # workers that are not forked open the files anew
         return RowReader, (self._folder, self._columns)
@@ -218,5 +197,7 @@ class RowReader:
         found[found] = self._keys[ranks[found]] == wanted[found]
         if not found.all():
             return {MISSING: torch.from_numpy(~found)}
-        places = [(self._shards[shard], row) for shard, row in self._places[ranks].tolist()]
-        return {name: torch.stack([shard.read(name, row) for shard, row in places]) for name in self._columns}
+        rows = self._order[ranks]
+        files = np.searchsorted(self._starts, rows, side="right") - 1
+        places = [(self._shards[file], row) for file, row in zip(files, rows - self._starts[files], strict=True)]
+        return {name: torch.stack([shard.read(name, int(row)) for shard, row in places]) for name in self._columns}

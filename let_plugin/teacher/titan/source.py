@@ -63,32 +63,27 @@ def register_teacher_spec(
 
 
 class TitanTeacherSource(TeacherSource):
-    """A torchtitan ModelSpec and its weights.
+    """A torchtitan ModelSpec and its weights. ConfigError if they cannot be found, or do not fit each other.
 
     Args:
         config: The `[let.teacher]` table: the name of a ModelSpec, and a folder with DCP or safetensors.
         checkpoint: A checkpoint without an `obstacle` (see spec.py), whose config.json takes the place of the name.
-
-    Raises:
-        ConfigError: For a spec or weights that cannot be found, or do not fit each other.
     """
 
     def __init__(self, config: TeacherConfig, checkpoint: "Checkpoint | None" = None) -> None:
         self._checkpoint = checkpoint
         if checkpoint is not None:
-            self._config = config
-            self._spec = make_spec(checkpoint.model_config)
-            host.adapt_model_spec(self._spec)
+            self._spec = _adapted(make_spec(checkpoint.model_config))
             self._weights = TitanWeights(config.path, self._spec, "of its config.json", checkpoint)
-            self.info = describe(self._spec, f"{checkpoint.where}, run by torchtitan (its config.json is a Llama's)")
+            self.info = _describe(self._spec, f"{checkpoint.where}, run by torchtitan (its config.json is a Llama's)")
             return
         self._config = config = with_spec_paths(config)
-        self._spec = _make_spec(config.spec)
+        self._spec = _adapted(_find_spec(config.spec).make_spec())
         self._weights = TitanWeights(config.path, self._spec, config.spec)
         hf_config = read_hf_config(config.path)
         if hf_config is not None:
             check_agrees(hf_config, self._spec, name=config.spec)
-        self.info = describe(self._spec, f"{self._weights.format} from {config.path}")
+        self.info = _describe(self._spec, f"{self._weights.format} from {config.path}")
         self._weights.check(_meta_trunk(self._spec), self.info.num_layers)
         max_positions = (hf_config or {}).get("max_position_embeddings")
         if max_positions is not None and self.info.max_seq_len is not None:
@@ -167,10 +162,7 @@ class TitanTeacherSource(TeacherSource):
 
 
 class TitanTeacher(Teacher):
-    """The trunk of a torchtitan decoder, cut for `layers`, as in TeacherSource.build.
-
-    `takes_student_masks`: whether the student's attention masks are those that the trunk would make.
-    """
+    """The trunk of a torchtitan decoder, cut for `layers`; whether it would make the student's attention masks."""
 
     def __init__(self, model: Any, layers: Sequence[int | str], *, takes_student_masks: bool) -> None:
         super().__init__()
@@ -201,8 +193,7 @@ class TitanLanguageModel:
         return self._model(tokens_BL, *_positions_and_masks(self._model, tokens_BL, positions_BL))
 
 
-def describe(spec: ModelSpec, where: str) -> TeacherInfo:
-    """Describes the trunk of a torchtitan specification that is adapted to the host; `where` its weights are."""
+def _describe(spec: ModelSpec, where: str) -> TeacherInfo:
     model_config: Any = spec.model
     trunk = _meta_trunk(spec)
     attention = model_config.first_attention
@@ -223,7 +214,7 @@ def describe(spec: ModelSpec, where: str) -> TeacherInfo:
 
 def describe_spec(name: str) -> TeacherInfo:
     """Describes what `let.teacher.spec = name` means, without any weights. ConfigError if it means nothing."""
-    return describe(_make_spec(name), "no weights")
+    return _describe(_adapted(_find_spec(name).make_spec()), "no weights")
 
 
 def with_spec_paths(config: TeacherConfig) -> TeacherConfig:
@@ -233,8 +224,7 @@ def with_spec_paths(config: TeacherConfig) -> TeacherConfig:
     return dataclasses.replace(config, path=path, tokenizer_path=tokenizer_path)
 
 
-def _make_spec(name: str) -> ModelSpec:
-    spec = _find_spec(name).make_spec()
+def _adapted(spec: ModelSpec) -> ModelSpec:
     host.adapt_model_spec(spec)
     return spec
 
@@ -248,8 +238,8 @@ def _find_spec(name: str) -> TeacherSpec:
             Problem("let.teacher.spec", f"torchtitan has no such model; {suggest(model, upstream.MODELS)}", name)
         )
     module = importlib.import_module(f"torchtitan.models.{model}")
-    flavors = getattr(module, f"{model}_configs", None)
-    if flavors is not None and flavor not in flavors:
+    flavors = getattr(module, f"{model}_configs", {flavor})
+    if flavor not in flavors:
         raise ConfigError(Problem("let.teacher.spec", f"{model} has no such flavor; {suggest(flavor, flavors)}", name))
     return TeacherSpec(make_spec=lambda: module.model_registry(flavor))
 

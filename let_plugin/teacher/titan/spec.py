@@ -93,14 +93,9 @@ def read_hf_config(folder: str) -> dict[str, Any] | None:
 
 
 def check_agrees(hf_config: dict[str, Any], spec: ModelSpec, *, name: str) -> None:
-    """ConfigError with a Problem for each field of config.json that means another model than `spec` does.
+    """ConfigError with each field of config.json that means another model than `spec`, which the user calls `name`.
 
     Compares what the shapes of the weights do not show. A field that config.json leaves out is not compared.
-
-    Args:
-        hf_config: What config.json says.
-        spec: The specification.
-        name: The name of it that the user gave.
     """
     rope = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
     found = {**hf_config, **rope}

@@ -17,14 +17,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 from torchtitan.distributed import ParallelDims
 from torchtitan.protocols.model_spec import ModelSpec
 
 from let_plugin.config.errors import ConfigError, Problem
 from let_plugin.runtime import dcp_files
-from let_plugin.teacher.hf.files import read_headers, some_names, weight_files
+from let_plugin.teacher.hf.files import StoredTensor, read_headers, some_names, weight_files
 from let_plugin.teacher.hf.read_once import hand_out, read_once
 from let_plugin.teacher.sharding import raise_together
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 _PATH_KEY = "let.teacher.path"
 _BLOCK = re.compile(r"(?:model\.)?layers\.(\d+)\.")
+_KINDS = {True: "floating-point numbers", False: "integers"}
 
 
 class TitanWeights:
@@ -69,20 +70,22 @@ class TitanWeights:
         try:
             if self.format == "DCP":
                 described = dcp_files.open_checkpoint(self._path).read_metadata()
-                messages = _differences(described, wanted, num_blocks)
-                if cut := dcp_files.incomplete(described, _tensors(described) & wanted.keys(), Path(self._path)):
+                stored = {
+                    name: StoredTensor(tuple(tensor.size), tensor.properties.dtype.is_floating_point)
+                    for name, tensor in described.state_dict_metadata.items()
+                    if isinstance(tensor, TensorStorageMetadata)
+                }
+                messages = _differences(stored, wanted, num_blocks)
+                if cut := dcp_files.incomplete(described, stored.keys() & wanted.keys(), Path(self._path)):
                     names = some_names(f"{name} ({what})" for name, what in cut.items())
                     messages.append(f"tensors that are not wholly there: {names}; fetch the files again")
             else:
-                read_headers(weight_files(Path(self._path), any_name=True))
-                adapter = self._adapter()
-                with _linked(self._path) as folder:
-                    described = adapter.get_hf_storage_reader(folder).read_metadata()
-                messages = _differences(described, adapter.to_hf(wanted), num_blocks)
+                stored = read_headers(weight_files(Path(self._path), any_name=True))
+                messages = _differences(stored, self._adapter().to_hf(wanted), num_blocks)
         except ConfigError:
             raise
         except Exception as error:  # whatever a reader stumbles over, it is the file's
-            raise self._unfit(error) from error
+            raise ConfigError(self._unfit(error)) from error
         if messages:
             raise ConfigError([Problem(_PATH_KEY, message, self._path) for message in messages])
 
@@ -92,54 +95,42 @@ class TitanWeights:
         ConfigError, on all of these ranks, for files that have become others since `check`, or tensors that hold NaN or
         infinities.
         """
+        dims = parallel_dims or ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=1, ep=1, world_size=1)
         state_dict = model.state_dict()
         if model.enable_weight_tying:
             state_dict.pop("lm_head.weight", None)  # one tensor with the embedding
         if self.format == "GGUF":
-            self._read_gguf(state_dict, dtype, parallel_dims, head=model.lm_head is not None)
-            model.load_state_dict(state_dict, strict=not model.enable_weight_tying)
-            return
-        problems: list[Problem] = []
+            tensors, _ = read_once(lambda: self._read_gguf(dtype, head=model.lm_head is not None), dims)
+            hand_out(tensors, state_dict.items(), dims)
+        else:
+            raise_together(self._read(state_dict), dims)
+        model.load_state_dict(state_dict, strict=not model.enable_weight_tying)
+
+    def _read(self, state_dict: dict[str, Any]) -> list[Problem]:
+        """Reads this rank's shards into `state_dict`. No collective: ranks without a teacher need not take part."""
         try:
-            read = self._read(state_dict)
-            loaded = {name: read[name] for name in state_dict}
-            not_finite = [name for name, tensor in loaded.items() if not _is_finite(tensor)]
-            model.load_state_dict(loaded, strict=not model.enable_weight_tying)
-            if not_finite:
-                message = f"these tensors hold NaN or infinite values: {some_names(not_finite)}; fetch the files again"
-                problems = [Problem(_PATH_KEY, message, self._path)]
+            if self.format == "DCP":
+                dcp_files.load(state_dict, dcp_files.open_checkpoint(self._path))
+            else:
+                adapter = self._adapter()
+                hf_state_dict = adapter.to_hf(state_dict)
+                with _linked(self._checkpoint.folder if self._checkpoint else self._path) as folder:
+                    dcp.load(hf_state_dict, storage_reader=adapter.get_hf_storage_reader(folder), no_dist=True)
+                read = adapter.from_hf(hf_state_dict)
+                state_dict |= {name: read[name] for name in state_dict}
         except ConfigError as error:
-            problems = error.problems
+            return error.problems
         except (Exception, CheckpointException) as error:  # the latter is no Exception, only a BaseException
-            problems = self._unfit(_first_cause(error)).problems
-        if parallel_dims is not None:
-            raise_together(problems, parallel_dims)
-        elif problems:
-            raise ConfigError(problems)
+            return [self._unfit(_first_cause(error))]
+        not_finite = [name for name, tensor in state_dict.items() if not _is_finite(tensor)]
+        message = f"these tensors hold NaN or infinite values: {some_names(not_finite)}; fetch the files again"
+        return [Problem(_PATH_KEY, message, self._path)] if not_finite else []
 
-    def _read(self, state_dict: dict[str, Any]) -> Mapping[str, Any]:
-        """Reads this rank's shards, maybe in place. No collective: ranks without a teacher need not take part."""
-        if self.format == "DCP":
-            dcp_files.load(state_dict, dcp_files.open_checkpoint(self._path))
-            return state_dict
-        adapter = self._adapter()
-        hf_state_dict = adapter.to_hf(state_dict)
-        with _linked(self._checkpoint.weights_folder() if self._checkpoint else self._path) as folder:
-            dcp.load(hf_state_dict, storage_reader=adapter.get_hf_storage_reader(folder), no_dist=True)
-        return adapter.from_hf(hf_state_dict)
-
-    def _read_gguf(
-        self, state_dict: dict[str, Any], dtype: torch.dtype, parallel_dims: ParallelDims | None, *, head: bool
-    ) -> None:
-        def read() -> dict[str, torch.Tensor]:
-            assert self._checkpoint is not None
-            prefix = "" if head else "model."
-            weights = self._checkpoint.load(dtype, head=head).state_dict()
-            return self._adapter().from_hf({f"{prefix}{name}": tensor for name, tensor in weights.items()})
-
-        dims = parallel_dims or ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=1, ep=1, world_size=1)
-        tensors, _ = read_once(read, dims)
-        hand_out(tensors, state_dict.items(), dims)
+    def _read_gguf(self, dtype: torch.dtype, *, head: bool) -> dict[str, torch.Tensor]:
+        assert self._checkpoint is not None
+        prefix = "" if head else "model."
+        weights = self._checkpoint.load(dtype, head=head).state_dict()
+        return self._adapter().from_hf({f"{prefix}{name}": tensor for name, tensor in weights.items()})
 
     def _adapter(self) -> Any:
         assert self._spec.state_dict_adapter is not None
@@ -147,10 +138,10 @@ class TitanWeights:
         config.enable_weight_tying = False  # a tied head is the embedding, and no part of what is read
         return self._spec.state_dict_adapter(config, None)
 
-    def _unfit(self, error: BaseException) -> ConfigError:
+    def _unfit(self, error: BaseException) -> Problem:
         cause = f"{type(error).__name__}: {error}".splitlines()[0]
         message = f"the weights do not fit the teacher spec {self._name!r} or cannot be read: {cause}"
-        return ConfigError(Problem(_PATH_KEY, message, self._path))
+        return Problem(_PATH_KEY, message, self._path)
 
 
 @contextmanager
@@ -184,21 +175,16 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     return not local.is_floating_point() or bool(local.isfinite().all())
 
 
-def _tensors(described: Metadata) -> set[str]:
-    return {n for n, stored in described.state_dict_metadata.items() if isinstance(stored, TensorStorageMetadata)}
-
-
-def _differences(described: Metadata, wanted: Mapping[str, torch.Tensor], num_blocks: int) -> list[str]:
-    """What is wrong with the tensors that a checkpoint describes, `wanted` being those of a model of `num_blocks`."""
-    missing = wanted.keys() - _tensors(described)
+def _differences(stored: Mapping[str, StoredTensor], wanted: Mapping[str, torch.Tensor], num_blocks: int) -> list[str]:
+    """What is wrong with the tensors of a checkpoint, `wanted` being those of a model of `num_blocks`."""
+    missing = wanted.keys() - stored.keys()
     mismatched = []
     for name in wanted.keys() - missing:
-        stored: Any = described.state_dict_metadata[name]
-        tensor, dtype = wanted[name], stored.properties.dtype
-        if stored.size != tensor.shape:
-            mismatched.append(f"{name} (file {tuple(stored.size)}, spec {tuple(tensor.shape)})")
-        elif dtype.is_floating_point != tensor.dtype.is_floating_point:
-            mismatched.append(f"{name} (file {dtype}, spec {tensor.dtype})")
+        (shape, is_floating), tensor = stored[name], wanted[name]
+        if shape != tensor.shape:
+            mismatched.append(f"{name} (file {shape}, spec {tuple(tensor.shape)})")
+        elif is_floating != tensor.is_floating_point():
+            mismatched.append(f"{name} (file {_KINDS[is_floating]}, spec {_KINDS[not is_floating]})")
     messages = []
     if missing:
         messages.append(f"the checkpoint lacks tensors that the spec asks for: {some_names(missing)}")
@@ -206,7 +192,7 @@ def _differences(described: Metadata, wanted: Mapping[str, torch.Tensor], num_bl
         messages.append(f"tensors that are not as the spec says: {some_names(mismatched)}")
     # Tensors of blocks would silently be left out: a deeper model's weights would load into its lower blocks, those of
     # one with biases would lose them. Old checkpoints hold the rotary frequencies, which follow from the configuration.
-    blocks = {name: int(match[1]) for name in described.state_dict_metadata if (match := _BLOCK.match(name))}
+    blocks = {name: int(match[1]) for name in stored if (match := _BLOCK.match(name))}
     depth = max(blocks.values(), default=-1) + 1
     surplus = [name for name in blocks.keys() - wanted.keys() if not name.endswith("rotary_emb.inv_freq")]
     if depth > num_blocks:

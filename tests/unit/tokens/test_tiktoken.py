@@ -125,7 +125,7 @@ def test_llama3s_file_needs_no_options(tmp_path, monkeypatch):
         ({"special_tokens": {EOS: 0, "<b>": 0}}, "special_tokens.<b>", f"that id is taken by {EOS!r}"),
         ({"special_tokens": {EOS: -1}}, f"special_tokens.{EOS}", "0 or more"),
         ({"special_tokens": {EOS: 0, "the": 5000}}, "special_tokens.the", "there is an ordinary token of that name"),
-        ({"eos_token": None}, "eos_token", "missing: which of the special tokens ends a document? did you mean"),
+        ({"eos_token": None}, "eos_token", "missing: which special token ends a document?"),
         ({"eos_token": "<|endoftxt|>"}, "eos_token", f"not a special token; did you mean {EOS!r}?"),
         ({"bos_token": "<s>"}, "bos_token", "not a special token"),
         ({"rank_file": "absent"}, "rank_file", "cannot be read"),

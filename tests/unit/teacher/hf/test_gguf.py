@@ -1,4 +1,4 @@
-"""GGUFTeacherSource and the tokenizer's command line, on the real SmolLM2-135M (`make fetch-smollm2`)."""
+"""Teachers in .gguf files: what is wrong with them is said; the real SmolLM2-135M (`make fetch-smollm2`)."""
 
 import os
 import sys
@@ -7,124 +7,63 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
+transformers = pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
 pytest.importorskip("gguf", reason="pip install let-plugin[hf]")
 
-from let_plugin.config import TeacherConfig
-from let_plugin.config.errors import ConfigError
-from let_plugin.runtime import host
-from let_plugin.teacher.hf import gguf as gguf_teacher
-from let_plugin.teacher.hf.source import HFTeacherSource as GGUFTeacherSource
-from tests.support import gguf_files
+from torchtitan.components.tokenizer import HuggingFaceTokenizer  # noqa: E402
 
+from let_plugin.config import TeacherConfig  # noqa: E402
+from let_plugin.config.errors import ConfigError  # noqa: E402
+from let_plugin.teacher.hf import gguf as gguf_teacher  # noqa: E402
+from let_plugin.teacher.open import open_teacher  # noqa: E402
+from tests.support.gguf_files import write_llama  # noqa: E402
 
-@pytest.fixture(scope="session")
-def smollm2() -> str:
-    """Path of SmolLM2-135M as .gguf; skips where it has not been fetched."""
-    if path := os.environ.get("LET_SMOLLM2_GGUF"):
-        return path
-    root = Path(__file__).resolve().parents[4]
-    files = sorted(root.glob("assets/smollm2/*.gguf"))
-    if not files:
-        pytest.skip("make fetch-smollm2")
-    return str(files[0])
-
-
-@pytest.fixture(scope="module")
-def source(smollm2: str) -> GGUFTeacherSource:
-    return GGUFTeacherSource(TeacherConfig(path=smollm2))
+SMOLLM2 = next(Path(__file__).parents[4].glob("assets/smollm2/*.gguf"), None)
 
 
 @pytest.mark.slow
-def test_info_and_vocabulary(source) -> None:
+@pytest.mark.skipif(SMOLLM2 is None, reason="make fetch-smollm2")
+@torch.no_grad()
+def test_smollm2_equals_transformers_and_predicts_english(config, parallel_dims, tmp_path) -> None:
+    """Run by torchtitan, on the tokens of the tokenizer that the command line writes."""
+    source = open_teacher(TeacherConfig(path=str(SMOLLM2)))
     info = source.info
     assert (info.hidden_size, info.num_layers, info.vocab_size, info.max_seq_len) == (576, 30, 49152, 8192)
     assert (info.num_trunk_params, info.num_embedding_params) == (134_515_008, 49152 * 576)
-    assert info.num_params_to([0]) + sum(info.block_params[1:]) == info.num_trunk_params
-    vocabulary = source.vocabulary()
-    assert len(vocabulary) == 49152
-    assert vocabulary["<|endoftext|>"] == 0
-    assert vocabulary["<|im_end|>"] == 2
+    assert info.is_native
 
+    assert gguf_teacher.main([str(SMOLLM2), "--tokenizer", str(tmp_path)]) == 0
+    tokenizer = HuggingFaceTokenizer(tokenizer_path=str(tmp_path))
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+    vocabulary = tokenizer.tokenizer.get_vocab(with_added_tokens=True)
+    assert (len(vocabulary), vocabulary["<|endoftext|>"], vocabulary["<|im_end|>"]) == (49152, 0, 2)
+    text = "The Thames is a river in southern England. It flows through London and into the North Sea."
+    document = tokenizer.encode(text, add_bos=False, add_eos=False)
+    assert tokenizer.decode(document) == text
 
-@pytest.mark.slow
-@torch.no_grad()
-def test_states_are_those_of_the_model(source, smollm2) -> None:
-    """Against AutoModelForCausalLM as transformers loads it from the file: same states, and it predicts English."""
-    from torchtitan.distributed import ParallelDims
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    host.set_up("cpu")
-    rng_state = torch.get_rng_state()
+    reference = transformers.AutoModel.from_pretrained(SMOLLM2.parent, gguf_file=SMOLLM2.name, dtype=torch.float32)
+    expected_1LE = reference.eval()(input_ids=torch.tensor([document])).last_hidden_state
+    logits_LV = expected_1LE[0, :-1] @ reference.embed_tokens.weight.T  # the head is tied
+    assert F.cross_entropy(logits_LV, torch.tensor(document[1:])) < 3.0  # uniform: 10.8
+    config.training.seq_len = 2 * len(document)
     teacher = source.build(
         dtype=torch.float32,
         device=torch.device("cpu"),
-        config=None,
-        parallel_dims=ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=1, ep=1, world_size=1),
-        layers=[source.info.num_layers - 1],
+        config=config,
+        parallel_dims=parallel_dims,
+        layers=[29],
         final_norm=True,
     )
-    assert torch.equal(rng_state, torch.get_rng_state())
-    assert sum(p.numel() for p in teacher.parameters()) == source.info.num_trunk_params
-    assert not any(p.requires_grad for p in teacher.parameters())
-    assert {p.dtype for p in teacher.parameters()} == {torch.float32}
-
-    folder, name = os.path.split(smollm2)
-    reference = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    text = "The Thames is a river in southern England. It flows through London and into the North Sea."
-    document_1L = tokenizer(text, return_tensors="pt")["input_ids"]
-    length = document_1L.shape[1]
-    states_1LE = teacher(torch.cat([document_1L.roll(1), document_1L], 1), torch.arange(length).repeat(1, 2))
-    torch.testing.assert_close(
-        states_1LE[:, length:], reference.model(input_ids=document_1L).last_hidden_state, rtol=1e-3, atol=1e-3
-    )
-    logits_LV = reference.lm_head(states_1LE[0, length:-1])
-    assert torch.nn.functional.cross_entropy(logits_LV, document_1L[0, 1:]) < 3.0  # uniform: 10.8
-
-
-@pytest.mark.slow
-def test_tokenizer_is_written_for_torchtitan(source, smollm2, tmp_path) -> None:
-    host.set_up("cpu")
-    from torchtitan.components.tokenizer import HuggingFaceTokenizer
-
-    assert gguf_teacher.main([smollm2, "--tokenizer", str(tmp_path)]) == 0
-    tokenizer = HuggingFaceTokenizer(tokenizer_path=str(tmp_path))
-    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
-    assert tokenizer.tokenizer.get_vocab(with_added_tokens=True) == source.vocabulary()
-    text = "Late to early: 135 tokens,\n\tand more."
-    token_ids = tokenizer.encode(text, add_bos=False, add_eos=True)
-    assert token_ids[-1] == 2
-    assert tokenizer.decode(token_ids[:-1]) == text
-
-
-@pytest.mark.parametrize("content", [None, b"", b"GGML1234", b"GGUF", b"GGUF\x03\x00\x00\x00" + b"\x01" * 40])
-def test_file_that_is_missing_or_not_gguf(tmp_path, content, capsys) -> None:
-    file = tmp_path / "teacher.gguf"
-    if content is not None:
-        file.write_bytes(content)
-    with pytest.raises(ConfigError, match=r"let\.teacher\.path.*(no such file|not a GGUF file|truncated)"):
-        GGUFTeacherSource(TeacherConfig(path=str(file)))
-    assert gguf_teacher.main([str(file), "--tokenizer", str(tmp_path / "out")]) == 2
-    assert "error: let.teacher.path" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kept", [0.01, 0.98])
-def test_truncated_file(smollm2, tmp_path, kept) -> None:
-    content = Path(smollm2).read_bytes()
-    file = tmp_path / "cut.gguf"
-    file.write_bytes(content[: int(kept * len(content))])
-    with pytest.raises(ConfigError, match=rf"truncated \({len(content[: int(kept * len(content))])} bytes\)"):
-        GGUFTeacherSource(TeacherConfig(path=str(file)))
+    states_1LE = teacher(torch.tensor([document[::-1] + document]), torch.arange(len(document)).repeat(1, 2))
+    torch.testing.assert_close(states_1LE[:, len(document) :], expected_1LE, rtol=0, atol=1e-4)
 
 
 def message_of(path: str, *, load: bool = False) -> str:
     """What is wrong with a teacher when it is opened or, with `load`, only when it is loaded."""
     with pytest.raises(ConfigError) as info:
-        source = GGUFTeacherSource(TeacherConfig(path=path))
+        source = open_teacher(TeacherConfig(path=path))
         assert load
         source.language_model(dtype=torch.float32, device=torch.device("cpu"), seq_len=8)
     (problem,) = info.value.problems
@@ -132,37 +71,60 @@ def message_of(path: str, *, load: bool = False) -> str:
     return problem.message
 
 
-def test_a_tensor_that_is_missing_is_named_when_it_is_opened(tmp_path) -> None:
-    file = gguf_files.write_llama(tmp_path / "tiny.gguf", blk_0_ffn_up=None)
-    assert message_of(file).endswith("asks for: layers.0.mlp.up_proj.weight")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        (b"", "not a GGUF file"),
+        (b"GGML1234", "not a GGUF file"),
+        (b"GGUF", "truncated (4 bytes)"),
+        (b"GGUF\x03\x00\x00\x00" + b"\x01" * 40, "truncated (48 bytes)"),
+        (0.01, "truncated ("),
+        (0.98, "truncated ("),
+    ],
+)
+def test_a_file_that_is_missing_truncated_or_no_gguf(tmp_path, content, message, capsys) -> None:
+    file = tmp_path / "teacher.gguf"
+    if isinstance(content, float):
+        write_llama(file)
+        content = file.read_bytes()[: int(content * file.stat().st_size)]
+    if content is not None:
+        file.write_bytes(content)
+    assert message in message_of(str(file))
+    assert gguf_teacher.main([str(file), "--tokenizer", str(tmp_path / "out")]) == 2
+    assert "error: let.teacher.path" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
-def test_a_path_that_cannot_be_read_as_a_file(tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "weights", "message"),
+    [
+        ("attn_v", np.diag([np.nan] * 8), "NaN or infinite values: model.layers.0.self_attn.v_proj.weight"),
+        ("attn_v", np.diag([-np.inf] * 8), "NaN or infinite values: model.layers.0.self_attn.v_proj.weight"),
+        ("ffn_up", np.ones((8, 8)), "layers.0.mlp.up_proj.weight (file (8, 8), configuration (16, 8))"),
+        ("ffn_up", None, "lacks tensors that its configuration asks for: model.layers.0.mlp.up_proj.weight"),
+    ],
+)
+def test_tensors_that_are_wrong_are_named_when_they_are_read(tmp_path, name, weights, message) -> None:
+    weights = weights if weights is None else weights.astype(np.float32)
+    file = write_llama(tmp_path / "tiny.gguf", **{f"blk_0_{name}": weights})
+    assert message in message_of(file, load=True)
+
+
+def test_a_path_that_cannot_be_read_as_a_file(tmp_path) -> None:
     (tmp_path / "folder.gguf").mkdir()
-    assert message_of(str(tmp_path / "folder.gguf")).startswith("no such file (or it is a folder or a pipe)")
     os.mkfifo(tmp_path / "pipe.gguf")
-    assert message_of(str(tmp_path / "pipe.gguf")).startswith("no such file (or it is a folder or a pipe)")
-    # A real I/O error: reading a process's memory from its start.
-    os.symlink("/proc/self/mem", tmp_path / "memory.gguf")
-    assert message_of(str(tmp_path / "memory.gguf")).startswith("the file cannot be read: [Errno 5]")
-
-
-@pytest.mark.parametrize("value", [np.nan, -np.inf])
-def test_weights_that_are_not_finite_are_named(tmp_path, value) -> None:
-    weights = np.ones((8, 8), np.float32)
-    weights[3, 5] = value
-    file = gguf_files.write_llama(tmp_path / "tiny.gguf", blk_0_attn_v=weights)
-    assert "NaN or infinite values: model.layers.0.self_attn.v_proj.weight" in message_of(file, load=True)
-
-
-def test_tensors_of_another_shape_are_named(tmp_path) -> None:
-    file = gguf_files.write_llama(tmp_path / "tiny.gguf", blk_0_ffn_up=np.ones((8, 8), np.float32))
-    message = message_of(file, load=True)
-    assert "layers.0.mlp.up_proj.weight (file (8, 8), configuration (16, 8))" in message
+    os.symlink("/proc/self/mem", tmp_path / "memory.gguf")  # a real I/O error: a process's memory from its start
+    for name, message in (
+        ("folder", "no such file"),
+        ("pipe", "no such file"),
+        ("memory", "cannot be read: [Errno 5]"),
+    ):
+        assert message in message_of(str(tmp_path / f"{name}.gguf"))
 
 
 def test_gguf_is_not_installed(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     monkeypatch.setattr(gguf_teacher, "find_spec", lambda name: None if name == "gguf" else object())
     with pytest.raises(ConfigError, match=r"needs the gguf package: pip install let-plugin\[hf\]"):
-        GGUFTeacherSource(TeacherConfig(path=str(tmp_path / "teacher.gguf")))
+        open_teacher(TeacherConfig(path=str(tmp_path / "teacher.gguf")))

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 transformers = pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
 
 from let_plugin.config.errors import ConfigError  # noqa: E402
-from tests.support import hf_models  # noqa: E402
 from tests.support.hf_models import build, source_of  # noqa: E402
 
 FILE = "model.safetensors"
@@ -165,22 +164,6 @@ def test_a_path_that_is_none(folders, tmp_path, monkeypatch):
     assert "no such folder" in refusal(tmp_path / "absent")
     assert "not a GGUF file" in refusal(__file__)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert "no local folder of that name either" in refusal("let-plugin-no-such-org/no-such-model")
+    assert "there is no such folder, and it is not in the hub" in refusal("let-plugin-no-such-org/no-such-model")
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert "pip install let-plugin[hf]" in refusal(folders["llama"])
-
-
-@torch.no_grad()
-def test_hub_name_in_the_hub_clients_cache(folders, tmp_path, monkeypatch):
-    repository = tmp_path / "models--org--name"
-    shutil.copytree(folders["llama"], repository / "snapshots" / ("0" * 40))
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0" * 40)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    source = source_of("org/name")
-    assert "hub org/name (in the cache)" in source.info.description
-    batch = hf_models.packed_batch()
-    assert torch.equal(build(source)(*batch), build(source_of(folders["llama"]))(*batch))
-    shutil.rmtree(repository)
-    assert "not in the hub client's cache" in refusal("org/name")

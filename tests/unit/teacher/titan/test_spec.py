@@ -16,7 +16,6 @@ from let_plugin.teacher.hf.source import HFTeacherSource
 from let_plugin.teacher.titan.source import TitanTeacherSource
 from let_plugin.teacher.titan.spec import check_agrees, make_spec, read_hf_config
 from tests.support import gguf_files
-from tests.support.jobs import ROOT
 
 transformers = pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
 
@@ -148,20 +147,6 @@ def test_a_gguf_llama_is_native(tmp_path, build):
     gguf_files.write_llama(tmp_path / "tiny.gguf", width=64, hidden=96, **weights)
     with pytest.raises(ConfigError, match=r"NaN or infinite values: layers\.0\.mlp\.down_proj\.weight"):
         build(source)
-
-
-@pytest.mark.slow
-@torch.no_grad()
-def test_smollm2_equals_transformers(build, config):
-    pytest.importorskip("gguf", reason="pip install let-plugin[hf]")
-    file = ROOT / "assets/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    if not file.exists():
-        pytest.skip("make fetch-smollm2")
-    model = transformers.AutoModel.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
-    config.training.seq_len = 128
-    source = open_teacher(TeacherConfig(path=str(file)))
-    assert source.info.is_native and source.info.num_trunk_params == 134_515_008
-    assert_states_are_those_of(build(source), model, [40, 60, 28])
 
 
 # A named spec beside a config.json

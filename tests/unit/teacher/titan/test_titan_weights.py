@@ -151,7 +151,10 @@ def test_missing_or_misshapen_weights_of_a_torchtitan_checkpoint_are_named(tiny_
     if isinstance(wrong, tuple):
         weights[name], message = torch.zeros(wrong), f"{name} (file {wrong}, spec (32, 64))"
     elif isinstance(wrong, torch.dtype):
-        weights[name], message = torch.zeros(32, 64, dtype=wrong), f"{name} (file torch.int32, spec torch.float32)"
+        weights[name], message = (
+            torch.zeros(32, 64, dtype=wrong),
+            f"{name} (file integers, spec floating-point numbers)",
+        )
     elif wrong is not None:
         weights[name] = wrong
     dcp.save(weights, checkpoint_id=str(tmp_path), no_dist=True)
