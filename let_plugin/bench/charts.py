@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from let_plugin.bench.rows import BASELINE
@@ -45,7 +46,7 @@ def losses(curves: pd.DataFrame) -> Spec:
     low, high = curves["low"].fillna(curves["loss"]).min(), curves["high"].fillna(curves["loss"]).max()
     domain = [low - 0.02 * (high - low), high + 0.02 * (high - low)]
     ends = curves.groupby("label", sort=False).tail(1).copy()
-    ends["place"] = _apart(list(ends["loss"]), gap=14 * (domain[1] - domain[0]) / _HEIGHT)
+    ends["place"] = _apart(ends["loss"], gap=14 * (domain[1] - domain[0]) / _HEIGHT)
     name = "held-out loss, nats/token"
     y_scale = {"domain": domain, "nice": False, "zero": False}
     tip = [{"field": "label", "title": "method"}, {"field": "step"}, {"field": "loss", "format": ".4f"}]
@@ -66,17 +67,15 @@ def losses(curves: pd.DataFrame) -> Spec:
     return spec
 
 
-def ratios(frame: pd.DataFrame, column: str, bound: Mapping[str, float], title: str) -> Spec:
+def ratios(frame: pd.DataFrame, column: str, bound: str, title: str) -> Spec:
     """Ratios to plain: a line with the interval for each label, and a mark at its bound. Takes `costs`' frame."""
-    values = [
-        {"label": label, "ratio": e.value, "low": e.low, "high": e.high, "bound": bound[label]}
-        for label, e in frame[column].items()
-    ]
+    estimates = pd.DataFrame(list(frame[column]), columns=["ratio", "low", "high", "num"])
+    values = estimates.assign(label=list(frame.index), bound=list(frame[bound]))
     y = {"field": "label", "type": "nominal", "sort": None, "title": None, "axis": {"labelLimit": 130, "ticks": False}}
     x = {"type": "quantitative", "scale": {"zero": False}, "title": title, "axis": {"tickCount": 5}}
     tip = [{"field": "label", "title": "case"}]
     tip += [{"field": name, "format": ".4f"} for name in ("ratio", "low", "high", "bound")]
-    spec = _spec(24 * len(values), pd.DataFrame(values))
+    spec = _spec(24 * len(values), values)
     spec["layer"] = [
         _layer("rule", {"x": {"datum": 1}}, color="var(--muted)"),
         _layer("rule", {"y": y, "x": x | {"field": "low"}, "x2": {"field": "high"}}, color=_SERIES[0], strokeWidth=3),
@@ -146,23 +145,8 @@ def _color(field: str, labels: Sequence[str]) -> dict[str, Any]:
     return {"field": field, "type": "nominal", "scale": scale, "legend": None}
 
 
-def _apart(places: Sequence[float], gap: float) -> list[float]:
-    """The places, moved as little as an even spread of those that collide needs, to be `gap` apart."""
-    order = sorted(range(len(places)), key=places.__getitem__)
-    groups: list[list[int]] = []
-    for index in order:
-        groups.append([index])
-        while len(groups) > 1 and _start(groups[-1], places, gap) < _start(groups[-2], places, gap) + gap * len(
-            groups[-2]
-        ):
-            last = groups.pop()
-            groups[-1] += last
-    moved = list(places)
-    for group in groups:
-        for number, index in enumerate(group):
-            moved[index] = _start(group, places, gap) + number * gap
-    return moved
-
-
-def _start(group: Sequence[int], places: Sequence[float], gap: float) -> float:
-    return sum(places[index] for index in group) / len(group) - gap * (len(group) - 1) / 2
+def _apart(places: pd.Series, gap: float) -> pd.Series:
+    """The places, moved up where they must be to be `gap` apart: losses fall, so that there is room above."""
+    order = places.sort_values()
+    steps = gap * np.arange(len(order))
+    return pd.Series(np.maximum.accumulate(order - steps) + steps, index=order.index)

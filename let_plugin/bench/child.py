@@ -31,25 +31,19 @@ def adapt(config: "Trainer.Config", num_blocks: int | None, test: Sequence[str] 
 
     `num_blocks`: train the student's first blocks only. `test`: (dataset, path) of a test split to evaluate as well.
     """
-    if num_blocks is not None:
-        from let_plugin.bench.converge import stacking
+    from let_plugin.bench.converge import observe, stacking
 
+    if num_blocks is not None:
         stacking.shorten(config, num_blocks)
     if test is not None:
-        from let_plugin.bench.converge.observe import add_test_split
-
-        add_test_split(config, *test)
+        observe.add_test_split(config, *test)
 
 
 def _watch(trainer: "Trainer", out: str, settings: dict[str, Any]) -> None:
-    if settings:
-        from let_plugin.bench.throughput.measure import Watch
+    from let_plugin.bench.converge.observe import Observer
+    from let_plugin.bench.throughput.measure import Watch
 
-        Watch(trainer, out, **settings).start()
-    else:
-        from let_plugin.bench.converge.observe import Observer
-
-        Observer(trainer, out).start()
+    (Watch(trainer, out, **settings) if settings else Observer(trainer, out)).start()
 
 
 if __name__ == "__main__":

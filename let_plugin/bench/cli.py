@@ -10,7 +10,7 @@ from typing import Any
 
 from let_plugin.bench.rows import command_line
 from let_plugin.config import load as toml_config
-from let_plugin.config.errors import ConfigError, Problem, listing
+from let_plugin.config.errors import ConfigError, Problem, exit_with
 
 _PROGRAM = "let-bench"
 _OF_LET_TRAIN = "Other options, --section.key VALUE, are let-train's."
@@ -28,8 +28,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             print(f"\n{_of_configuration(args, options, command)}")
     except ConfigError as error:
-        print(listing(error, _PROGRAM), file=sys.stderr)
-        raise SystemExit(2) from None
+        exit_with(error, _PROGRAM)
     except KeyboardInterrupt:
         print(f"\n{_PROGRAM}: interrupted; the same command continues from here", file=sys.stderr)
         raise SystemExit(130) from None
@@ -93,9 +92,6 @@ def _add_throughput(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=_integer(2), default=8, help="measured steps of a run, after 4 that are not (8)")
     help_ = "random teachers of P %% of the student's size, instead of the configured one"
     add("--teacher-share", type=share, nargs="+", action=_Unique, default=[], metavar="P", help=help_)
-    sizes: dict[str, Any] = {"type": _integer(1), "nargs": "+", "action": _Unique, "default": []}
-    add("--batch-sizes", metavar="B", help="local batch sizes", **sizes)
-    add("--seq-lens", metavar="L", help="sequence lengths", **sizes)
     add("--profile", action="store_true", help="one more run per case: where the overhead goes")
     help_ = "the cases make their steps in turn: for noisy machines, with memory for all of them at once"
     add("--interleave", action="store_true", help=help_)

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from let_plugin.bench import rows
@@ -65,14 +66,12 @@ def ratio(values: Sequence[float], baselines: Sequence[float]) -> Estimate:
 
 def step_at_loss(curve: Sequence[tuple[float, float]], loss: float) -> float | None:
     """The step at which a curve of (step, loss) first reached `loss`, linearly between points; None if it never did."""
-    previous: tuple[float, float] | None = None
-    for step, value in curve:
-        if value <= loss:
-            if previous is None or value == previous[1]:
-                return float(step)
-            return previous[0] + (step - previous[0]) * (previous[1] - loss) / (previous[1] - value)
-        previous = (step, value)
-    return None
+    steps, losses = np.reshape(curve, (-1, 2)).T
+    reached = np.flatnonzero(losses <= loss)
+    if not len(reached):
+        return None
+    around = [reached[0], max(reached[0] - 1, 0)]
+    return float(np.interp(loss, losses[around], steps[around]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +142,7 @@ def costs(own: Sequence[Row]) -> Suite | None:
         step_time, steps = ratio(ratios, [1.0] * len(ratios)), first["run_steps"]
         # As in the preflight report, which imports torchtitan: a table shall not wait for that. None: it never pays.
         affordable_steps = steps - (step_time.value - 1) * first["stop_step"]
+        kinds = list(first["peak_memory_bytes"])  # the first of them is what a bound is compared with
         line = {
             "label": label,
             "case": first["case"],
@@ -154,12 +154,15 @@ def costs(own: Sequence[Row]) -> Suite | None:
             "step_time": step_time,
             "flop_bound": 1 + first["flop_bound"],
             "memory_bound": first["memory_bound_bytes"],
+            "memory_kind": kinds[0],
             "break_even": steps / affordable_steps if affordable_steps > 0 else None,
         }
-        for kind in first["peak_memory_bytes"]:
-            peaks, plain_peaks = ([row["peak_memory_bytes"][kind] for row in some] for some in (measured, plain))
-            line |= {kind: median(peaks), f"{kind} / plain": ratio(peaks, plain_peaks)}
-            line.setdefault("more_memory", median(peaks) - median(plain_peaks))
+        for kind in kinds:
+            line |= {kind: median(_peaks(measured, kind))}
+            line |= {f"{kind} / plain": ratio(_peaks(measured, kind), _peaks(plain, kind))}
+        line["memory"] = line[f"{kinds[0]} / plain"]
+        line["more_memory"] = line[kinds[0]] - median(_peaks(plain, kinds[0]))
+        line["memory_bound_ratio"] = 1 + first["memory_bound_bytes"] / median(_peaks(plain, kinds[0]))
         lines.append(line)
     if not lines:
         return None
@@ -257,6 +260,10 @@ def _complete(found: Sequence[Row], index: str) -> dict[str, list[Row]]:
         by_label.setdefault(row["label"], {})[row[index]] = row
     complete = [key for key in next(iter(by_label.values()), ()) if all(key in own for own in by_label.values())]
     return {label: [own[key] for key in complete] for label, own in by_label.items()} if complete else {}
+
+
+def _peaks(measured: Sequence[Row], kind: str) -> list[float]:
+    return [row["peak_memory_bytes"][kind] for row in measured]
 
 
 def _step_time_ratio(row: Row, plain: Row) -> float:

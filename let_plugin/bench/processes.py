@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,43 +28,24 @@ class RunFailedError(RuntimeError):
 
 
 class Running:
-    """A module that runs in a process of its own, under torchrun for more than one process.
+    """`python -m MODULE ARGS` in a process of its own, under torchrun for more than one process.
 
-    Args:
-        module: Run as `python -m MODULE ARGS`.
-        args: Its arguments.
-        out: File for its result, as JSON; the log lies beside it.
-        what: Its name, for messages.
-        num_processes: Processes of the run.
+    It writes its result to `out`, as JSON; the log lies beside it. `what` is its name, for messages.
     """
 
     def __init__(self, module: str, args: Sequence[str], out: Path, *, what: str, num_processes: int) -> None:
-        self._what = what
-        self._out = out
-        self._log = out.with_suffix(".log")
-        self._grace = _GRACE_SECONDS
+        self._what, self._out, self._log = what, out, out.with_suffix(".log")
+        self._grace = _GRACE_SECONDS if num_processes == 1 else _GRACE_SECONDS_TORCHRUN
         launcher = [sys.executable, "-m"]
         if num_processes > 1:
-            self._grace = _GRACE_SECONDS_TORCHRUN
             launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes), "-m"]
-        environment = {key: value for key, value in os.environ.items() if key not in _JOB_VARIABLES}
-        environment.setdefault(_HUGE_PAGES, "1")
+        environment = {_HUGE_PAGES: "1"} | {k: value for k, value in os.environ.items() if k not in _JOB_VARIABLES}
         out.parent.mkdir(parents=True, exist_ok=True)
         out.unlink(missing_ok=True)
-        with self._log.open("w") as stream:
-            command = [*launcher, module, *args]
+        with self._log.open("w") as log:
             # A process group of its own, to be killed as a whole. Ctrl-C then reaches let-bench only, which stops it.
-            self._process = subprocess.Popen(
-                command, env=environment, stdout=stream, stderr=subprocess.STDOUT, process_group=0
-            )
-
-    @classmethod
-    def of(cls, request: Mapping[str, Any], out: Path, *, what: str, num_processes: int) -> "Running":
-        """A run of let-train that is measured; for `request` see `child`."""
-        out.parent.mkdir(parents=True, exist_ok=True)
-        file = out.with_suffix(".request.json")
-        file.write_text(json.dumps({"out": str(out), **request}))
-        return cls("let_plugin.bench.child", [str(file)], out, what=what, num_processes=num_processes)
+            streams: dict[str, Any] = {"stdout": log, "stderr": subprocess.STDOUT}
+            self._process = subprocess.Popen([*launcher, module, *args], env=environment, process_group=0, **streams)
 
     def check(self) -> None:
         """RunFailedError if it has ended."""
@@ -121,23 +103,16 @@ def slug(label: str) -> str:
 
 
 class Progress:
-    """Prints what is done and how long the rest will take: each run as long as those before it on average.
+    """Prints what is done and how long the rest will take: each run as long as those before it on average."""
 
-    `num_left`: how many runs are to come; it may be set anew.
-    """
-
-    def __init__(self, num_left: int) -> None:
+    def __init__(self, num_left: int) -> None:  # of runs; may be set anew
         self.num_left = num_left
-        self._num_done = 0
-        self._started = self._last = time.monotonic()
+        self._num_done, self._started = 0, time.monotonic()
 
     def after(self, message: str) -> None:
         """The next run has ended."""
-        now = time.monotonic()
         self.num_left -= 1
         self._num_done += 1
-        left = round((now - self._started) / self._num_done * self.num_left)
-        eta = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+        mean = (time.monotonic() - self._started) / self._num_done
         done = f"[{self._num_done}/{self._num_done + self.num_left}]"
-        print(f"{done} {message} ({now - self._last:.0f} s; {eta} left)", flush=True)
-        self._last = now
+        print(f"{done} {message} ({timedelta(seconds=round(mean * self.num_left))} left)", flush=True)

@@ -38,26 +38,21 @@ _REQUIRED = {"kind", "command", "time", "commit", "versions", "device", "config"
 
 
 def provenance() -> dict[str, Any]:
-    """Where a result comes from: time, commit, whether the package has changed since, device, versions.
+    """Where a result comes from: time, commit, whether the package has changed since, its code, device, versions.
 
-    The commit is that of this package's own checkout; None for an installed package. `code` names the package's files
-    as they are: another commit may have the same.
+    The commit is that of this package's own checkout; None for an installed package. `code` is a hash of its modules.
     """
     folder = Path(let_plugin.__file__).parent
-    commit = dirty = code = None
+    commit = dirty = None
     if _git(folder, "ls-files", "--error-unmatch", "__init__.py") is not None:
         commit = _git(folder, "rev-parse", "--short", "HEAD")
-        changes = _git(folder, "status", "--porcelain", "--", ".")
-        dirty = None if changes is None else changes != ""
-        code = _git(folder, "rev-parse", "HEAD:./")
-        if dirty:
-            content = f"{code}{changes}{_git(folder, 'diff', 'HEAD', '--', '.')}"
-            code = hashlib.sha256(content.encode()).hexdigest()
+        dirty = _git(folder, "status", "--porcelain", "--", ".") != ""
+    content = b"".join(file.read_bytes() for file in sorted(folder.rglob("*.py")))
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "commit": commit,
         "dirty": dirty,
-        "code": code and code[:12],
+        "code": hashlib.sha256(content).hexdigest()[:12],
         "device": f"{platform.machine()} {platform.system()}, {os.cpu_count()} cores",
         "versions": {name: version(name) for name in _DISTRIBUTIONS if any(distributions(name=name))},
     }
@@ -70,7 +65,7 @@ def fingerprint(origin: Mapping[str, Any], *content: Any) -> str:
 
 
 def command_line(program: str, argv: Sequence[str]) -> str:
-    """A command as one would type it. Absolute paths inside the checkout are made relative."""
+    """A command as one would type it."""
     return without_checkout(f"{program} {shlex.join(argv)}")
 
 
@@ -90,17 +85,10 @@ def row(
     origin: Mapping[str, Any],
     **details: Any,
 ) -> dict[str, Any]:
-    """A row.
+    """A row: `values`, finite, at least one (ValueError for others), of what a `command` has measured.
 
-    Args:
-        kind: What has been measured, such as "throughput".
-        command: The command that measured it.
-        config: The run's full effective configuration as TOML.
-        seed: Its seed; None if it was not fixed.
-        unit: Unit of the values.
-        values: The raw measurements, finite, at least one. ValueError for others.
-        origin: `provenance()`, taken before the run.
-        details: Fields of this kind of row.
+    `config` is the run's full effective configuration as TOML, `seed` its seed (None: not fixed), `origin` the
+    `provenance()` of before the run; `details` are the fields of this kind of row.
     """
     if not values or not all(map(math.isfinite, values)):
         raise ValueError(f"expected finite numbers, at least one: {values}")

@@ -1,8 +1,10 @@
 """The runs of a suite: a user's TOML file and options, with those of a case or a method after them."""
 
+import argparse
+import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.trainer import Trainer
 
 from let_plugin.bench import child, rows
+from let_plugin.bench.processes import RunFailedError, Running
 from let_plugin.config import load as toml_config
 from let_plugin.config import plan
 from let_plugin.config.errors import ConfigError, Problem
@@ -37,15 +40,40 @@ class Run:
     settings: Mapping[str, Any]  # of the class that measures it
     details: Mapping[str, Any]  # what its rows say besides
 
-    def id(self, origin: Mapping[str, Any], *more: Any) -> str:
-        """The same for the same run of the same code on the same device. `more`: what else must be the same."""
-        return rows.fingerprint(origin, asdict(self), *more)
-
     def row(self, kind: str, origin: Mapping[str, Any], command: str, unit: str, values: Any, **more: Any) -> Any:
         """A row of what it has measured (see `rows.row`)."""
         own: dict[str, Any] = {"label": self.label, "let_train": rows.command_line("let-train", self.argv)}
         fields = {"command": command, "config": self.config, "unit": unit, "values": values, "origin": origin}
         return rows.row(kind, **fields, **own, **self.details, **more)
+
+
+class Suite:
+    """Runs whose rows go into a file. What a killed suite has left there counts.
+
+    `args` and `command` are the command line, parsed and as text; `same` is what else must be the same, as JSON, for
+    rows to be compared: it, and the code, versions and device, make the suite's `id`.
+    """
+
+    def __init__(self, args: argparse.Namespace, command: str, *same: Any) -> None:
+        self._args, self._command = args, command
+        self._same = [*same, args.processes]
+        self._origin = rows.provenance()
+        self.id = rows.fingerprint(self._origin, *self._same)
+
+    def _origin_now(self) -> dict[str, Any]:
+        """Where the next row comes from. RunFailedError if the package has changed since the suite began."""
+        origin = rows.provenance()
+        if rows.fingerprint(origin, *self._same) != self.id:
+            raise RunFailedError("let_plugin has changed since the suite began: what is run now is other code")
+        return origin
+
+    def _start(self, name: str, what: str, **request: Any) -> Running:
+        """A run of let-train that is measured; for `request` see `child`."""
+        out = self._args.work_dir / self.id / f"{name}.json"
+        file = out.with_suffix(".request.json")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"out": str(out), **request}))
+        return Running("let_plugin.bench.child", [str(file)], out, what=what, num_processes=self._args.processes)
 
 
 class Setup:

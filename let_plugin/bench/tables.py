@@ -107,16 +107,16 @@ def choices(suite: Suite) -> list[str]:
 
     said = []
     for row in suite.choices:
+        diverged = row.get("diverged", [])
+        grid = [*row["weights"], *diverged]
         losses = ", ".join(f"{name(w)}: {loss:.4f}" for w, loss in zip(row["weights"], row["values"], strict=True))
         seeds = ", ".join(map(str, row["tuning_seeds"]))
         chosen = row["chosen"] if isinstance(row["chosen"], str) else f"weight {row['chosen']:g}"
         line = f"{row['method']}: {chosen}, by the validation loss (seed {seeds}) of {losses}"
-        diverged = row.get("diverged", [])
-        if diverged:
-            line += f" (diverged: {', '.join(map(name, diverged))})"
-        grid = [*row["weights"], *diverged]
-        at_end = row.get("at_end", len(grid) > 1 and row["chosen"] in (min(grid), max(grid)))
-        said.append(f"{line}; at the end of the grid, so a better one may lie beyond it" if at_end else line)
+        line += f" (diverged: {', '.join(map(name, diverged))})" if diverged else ""
+        if not isinstance(row["chosen"], str) and len(grid) > 1 and row["chosen"] in (min(grid), max(grid)):
+            line += "; at the end of the grid, so a better one may lie beyond it"
+        said.append(line)
     return said
 
 
@@ -136,20 +136,19 @@ def _cost_cells(line: pd.Series) -> dict[str, str]:
     cells = {
         "tokens/s": f"{line['tokens_per_second']:,.0f}",
         "ms/step": f"{1000 * line['seconds']:,.1f}",
-        "step time / plain": "1" if line["is_baseline"] else line["step_time"].text(".4f"),
-        "FLOP bound": "" if line["is_baseline"] else f"{line['flop_bound']:.4f}",
+        "step time / plain": line["step_time"].text(".4f"),
+        "FLOP bound": f"{line['flop_bound']:.4f}",
     }
     for name in (name for name in line.index if name.endswith(" / plain")):
         kind = name.removesuffix(" / plain")
-        cells |= {
-            f"{kind} MiB": f"{line[kind] / MIB:,.1f}",
-            name: "1" if line["is_baseline"] else line[name].text(".4f"),
-        }
-    if line["is_baseline"]:
-        return cells | {"+ MiB": "", "bound + MiB": "", "break-even": ""}
+        cells |= {f"{kind} MiB": f"{line[kind] / MIB:,.1f}", name: line[name].text(".4f")}
     pays = "never" if pd.isna(line["break_even"]) else f"{line['break_even']:.3f}x"
     cells |= {"+ MiB": f"{line['more_memory'] / MIB:+,.1f}", "bound + MiB": f"{line['memory_bound'] / MIB:+,.1f}"}
-    return cells | {"break-even": pays if line["flop_bound"] > 1 else ""}
+    cells["break-even"] = pays if line["flop_bound"] > 1 else ""
+    if line["is_baseline"]:
+        cells |= {name: "1" for name in cells if name.endswith(" / plain")}
+        cells |= dict.fromkeys(("FLOP bound", "+ MiB", "bound + MiB", "break-even"), "")
+    return cells
 
 
 def _gain_cells(line: pd.Series) -> dict[str, str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tomli
 
-from let_plugin.bench import rows
+from let_plugin.bench import report, rows
 from let_plugin.demo import compare
 
 
@@ -56,7 +56,7 @@ def main() -> None:
     (out / "result.json").write_text(json.dumps(row) + "\n")
     if args.record is not None:
         rows.append(args.record, row)
-    compare.plot(runs["plain"], runs["let"], out / "comparison.png")
+    report.plot([out / "plain", out / "let"], out / "comparison.png")
 
     print(f"\n{compare.table(result)}\n")
     print(f"plot         {out / 'comparison.png'}")

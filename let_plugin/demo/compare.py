@@ -1,4 +1,4 @@
-"""Two runs that differ only in LET, side by side: what their `metrics.jsonl` say, as numbers, a table and a plot."""
+"""Two runs that differ only in LET, side by side: what their `metrics.jsonl` say, as numbers and a table."""
 
 import json
 from collections.abc import Sequence
@@ -75,23 +75,3 @@ def table(result: dict[str, Any]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     padded = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
     return "\n".join([*padded, verdict])
-
-
-def plot(plain: History, let: History, path: Path) -> None:
-    """Writes a PNG: both held-out curves, and below them lambda and the cosine."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 6), layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    for run, name, color in ((plain, "plain", "tab:grey"), (let, "LET", "tab:blue")):
-        upper.plot(*zip(*run.validation, strict=True), marker="o", markersize=3, color=color, label=name)
-    upper.axhline(plain.validation[-1][1], color="tab:grey", linewidth=0.8, linestyle=":")
-    upper.set_ylabel("held-out loss (nats per token)")
-    upper.legend()
-    axes = ((lower, "let/lambda", "lambda", "tab:orange"), (lower.twinx(), "let/cosine", "cosine", "tab:blue"))
-    for axis, key, name, color in axes:
-        points = [(line["step"], line[key]) for line in let.train if key in line]
-        axis.plot([step for step, _ in points], [value for _, value in points], color=color)
-        axis.set_ylabel(name, color=color)
-    lower.set_xlabel("step")
-    figure.savefig(path, dpi=130)

@@ -19,7 +19,6 @@ import gzip
 import json
 import lzma
 import shlex
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby, islice
@@ -29,7 +28,7 @@ from statistics import fmean
 from typing import IO, Any
 
 from let_plugin.config import TeacherConfig
-from let_plugin.config.errors import ConfigError, Problem, listing
+from let_plugin.config.errors import ConfigError, Problem, exit_with
 
 # torchtitan is imported in the functions: the command line sets the host up first.
 
@@ -42,8 +41,7 @@ def read_costs(out: Path) -> dict[str, Any]:
     """`flops`, `tokens` and `seconds` of the selection that made a file. ConfigError if it is not from here."""
     try:
         content = json.loads(Path(f"{out}.costs.json").read_text())
-        types = {"flops": float, "tokens": int, "seconds": float}
-        return {name: make(content[name]) for name, make in types.items()}
+        return {name: content[name] for name in ("flops", "tokens", "seconds")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         message = f"no selection of let_plugin.bench.converge.data_selection: its costs cannot be read ({error})"
         raise ConfigError(Problem("--selected-text", message, str(out))) from error
@@ -67,8 +65,9 @@ def select(config: Any, reference: TeacherConfig, out: Path, keep: float) -> dic
     flops = num_tokens = 0
     for source in sources.values():
         losses = _losses(config, tokenizer, source)
-        num_tokens += sum(count for _, count in losses)
-        flops += 2 * source.info.num_language_model_params * sum(count for _, count in losses)
+        num_read = sum(count for _, count in losses)
+        num_tokens += num_read
+        flops += 2 * source.info.num_language_model_params * num_read
         means.append([loss / max(count, 1) for loss, count in losses])
     scores = [reference - teacher for teacher, reference in zip(*means, strict=True)]
     if not scores:
@@ -85,10 +84,8 @@ def select(config: Any, reference: TeacherConfig, out: Path, keep: float) -> dic
         "seconds": time.perf_counter() - started,
         "documents": len(scores),
         "kept": len(numbers),
-        "lowest_score_kept": min(scores[number] for number in numbers),
-        **{f"mean_{name}_nll": fmean(own) for name, own in zip(("teacher", "reference"), means, strict=True)},
-        "teacher": sources["let.teacher"].info.description,
-        "reference": sources["--reference"].info.description,
+        "mean_nll": {key: fmean(own) for key, own in zip(sources, means, strict=True)},
+        "models": {key: source.info.description for key, source in sources.items()},
     }
     Path(f"{out}.costs.json").write_text(json.dumps(costs, indent=1) + "\n")
     return costs
@@ -108,8 +105,7 @@ def document_losses(
 
     from let_plugin.teacher.language_model import row_loss_sums
 
-    def part_losses() -> Iterator[tuple[int, list[float]]]:
-        """(number of the document, [loss, number of tokens]) of each part of a document."""
+    def part_losses() -> Iterator[tuple[int, list[float]]]:  # (number of the document, [loss, number of tokens])
         parts = (
             (number, torch.tensor(document[start : start + seq_len + 1], dtype=torch.int64))
             for number, document in enumerate(documents)
@@ -170,14 +166,11 @@ def _check_vocabulary(tokenizer: Any, source: Any, model: TeacherConfig, key: st
     """Both models must read the student's tokens."""
     from let_plugin.tokens.vocabulary import compare_vocabularies
 
-    if not model.check_vocabulary:
-        return
-    known, message = source.vocabulary(), ""
-    if not known:
-        message = "it has no tokenizer to compare; name its tokenizer_path, or set check_vocabulary = false"
-    elif differing := compare_vocabularies(tokenizer.get_vocab(), known):
-        message = f"its tokenizer is not the student's: {len(differing):,} ids differ"
-    if message:
+    known = source.vocabulary() if model.check_vocabulary else None
+    if known is not None and (not known or compare_vocabularies(tokenizer.get_vocab(), known)):
+        message = "its tokenizer is not the student's"
+        if not known:
+            message = "it has no tokenizer to compare; name its tokenizer_path, or set check_vocabulary = false"
         raise ConfigError(Problem(key, message, model.path or model.spec))
 
 
@@ -190,10 +183,9 @@ def _texts(config: Any) -> Iterator[str]:
         yield entry.sample_processor(sample)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    description = __doc__.split("\n\n")[0]
-    parser = argparse.ArgumentParser(prog=_PROGRAM, description=description, allow_abbrev=False)
+def main(argv: list[str] | None = None) -> None:
+    """The command line; SystemExit with code 2 for bad input."""
+    parser = argparse.ArgumentParser(prog=_PROGRAM, description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("config", type=Path, metavar="CONFIG.toml", help="its documents, and let.teacher")
     help_ = "path, or options of let-train ('--let.teacher.spec x --let.teacher.path y'), for the reference"
     parser.add_argument("--reference", required=True, metavar="MODEL", help=help_)
@@ -209,22 +201,19 @@ def main(argv: list[str] | None = None) -> int:
     if args.reference.lstrip().startswith("--"):
         own = ["--let.teacher.path", "", *shlex.split(args.reference)]
     try:
-        runtime = toml_config.read([str(args.config), *options]).runtime
-        host.set_up(runtime.device)
+        host.set_up(toml_config.read([str(args.config), *options]).runtime.device)
         data.register()
         config: Any = toml_config.load(args.config, options).config
         reference: Any = toml_config.load(args.config, [*options, "--let.teacher.features", "", *own]).config
         costs = select(config, reference.let.teacher, args.out, args.keep)
     except ConfigError as error:
-        print(listing(error, _PROGRAM), file=sys.stderr)
-        return 2
+        exit_with(error, _PROGRAM)
     print(
         f"wrote {args.out}: {costs['kept']:,} of {costs['documents']:,} documents; mean NLL per token and document: "
-        f"teacher {costs['mean_teacher_nll']:.3f}, reference {costs['mean_reference_nll']:.3f}; "
+        f"{', '.join(f'{key} {nll:.3f}' for key, nll in costs['mean_nll'].items())}; "
         f"{costs['flops']:.3g} FLOPs, {costs['seconds']:.0f} s"
     )
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -20,9 +20,10 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import tomli
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from let_plugin.bench.rows import BASELINE
 from let_plugin.config.errors import ConfigError, Problem, suggest
@@ -79,11 +80,19 @@ METHODS = {
 }
 
 
+class _Entry(TypedDict, total=False):
+    """A method in a file."""
+
+    options: list[str]
+    like: str
+    grid: dict[str, list[str | int | float]]
+
+
 def read_file(path: Path) -> dict[str, Method]:
-    """Methods of a TOML file beside the built-in ones, which it may replace.
+    """Methods of a TOML file beside the built-in ones, which it may replace. ConfigError lists what is wrong.
 
     An entry is `name = ["--key", "value", ...]`, or a table with `options`, `like` and `grid`, of which `grid` is a
-    table of key = [values]. ConfigError lists what is wrong.
+    table of key = [values].
     """
     try:
         content = tomli.loads(path.read_text(encoding="utf-8"))
@@ -91,17 +100,16 @@ def read_file(path: Path) -> dict[str, Method]:
         raise ConfigError(Problem("--methods-file", f"cannot be read: {error}", str(path))) from error
     found, problems = dict(METHODS), []
     for name, entry in content.items():
-        table: dict[str, Any] = entry if isinstance(entry, dict) else {"options": entry}
-        grid = table.get("grid")
-        right = table.keys() <= {"options", "like", "grid"} and _is_list(table.get("options", []), str)
-        right = right and isinstance(table.get("like", ""), str) and (grid is None or isinstance(grid, dict))
-        if not right or any(not _is_list(values, (str, int, float)) for values in (grid or {}).values()):
-            message = "expected a list of let-train options, or a table of options, like and grid"
+        given = entry if isinstance(entry, dict) else {"options": entry}
+        try:
+            table = check_type(given, _Entry, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+        except TypeCheckError as error:
+            message = f"expected a list of let-train options, or a table of options, like and grid: {error}"
             problems.append(Problem(f"--methods-file: {name}", message, entry))
             continue
-        grid = grid and {_key(key): [str(value) for value in values] for key, values in grid.items()}
+        grid = {_key(key): [str(value) for value in values] for key, values in table.get("grid", {}).items()}
         options = tuple(table.get("options", []))
-        found[name] = Method(name=name, options=options, like=table.get("like", ""), grid=grid)
+        found[name] = Method(name=name, options=options, like=table.get("like", ""), grid=grid or None)
     problems += [
         Problem(f"--methods-file: {method.name}.like", f"unknown method; {suggest(method.like, found)}", method.like)
         for method in found.values()
@@ -113,34 +121,22 @@ def read_file(path: Path) -> dict[str, Method]:
 
 
 def parse(text: str, known: Mapping[str, Method]) -> Method:
-    """The method of an entry of `--methods`. ConfigError if there is no such method.
+    """The method of an entry of `--methods`, out of the `known` ones. ConfigError if there is no such method.
 
-    Args:
-        text: NAME; NAME@WEIGHT, at that `let.weight`; or 'NEW = NAME --key value ...', which adds options to one.
-        known: Name -> method.
+    `text` is NAME; NAME@WEIGHT, at that `let.weight`; or 'NEW = NAME --key value ...', which adds options to one.
     """
     new, equals, definition = text.partition("=")
     if equals and not new.strip().startswith("-"):
         base, *options = shlex.split(definition)
-        return replace(parse(base, known), name=new.strip(), options=(*parse(base, known).options, *options))
+        method = parse(base, known)
+        return replace(method, name=new.strip(), options=(*method.options, *options))
     name, at, weight = text.partition("@")
     if name not in known:
         raise ConfigError(Problem("--methods", f"unknown method; {suggest(name, known)}", text))
     method = known[name]
-    if not at:
-        return method
-    try:
-        is_weight = 0 < float(weight) < float("inf")
-    except ValueError:
-        is_weight = False
-    if not is_weight or _OFF in method.options:
-        message = f"{name} has no weight" if _OFF in method.options else "the weight must be a number above 0"
-        raise ConfigError(Problem("--methods", message, text))
-    return replace(method, options=(*method.options, f"--{WEIGHT}", weight), asked=text)
-
-
-def _is_list(value: Any, types: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(element, types) for element in value)
+    if at and _OFF in method.options:
+        raise ConfigError(Problem("--methods", f"{name} has no weight", text))
+    return replace(method, options=(*method.options, f"--{WEIGHT}", weight), asked=text) if at else method
 
 
 def _key(option: str) -> str:

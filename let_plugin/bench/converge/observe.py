@@ -1,12 +1,9 @@
 """What a run of a convergence suite does at each evaluation: its losses, and the time and memory of training."""
 
-import json
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import fields, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -14,7 +11,7 @@ from torchtitan.components.validate import Validator
 from torchtitan.tools import utils
 from torchtitan.trainer import Trainer
 
-from let_plugin.bench.throughput.measure import largest_of_ranks, local_peak_memory
+from let_plugin.bench.throughput import measure
 from let_plugin.config.errors import ConfigError, Problem
 from let_plugin.runtime.held_out import TwoSplitValidator
 
@@ -38,8 +35,7 @@ class Observer:
     """
 
     def __init__(self, trainer: Trainer, out: str) -> None:
-        self._trainer: Any = trainer
-        self._out = out
+        self._trainer, self._out = cast(Any, trainer), out
         self._train_step = trainer.train_step
         self._validate = self._trainer.validator.validate
         self._device_module: Any = utils.device_module
@@ -64,7 +60,7 @@ class Observer:
 
     def _note_peak(self) -> None:
         if not self._is_evaluating:
-            found = local_peak_memory(self._trainer.device, self._device_module)
+            found = measure.local_peak_memory(self._trainer.device)
             self._peaks = {name: max(value, self._peaks.get(name, 0)) for name, value in found.items()}
         self._reset()
 
@@ -85,7 +81,6 @@ class Observer:
 
     def _write(self) -> None:
         device = self._trainer.device
-        memory = largest_of_ranks(self._peaks, device)
         # With pipeline parallelism only the last stage knows the losses; the others have less than any.
         losses = [[point["validation_loss"], point["test_loss"]] for point in self._curve]
         known = torch.tensor(losses, dtype=torch.float64, device=device)
@@ -93,12 +88,8 @@ class Observer:
         for point, (validation, test) in zip(self._curve, known.tolist(), strict=True):
             point |= {"validation_loss": validation, "test_loss": test}
         result = {
-            "device_name": self._device_module.get_device_name(),
-            "num_threads": torch.get_num_threads(),
             "curve": {name: [point[name] for point in self._curve] for name in self._curve[0]},
             "wall_seconds": time.perf_counter() - self._created,
-            "peak_memory_bytes": memory,
-            "peak_is_of_training": getattr(self._device_module, "peak_is_resettable", True),
+            "peak_is_of_training": measure.peak_is_resettable(),
         }
-        if os.environ["RANK"] == "0":
-            Path(self._out).write_text(json.dumps(result))
+        measure.write(self._out, result, self._peaks, device)

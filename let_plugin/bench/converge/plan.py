@@ -25,19 +25,16 @@ Point = tuple[tuple[str, str], ...]
 
 
 class Planner:
-    """The runs of a suite, checked. ConfigError lists all that is wrong with any of them.
-
-    `methods` are those that were asked for, the baseline first; `grid` has the values that each is tuned over, by key.
-    """
+    """The runs of a suite, checked. ConfigError lists all that is wrong with any of them."""
 
     def __init__(self, args: argparse.Namespace, options: Sequence[str]) -> None:
         self._args = args
         if short := [grid for grid in args.grid if len(grid) < 2]:
             raise ConfigError(Problem("--grid", "give a key and its values", grid) for grid in short)
-        self.grid: dict[str, Sequence[str]] = {key.replace("-", "_"): values for key, *values in args.grid}
+        self._grid: dict[str, Sequence[str]] = {key.replace("-", "_"): values for key, *values in args.grid}
         if args.weights:
-            self.grid[WEIGHT] = [f"{weight:g}" for weight in args.weights]
-        self._known, self.methods = asked(args)
+            self._grid[WEIGHT] = [f"{weight:g}" for weight in args.weights]
+        self._known, self.methods = _asked(args)  # those that were asked for: the baseline first
         test = (args.test_dataset, args.test_path) if args.test_dataset else None
         self.setup = Setup(args.config, [*options, *QUIET, "--validator.enable"], args.processes, test)
         self._check()
@@ -46,17 +43,17 @@ class Planner:
 
     def tuned(self) -> list[Method]:
         """The methods whose settings are chosen out of the grid. A control takes those of the method it is like."""
-        own = [self._known[method.like] if method.like else method for method in self.methods]
-        return [method for method in dict.fromkeys(own) if method.tuned_over(self.grid)]
+        own = dict.fromkeys(self._known.get(method.like, method) for method in self.methods)
+        return [method for method in own if method.tuned_over(self._grid)]
 
     def points(self, method: Method) -> list[Point]:
         """The points of a method's grid."""
-        grid = method.tuned_over(self.grid)
+        grid = method.tuned_over(self._grid)
         return [tuple(zip(grid, values, strict=True)) for values in product(*grid.values())]
 
     def chosen(self, method: Method, chosen: Mapping[Method, Point]) -> Point:
         """What was chosen for a method, or for the one it is like, without what its own options set."""
-        point = chosen.get(self._known[method.like] if method.like else method, ())
+        point = chosen.get(self._known.get(method.like, method), ())
         return tuple((key, value) for key, value in point if key in method.tuned_over({key: [value]}))
 
     def run(self, method: Method, point: Point, seed: int) -> Run:
@@ -143,7 +140,7 @@ class Planner:
                 data_selection.read_costs(self._args.selected_text)
         cells: list[tuple[Method, Point]] = [(method, ()) for method in [*self.methods, *self.tuned()]]
         for method in self.tuned():  # each value of a grid once, not each combination
-            own = method.tuned_over(self.grid)
+            own = method.tuned_over(self._grid)
             cells += [(method, ((key, value),)) for key, values in own.items() for value in values]
         self.setup.check(list(dict.fromkeys(tuple(self._options(*cell)) for cell in cells)))
 
@@ -155,7 +152,7 @@ def split(loader: Any) -> dict[str, Any]:
     return {key: value if isinstance(value, plain) else str(value) for key, value in values.items()}
 
 
-def asked(args: argparse.Namespace) -> tuple[dict[str, Method], list[Method]]:
+def _asked(args: argparse.Namespace) -> tuple[dict[str, Method], list[Method]]:
     """All methods by name, and those that were asked for, the baseline first. ConfigError lists what is wrong."""
     known = dict(methods.METHODS) if args.methods_file is None else methods.read_file(args.methods_file)
     found, problems = [known[BASELINE]], []

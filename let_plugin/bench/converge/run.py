@@ -2,18 +2,22 @@
 
 import argparse
 import math
-import shlex
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from let_plugin.bench import rows, tables
+import numpy as np
+import pandas as pd
+
+from let_plugin.bench import rows, runs, tables
 from let_plugin.bench.converge import stacking
 from let_plugin.bench.converge.methods import WEIGHT, Method
 from let_plugin.bench.converge.plan import Planner, Point
-from let_plugin.bench.processes import Progress, RunFailedError, Running, slug
+from let_plugin.bench.processes import Progress, RunFailedError, slug
 from let_plugin.bench.rows import BASELINE, CHOICE, CONVERGE, DIVERGED
 from let_plugin.bench.runs import Run
 from let_plugin.config import load as toml_config
@@ -30,19 +34,16 @@ def run(args: argparse.Namespace, options: Sequence[str], command: str) -> str:
     return tables.text([args.out], suite.id)
 
 
-class Suite:
+class Suite(runs.Suite):
     """Runs what is not in the result file yet: each method with one seed, then with the next.
 
-    What a killed suite has left in the file counts; a run that was broken off starts from zero.
+    A run that was broken off starts from zero.
     """
 
     def __init__(self, planner: Planner, args: argparse.Namespace, command: str) -> None:
-        self._planner = planner
-        self._args = args
-        self._command = command
-        self._origin = rows.provenance()
         self._common = toml_config.dump(planner.setup.load([]))
-        self.id = rows.fingerprint(self._origin, self._common, args.processes)
+        super().__init__(args, command, self._common)
+        self._planner = planner
         self._tuned = {method: planner.points(method) for method in planner.tuned()}
         self._chosen: dict[Method, Point] = {}
         self._progress = Progress(0)
@@ -51,14 +52,12 @@ class Suite:
         """Runs the grids, and chooses by the validation split."""
         seeds = self._args.tuning_seeds
         cells = [(method, point) for method, points in self._tuned.items() for point in points]
-        runs = {(*cell, seed): self._planner.run(*cell, seed) for seed in seeds for cell in cells}
-        self._run(list(runs.values()), "tuning", len(self._args.seeds) * len(self._planner.methods))
+        planned = {(*cell, seed): self._planner.run(*cell, seed) for seed in seeds for cell in cells}
+        self._run(list(planned.values()), "tuning", len(self._args.seeds) * len(self._planner.methods))
         found = self._found()
         for method, points in self._tuned.items():
-            losses = [
-                sum(_final_loss(found[self._id(runs[method, point, seed])]) for seed in seeds) / len(seeds)
-                for point in points
-            ]
+            each = [[_final_loss(found[self._id(planned[method, point, seed])]) for seed in seeds] for point in points]
+            losses = [fmean(own) for own in each]
             best = min(range(len(points)), key=losses.__getitem__)
             if not math.isfinite(losses[best]):
                 raise RunFailedError(f"{method.name!r} has diverged at each point of the grid; take smaller values")
@@ -68,25 +67,25 @@ class Suite:
     def finish(self) -> None:
         """Runs the methods with each seed."""
         cells = [(method, self._planner.chosen(method, self._chosen)) for method in self._planner.methods]
-        runs = {self._id(own): own for seed in self._args.seeds for own in (self._planner.run(*c, seed) for c in cells)}
+        planned = [self._planner.run(*cell, seed) for seed in self._args.seeds for cell in cells]
         found = self._found()
-        for known in (found[id_] for id_ in runs if id_ in found):
-            _refuse_without_baseline(known)
-        self._run(list(runs.values()), "result")
-        for own in (self._found()[id_] for id_ in runs):
-            if own["role"] != "result":  # it was run to tune, and is a result as well
-                rows.append(self._args.out, own | {"role": "result"})
+        for own in planned:
+            if known := found.get(self._id(own)):
+                _refuse_without_baseline(known)
+        self._run(planned, "result")
+        found = self._found()
+        for known in (found[self._id(own)] for own in planned):
+            if known["role"] != "result":  # it was run to tune, and is a result as well
+                rows.append(self._args.out, known | {"role": "result"})
 
-    def _run(self, runs: Sequence[Run], role: str, num_later: int = 0) -> None:
+    def _run(self, planned: Sequence[Run], role: str, num_later: int = 0) -> None:
         found = self._found()
-        missing = [own for own in runs if self._id(own) not in found]
-        if known := len(runs) - len(missing):
-            print(f"{self._args.out} has {known} of {len(runs)} {role} runs already", flush=True)
+        missing = [own for own in planned if self._id(own) not in found]
+        if known := len(planned) - len(missing):
+            print(f"{self._args.out} has {known} of {len(planned)} {role} runs already", flush=True)
         self._progress.num_left = len(missing) + num_later
         for own in missing:
-            origin = rows.provenance()
-            if rows.fingerprint(origin, self._common, self._args.processes) != self.id:
-                raise RunFailedError("let_plugin has changed since the suite began: what is run now is other code")
+            origin = self._origin_now()
             details = {"suite": self.id, "run": self._id(own), "role": role, "num_processes": self._args.processes}
             new = row(own, self._execute(own), origin, self._command, details)
             rows.append(self._args.out, new)
@@ -99,19 +98,13 @@ class Suite:
     def _execute(self, own: Run) -> dict[str, Any]:
         """What was observed in a run, and its `preparation`. RunFailedError if it fails."""
         name = f"{slug(own.label)}-seed-{own.details['seed']}"
-        scratch = (self._args.work_dir / "dump" / f"{name}-shallow").absolute()
-        for left in (self._args.work_dir / "dump" / name, scratch):  # of a run that was broken off
+        dump = (self._args.work_dir / "dump" / name).absolute()
+        scratch = dump.with_name(f"{name}-shallow")
+        for left in (dump, scratch):  # of a run that was broken off
             shutil.rmtree(left, ignore_errors=True)
         argv, preparation = own.argv, own.details["preparation"]
         if preparation["what"] == "shallow model":
-            steps, blocks = str(self._args.gstack_steps), self._args.gstack_blocks
-            saved = ["--checkpoint.enable", "--checkpoint.async_mode", "disabled", "--checkpoint.folder", "saved"]
-            saved += ["--training.steps", steps, "--validator.freq", steps, "--dump_folder", str(scratch)]
-            observed = self._observe([*argv, *saved], f"{name}-shallow", blocks)
-            started = time.perf_counter()
-            config = toml_config.load(self._args.config, list(argv[1:])).config
-            stacking.grow(config, blocks, str(scratch / "saved" / f"step-{steps}"), scratch / "initial")
-            seconds = observed["wall_seconds"] + time.perf_counter() - started
+            seconds = self._grow(argv, scratch, f"{name}-shallow")
             preparation = preparation | {"seconds": seconds}
             initial = ["--checkpoint.initial-load-path", str(scratch / "initial")]
             argv = [*argv, "--checkpoint.enable", "--checkpoint.load-only", *initial]
@@ -119,44 +112,41 @@ class Suite:
         shutil.rmtree(scratch, ignore_errors=True)
         return result | {"preparation": preparation}
 
+    def _grow(self, argv: Sequence[str], scratch: Path, name: str) -> float:
+        """Trains the shallow model, and makes the first weights of the student out of it; returns the seconds."""
+        steps, blocks = str(self._args.gstack_steps), self._args.gstack_blocks
+        saved = ["--checkpoint.enable", "--checkpoint.async_mode", "disabled", "--checkpoint.folder", "saved"]
+        saved += ["--training.steps", steps, "--validator.freq", steps, "--dump_folder", str(scratch)]
+        observed = self._observe([*argv, *saved], name, blocks)
+        started = time.perf_counter()
+        config = toml_config.load(self._args.config, list(argv[1:])).config
+        stacking.grow(config, blocks, str(scratch / "saved" / f"step-{steps}"), scratch / "initial")
+        return observed["wall_seconds"] + time.perf_counter() - started
+
     def _observe(self, argv: Sequence[str], name: str, num_blocks: int | None = None) -> dict[str, Any]:
-        request: dict[str, Any] = {
-            "argv": argv,
-            "settings": {},
-            "num_blocks": num_blocks,
-            "test": self._planner.setup.test,
-        }
-        out = self._args.work_dir / self.id / f"{name}.json"
-        return Running.of(request, out, what=name, num_processes=self._args.processes).result()
+        test = self._planner.setup.test
+        return self._start(name, name, argv=argv, settings={}, num_blocks=num_blocks, test=test).result()
 
     def _note_choice(self, method: Method, points: Sequence[Point], losses: Sequence[float], best: int) -> None:
         names = [_point_name(point) for point in points]
         finite = {name: loss for name, loss in zip(names, losses, strict=True) if math.isfinite(loss)}
-        new = rows.row(
-            CHOICE,
-            command=self._command,
-            config=self._common,
-            seed=None,
-            unit="nats/token",
-            values=list(finite.values()),
-            origin=self._origin,
-            suite=self.id,
-            method=method.asked or method.name,
-            weights=list(finite),
-            diverged=[name for name in names if name not in finite],
-            chosen=names[best],
-            at_end=at_end(points, best),
-            tuning_seeds=list(self._args.tuning_seeds),
-        )
-        same = ("kind", "suite", "method", "weights", "values", "tuning_seeds")
+        said = {
+            "suite": self.id,
+            "method": method.asked or method.name,
+            "weights": list(finite),
+            "diverged": [name for name in names if name not in finite],
+            "chosen": names[best],
+            "tuning_seeds": list(self._args.tuning_seeds),
+        }
+        fields: dict[str, Any] = {"command": self._command, "config": self._common, "origin": self._origin, **said}
+        new = rows.row(CHOICE, seed=None, unit="nats/token", values=list(finite.values()), **fields)
         old = [row for row in rows.read(self._args.out) if row["kind"] == CHOICE and row["method"] == new["method"]]
-        if not old or any(old[-1][key] != new[key] for key in same):
+        if not old or any(old[-1][key] != new[key] for key in ("values", *said)):
             rows.append(self._args.out, new)
-        if new["at_end"]:
-            print(f"{method.name}: the best {', '.join(new['at_end'])} is at the end of the grid", flush=True)
 
     def _id(self, own: Run) -> str:
-        return own.id(self._origin, self._args.processes, shlex.join([self._args.test_dataset, self._args.test_path]))
+        """The same for the same run of the same code on the same device."""
+        return rows.fingerprint(self._origin, asdict(own), self._args.processes, self._planner.setup.test)
 
     def _found(self) -> dict[str, dict[str, Any]]:
         return {row["run"]: row for row in rows.read(self._args.out) if row["kind"] in (CONVERGE, DIVERGED)}
@@ -167,41 +157,18 @@ def row(own: Run, result: Mapping[str, Any], origin: Any, command: str, details:
 
     FLOPs and seconds of its curve include the preparation, its tokens do not.
     """
-    curve, preparation = result["curve"], result["preparation"]
-    losses = zip(curve["step"], curve["validation_loss"], curve["test_loss"], strict=True)
-    diverged = [step for step, *values in losses if not all(map(math.isfinite, values))]
-    if diverged:
-        return own.row(DIVERGED, origin, command, "step", diverged[:1], **details)
-    per_step, per_active_step = own.details["step_flops"], own.details["active_flops"]
-    active = curve["active_steps"]
-    full_curve = {
-        "step": curve["step"],
-        "tokens": [step * own.details["tokens_per_step"] for step in curve["step"]],
-        "flops": [
-            preparation["flops"] + per_step * step + per_active_step * num_active
-            for step, num_active in zip(curve["step"], active, strict=True)
-        ],
-        "seconds": [(preparation["seconds"] or 0.0) + seconds for seconds in curve["seconds"]],
-        "validation_loss": curve["validation_loss"],
-        "test_loss": curve["test_loss"],
-    }
-    own = replace(own, details={**own.details, **result, "curve": full_curve})
-    final = {f"final_{name}": full_curve[name][-1] for name in ("validation_loss", "test_loss")}
-    values = [final["final_test_loss"]]
-    return own.row(CONVERGE, origin, command, "nats/token", values, active_steps=active[-1], **final, **details)
-
-
-def at_end(points: Sequence[Point], best: int) -> list[str]:
-    """The keys whose best value is the smallest or the largest that was tried: the grid should go further there."""
-    found = []
-    for (key, value), *others in zip(points[best], *points, strict=True):
-        try:
-            values = {float(other) for _, other in others}
-        except ValueError:
-            continue  # names have no order
-        if len(values) > 1 and float(value) in (min(values), max(values)):
-            found.append(key)
-    return found
+    curve, before, known = pd.DataFrame(result["curve"]), result["preparation"], own.details
+    is_finite = np.isfinite(curve[["validation_loss", "test_loss"]]).all(axis=1)
+    if not is_finite.all():
+        return own.row(DIVERGED, origin, command, "step", curve["step"][~is_finite].tolist()[:1], **details)
+    active = curve.pop("active_steps")
+    curve["tokens"] = curve["step"] * known["tokens_per_step"]
+    curve["flops"] = before["flops"] + known["step_flops"] * curve["step"] + known["active_flops"] * active
+    curve["seconds"] += before["seconds"] or 0.0
+    last = curve.iloc[-1]
+    final = {f"final_{name}": last[name] for name in ("validation_loss", "test_loss")}
+    own = replace(own, details={**known, **result, "curve": curve.to_dict("list"), **final, **details})
+    return own.row(CONVERGE, origin, command, "nats/token", [last["test_loss"]], active_steps=int(active.iloc[-1]))
 
 
 def _point_name(point: Point) -> float | str:

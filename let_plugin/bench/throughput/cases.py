@@ -1,8 +1,7 @@
-"""What `let-bench throughput` measures: cases, each a list of let-train options, in the sizes that were asked for."""
+"""What `let-bench throughput` measures: cases, each a list of let-train options."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 
 from let_plugin.bench.converge.methods import METHODS
@@ -41,52 +40,34 @@ CASES = {
 
 @dataclass(frozen=True)
 class Variant:
-    """A case in one size, with its name in the suite."""
+    """A case with one size of teacher, with its name in the suite."""
 
     case: str
-    local_batch_size: int
-    seq_len: int
     teacher_share: float | None  # size of a random teacher, as a share of the student's; None: the configured teacher
-    baseline: str  # label of the plain case of the same size
     label: str
 
 
-def variants(
-    cases: Sequence[str], shares: Sequence[float], local_batch_sizes: Sequence[int], seq_lens: Sequence[int]
-) -> list[Variant]:
-    """All cases in all sizes, in the order of a round: what is compared is close in time. The plain case comes first.
+def variants(cases: Sequence[str], shares: Sequence[float]) -> list[Variant]:
+    """All cases, in the order of a round: what is compared is close in time. The plain case comes first.
 
     `shares` are the sizes of random teachers; none: the configured teacher.
     """
-    found = []
-    for batch, length in product(local_batch_sizes, seq_lens):
-        size = f" batch {batch}" if len(local_batch_sizes) > 1 else ""
-        size += f" length {length}" if len(seq_lens) > 1 else ""
-        for name in dict.fromkeys([PLAIN, *cases]):
-            for share in (shares if CASES[name].has_teacher else ()) or (None,):
-                label = f"{name}{'' if share is None else f' {100 * share:g}%'}{size}"
-                found.append(Variant(name, batch, length, share, f"{PLAIN}{size}", label))
-    return found
+    return [
+        Variant(name, share, name if share is None else f"{name} {100 * share:g}%")
+        for name in dict.fromkeys([PLAIN, *cases])
+        for share in (shares if CASES[name].has_teacher else ()) or (None,)
+    ]
 
 
-def options(
-    variant: Variant, *, measured: int, interleave: bool, work: Path, teacher: Path | None, states: Path | None = None
-) -> list[str]:
-    """The options of let-train for a variant, with nothing in it that disturbs a measurement.
+def options(variant: Variant, measured: int, work: Path, teacher: Path | None, *, interleave: bool) -> list[str]:
+    """The options of let-train for a variant of so many measured steps, with nothing that disturbs a measurement.
 
-    Args:
-        variant: What to run.
-        measured: Number of measured steps.
-        interleave: Whether the runs make their steps in turn.
-        work: Folder for what runs write.
-        teacher: Folder of the random teacher; None: the configured one.
-        states: Folder of the teacher's states, for a case that reads them.
+    `work` is the folder for what runs write, `teacher` that of the random teacher (None: the configured one);
+    `interleave`: the runs make their steps in turn.
     """
-    total = str(WARMUP_STEPS + measured)
-    found = [*QUIET, "--validator.no-enable", "--dump_folder", str(work / "dump"), "--training.steps", total]
-    found += ["--training.local_batch_size", str(variant.local_batch_size), "--training.seq_len", str(variant.seq_len)]
-    # The first step is logged, which nobody measures, and then none.
-    found += ["--metrics.log_freq", f"{WARMUP_STEPS + measured + 1}"]
+    total = WARMUP_STEPS + measured
+    found = [*QUIET, "--validator.no-enable", "--dump_folder", str(work / "dump"), "--training.steps", str(total)]
+    found += ["--metrics.log_freq", str(total + 1)]  # the first step is logged, which nobody measures, and then none
     if interleave:  # a process waits for its turn in a collective while others compile
         found += ["--comm.init-timeout-seconds", _TURN_SECONDS, "--comm.train-timeout-seconds", _TURN_SECONDS]
     case = CASES[variant.case]
@@ -97,9 +78,8 @@ def options(
         found += ["--let.teacher.path", str(teacher), "--let.teacher.spec", "", "--let.teacher.features", ""]
         found += ["--let.teacher.tokenizer_path", "", "--let.teacher.no-check-vocabulary"]
         found += ["--let.teacher.final-norm", "--let.teacher.no-center", "--let.token-alignment.no-enable"]
-    found += case.options
-    stop = WARMUP_STEPS + measured if case.is_active else ACTIVE_STEPS
-    found += ["--let.stop-tokens", "None", "--let.stop-fraction", "None", "--let.stop-step", str(stop)]
-    if states is not None:
-        found += ["--let.teacher.features", str(states), "--let.teacher.path", "", "--let.teacher.spec", ""]
-    return found
+    stop = total if case.is_active else ACTIVE_STEPS
+    return [
+        *(*found, *case.options),
+        *("--let.stop-tokens", "None", "--let.stop-fraction", "None", "--let.stop-step", str(stop)),
+    ]

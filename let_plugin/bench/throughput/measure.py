@@ -22,18 +22,10 @@ from let_plugin.runtime import host
 
 
 class Watch:
-    """Measures the steps of a run and writes the result after the last one.
+    """Measures the steps of a run but for the first `warmup` of its `total`; rank 0 writes the result to `out`.
 
-    Raises RuntimeError if LET is active in a measured step and should not be, or the reverse.
-
-    Args:
-        trainer: Before its first step.
-        out: Where rank 0 writes the result.
-        warmup: Steps that are not measured, of `total`.
-        total: Steps of the run.
-        is_active: Whether LET is to be active in the measured steps.
-        profile: Also say where the time of the steps goes, which takes time itself.
-        turns: Address that gives the turn for each step (see `turns`); None: it runs alone.
+    `is_active`: LET is to be active in the measured steps; RuntimeError if it is not, or the reverse. `profile`: also
+    say where their time goes, which takes time itself. `turns`: who gives the turn for each step; None: it runs alone.
     """
 
     def __init__(
@@ -48,9 +40,8 @@ class Watch:
         turns: str | None = None,
     ) -> None:
         self._trainer: Any = trainer
-        self._out = out
+        self._out, self._profile, self._turns = out, profile, turns
         self._warmup, self._total, self._is_active = warmup, total, is_active
-        self._profile, self._turns = profile, turns
         self._train_step = trainer.train_step
         self._device_module: Any = utils.device_module
         self._marks: list[Any] = []  # start and end of each measured step
@@ -119,39 +110,40 @@ class Watch:
     def _end(self) -> None:
         self._device_module.synchronize()
         wall_seconds = time.perf_counter() - self._started
-        device = self._trainer.device
-        # Before anything else is allocated.
-        memory = largest_of_ranks(local_peak_memory(device, self._device_module), device)
+        memory = local_peak_memory(self._trainer.device)  # before anything else is allocated
         step_seconds = self._step_seconds()
         dims = self._trainer.parallel_dims
-        result = {
-            "device_name": self._device_module.get_device_name(),
-            "num_threads": torch.get_num_threads(),
+        result: dict[str, Any] = {
             "wall_seconds": wall_seconds if self._turns is None else sum(step_seconds),  # the others' steps left out
             "step_seconds": step_seconds,
             "tokens_per_step": plan.tokens_per_step(self._trainer.config, dims.dp_replicate * dims.dp_shard),
-            "peak_memory_bytes": memory,
-            # Where the kernel forbids to reset it, the peak is that of the whole process.
-            "peak_is_of_measured_steps": getattr(self._device_module, "peak_is_resettable", True),
+            "peak_is_of_measured_steps": peak_is_resettable(),
         }
         if self._profiler is not None:
             result["parts"] = self._profiler.finish(num_steps=self._total - self._warmup)
-        if os.environ["RANK"] == "0":
-            Path(self._out).write_text(json.dumps(result))
+        write(self._out, result, memory, self._trainer.device)
         if self._turn is not None:
             self._turn.end()
 
 
-def local_peak_memory(device: torch.device, device_module: Any) -> dict[str, int]:
+def local_peak_memory(device: torch.device) -> dict[str, int]:
     """Of this rank, since the last reset. CPU: resident; accelerator: what the allocator gave out, and what it held."""
     if device.type == "cpu":
         return {"resident": host.peak_resident_memory()}
-    statistics = device_module.memory_stats()
+    statistics = utils.device_module.memory_stats()
     return {name: statistics[f"{name}_bytes.all.peak"] for name in ("allocated", "reserved")}
 
 
-def largest_of_ranks(values: Mapping[str, int], device: torch.device) -> dict[str, int]:
-    """Each value of the rank that has most; all ranks call it."""
-    largest = torch.tensor(list(values.values()), dtype=torch.int64, device=device)
+def peak_is_resettable() -> bool:
+    """False where the kernel forbids it: the peak is that of the whole process."""
+    return getattr(utils.device_module, "peak_is_resettable", True)
+
+
+def write(out: str, result: Mapping[str, Any], memory: Mapping[str, int], device: torch.device) -> None:
+    """Rank 0 writes a run's result, with the peaks of the rank that has most. All ranks call it."""
+    largest = torch.tensor(list(memory.values()), dtype=torch.int64, device=device)
     torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
-    return dict(zip(values, largest.tolist(), strict=True))
+    peaks = dict(zip(memory, largest.tolist(), strict=True))
+    where = {"device_name": utils.device_module.get_device_name(), "num_threads": torch.get_num_threads()}
+    if os.environ["RANK"] == "0":
+        Path(out).write_text(json.dumps({**where, **result, "peak_memory_bytes": peaks}))

@@ -32,11 +32,6 @@ def shape(student: Student, share: float) -> dict[str, int]:
     return {"dim": dim, "num_layers": num_layers, "num_heads": dim // head_width, "hidden_dim": hidden_dim}
 
 
-def num_matmul_params(dim: int, num_layers: int, hidden_dim: int) -> int:
-    """N_T: parameters of the trunk, embeddings not counted."""
-    return num_layers * (4 * dim * dim + 3 * dim * hidden_dim + 2 * dim) + dim
-
-
 def write(size: dict[str, int], vocab_size: int, folder: Path) -> Path:
     """The folder, below `folder`, of a teacher of a `shape` in Hugging Face's format and bf16; written if missing."""
     name = "x".join(map(str, [*size.values(), vocab_size]))

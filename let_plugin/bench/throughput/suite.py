@@ -6,7 +6,8 @@ again, under a new number.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -14,8 +15,8 @@ from typing import Any
 
 from torchtitan.trainer import Trainer
 
-from let_plugin.bench import rows, tables
-from let_plugin.bench.processes import Progress, RunFailedError, Running, slug
+from let_plugin.bench import rows, runs, tables
+from let_plugin.bench.processes import Progress, Running, slug
 from let_plugin.bench.rows import PROFILE, THROUGHPUT
 from let_plugin.bench.runs import Run, Setup, active_cost
 from let_plugin.bench.throughput import cases, random_teacher
@@ -44,16 +45,13 @@ def plan_runs(args: argparse.Namespace, options: Sequence[str]) -> list[Run]:
     """
     setup = Setup(args.config, options, args.processes)
     base: Any = setup.resolve([]).config
-    batches = args.batch_sizes or [base.training.local_batch_size]
-    lengths = args.seq_lens or [base.training.seq_len]
     teachers: dict[float | None, Path] = {}
 
-    def own(variant: Variant, states: Path | None = None) -> list[str]:
+    def own(variant: Variant) -> list[str]:
         teacher = teachers.get(variant.teacher_share)
-        where = {"work": args.work_dir, "teacher": teacher, "states": states}
-        return cases.options(variant, measured=args.steps, interleave=args.interleave, **where)
+        return cases.options(variant, args.steps, args.work_dir, teacher, interleave=args.interleave)
 
-    variants = cases.variants(args.cases, [share / 100 for share in args.teacher_share], batches, lengths)
+    variants = cases.variants(args.cases, [share / 100 for share in args.teacher_share])
     setup.check([own(variant) for variant in variants if variant.case == PLAIN])
     for share in args.teacher_share:
         size = random_teacher.shape(Student(base), share / 100)
@@ -64,22 +62,21 @@ def plan_runs(args: argparse.Namespace, options: Sequence[str]) -> list[Run]:
     degree = dims.dp_replicate * dims.dp_shard
     # The stop of a whole run; LET may be off in the configuration, but not what it says of the stop.
     stop_step = plan.stop_step(base, degree)
-    runs = []
+    planned = []
     for variant in variants:
         chosen, case = own(variant), CASES[variant.case]
         if case.reads_states:
-            chosen = own(variant, _stored_states(setup.argv(chosen), variant.label, degree, args.work_dir / "states"))
+            states = _stored_states(setup.argv(chosen), variant.label, degree, args.work_dir / "states")
+            chosen += ["--let.teacher.features", str(states), "--let.teacher.path", "", "--let.teacher.spec", ""]
         config: Trainer.Config = setup.load(chosen).config
         student = Student(config)
         costs = active_cost(config, student, dims)
         held = sum(size for name, size in costs.memory.items() if name.startswith(("teacher", "gradient")))
         details = {
             "case": variant.case,
-            "seed": config.debug.seed,
-            "baseline": variant.baseline,
-            "local_batch_size": variant.local_batch_size,
-            "seq_len": variant.seq_len,
             "teacher_share": variant.teacher_share,
+            "baseline": PLAIN,
+            "seed": config.debug.seed,
             # N_T and N_S of the bound: parameters that are multiplied.
             "num_teacher_params": costs.num_teacher_params,
             "num_student_params": student.num_matmul_params,
@@ -90,32 +87,30 @@ def plan_runs(args: argparse.Namespace, options: Sequence[str]) -> list[Run]:
             "warmup_steps": WARMUP_STEPS,
         }
         settings = {"warmup": WARMUP_STEPS, "total": WARMUP_STEPS + args.steps, "is_active": case.is_active}
-        runs.append(setup.run(variant.label, chosen, settings=settings, details=details))
-    return runs
+        planned.append(setup.run(variant.label, chosen, settings=settings, details=details))
+    return planned
 
 
-class Suite:
-    """Measures rounds of `runs`, and notes each run in the result file. `command` is the command line as text."""
+class Suite(runs.Suite):
+    """Measures rounds of `planned` runs, and notes each run in the result file."""
 
-    def __init__(self, runs: Sequence[Run], args: argparse.Namespace, command: str) -> None:
-        self._runs = runs
-        self._args = args
-        self._command = command
-        self.id = self._id(rows.provenance())
+    def __init__(self, planned: Sequence[Run], args: argparse.Namespace, command: str) -> None:
+        super().__init__(args, command, [asdict(run) for run in planned], args.interleave)
+        self._runs = planned
 
     def measure(self) -> None:
         """Measures what is missing. RunFailedError if a run fails."""
         args, labels = self._args, [run.label for run in self._runs]
-        found = rows.read(args.out)
+        found = [row for row in rows.read(args.out) if row.get("suite") == self.id]
         # What is started together, under which number; profiles have none.
         groups: list[tuple[int | None, Sequence[Run]]] = []
-        missing = missing_rounds(found, self.id, labels, args.pairs)
+        missing = missing_rounds(found, labels, args.pairs)
         for pair in missing:
             groups += [(pair, self._runs)] if args.interleave else [(pair, [run]) for run in self._runs]
         if num_known := args.pairs - len(missing):
             print(f"{args.out} has {num_known} of {args.pairs} pairs already; another --out measures anew", flush=True)
         if args.profile:
-            profiled = {row["label"] for row in found if row["kind"] == PROFILE and row.get("suite") == self.id}
+            profiled = {row["label"] for row in found if row["kind"] == PROFILE}
             active = [run for run in self._runs if run.settings["is_active"]]
             groups += [(None, [run]) for run in active if run.label not in profiled]
         progress = Progress(sum(len(group) for _, group in groups))
@@ -124,10 +119,8 @@ class Suite:
 
     def _measure_group(self, number: int | None, group: Sequence[Run], progress: Progress) -> None:
         what = f"pair {number + 1}" if number is not None else "profile"
-        origin = rows.provenance()
-        if self._id(origin) != self.id:
-            raise RunFailedError("let_plugin has changed since the suite began: what is measured now is other code")
-        starts = [partial(self._start, run, what) for run in group]
+        origin = self._origin_now()
+        starts = [partial(self._start_run, run, what) for run in group]
         results = take_turns(starts, seed=number or 0) if len(group) > 1 else [starts[0](None).result()]
         common: dict[str, Any] = {"suite": self.id, "num_processes": self._args.processes}
         if number is not None:
@@ -140,23 +133,17 @@ class Suite:
             rows.append(self._args.out, run.row(kind, origin, self._command, "s/step", seconds, **more))
             progress.after(f"{what}, {run.label}: {speed:,.0f} tokens/s, {median(seconds):.3f} s/step")
 
-    def _start(self, run: Run, what: str, turns: str | None) -> Running:
+    def _start_run(self, run: Run, what: str, turns: str | None) -> Running:
         """`turns`: where it gets its turns, if it takes any."""
-        out = self._args.work_dir / "runs" / self.id / f"{slug(run.label)}-{what.replace(' ', '-')}.json"
-        request = {"argv": run.argv, "settings": {**run.settings, "profile": what == "profile", "turns": turns}}
-        return Running.of(request, out, what=run.label, num_processes=self._args.processes)
-
-    def _id(self, origin: Mapping[str, Any]) -> str:
-        """Names what may be compared: the same runs, measured in the same way by the same code on the same device."""
-        known = [run.id(origin) for run in self._runs]
-        return rows.fingerprint(origin, known, self._args.processes, self._args.interleave)
+        settings = {**run.settings, "profile": what == "profile", "turns": turns}
+        return self._start(slug(f"{run.label} {what}"), run.label, argv=run.argv, settings=settings)
 
 
-def missing_rounds(found: Sequence[rows.Row], suite: str, labels: Sequence[str], pairs: int) -> list[int]:
-    """Numbers of the rounds that are still to be measured: above all that the file has, broken ones too."""
+def missing_rounds(found: Sequence[rows.Row], labels: Sequence[str], pairs: int) -> list[int]:
+    """Numbers of the rounds that a suite still has to measure: above all that are there, broken ones too."""
     measured: dict[int, set[str]] = {}
     for row in found:
-        if row["kind"] == THROUGHPUT and row.get("suite") == suite:
+        if row["kind"] == THROUGHPUT:
             measured.setdefault(row["pair"], set()).add(row["label"])
     first = max(measured, default=-1) + 1
     num_complete = sum(have >= set(labels) for have in measured.values())

@@ -87,8 +87,8 @@ def test_another_models_checkpoint_is_refused(tmp_path):
     assert "not a checkpoint of torchtitan" in refused(tiny(), tmp_path / "missing", tmp_path / "out")
     saved(SHAPES["untied"], tmp_path / "checkpoint")
     message = refused(tiny(), tmp_path / "checkpoint", tmp_path / "out")
-    assert "layers.3.attention_norm.weight is not in it" in message
-    assert "layers.0.feed_forward.w1.weight has the shape (80, 48) in it; " in message
+    assert "its layers.3.attention_norm.weight is missing" in message
+    assert "its layers.0.feed_forward.w1.weight is torch.Size([80, 48]); " in message
 
 
 def test_what_is_there_is_not_overwritten(tmp_path):

@@ -93,13 +93,9 @@ def test_the_rest_takes_as_long_as_what_was_there(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(processes.time, "monotonic", lambda: now[0])
     progress = Progress(4)
-    for now[0], message, expected in (
-        (10.0, "first", "[1/4] first (10 s; 0:00:30 left)\n"),
-        (40.0, "second", "[2/4] second (30 s; 0:00:40 left)\n"),
-    ):
+    for now[0], message in ((10.0, "first"), (40.0, "second")):
         progress.after(message)
-        assert capsys.readouterr().out == expected
-    progress.num_left = 3
-    now[0] = 90.0
+    progress.num_left, now[0] = 3, 90.0
     progress.after("third")
-    assert capsys.readouterr().out == "[3/5] third (50 s; 0:01:00 left)\n"
+    expected = ["[1/4] first (0:00:30 left)", "[2/4] second (0:00:40 left)", "[3/5] third (0:01:00 left)"]
+    assert capsys.readouterr().out.splitlines() == expected

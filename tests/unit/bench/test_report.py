@@ -26,11 +26,8 @@ def page(tmp_path_factory):
 
 def test_the_page_answers_first(page):
     first = page[: page.index("<section")]
-    assert "The final loss of let@1 is lower than that of standard (-0.3010 [-0.3010, -0.3010] nats per token)" in first
-    assert (
-        "no different, as far as these runs tell, from that of random_teacher@1, higher than that of labels@1." in first
-    )
-    assert "a teacher of 10% of the student changes the time of a step by " in first and "not resolved" in first
+    assert "<td>-0.3010 [-0.3010, -0.3010]</td>" in first and "<td>10%</td>" in first
+    assert "<li>let@1 is worse than labels@1, significantly: +0.0969" in first
     assert first.count("<table") == 2 and first.count("data-spec=") == 1
     assert re.findall("<h2>(.*?)</h2>", page.partition("</main>")[0]) == ["a question", "a question"]
 
@@ -39,24 +36,17 @@ def test_the_page_needs_nothing_beside_it_and_escapes_what_rows_say(page):
     assert len(page.encode()) < 2 * 2**20
     assert not re.search(r"(?:src|href)=\"(?!data:)", page.partition("</main>")[0])
     assert "<b>device" not in page and "&lt;b&gt;device" in page
-    assert "+a = 1" in page or "a = 1\nb = 2" in page  # the configuration is there
+    assert "a = 1\nb = 2" in page  # the configuration is there
 
 
 def test_numbers_of_the_figure_are_those_of_the_rows(page):
     (spec,) = re.findall(r'data-spec="figure-1">(.*?)</script>', page)
-    values = [value for value in json.loads(spec)["data"]["values"] if value["label"] == "let@1"]
-    assert values[-1]["tokens"] == 200_000 and values[-1]["loss"] == pytest.approx(0.398, abs=0.02)
-    assert min(value["tokens"] for value in values) == 40_000  # the first fifth is left out
-    places = sorted(v["place"] for v in json.loads(spec)["data"]["values"] if v["place"] is not None)
+    values = json.loads(spec)["data"]["values"]
+    let = [value for value in values if value["label"] == "let@1"]
+    assert let[-1]["tokens"] == 200_000 and let[-1]["loss"] == pytest.approx(0.398, abs=0.02)
+    assert let[0]["tokens"] == 40_000  # the first fifth is left out
+    places = sorted(value["place"] for value in values if value["place"] is not None)
     assert len(places) == 4 and min(b - a for a, b in pairwise(places)) > 0.01  # names apart
-
-
-def test_one_pair_and_no_baseline(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    synthetic_rows.throughput(path, pairs=1)
-    report.write([path], tmp_path / "page.html")
-    page = (tmp_path / "page.html").read_text()
-    assert "one pair" in page and "What it brings" not in page
 
 
 def test_mistakes(tmp_path):
@@ -76,7 +66,7 @@ def test_plots_of_runs_and_of_rows(tmp_path, suffix):
         ]
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    synthetic_rows.converge(tmp_path / "rows.jsonl")
+    synthetic_rows.converge(tmp_path / "rows.jsonl", seeds=1)
     out = tmp_path / f"plot.{suffix}"
     cli.main(["plot", *(str(tmp_path / name) for name in ("plain", "let", "rows.jsonl")), "--out", str(out)])
     content = out.read_bytes()

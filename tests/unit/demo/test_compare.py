@@ -1,18 +1,10 @@
-"""The comparison of two runs, from `metrics.jsonl` to numbers, table and plot."""
+"""The comparison of two runs, from `metrics.jsonl` to numbers and a table."""
 
 import json
 
 import pytest
 
-from let_plugin.demo.compare import (
-    PEAK_MEMORY,
-    TOKENS_PER_SECOND,
-    VALIDATION_LOSS,
-    compare,
-    plot,
-    read,
-    table,
-)
+from let_plugin.demo.compare import PEAK_MEMORY, TOKENS_PER_SECOND, VALIDATION_LOSS, compare, read, table
 
 
 def write_run(folder, validation, speed, stop=None):
@@ -79,6 +71,3 @@ def test_a_run_that_loses_with_the_teacher_throughout_or_not_at_all(plain, tmp_p
         assert [name for name, value in result[key].items() if value is None] == missing
     assert json.loads(json.dumps(result)) == result
     assert table(result).endswith("3.2500 (+0.2500)\nLET did not reach the plain run's final loss in 6 steps")
-    plot(plain, let, tmp_path / "plot.png")
-    content = (tmp_path / "plot.png").read_bytes()
-    assert content.startswith(b"\x89PNG\r\n") and len(content) > 10_000

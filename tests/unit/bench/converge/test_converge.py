@@ -67,7 +67,6 @@ def test_the_grid_first_then_each_method_with_one_seed_after_the_other(converge,
     assert order[4:] == [(name, seed) for seed in (0, 1) for name in names]
     said = capsys.readouterr().out
     assert "[4/12] tuning, rkd@1, seed 2: validation 4.2020, test 4.2120" in said and "[12/12] result, " in said
-    assert "let: the best let.weight is at the end of the grid" in said
     assert "let: weight 1, by the validation loss (seed 2) of 0.1: 3.9020, 1: 3.7020" in text
     assert "let@1" in text and "-0.3000" in text
     found = rows.read(out)
@@ -143,13 +142,6 @@ def test_a_row_counts_the_preparation_and_the_active_steps(converge, parsed):
     assert made["final_validation_loss"] == pytest.approx(3.703)
     assert made["values"] == [made["final_test_loss"]] == [pytest.approx(3.713)]
     assert (made["label"], made["seed"], made["active_steps"], made["unit"]) == ("let@0.5", 3, 2, "nats/token")
-
-
-def test_where_a_grid_ends():
-    points = [(("a", a), ("b", b), ("loss", "mse")) for a in ("1", "10", "9") for b in ("0.1", "0.01")]
-    best = points.index((("a", "9"), ("b", "0.01"), ("loss", "mse")))
-    assert run.at_end(points, best) == ["b"]  # 10 is the largest a
-    assert run.at_end(points[:1], 0) == []
 
 
 def test_the_command_refuses_with_one_message(config_file, tmp_path, capfd):

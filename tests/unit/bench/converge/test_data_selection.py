@@ -62,7 +62,7 @@ def test_the_documents_that_the_teacher_finds_easier(corpus, tmp_path, capsys, m
     config, texts, reference = corpus
     out = tmp_path / "kept.jsonl.xz"
     option = f"--let.teacher.spec '' --let.teacher.path {reference} --let.teacher.tokenizer_path {TOKENIZER}"
-    assert data_selection.main([str(config), "--reference", option, "--out", str(out)]) == 0
+    data_selection.main([str(config), "--reference", option, "--out", str(out)])
     assert f"wrote {out}: 4 of 8 documents" in capsys.readouterr().out
 
     scores, num_tokens = [], 0
@@ -79,21 +79,17 @@ def test_the_documents_that_the_teacher_finds_easier(corpus, tmp_path, capsys, m
     num_params = 4 * (4 * 128**2 + 3 * 128 * 352 + 2 * 128) + 128 + 4096 * 128
     assert costs["tokens"] == 2 * num_tokens and costs["flops"] == 2 * (2 * num_params) * num_tokens
     assert costs["seconds"] > 0
-    content = json.loads(out.with_name(f"{out.name}.costs.json").read_text())
-    assert content["lowest_score_kept"] == pytest.approx(min(scores[i] for i in best), abs=2e-3)
-
-    # Nothing is overwritten.
-    assert data_selection.main([str(config), "--reference", option, "--out", str(out)]) == 2
-    assert "--out" in capsys.readouterr().err
 
     # Each mistake by its name, and nothing is written.
     monkeypatch.chdir(tmp_path)
     for arguments, key in (
+        (["--reference", option, "--out", str(out)], "--out"),  # is there
         (["--reference", "nowhere", "--out", "x.jsonl"], "nowhere"),
         (["--reference", "--let.teacher.pth x", "--out", "x.jsonl"], "let.teacher.pth"),
         (["--reference", TEACHER, "--out", "x.txt", "--keep", "1.5"], "--keep = 1.5: must be between"),
     ):
-        assert data_selection.main([str(config), *arguments]) == 2
+        with pytest.raises(SystemExit, match="2"):
+            data_selection.main([str(config), *arguments])
         assert key in capsys.readouterr().err and not list(tmp_path.glob("x.*"))
     with pytest.raises(ConfigError, match="--selected-text"):
         data_selection.read_costs(tmp_path / "text.jsonl")

@@ -25,7 +25,7 @@ def test_what_is_seen(trainer, tmp_path, monkeypatch):
     """
     state = {"peak": 0}
     monitor = trainer.metrics_processor.device_memory_monitor
-    monkeypatch.setattr(observe, "local_peak_memory", lambda device, module: {"allocated": state["peak"]})
+    monkeypatch.setattr(observe.measure, "local_peak_memory", lambda device: {"allocated": state["peak"]})
     monkeypatch.setattr(monitor, "reset_peak_stats", lambda: state.update(peak=0))
     train_step, validate = trainer.train_step, trainer.validator.validate
 

@@ -18,7 +18,7 @@ def test_a_student_grows_out_of_a_shallow_one(config, tmp_path):
     dcp.load(got, checkpoint_id=str(tmp_path / "deep"), no_dist=True)
     for name, tensor in got.items():
         assert torch.equal(tensor, shallow[name.replace("layers.2.", "layers.0.").replace("layers.3.", "layers.1.")])
-    with pytest.raises(ConfigError, match=r"layers.2.\S+ is not in it"):
+    with pytest.raises(ConfigError, match=r"layers.2.\S+ is missing"):
         grow(config, 4, str(tmp_path / "shallow"), tmp_path / "other")
 
 

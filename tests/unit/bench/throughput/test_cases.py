@@ -13,23 +13,13 @@ from let_plugin.config.load import load
 from tests.unit.preflight.test_report import STUDENT_BLOCKS, STUDENT_EMBEDDING, TEACHER_BLOCKS, TEACHER_EMBEDDING
 
 
-def labels(names, shares=(), batches=(4,), lengths=(64,)):
-    return [variant.label for variant in cases.variants(names, shares, batches, lengths)]
+def test_all_cases_plain_once_and_first():
+    def labels(names, shares=()):
+        return [variant.label for variant in cases.variants(names, shares)]
 
-
-def test_all_cases_in_all_sizes_plain_once_and_first():
-    assert labels(["active", "stopped"]) == ["plain", "active", "stopped"]
     assert labels(["stopped", "plain", "stopped"]) == ["plain", "stopped"]
     # A case without a teacher is there once.
     assert labels(["control", "stopped"], [0.02, 0.1]) == ["plain", "control", "stopped 2%", "stopped 10%"]
-    assert labels(["active"], batches=[1, 2]) == ["plain batch 1", "active batch 1", "plain batch 2", "active batch 2"]
-    variants = cases.variants(["active"], [0.02, 0.1], [1, 2], [32, 64])
-    assert len({variant.label for variant in variants}) == len(variants) == 2 * 2 * 3
-    by_label = {variant.label: variant for variant in variants}
-    for variant in variants:
-        plain = by_label[variant.baseline]
-        assert plain.case == "plain"
-        assert (plain.local_batch_size, plain.seq_len) == (variant.local_batch_size, variant.seq_len)
 
 
 @pytest.fixture
@@ -62,8 +52,8 @@ def test_bounds_are_those_of_the_preflight_report(planned):
 def test_a_run_is_what_its_line_of_let_train_says(planned, tiny_config):
     """Whatever the user's own settings are, nothing disturbs the measured steps."""
     own = "--let.warmup-steps 1 --let.stop-step None --let.stop-fraction 0.25 --let.adaptive-stop.criterion gradient"
-    own += " --metrics.enable_tensorboard --checkpoint.enable --validator.enable"
-    runs = planned(f"--steps 4 --cases active stopped rkd control --batch-sizes 2 --seq-lens 32 {own}")
+    own += " --metrics.enable_tensorboard --checkpoint.enable --validator.enable --training.seq_len 32"
+    runs = planned(f"--steps 4 --cases active stopped rkd control {own}")
     total, configs = WARMUP_STEPS + 4, {}
     for label, run in runs.items():
         line = run.row("throughput", {}, "", "s/step", [1.0])["let_train"]
@@ -71,7 +61,7 @@ def test_a_run_is_what_its_line_of_let_train_says(planned, tiny_config):
         assert (program, file) == ("let-train", str(tiny_config))
         config = configs[label] = load(tiny_config, options).config
         assert tomli.loads(run.config)["training"]["steps"] == config.training.steps == total
-        assert (config.training.local_batch_size, config.training.seq_len) == (2, 32)
+        assert config.training.seq_len == 32
         assert not (config.checkpoint.enable or config.validator.enable or config.metrics.enable_tensorboard)
         assert config.metrics.log_freq > total  # no measured step is logged
     enabled = {label: config.let.enable for label, config in configs.items()}
@@ -92,7 +82,7 @@ def test_random_teachers_of_a_configuration_without_let(planned):
 
 def test_mistakes_of_the_configuration(planned, tmp_path):
     with pytest.raises(ConfigError) as error:
-        planned("--training.max_norm -1 --teacher-share 10 --seq-lens 60")
+        planned("--training.max_norm -1 --teacher-share 10 --training.seq_len 60")
     assert {problem.key for problem in error.value.problems} == {"training.max_norm", "training.seq_len"}
     assert not (tmp_path / "work").exists()
 
@@ -109,4 +99,4 @@ def test_mistakes_of_the_command_line(tiny_config, tmp_path, capfd):
             cli.main([*args, option, value])
         assert stop.value.code == 2 and message in capfd.readouterr().err
     assert not (tmp_path / "work").exists()
-    assert cli.parse([*args, "--batch-sizes", "2", "1", "2"])[0].batch_sizes == [2, 1]
+    assert cli.parse([*args, "--teacher-share", "2", "1", "2"])[0].teacher_share == [2, 1]
