@@ -118,13 +118,11 @@ def _with_sum_reduction(disable_fsdp_gradient_division: Callable[[Any], None]) -
     return disable
 
 
-def _dense_mask(
-    mask_mod: Callable[..., torch.Tensor], *shape: int | None, device: torch.device | str, **_: Any
-) -> torch.Tensor:
-    """The boolean mask, [B, 1, Q, KV], that `create_block_mask` would describe in blocks."""
+def _dense_mask(mask_mod: Any, B: int | None, H: int | None, L: int, K: int, *, device: Any, **_: Any) -> torch.Tensor:
+    """The boolean mask, [B, 1, L, K], that `create_block_mask` would describe in blocks."""
     from torch.nn.attention.flex_attention import create_mask
 
-    return create_mask(mask_mod, *shape, device=str(device))
+    return create_mask(mask_mod, B, H, L, K, device=str(device))
 
 
 def _with_dense_masks(cp_shard: Callable[..., Any]) -> Callable[..., Any]:
