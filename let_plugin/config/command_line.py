@@ -42,9 +42,7 @@ class Argument(list[str]):
 def parse(cli: Sequence[str], choices: Collection[str] = ()) -> tuple[dict[str, Any], list[Problem]]:
     """The options as nested tables whose values are Arguments, and what is wrong with how they are written.
 
-    Args:
-        cli: The words of the command line.
-        choices: Dotted keys of the sections of which `section:type` chooses the type.
+    `choices` are the dotted keys of the sections of which `section:type` chooses the type.
     """
     given: list[tuple[str, Argument]] = []
     problems = []

@@ -5,10 +5,8 @@ overlay the fields of what it returns. `read` comes first and imports neither to
 """
 
 import importlib
-import inspect
 import os
 import sys
-import sysconfig
 import traceback
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
@@ -18,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import tomli
 import tomli_w
 
-from let_plugin.config import LetConfig, RuntimeConfig, command_line
+from let_plugin.config import RuntimeConfig, command_line
 from let_plugin.config.dump import to_tables
 from let_plugin.config.errors import ConfigError, Problem, suggest
 from let_plugin.config.overlay import Overlay, leaves
@@ -40,8 +38,6 @@ _COMMON_MODULES = (
     "torchtitan.distributed.activation_checkpoint",
 )
 
-_LIBRARIES = ("<frozen", *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))
-
 
 class Source(NamedTuple):
     """A TOML file as it was read, once, and the options after it; `runtime` is what both say in `[runtime]`."""
@@ -54,23 +50,14 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True)
 class Loaded:
-    """A configuration and where it came from.
+    """A configuration and where it came from."""
 
-    Attributes:
-        config: The effective configuration; it has the tables `let` and `runtime`.
-        base: "module.function" of the configuration function underneath.
-        source: Path of the TOML file.
-        tables: What the file says on top of `base`.
-        options: Dotted keys of what the command line says on top of that.
-        problems: The mistakes in both; `config` goes without these values.
-    """
-
-    config: "Trainer.Config"
-    base: str
-    source: str
-    tables: Mapping[str, Any]
-    options: Set[str]
-    problems: Sequence[Problem]
+    config: "Trainer.Config"  # the effective one; it has the tables `let` and `runtime`
+    base: str  # "module.function" of the configuration function underneath
+    source: str  # path of the TOML file
+    tables: Mapping[str, Any]  # what the file says on top of `base`
+    options: Set[str]  # dotted keys of what the command line says on top of that
+    problems: Sequence[Problem]  # the mistakes in both; `config` goes without these values
 
     def apply(self, function: "Callable[[Trainer.Config], T]") -> T:
         """`function(config)`.
@@ -122,7 +109,7 @@ def load(path: Path, cli: Sequence[str]) -> Loaded:
 def resolve(source: Source) -> Loaded:
     """As `load`, but the mistakes are in the result, next to a configuration of what is right.
 
-    ConfigError if `base` cannot be loaded, with all that can be told without it. `--help` exits with code 0.
+    ConfigError if `base` cannot be loaded. `--help` exits with code 0.
     """
     file, cli = str(source.path), list(source.cli)
     tables, overlay = _with_let_shorthands(source.tables), Overlay(file)
@@ -130,9 +117,7 @@ def resolve(source: Source) -> Loaded:
     try:
         config = _load_base(base)
     except ConfigError as error:
-        overlay.without_base(tables, {"let": LetConfig(), "runtime": RuntimeConfig()})
-        problems = [replace(problem, source=file) for problem in error.problems]
-        raise ConfigError([*problems, *overlay.problems]) from error
+        raise ConfigError(replace(problem, source=file) for problem in error.problems) from error
     config = overlay.configuration(_without_stops(config, tables), tables)
     if "--help" in cli:
         section = [word for word in cli[cli.index("--help") + 1 :] if not word.startswith("--")][:1]
@@ -205,9 +190,8 @@ def _load_base(base: Any) -> "Trainer.Config":
     except ConfigError:
         raise
     except Exception as error:  # a user's module or function may raise anything
-        frames = [f for f in traceback.extract_tb(error.__traceback__)[1:] if not f.filename.startswith(_LIBRARIES)]
-        lines = [f"{type(error).__name__}: {error}", *(f"{f.filename}:{f.lineno}: {f.line}" for f in frames)]
-        raise ConfigError(Problem("base", "failed: " + "\n    ".join(lines), base)) from error
+        where = "".join(traceback.format_tb(error.__traceback__, limit=-2)).rstrip()
+        raise ConfigError(Problem("base", f"failed: {type(error).__name__}: {error}\n{where}", base)) from error
     if not isinstance(config, Trainer.Config):
         message = f"returns a {type(config).__qualname__}, not the configuration of a torchtitan Trainer"
         raise ConfigError(Problem("base", message, base))
@@ -231,8 +215,7 @@ def _function(base: str) -> Callable[[], Any]:
             continue
         if callable(function := getattr(module, name, None)):
             return function
-        own = {key: getattr(value, "func", value) for key, value in vars(module).items()}  # what a partial is of, too
-        own = {key: value for key, value in own.items() if inspect.isfunction(value) and not key.startswith("_")}
-        functions = [key for key, value in own.items() if value.__module__ == candidate]
+        own = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == candidate]
+        functions = [key for key in own if not key.startswith("_")]
         raise ConfigError(Problem("base", f"no function {name!r} in {candidate}; {suggest(name, functions)}", base))
     raise ConfigError(Problem("base", f"no module {module_name!r}; {suggest(module_name, SHORT_MODULES)}", base))

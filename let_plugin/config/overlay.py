@@ -27,10 +27,9 @@ from let_plugin.config.schema import (
 
 
 class Overlay:
-    """One pass over the tables of a source. `problems` holds what was wrong; the result has the values that were right.
+    """One pass over the tables of a source, a file or the command line.
 
-    Args:
-        source: The file or "command line", for the problems.
+    `problems` holds what was wrong; the result has the values that were right.
     """
 
     def __init__(self, source: str) -> None:
@@ -43,14 +42,6 @@ class Overlay:
         for key, _, _ in walk(config):
             self._keys_by_name.setdefault(key.rpartition(".")[2], []).append(key)
         return self._fields("", type(config), config, tables)
-
-    def without_base(self, tables: dict[str, Any], own: dict[str, Any]) -> None:
-        """What is wrong in the tables that are there without a base, and old keys anywhere."""
-        for name, config in own.items():
-            self.value(name, tables.get(name, {}), type(config), config)
-        for key in dict.fromkeys([*tables, *leaves("", tables)]):
-            if key in OLD_KEYS:
-                self._unknown(key, "", MISSING, object)
 
     def _fields(self, key: str, cls: type, current: Any, table: dict[str, Any]) -> Any:
         """The table called `key` as an instance of `cls`: on top of `current`, or new if `current` is None.

@@ -123,15 +123,8 @@ def _converted(value: Any, expected: Any) -> Any:
     if isinstance(value, list) and origin in (list, tuple):
         if origin is list or not args or args[-1] is Ellipsis:
             args = (args[0] if args else Any,) * len(value)
-        if len(args) != len(value):
-            raise ValueError(f"expected an array of {len(args)} elements")
-        items = []
-        for i, (item, item_type) in enumerate(zip(value, args, strict=True)):
-            try:
-                items.append(fit(item, item_type))
-            except ValueError as error:
-                raise ValueError(f"element {i}: {error}") from error
-        return origin(items)
+        # Where their number is wrong, the check below says so.
+        value = origin(map(fit, value, args) if len(args) == len(value) else value)
     return check_type(value, expected, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
 
 

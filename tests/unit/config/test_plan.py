@@ -26,7 +26,6 @@ WRONG = [
     ({"stop_tokens": 2561}, {"stop_tokens": "2560"}),
     ({"stop_step": 3, "stop_fraction": 0.5}, {"stop_step": "only", "stop_fraction": "only"}),
     ({"stop_step": 3, "warmup_steps": 4}, {"warmup_steps": "the stop step, 3"}),
-    ({"pairs": [PairConfig(student=4)]}, {"pairs.0.student": "blocks 0 to 3"}),
     (
         {"pairs": [PairConfig(student=0, teacher=2), PairConfig(student=-5)]},
         {"pairs.0.teacher": "blocks 0 to 1", "pairs.1.student": "blocks 0 to 3"},
@@ -35,11 +34,8 @@ WRONG = [
     ({"student_block": 1, "layer_mapping": "uniform"}, {"student_block": "let.pairs"}),
     ({"student_block": 1, "pairs": [PairConfig(student=0)]}, {"student_block": "let.pairs"}),
     ({"student_block": -1}, {"student_block": "blocks 0 to 3"}),
-    ({"student_block": 4}, {"student_block": "blocks 0 to 3"}),
     ({"target": "logits", "pairs": [PairConfig(student=0)]}, {"pairs": "leave it out"}),
-    ({"target": "logits", "student_block": 1}, {"student_block": "leave it out"}),
     ({"layer_mapping_options": {"early": 0.0}}, {"layer_mapping_options.early": ""}),
-    ({"layer_mapping_options": {"erly": 0.5}}, {"layer_mapping_options.erly": "did you mean 'early'?"}),
     ({"loss_options": {"bta": 1}}, {"loss_options.bta": "no such option"}),
     ({"loss": "smooth_l1", "loss_options": {"beta": 0.0}}, {"loss_options.beta": ""}),
     ({"schedule": "cosine", "schedule_options": {"final": 2}}, {"schedule_options.final": ""}),
@@ -67,20 +63,15 @@ def test_a_wrong_setting_names_its_key_and_the_remedy(let, expected):
 @pytest.mark.parametrize(
     ("steps", "let", "expected"),
     [
-        (10, {}, 5),
         (11, {}, 5),  # rounded down
         (10, {"stop_fraction": 0.0}, 0),
         (10, {"stop_fraction": 1.0}, 10),
-        (10, {"stop_step": 7}, 7),
         (10, {"stop_step": 0}, 0),  # 0 is a value, not "not given"
         (10, {"stop_step": 10}, 10),
         (10, {"stop_tokens": 0}, 0),
         (10, {"stop_tokens": 257}, 2),  # of 4 x 64 tokens; rounded up
         (10, {"stop_tokens": 2560}, 10),
         (100, {"stop_fraction": 0.29}, 29),  # as written: the nearest binary number is a little less
-        (100, {"stop_fraction": 0.57}, 57),
-        (1000, {"stop_fraction": 0.001}, 1),
-        (10, {"schedule": "constant"}, 5),
     ],
 )
 def test_stop_step(steps, let, expected):
@@ -95,11 +86,6 @@ def test_tokens_of_a_step_are_those_of_all_ranks():
     assert plan.tokens_per_step(config, 2) == 32 * 64
     config.let.stop_tokens = 32 * 64 * 3
     assert plan.stop_step(config, 2) == 3
-
-
-def test_options_and_warm_up_of_a_schedule():
-    schedule = plan.schedule(LetConfig(schedule="cosine", warmup_steps=1))
-    assert [schedule(step, stop_step=3) for step in range(4)] == pytest.approx([0.5, 1, 0.5, 0])
 
 
 @pytest.mark.parametrize(
@@ -134,17 +120,11 @@ def test_an_orthogonal_map_where_it_cannot_be():
     assert plan.dimension_match(let)(12, 8)(torch.ones(1, 1, 8)).shape == (1, 1, 12)
 
 
-def test_with_labels_for_a_target_each_block_occurs_once():
+def test_with_labels_for_a_target_each_block_occurs_once_and_no_teacher_layer_is_wrong():
     assert plan.pairs(config_of(target="labels"), None) == [LayerPair(0, 3)]
-    chosen = [PairConfig(student=2, weight=0.5), PairConfig(student=2, teacher=0), PairConfig(student=0)]
+    chosen = [PairConfig(student=-2, weight=0.5), PairConfig(student=2, teacher=11), PairConfig(student=0)]
     got = plan.pairs(config_of(target="labels", pairs=chosen), None)
     assert [(pair.student, pair.weight) for pair in got] == [(2, 0.5), (0, 1.0)]
-
-
-def test_without_a_teacher_its_layers_cannot_be_wrong():
-    chosen = [PairConfig(student=-1, teacher=11), PairConfig(student=1, teacher="embedding")]
-    got = plan.pairs(config_of(target="labels", pairs=chosen), None)
-    assert [pair.student for pair in got] == [3, 1]
     with pytest.raises(ConfigError, match=r"let\.pairs\.0\.student = 4: the student has blocks 0 to 3"):
         plan.pairs(config_of(target="labels", pairs=[PairConfig(student=4, teacher=11)]), None)
 
