@@ -1,8 +1,4 @@
-"""Every strategy, from a TOML file, in real runs: in one process and in every layout, the same gradients.
-
-pytest                  strategies in combinations that have all of them
-pytest -m strategies    each alone as well
-"""
+"""Every strategy, from a TOML file, in real runs: in one process and in every layout, the same gradients."""
 
 import os
 import shutil
@@ -13,7 +9,7 @@ import pytest
 
 from tests.support import jobs, tokenizer_kinds
 
-pytestmark = [pytest.mark.slow, pytest.mark.strategies]
+pytestmark = pytest.mark.slow
 
 STEPS = 3
 LAYOUTS = {
@@ -27,49 +23,11 @@ LAYOUTS = {
     "TP without SP": ["--parallelism.tensor_parallel_degree", 2, "--parallelism.no-enable_sequence_parallel"],
     "CP": ["--parallelism.context_parallel_degree", 2],
 }
-# Name -> lines of the `[let]` table. The student has 4 blocks of width 48, the teacher 2 of width 32.
-ALONE = {
-    **{name: f'layer_mapping = "{name}"' for name in ("L2M", "L2L", "M2E", "M2M", "M2L", "uniform")},
-    "depths": 'layer_mapping = "M2L"\nlayer_mapping_options = {middle = 0.5, late = 0.75}',
-    "pairs": "pairs = [{student = 0, teacher = -1, weight = 0.5}, {student = 3, teacher = 0}]",
-    "one block, two layers": 'pairs = [{student = 1}, {student = 1, teacher = "embedding", weight = 0.25}]',
-    "uniform, two pairs": 'layer_mapping = "uniform"\nlayer_mapping_options.num_pairs = 2',
-    "embedding": 'pairs = [{student = 0, teacher = "embedding"}]',
-    "diagnosis at times": "diagnosis_freq = 2\nstop_step = 3",
-    "adaptive stop": """\
-stop_step = 3
-adaptive_stop = {criterion = "gradient", threshold = 2.0, smoothing = 0.5, patience = 2}""",
-    "before the final norm": "teacher.final_norm = false",
-    "centred": "teacher.center = true\nteacher.center_momentum = 0.5\nstop_step = 3",
-    "align_corners": "dimension_match_options.align_corners = true",
-    "linear": 'dimension_match = "linear"',
-    "linear, random": 'dimension_match = "linear"\ndimension_match_options = {init = "random", seed = 1}',
-    "early": "layer_mapping_options.early = 0.75",
-    "linear, align_corners": 'dimension_match = "linear"\ndimension_match_options.align_corners = true',
-    "linear, own optimizer": 'dimension_match = "linear"\nprojector = {lr_multiplier = 3, weight_decay = 0}',
-    "mlp": 'dimension_match = "mlp"\ndimension_match_options.hidden_width = 40',
-    "orthogonal": 'dimension_match = "orthogonal"\ndimension_match_options.seed = 4',
-    "procrustes": 'dimension_match = "procrustes"\ndimension_match_options.refit_every = 1\nstop_step = 3',
-    "truncate_or_pad": 'dimension_match = "truncate_or_pad"',
-    "student's side": 'projector.side = "student"',
-    "student's side, linear": 'dimension_match = "linear"\nprojector.side = "student"',
-    "student's side, mlp": """\
-dimension_match = "mlp"
-projector.side = "student"
-dimension_match_options.hidden_width = 40""",
-    "mse": 'loss = "mse"',
-    "mse, normalized": 'loss = "mse"\nloss_options.normalize = true',
-    "smooth_l1": 'loss = "smooth_l1"\nloss_options.beta = 0.5',
-    "logsum": 'loss = "logsum"\nloss_options.alpha = 2',
-    "relational": 'loss = "relational"\nloss_options.stride = 4',
-    "constant": 'schedule = "constant"\nstop_fraction = 1',
-    "cosine": 'schedule = "cosine"\nstop_fraction = 1',
-    "stop_tokens": "stop_tokens = 512",
-    "warm-up": "warmup_steps = 1\nstop_step = 3",
-}
-# They always run, and have all of the others among them.
-COMBINED = {
+# Name -> lines of the `[let]` table; every strategy and option is in one. The student has 4 blocks of width 48, the
+# teacher 2 of width 32.
+STRATEGIES = {
     "the paper's": "",
+    "one block, two layers": 'pairs = [{student = 1}, {student = 1, teacher = "embedding", weight = 0.25}]',
     "two blocks, one layer": "pairs = [{student = 0}, {student = 3, weight = 0.5}]",
     "centred, several layers": """\
 pairs = [{student = 0, teacher = -1}, {student = 3, teacher = 0}, {student = 2, teacher = "embedding"}]
@@ -153,7 +111,6 @@ stop_tokens = 512""",
 # "labels" trains, and needed on both.
 ANOTHER_TOKENIZER = "another tokenizer"
 CONTROLS = {
-    "labels": 'target = "labels"',
     "logits": 'target = "logits"\ntemperature = 2.0\nschedule = "constant"\nstop_fraction = 1',
     "random teacher": 'control = "random_teacher"',
     "shuffled targets": 'control = "shuffled_targets"\nteacher.tensor_parallel = true',
@@ -168,7 +125,7 @@ ENDS = {
     "transformers": ("", []),
     "compiled": ('dimension_match = "linear"', ["--compile.enable", "--compile.backend", "aot_eager"]),
 }
-ROWS = {**ALONE, **COMBINED, **CONTROLS}
+ROWS = {**STRATEGIES, **CONTROLS}
 
 
 def cases_of(name):
@@ -176,14 +133,12 @@ def cases_of(name):
     if name == "shuffled targets":
         # Among the rows that a rank runs the teacher on: those of a single process where ranks run it together.
         return ["TP", "TP without SP"]
+    if name == "random teacher":
+        return ["FSDP2"]
     return list(LAYOUTS) if name in CONTROLS else ["FSDP2", "pipeline"]
 
 
-SEVERAL = [
-    pytest.param(name, layout, id=f"{name}, {layout}", marks=[pytest.mark.exhaustive] if name in ALONE else [])
-    for name in ROWS
-    for layout in cases_of(name)
-]
+SEVERAL = [pytest.param(name, layout, id=f"{name}, {layout}") for name in ROWS for layout in cases_of(name)]
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +203,7 @@ def test_nothing_is_left_of_an_alignment_that_has_ended(runs, layout):
         for watched, left in zip(result["watched"], result["leftovers"], strict=True):
             assert not left, (name, left)
             num_ended += left is not None and len(watched) > 1
-    assert num_ended >= 3
+    assert num_ended >= 2
 
 
 # Of three steps; the default stop is after half of the run, which is one step.
