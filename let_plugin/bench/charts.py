@@ -24,16 +24,8 @@ _CONFIG = {
     "background": None,
     "font": "system-ui, sans-serif",
     "view": {"stroke": None},
-    "axis": {
-        "labelColor": "var(--muted)",
-        "titleColor": "var(--text)",
-        "gridColor": "var(--line)",
-        "domainColor": "var(--muted)",
-        "tickColor": "var(--muted)",
-        "labelFontSize": 12,
-        "titleFontSize": 12,
-        "titleFontWeight": "normal",
-    },
+    "axis": {"labelColor": "var(--muted)", "titleColor": "var(--text)", "gridColor": "var(--line)"}
+    | {"domainColor": "var(--muted)", "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal"},
     "text": {"fontSize": 12},
 }
 

@@ -5,6 +5,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,22 @@ from let_plugin.config import load as toml_config
 from let_plugin.config.errors import ConfigError, Problem, exit_with
 
 _PROGRAM = "let-bench"
+_LIBRARIES = ("jinja2", "pandas", "scipy", "vl_convert")
 _OF_LET_TRAIN = "Other options, --section.key VALUE, are let-train's."
-_GOES_ON = "Called again with the same settings, it continues where it was stopped."
+_GOES_ON = f"Called again with the same settings, it continues where it was stopped. {_OF_LET_TRAIN}"
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line; SystemExit with code 2 for bad input, 1 for a run that failed, 130 if interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     args, options = parse(argv)
-    command = command_line(_PROGRAM, argv)
     try:
-        if args.command in ("table", "report", "plot"):
-            _show(args, options)
+        if missing := [name for name in _LIBRARIES if find_spec(name) is None]:
+            raise ConfigError(Problem(_PROGRAM, f'needs {", ".join(missing)}; pip install "let-plugin[bench]"'))
+        if "config" in args:
+            print(_of_configuration(args, options, command_line(_PROGRAM, argv)))
         else:
-            print(f"\n{_of_configuration(args, options, command)}")
+            print(_show(args))
     except ConfigError as error:
         exit_with(error, _PROGRAM)
     except KeyboardInterrupt:
@@ -39,21 +42,13 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(prog=_PROGRAM, description="Measures what LET costs and what it brings.")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
 
-    def command(name: str, help_: str, description: str) -> argparse.ArgumentParser:
-        return subparsers.add_parser(name, help=help_, description=description, allow_abbrev=False)
+    def command(name: str, description: str) -> argparse.ArgumentParser:
+        return subparsers.add_parser(name, help=description, description=description, allow_abbrev=False)
 
-    throughput = command(
-        "throughput",
-        "tokens/s, step time and peak memory with LET and without",
-        "Measures tokens/s, step time and peak memory of a configuration with LET and without: each case in a process "
-        f"of its own, the cases in turn. {_GOES_ON} {_OF_LET_TRAIN}",
-    )
-    converge = command(
-        "converge",
-        "held-out loss of LET and of what it is compared with, over seeds",
-        "Trains a configuration with one method after the other, on the same data in the same order, and with each "
-        f"seed: held-out loss, speed-up, and what is significant. {_GOES_ON} {_OF_LET_TRAIN}",
-    )
+    what = "tokens/s, step time and peak memory of a configuration with LET and without, each run in its own process"
+    throughput = command("throughput", f"{what}. {_GOES_ON}")
+    what = "held-out loss of LET and of what it is compared with, on the same data in the same order, over seeds"
+    converge = command("converge", f"{what}. {_GOES_ON}")
     _add_throughput(throughput)
     _add_converge(converge)
     for suite, name in ((throughput, "throughput"), (converge, "converge")):
@@ -62,21 +57,21 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         suite.add_argument("--processes", type=_integer(1), default=1, help="processes of a run, by torchrun (1)")
         suite.add_argument("--out", type=Path, default=out / f"{name}.jsonl", help="file of rows")
         suite.add_argument("--work-dir", type=Path, default=out / name, help="for logs and what runs write")
-    table = command("table", "the tables of rows that are there", "Prints the tables of rows, as their suites do.")
-    report = command("report", "a page of what the rows say", "Writes a page that needs nothing beside it.")
+    table = command("table", "the tables of rows that are there, as their suites print them")
+    report = command("report", "one page of what the rows say, that needs nothing beside it")
     report.add_argument("--out", type=Path, required=True, metavar="PAGE.html", help="an older page is replaced")
-    description = "Draws the metrics of runs (metrics.jsonl), or the held-out losses of convergence rows, side by side."
-    plot = command("plot", "curves of runs, side by side", description)
-    plot.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="dump folder, or file of rows")
-    plot.add_argument("--out", type=Path, required=True, metavar="FILE", help=".html, .png or .svg")
     for reader in (table, report):
         reader.add_argument("rows", type=Path, nargs="+", metavar="ROWS.jsonl")
-    description = f"Exports a checkpoint to Hugging Face's format, for lm-eval and others. {_OF_LET_TRAIN}"
-    export = command("export", "a checkpoint as a folder that transformers opens", description)
+    plot = command("plot", "curves of runs (metrics.jsonl), or held-out losses of convergence rows, side by side")
+    plot.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="dump folder, or file of rows")
+    plot.add_argument("--out", type=Path, required=True, metavar="FILE", help=".html, .png or .svg")
+    export = command("export", f"a checkpoint as a folder that transformers and lm-eval open. {_OF_LET_TRAIN}")
     export.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a torchtitan checkpoint (.../step-N)")
     export.add_argument("--config", type=Path, required=True, metavar="CONFIG.toml", help="what it was trained with")
     export.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new folder for the model")
     args, options = parser.parse_known_args(argv)
+    if options and "config" not in args:
+        parser.error(f"unrecognized arguments: {' '.join(options)}")
     if args.command == "converge" and args.tuning_seeds is None:
         args.tuning_seeds = [max(args.seeds) + 1]
     return args, options
@@ -84,8 +79,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def _add_throughput(parser: argparse.ArgumentParser) -> None:
     add, share = parser.add_argument, _number("a percentage above 0, at most 100", lambda value: 0 < value <= 100)
-    cases = ("plain", "active", "stopped", "features", "rkd", "control")
-    help_ = "beside plain: active, stopped, features, rkd, control (active stopped)"
+    cases = ("plain", "active", "stopped", "rkd", "control")
+    help_ = "beside plain: active, stopped, rkd, control (active stopped)"
     add("--cases", nargs="+", default=["active", "stopped"], choices=cases, metavar="CASE", help=help_)
     # Without a spread there is no interval: two of each.
     add("--pairs", type=_integer(2), default=7, help="how often each case is measured (7)")
@@ -146,31 +141,24 @@ def _integer(least: int) -> Callable[[str], int]:
     return _number(f"an integer, at least {least}", lambda value: value >= least, int)
 
 
-def _show(args: argparse.Namespace, others: list[str]) -> None:
+def _show(args: argparse.Namespace) -> str:
     """Shows what is there: rows as tables or a page, or the curves of runs."""
-    if others:
-        raise ConfigError(Problem(other, f"no such option of {_PROGRAM} {args.command}") for other in others)
+    from let_plugin.bench import report, tables
+
     if args.command == "table":
-        from let_plugin.bench import tables
-
-        print(tables.text(args.rows))
-        return
-    from let_plugin.bench import report
-
+        return tables.text(args.rows)
     if args.command == "report":
         report.write(args.rows, args.out)
     else:
         report.plot(args.runs, args.out)
-    print(args.out)
+    return str(args.out)
 
 
 def _of_configuration(args: argparse.Namespace, options: list[str], command: str) -> str:
     """Runs a suite and returns its table, or exports. SystemExit with code 1 if a run fails."""
-    runtime = toml_config.read([str(args.config), *options]).runtime
-
     from let_plugin.runtime import data, host
 
-    host.set_up(runtime.device)  # before torchtitan is imported
+    host.set_up(toml_config.read([str(args.config), *options]).runtime.device)  # before torchtitan is imported
     data.register()
 
     from torchtitan.tools.logging import logger
@@ -186,7 +174,7 @@ def _of_configuration(args: argparse.Namespace, options: list[str], command: str
     processes.check_launch(args.out, args.work_dir)
     suite = throughput if args.command == "throughput" else converge
     try:
-        return suite.run(args, options, command)
+        return f"\n{suite.run(args, options, command)}"
     except processes.RunFailedError as error:
         print(f"{_PROGRAM}: {error}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -78,7 +78,6 @@ def step_at_loss(curve: Sequence[tuple[float, float]], loss: float) -> float | N
 class Suite:
     """What may be compared with each other."""
 
-    name: str  # the question that it answers: the rows' own `name`, or that of their file
     kind: str  # THROUGHPUT or CONVERGE
     frame: pd.DataFrame  # a line per label: see `costs` and `gains`
     rows: Sequence[Row]  # what the frame is made of
@@ -88,6 +87,11 @@ class Suite:
     diverged: Mapping[str, Sequence[int]] = field(default_factory=dict)
     # Label, the label it is compared with, and the difference of their final losses.
     comparisons: Sequence[tuple[str, str, Estimate]] = ()
+
+    @property
+    def name(self) -> str:
+        """The question that it answers: the rows' own `name`, or that of their file."""
+        return self.rows[0]["name"]
 
     @property
     def time(self) -> str:
@@ -168,8 +172,7 @@ def costs(own: Sequence[Row]) -> Suite | None:
         return None
     used = [row for measured in rounds.values() for row in measured]
     profiles = [row for row in own if row["kind"] == PROFILE]
-    frame = pd.DataFrame(lines).set_index("label")
-    return Suite(name=used[0]["name"], kind=THROUGHPUT, frame=frame, rows=used, profiles=profiles)
+    return Suite(kind=THROUGHPUT, frame=pd.DataFrame(lines).set_index("label"), rows=used, profiles=profiles)
 
 
 def gains(own: Sequence[Row]) -> Suite | None:
@@ -198,28 +201,18 @@ def gains(own: Sequence[Row]) -> Suite | None:
             missed = sum(own is None for _, own in reached)
             speed_up = None if missed else ratio(*zip(*reached, strict=True))
             line |= {f"{axis}_missed": missed, f"{axis}_ratio": speed_up}
-            line[axis] = sum(row["curve"][axis][-1] for row in runs) / len(runs)
-        peaks = runs[0]["peak_memory_bytes"]
-        kind = max(peaks, key=peaks.get)  # what an accelerator's allocator holds, not what it gave out
-        line["memory"] = sum(row["peak_memory_bytes"][kind] for row in runs) / len(runs)
-        lines.append(line | {"memory_kind": kind})
-    first = {label: runs[0] for label, runs in seeds.items()}
+            line[axis] = fmean(row["curve"][axis][-1] for row in runs)
+        kind = list(runs[0]["peak_memory_bytes"])[-1]  # what an accelerator's allocator holds, not what it gave out
+        lines.append(line | {"memory_kind": kind, "memory": fmean(row["peak_memory_bytes"][kind] for row in runs)})
     compared = [(label, BASELINE) for label in seeds if label != BASELINE]
     # A control says something about LET at its own weight only.
-    compared += [
-        (let, label)
-        for let in seeds
-        for label in seeds
-        if first[let]["method"] == "let"
-        and first[label]["method"] in CONTROLS
-        and first[label]["weight"] == first[let]["weight"]
-    ]
-    used = [row for runs in seeds.values() for row in runs]
+    for label, (run, *_) in seeds.items():
+        controls = [o for o, (own, *_) in seeds.items() if own["method"] in CONTROLS and own["weight"] == run["weight"]]
+        compared += [(label, control) for control in controls if run["method"] == "let"]
     return Suite(
-        name=used[0]["name"],
         kind=CONVERGE,
         frame=pd.DataFrame(lines).set_index("label"),
-        rows=used,
+        rows=[row for runs in seeds.values() for row in runs],
         choices=list({row["method"]: row for row in own if row["kind"] == CHOICE}.values()),
         diverged=diverged,
         comparisons=[(a, b, difference(losses[a], losses[b])) for a, b in compared],
@@ -232,11 +225,9 @@ def curves(suite: Suite) -> pd.DataFrame:
     for label in suite.frame.index:
         runs = [pd.DataFrame(row["curve"]).set_index("step") for row in suite.rows if row["label"] == label]
         for step, at_step in pd.concat(runs).groupby(level=0):
-            loss = mean(at_step["test_loss"])
-            costs = at_step[list(AXES)].mean()
-            lines.append(
-                {"label": label, "step": step, **costs, "loss": loss.value, "low": loss.low, "high": loss.high}
-            )
+            loss, paid = mean(at_step["test_loss"]), at_step[list(AXES)].mean()
+            own = {"loss": loss.value, "low": loss.low, "high": loss.high}
+            lines.append({"label": label, "step": step, **paid, **own})
     return pd.DataFrame(lines)
 
 

@@ -62,19 +62,16 @@ class Running:
                 os.killpg(self._process.pid, signal.SIGKILL)
                 self._process.wait()
 
-    def wait(self) -> None:
-        """Waits for its end; RunFailedError if it failed. An interruption ends the run."""
+    def result(self) -> dict[str, Any]:
+        """Waits for its end, and returns what it has written; RunFailedError if it failed, or has written nothing.
+
+        An interruption ends the run.
+        """
         try:
             self._process.wait()
         finally:
             self.stop()
-        if self._process.returncode != 0:
-            self._fail()
-
-    def result(self) -> dict[str, Any]:
-        """What it has written, once it has ended (see `wait`). RunFailedError if it wrote nothing."""
-        self.wait()
-        if not self._out.exists():
+        if self._process.returncode != 0 or not self._out.exists():
             self._fail()
         return json.loads(self._out.read_text())
 
@@ -88,9 +85,10 @@ class Running:
 def check_launch(out: Path, work: Path) -> None:
     """ConfigError for what is wrong with where a suite writes (--out, --work-dir), and with where it was started."""
     problems = []
-    for option, path in (("--out", out), ("--work-dir", work)):
-        if path.exists() and path.is_dir() != (option == "--work-dir"):
-            problems.append(Problem(option, "a folder; expected a file" if path.is_dir() else "a file", str(path)))
+    if out.is_dir():
+        problems.append(Problem("--out", "a folder; expected a file", str(out)))
+    if work.is_file():
+        problems.append(Problem("--work-dir", "a file", str(work)))
     if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         problems.append(Problem("--processes", "started under torchrun; start let-bench alone, and it starts them"))
     if problems:

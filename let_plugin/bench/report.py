@@ -4,7 +4,6 @@ import difflib
 import json
 import math
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,10 @@ _TEACHER_SHARE = 0.1  # the paper's: of several teachers the overview shows the 
 def write(files: Sequence[Path], out: Path) -> None:
     """Writes the page of the rows in `files` to the file `out`; an older one is replaced.
 
-    ConfigError if a file is missing, holds no rows or nothing to compare, or if a library is missing.
+    ConfigError if a file is missing, or holds no rows or nothing to compare.
     """
-    problems = _missing_libraries()
     if out.is_dir():
-        problems.append(Problem("--out", "is a folder; expected a file, page.html", str(out)))
-    if problems:
-        raise ConfigError(problems)
+        raise ConfigError(Problem("--out", "is a folder; expected a file, page.html", str(out)))
     suites = frame.newest(frame.suites(frame.read(files)))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(render(suites), encoding="utf-8")
@@ -40,7 +36,7 @@ def plot(paths: Sequence[Path], out: Path) -> None:
 
     `paths` are dump folders of let-train, whose metrics are drawn, or files of rows, for held-out losses.
     """
-    problems = _missing_libraries()
+    problems = []
     if out.suffix not in (".html", ".svg", ".png"):
         problems.append(Problem("--out", "expected a file that ends in .html, .svg or .png", str(out)))
     logs = [path / "metrics.jsonl" for path in paths if path.is_dir()]
@@ -163,11 +159,3 @@ def _page(**content: Any) -> str:
 
 def _html(cells: pd.DataFrame) -> str:
     return cells.to_html(border=0)
-
-
-def _missing_libraries() -> list[Problem]:
-    return [
-        Problem("let-bench", f'needs {name}; pip install "let-plugin[bench]"')
-        for name in ("jinja2", "scipy", "vl_convert")
-        if find_spec(name) is None
-    ]

@@ -135,8 +135,3 @@ def active_cost(config: Trainer.Config, student: Student, dims: ParallelDims) ->
     source = open_source(config.let.teacher)
     features = source if isinstance(source, Features) else None
     return cost(config, student, source.info, plan.pairs(config, source.info.num_layers), dims, features)
-
-
-def step_flops(student: Student, tokens_per_step: int) -> float:
-    """FLOPs of a plain step of the whole job: 6 N per token. Attention between tokens is not counted."""
-    return 6.0 * student.num_matmul_params * tokens_per_step

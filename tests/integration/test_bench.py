@@ -10,24 +10,23 @@ from tests.support import jobs
 
 @pytest.mark.slow
 def test_throughput(tmp_path, tiny_config):
-    """Steps in turn, and states that are stored first; then the same again."""
+    """Steps in turn; then the same again."""
     out = tmp_path / "rows.jsonl"
     args = ["throughput", tiny_config, "--pairs", "2", "--steps", "2", "--teacher-share", "10", "--out", out]
-    args += ["--cases", "features", "--interleave", "--work-dir", tmp_path / "work", "--training.seq_len", "32"]
+    args += ["--cases", "active", "--interleave", "--work-dir", tmp_path / "work", "--training.seq_len", "32"]
     first = jobs.run("let_plugin.bench", *args, OMP_NUM_THREADS="1")
 
     found = rows.read(out)
-    assert [row["label"] for row in found] == 2 * ["plain", "features 10%"]
+    assert [row["label"] for row in found] == 2 * ["plain", "active 10%"]
     for row in found:
         assert row["command"].startswith("let-bench throughput") and row["tokens_per_second"] > 0
         assert len(row["values"]) == 2 and row["peak_memory_bytes"]["resident"] > 0
         assert "seq_len = 32" in row["config"]
-    assert "stored the teacher's states for features 10%" in first.stdout
-    assert "2 pairs on CPU" in first.stdout and "[4/4] pair 2, features 10%: " in first.stdout
+    assert "2 pairs on CPU" in first.stdout and "[4/4] pair 2, active 10%: " in first.stdout
 
     again = jobs.run("let_plugin.bench", *args)
     assert rows.read(out) == found
-    assert "has 2 of 2 pairs already" in again.stdout and "stored" not in again.stdout
+    assert "has 2 of 2 pairs already" in again.stdout
     assert again.stdout.partition("\ncase ")[2] == first.stdout.partition("\ncase ")[2] != ""  # the same table
 
 

@@ -21,8 +21,7 @@ import lzma
 import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import groupby, islice
-from operator import itemgetter
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import IO, Any
@@ -93,7 +92,7 @@ def select(config: Any, reference: TeacherConfig, out: Path, keep: float) -> dic
 
 def document_losses(
     model: Any, documents: Iterable[Sequence[int]], *, seq_len: int, vocab_size: int, device: Any
-) -> Iterator[tuple[float, int]]:
+) -> list[tuple[float, int]]:
     """(sum of the cross-entropy in nats, number of tokens predicted) of each document, in order.
 
     A document longer than `seq_len` is cut, as torchtitan's data loader cuts it: each part is predicted from itself
@@ -105,25 +104,23 @@ def document_losses(
 
     from let_plugin.teacher.language_model import row_loss_sums
 
-    def part_losses() -> Iterator[tuple[int, list[float]]]:  # (number of the document, [loss, number of tokens])
-        parts = (
-            (number, torch.tensor(document[start : start + seq_len + 1], dtype=torch.int64))
-            for number, document in enumerate(documents)
-            for start in range(0, max(len(document) - 1, 1), seq_len)
-        )
-        while batch := list(islice(parts, max(1, _BATCH_TOKENS // seq_len))):
-            # Causal: what stands behind a row's end changes nothing before it.
-            tokens_BL = pad_sequence([ids[:-1] for _, ids in batch], batch_first=True)
-            labels_BL = pad_sequence([ids[1:] for _, ids in batch], batch_first=True, padding_value=IGNORE_INDEX)
-            sums_B2 = torch.zeros(len(batch), 2)
-            if tokens_BL.shape[1] > 0:
-                given = (tokens_BL.to(device), None, labels_BL.to(device))
-                sums_B2 = row_loss_sums(model, *given, vocab_size=vocab_size)
-            yield from zip((number for number, _ in batch), sums_B2.tolist(), strict=True)
-
-    for _, group in groupby(part_losses(), key=itemgetter(0)):
-        losses, counts = zip(*(values for _, values in group), strict=True)
-        yield sum(losses), int(sum(counts))
+    parts = (
+        (number, torch.tensor(document[start : start + seq_len + 1], dtype=torch.int64))
+        for number, document in enumerate(documents)
+        for start in range(0, max(len(document) - 1, 1), seq_len)
+    )
+    sums: list[list[float]] = []
+    while batch := list(islice(parts, max(1, _BATCH_TOKENS // seq_len))):
+        # Causal: what stands behind a row's end changes nothing before it.
+        tokens_BL = pad_sequence([ids[:-1] for _, ids in batch], batch_first=True).to(device)
+        labels_BL = pad_sequence([ids[1:] for _, ids in batch], batch_first=True, padding_value=IGNORE_INDEX).to(device)
+        sums_B2 = torch.zeros(len(batch), 2)
+        if tokens_BL.shape[1] > 0:
+            sums_B2 = row_loss_sums(model, tokens_BL, None, labels_BL, vocab_size=vocab_size)
+        for (number, _), (loss, count) in zip(batch, sums_B2.tolist(), strict=True):
+            before = sums.pop() if number < len(sums) else [0.0, 0.0]
+            sums.append([before[0] + loss, before[1] + count])
+    return [(loss, int(count)) for loss, count in sums]
 
 
 def kept(scores: Sequence[float], keep: float) -> set[int]:
@@ -142,7 +139,7 @@ def _losses(config: Any, tokenizer: Any, source: Any) -> list[tuple[float, int]]
     seq_len = min(config.training.seq_len, source.info.max_seq_len or config.training.seq_len)
     model = source.language_model(dtype=plan.teacher_dtype(config), device=device, seq_len=seq_len)
     ids = (tokenizer.encode(text, add_bos=True, add_eos=True) for text in _texts(config))
-    return list(document_losses(model, ids, seq_len=seq_len, vocab_size=source.info.vocab_size, device=device))
+    return document_losses(model, ids, seq_len=seq_len, vocab_size=source.info.vocab_size, device=device)
 
 
 def _check(config: Any, out: Path, keep: float) -> None:

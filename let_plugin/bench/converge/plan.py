@@ -12,7 +12,7 @@ from let_plugin.bench.converge import data_selection, methods
 from let_plugin.bench.converge.methods import WEIGHT, Method
 from let_plugin.bench.processes import slug
 from let_plugin.bench.rows import BASELINE
-from let_plugin.bench.runs import QUIET, Run, Setup, active_cost, step_flops
+from let_plugin.bench.runs import QUIET, Run, Setup, active_cost
 from let_plugin.config import plan
 from let_plugin.config.errors import ConfigError, Problem
 from let_plugin.preflight.report import Student
@@ -69,14 +69,14 @@ class Planner:
         config: Any = self.setup.load(self._options(method, point)).config
         student = Student(config)
         tokens_per_step = plan.tokens_per_step(config, self._dims.dp_replicate * self._dims.dp_shard)
-        flops = step_flops(student, tokens_per_step)
+        flops = 6.0 * student.num_matmul_params * tokens_per_step  # attention between tokens is not counted
         costs = active_cost(config, student, self._dims)
         weight = config.let.weight if config.let.enable else None
         text = method.name if not weight else f"{method.name}@{weight:g}"
         needs = [f"{key} {value}" for key, value in point if key != WEIGHT]
         if method.name == "gstack":
             needs = [f"{self._args.gstack_blocks} blocks", f"{self._args.gstack_steps} steps", *needs]
-        if method.name == "miniplm":
+        elif method.name == "miniplm":
             needs = [str(self._args.selected_text), *needs]
         details = {
             "method": method.name,
@@ -105,7 +105,8 @@ class Planner:
         if method.name == "gstack":
             shallow = Student(self.setup.load(self._options(method), self._args.gstack_blocks).config)
             tokens = tokens_per_step * self._args.gstack_steps
-            return {"what": "shallow model", "flops": step_flops(shallow, tokens), "tokens": tokens, "seconds": None}
+            flops = 6.0 * shallow.num_matmul_params * tokens
+            return {"what": "shallow model", "flops": flops, "tokens": tokens, "seconds": None}
         if config.let.enable and config.let.target == "teacher" and config.let.teacher.features:
             features = Features(config.let.teacher.features)
             info = features.info

@@ -43,10 +43,7 @@ def grow(config: Trainer.Config, depth: int, checkpoint: str, out: Path) -> None
 
 
 def shorten(config: Trainer.Config, num_blocks: int) -> None:
-    """Makes the student the shallow one that grows: its first `num_blocks` blocks, in place.
-
-    ConfigError if the student's depth is not a multiple of it.
-    """
+    """Keeps the student's first `num_blocks` blocks, in place. ConfigError if its depth is not a multiple of it."""
     spec = config.model_spec
     assert spec is not None
     blocks = getattr(spec.model, "layers", None)

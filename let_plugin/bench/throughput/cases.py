@@ -24,7 +24,6 @@ class Case:
     options: tuple[str, ...] = ()
     is_active: bool = False  # the teacher is there in the measured steps; a run where it is not so is an error
     has_teacher: bool = True  # it runs with LET, and once for each size of teacher
-    reads_states: bool = False  # the teacher's states are written beforehand, and read by the run
     is_throughout: bool = False  # the teacher would stay for a whole run, whatever the configuration's stop
 
 
@@ -33,7 +32,6 @@ CASES = {
     "control": Case(has_teacher=False),
     "active": Case(is_active=True),
     "stopped": Case(),
-    "features": Case(is_active=True, reads_states=True),
     "rkd": Case((*METHODS["rkd"].defaults, *METHODS["rkd"].options), is_active=True, is_throughout=True),
 }
 

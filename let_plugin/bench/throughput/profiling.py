@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity
 from torchtitan.trainer import Trainer
 
 from let_plugin.alignment.tap import ALIGNMENT_RANGE, INJECTION_RANGE
@@ -29,10 +28,7 @@ class StepProfiler:
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
-        activities = [ProfilerActivity.CPU]
-        if trainer.device.type != "cpu":
-            activities.append(getattr(ProfilerActivity, trainer.device.type.upper()))
-        self._profile = torch.profiler.profile(activities=activities)
+        self._profile = torch.profiler.profile()  # of the host, and of an accelerator that is there
         self._profile.start()
 
     def finish(self, num_steps: int) -> dict[str, float]:

@@ -24,7 +24,6 @@ from let_plugin.bench.throughput.cases import CASES, PLAIN, WARMUP_STEPS, Varian
 from let_plugin.bench.throughput.turns import take_turns
 from let_plugin.config import plan
 from let_plugin.preflight.report import Student
-from let_plugin.teacher.stored.features import MANIFEST, Manifest
 
 
 def run(args: argparse.Namespace, options: Sequence[str], command: str) -> str:
@@ -40,8 +39,7 @@ def run(args: argparse.Namespace, options: Sequence[str], command: str) -> str:
 def plan_runs(args: argparse.Namespace, options: Sequence[str]) -> list[Run]:
     """The checked runs of a round. ConfigError lists all that is wrong with any of them.
 
-    Writes the weights of random teachers once the plain run has passed its checks, and the states that a case reads
-    once all have.
+    Writes the weights of random teachers once the plain run has passed its checks.
     """
     setup = Setup(args.config, options, args.processes)
     base: Any = setup.resolve([]).config
@@ -59,15 +57,11 @@ def plan_runs(args: argparse.Namespace, options: Sequence[str]) -> list[Run]:
         teachers[share / 100] = random_teacher.write(size, base.model_spec.model.vocab_size, folder)
     setup.check([own(variant) for variant in variants])
     dims = setup.dims()
-    degree = dims.dp_replicate * dims.dp_shard
     # The stop of a whole run; LET may be off in the configuration, but not what it says of the stop.
-    stop_step = plan.stop_step(base, degree)
+    stop_step = plan.stop_step(base, dims.dp_replicate * dims.dp_shard)
     planned = []
     for variant in variants:
         chosen, case = own(variant), CASES[variant.case]
-        if case.reads_states:
-            states = _stored_states(setup.argv(chosen), variant.label, degree, args.work_dir / "states")
-            chosen += ["--let.teacher.features", str(states), "--let.teacher.path", "", "--let.teacher.spec", ""]
         config: Trainer.Config = setup.load(chosen).config
         student = Student(config)
         costs = active_cost(config, student, dims)
@@ -148,16 +142,3 @@ def missing_rounds(found: Sequence[rows.Row], labels: Sequence[str], pairs: int)
     first = max(measured, default=-1) + 1
     num_complete = sum(have >= set(labels) for have in measured.values())
     return list(range(first, first + max(pairs - num_complete, 0)))
-
-
-def _stored_states(argv: Sequence[str], label: str, data_parallel_degree: int, work: Path) -> Path:
-    """The folder with the states of a run with the teacher; let-teacher's export writes them, unless they are there."""
-    export = [*argv, "--data-parallel-degree", str(data_parallel_degree)]
-    folder = work / rows.fingerprint(rows.provenance(), export)
-    if (folder / MANIFEST).exists() and Manifest.read(folder).result is not None:
-        return folder
-    log = work / f"{folder.name}.json"
-    arguments = [*export, "--out", str(folder)]
-    Running("let_plugin.teacher.export", arguments, log, what=f"states for {label}", num_processes=1).wait()
-    print(f"stored the teacher's states for {label}", flush=True)
-    return folder

@@ -21,8 +21,7 @@ _POLL_SECONDS = 0.5  # how soon a run that has died is noticed
 def take_turns(starts: Sequence[Callable[[str], Running]], seed: int = 0) -> list[dict[str, Any]]:
     """Runs them to their ends, and returns what each has written. RunFailedError if one fails; the others are stopped.
 
-    Each of `starts` starts a run, which makes a `Turn` of the address it is given, and a step whenever it has it. The
-    laps' orders are drawn with `seed`.
+    Each of `starts` starts a run, which makes a `Turn` of the address it is given. `seed` draws the laps' orders.
     """
     runs: list[Running] = []
     connections: dict[int, socket.socket] = {}
@@ -48,7 +47,7 @@ def take_turns(starts: Sequence[Callable[[str], Running]], seed: int = 0) -> lis
             shuffle(lap)
             for number, connection in lap:
                 connection.sendall(b".")
-                if not _wait(partial(_returned, connection), runs[number]):
+                if not _wait(partial(connection.recv, 1), runs[number]):
                     connections.pop(number).close()
                     runs[number].result()  # waits for its end, which is not to be in the others' turns
         return [run.result() for run in runs]
@@ -81,11 +80,5 @@ def _wait(wait: Callable[[], Any], run: Running) -> Any:
             return wait()
         except TimeoutError:
             run.check()
-
-
-def _returned(connection: socket.socket) -> bool:
-    """Waits until a run gives its turn back; False if it is at its end."""
-    try:
-        return connection.recv(1) != b""
-    except ConnectionResetError:
-        return False
+        except ConnectionResetError:  # as at its end
+            return b""
