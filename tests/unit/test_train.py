@@ -66,67 +66,36 @@ def test_bad_file(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["run.toml"]
 
 
-EVERYTHING_WRONG = """
-teacher.spec = "tiny_teacher"
-teacher.path = "no/such/teacher"
-wieght = 0.5
-stop_step = 4
-
-[training]
-stepz = 3
-seq_len = "long"
-gc_freq = 0
-
-[metrics]
-enable_color_printing = true
-
-[dataloader]
-dataset = "let_demo_trian"
-
-[checkpoint]
-interval = 0
-
-[validator]
-dataloader.dataset = "let_demo_test"
-
-[runtime]
-device = "gpu"
-"""
-
-
 def test_all_kinds_of_mistakes_at_once_each_with_its_source(tmp_path, capfd):
     path = tmp_path / "run.toml"
-    path.write_text(f'base = "tests.support.tiny"\ndump_folder = "{tmp_path / "out"}"\n[let]\n{EVERYTHING_WRONG}')
-    cli = ["--training.steps=-1", "--metrics.log-freq", "often", "--training.datazet", "c4", "--let.no-enabel"]
-    cli += ["--hf-assets-path", "no/such/tokenizer", "--parallelism.tensor_parallel_degree", "2", "--validator.enable"]
-    result = main(capfd, path, *cli, "--check")
+    path.write_text(f'''
+    base = "tests.support.tiny"
+    dump_folder = "{tmp_path / "out"}"
+    let = {{ teacher.spec = "tiny_teacher", teacher.path = "no/such/teacher", wieght = 0.5 }}
+    training = {{ stepz = 3, gc_freq = 0 }}
+    metrics.enable_color_printing = true
+    checkpoint.interval = 0
+    runtime.device = "gpu"
+    ''')
+    cli = ["--training.steps=-1", "--metrics.log-freq", "often", "--let.no-enabel", "--hf-assets-path", "no/tokenizer"]
+    result = main(capfd, path, *cli, "--parallelism.tensor_parallel_degree", "2", "--check")
     expected = [
         (path, "let.wieght = 0.5: unknown; did you mean 'weight'?"),
         (path, "training.stepz = 3: unknown; did you mean 'steps'?"),
-        (path, "training.seq_len = 'long': expected an integer"),
         (path, "metrics.enable_color_printing = True: a key of torchtitan 0.2 or older; now: "),
         (path, "checkpoint.interval = 0: Checkpoint interval needs to be at least 1 step"),
         (path, "runtime.device = 'gpu': not a valid choice; did you mean 'cpu'? valid names: auto, cpu"),
         ("command line", "metrics.log_freq = 'often': expected an integer"),
-        ("command line", "training.datazet = 'c4': unknown; did you mean "),
         ("command line", "let.enabel = False: unknown; did you mean 'enable'?"),
         ("command line", "training.steps = -1: must be at least 1"),
         (path, "training.gc_freq = 0: must be at least 1"),
         ("command line", "parallelism: tensor_parallel_degree = 2: degrees must be at least 1"),
-        ("command line", "hf_assets_path = 'no/such/tokenizer': no such folder"),
-        (path, "dataloader.dataset = 'let_demo_trian': unknown dataset; did you mean 'let_demo_train'?"),
+        ("command line", "hf_assets_path = 'no/tokenizer': "),
         (path, "let.teacher.path = 'no/such/teacher': no such folder"),
     ]
     check_refused(result, tmp_path, *(f"\n  {source}: {text}" for source, text in expected))
     assert f"let-train: {len(expected)} problems in the configuration\n" in result[2]
     assert [file.name for file in tmp_path.iterdir()] == ["run.toml"]
-
-
-def test_a_value_of_the_base_is_called_one(tmp_path, capfd):
-    path = tmp_path / "run.toml"
-    path.write_text(f'base = "llama3.llama3_8b"\ndump_folder = "{tmp_path / "out"}"\n')
-    source = "let-train: 1 problem in the configuration\n  base llama3.llama3_8b: hf_assets_path = './assets/hf/"
-    check_refused(main(capfd, path), tmp_path, source)
 
 
 def test_mistakes_are_not_printed_as_a_configuration(tmp_path, tiny_config, capfd):
@@ -158,13 +127,9 @@ def test_rank_0_reports_before_the_others(tiny_config, capfd, monkeypatch):
     assert slept and slept[0] >= 5
 
 
-def test_help_on_a_configuration_lists_the_options_of_all_sections_or_of_one(tiny_config, capfd):
-    code, out, _ = main(capfd, tiny_config, "--help")
-    assert code == 0
-    assert "--training.steps" in out and "--let.teacher.path" in out
+def test_help_on_a_section_of_a_configuration(tiny_config, capfd):
     code, out, _ = main(capfd, tiny_config, "--help", "let")
-    assert code == 0
-    assert "--training.steps" not in out and "--let.teacher.path" in out
+    assert code == 0 and "--training.steps" not in out and "--let.teacher.path" in out
 
 
 @pytest.mark.parametrize("place", ["first", "last"])

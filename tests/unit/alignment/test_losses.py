@@ -144,19 +144,19 @@ def test_no_gradient_depends_on_a_later_token_or_another_row(name, options):
         torch.testing.assert_close(alone_BLD, before_BLD[b : b + 1], rtol=1e-5, atol=1e-7)
 
 
-def test_the_registered_losses():
-    assert list(LOSSES) == ["cosine", "logsum", "mse", "relational", "smooth_l1"]
-    assert get_loss("cosine").closed_form is negative_cosine
+def test_only_the_cosine_has_a_closed_form_and_only_relational_looks_at_other_tokens():
+    assert [name for name in LOSSES if get_loss(name).closed_form] == ["cosine"]
     assert [name for name in LOSSES if get_loss(name).needs_whole_sequence] == ["relational"]
-    with pytest.raises(LookupError, match=r"did you mean 'cosine'"):
-        get_loss("cosin")
 
 
-@pytest.mark.parametrize("value", [0.0, float("inf"), float("nan")])
-@pytest.mark.parametrize(("name", "option"), [("smooth_l1", "beta"), ("logsum", "alpha"), ("relational", "stride")])
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [("smooth_l1", "beta", 0.0), ("smooth_l1", "beta", float("nan")), ("logsum", "alpha", float("inf")),
+     ("relational", "stride", 0)],
+)  # fmt: skip
 def test_a_bad_option_is_an_error_before_the_first_step(name, option, value):
     with pytest.raises(ValueError, match=rf"^{option} must be "):
-        alignment_of(get_loss(name), {option: value if option != "stride" else 0})
+        alignment_of(get_loss(name), {option: value})
 
 
 def scaled(student_BLD, target_BLD, *, scale: float = 2.0):

@@ -5,7 +5,11 @@ import importlib.metadata
 import pytest
 
 from let_plugin.alignment import registry as registry_module
+from let_plugin.alignment.layer_mapping import LAYER_MAPPINGS, register_layer_mapping
+from let_plugin.alignment.losses import LOSSES, LossEntry, register_loss
+from let_plugin.alignment.projectors import DIMENSION_MATCHES, register_dimension_match
 from let_plugin.alignment.registry import Registry
+from let_plugin.alignment.schedules import SCHEDULES, register_schedule
 from let_plugin.config.errors import ConfigError, lookup
 
 
@@ -24,6 +28,24 @@ def test_names_are_sorted_unique_and_can_be_taken_back(registry):
     assert registry.get("red") == "RED"
     registry.unregister("red")
     assert "red" not in registry and "blue" in registry
+
+
+@pytest.mark.parametrize(
+    ("own", "register", "names"),
+    [
+        (SCHEDULES, register_schedule, "constant cosine linear"),
+        (LAYER_MAPPINGS, register_layer_mapping, "L2E L2L L2M M2E M2L M2M uniform"),
+        (LOSSES, register_loss, "cosine logsum mse relational smooth_l1"),
+        (DIMENSION_MATCHES, register_dimension_match, "interpolate linear mlp orthogonal procrustes truncate_or_pad"),
+    ],
+)
+def test_what_is_there_and_one_of_ones_own(own, register, names):
+    assert list(own) == names.split()
+    register("own", len)
+    try:
+        assert own.get("own") in (len, LossEntry(len))
+    finally:
+        own.unregister("own")
 
 
 def test_unknown_name_suggests(registry):

@@ -2,11 +2,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from let_plugin.alignment.schedules import SCHEDULES, constant, cosine, linear, register_schedule, with_warmup
+from let_plugin.alignment.schedules import SCHEDULES, constant, cosine, linear, with_warmup
 
-NAMES = ["constant", "cosine", "linear"]
 LENGTHS = st.integers(0, 10**6)
-all_schedules = pytest.mark.parametrize("name", NAMES)
+all_schedules = pytest.mark.parametrize("name", SCHEDULES)
 
 
 @pytest.mark.parametrize(
@@ -49,12 +48,3 @@ def test_a_warmed_up_schedule_rises_to_its_first_value_and_then_follows(name, st
         assert rise == pytest.approx(1 / (warmup_steps + 1), abs=1e-12)
     if step >= warmup_steps:
         assert value == schedule(step - warmup_steps, stop_step=stop_step - warmup_steps)
-
-
-def test_the_registered_schedules_and_one_of_ones_own():
-    assert list(SCHEDULES) == NAMES
-    register_schedule("own", linear)
-    try:
-        assert SCHEDULES.get("own") is linear
-    finally:
-        SCHEDULES.unregister("own")

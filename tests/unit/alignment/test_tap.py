@@ -104,13 +104,8 @@ def test_the_tap_is_inert_without_a_target_and_without_gradient(batch):
     plain = Student()
     plain(batch[0]).square().sum().backward()
     torch.testing.assert_close(gradients(model), gradients(plain), rtol=0, atol=0)
-
-
-def test_a_target_is_used_once(batch):
-    model, tap = tapped()
-    forward(model, batch).sum().backward()
-    model(batch[0]).sum().backward()
-    assert tap.num_calls == {"1": 1}
+    other, _ = tapped(pairs={})  # another part of a pipeline rank drops the target
+    torch.testing.assert_close(forward(other, batch), plain(batch[0]))
 
 
 def test_the_gradient_is_added_once_though_the_backward_of_the_block_runs_twice(batch):
@@ -124,11 +119,6 @@ def test_the_gradient_is_added_once_though_the_backward_of_the_block_runs_twice(
     assert tap.num_calls == {"2": 1}
     torch.testing.assert_close(again, plain.layers["2"].linear.weight.grad)
     assert not torch.allclose(first, again)
-
-
-def test_the_other_parts_of_a_pipeline_rank_drop_the_target(batch):
-    other, _ = tapped(pairs={})
-    torch.testing.assert_close(forward(other, batch), Student()(batch[0]))
 
 
 def test_the_metric_sums_over_microbatches_and_is_a_buffer_that_a_pipelines_trial_run_can_put_back(batch):
