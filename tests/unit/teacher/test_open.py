@@ -51,13 +51,6 @@ def test_a_spec_is_torchtitans_with_its_own_path_or_another_and_needs_no_optiona
         assert not {"transformers", "gguf"} & set(vars(module))  # nor was it imported before
 
 
-def test_a_folder_is_transformers():
-    pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
-    from let_plugin.teacher.hf.source import HFTeacherSource
-
-    assert isinstance(open_teacher(TeacherConfig(path=TEACHER, spec="transformers")), HFTeacherSource)
-
-
 def test_stored_states_take_the_teachers_place_where_they_are_named(config, parallel_dims, tmp_path):
     settings = {"config": config, "parallel_dims": parallel_dims, "device": torch.device("cpu"), "layers": [1]}
 

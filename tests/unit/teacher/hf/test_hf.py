@@ -3,9 +3,6 @@
 Shape legend: B batch, L sequence, E teacher width.
 """
 
-import json
-import shutil
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,6 +11,7 @@ transformers = pytest.importorskip("transformers", reason="pip install let-plugi
 
 from let_plugin.alignment.layer_mapping import EMBEDDING  # noqa: E402
 from let_plugin.config.errors import ConfigError  # noqa: E402
+from let_plugin.demo import TOKENIZER  # noqa: E402
 from let_plugin.teacher.hf import attention  # noqa: E402
 from tests.support import hf_models  # noqa: E402
 from tests.support.hf_models import FAMILIES, VOCAB_SIZE, build, packed_batch, reference_of, source_of  # noqa: E402
@@ -146,31 +144,7 @@ def test_built_teacher_is_frozen_headless_and_leaves_the_rng(folders, dtype):
     assert states_BLE.dtype == dtype and not states_BLE.requires_grad
 
 
-def save_tokenizer(folder):
-    from tokenizers import Tokenizer, models
-
-    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1, "[UNK]": 2}, unk_token="[UNK]"))
-    tokenizer.add_special_tokens(["<eos>"])
-    folder.mkdir(exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-
-
-def test_vocabulary(folders, tmp_path):
-    llama = shutil.copytree(folders["llama"], tmp_path / "llama")
-    expected = {"a": 0, "b": 1, "[UNK]": 2, "<eos>": 3}
-    assert source_of(llama).vocabulary() is None
-    save_tokenizer(tmp_path / "tokenizer")
-    assert source_of(llama, tokenizer_path=str(tmp_path / "tokenizer")).vocabulary() == expected
-    save_tokenizer(llama)
-    assert source_of(llama).vocabulary() == expected
-    (llama / "tokenizer.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"let.teacher.path.*tokenizer.json cannot be read"):
-        source_of(llama).vocabulary()
-    with pytest.raises(ConfigError, match=r"let.teacher.tokenizer_path.*no tokenizer there"):
-        source_of(llama, tokenizer_path=str(tmp_path / "nowhere")).vocabulary()
-    (llama / "tokenizer.json").unlink()  # of another kind
-    tokens = ["<unk>", "<s>", "</s>", "a", "b", "ab"]
-    (llama / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    (llama / "merges.txt").write_text("#version: 0.2\na b\n")
-    (llama / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
-    assert source_of(llama).vocabulary()["ab"] == 5
+def test_vocabulary(folders):
+    """Of which `tests/unit/tokens/test_vocabulary.py` has more."""
+    assert source_of(folders["llama"]).vocabulary() is None
+    assert len(source_of(folders["llama"], tokenizer_path=TOKENIZER).vocabulary()) == 4096

@@ -20,19 +20,14 @@ from let_plugin.teacher.titan.weights import TitanWeights
 FILE = "model.safetensors"
 
 
-def problems_of(path, spec="tiny_teacher"):
+def problem_of(path, spec="tiny_teacher", key="let.teacher.path"):
     """What opening the teacher complains about."""
     with pytest.raises(ConfigError) as info:
         TitanTeacherSource(TeacherConfig(spec=spec, path=str(path)))
-    for problem in info.value.problems:
-        assert (problem.key, problem.value) == ("let.teacher.path", str(path))
-        assert "Traceback" not in problem.message and "\n" not in problem.message
-    return [problem.message for problem in info.value.problems]
-
-
-def problem_of(path, spec="tiny_teacher"):
-    (message,) = problems_of(path, spec)
-    return message
+    (problem,) = info.value.problems
+    assert (problem.key, problem.value) == (key, str(path) if key == "let.teacher.path" else spec)
+    assert "Traceback" not in problem.message and "\n" not in problem.message
+    return problem.message
 
 
 @pytest.fixture
@@ -41,22 +36,12 @@ def safetensors(tmp_path):
     return shutil.copytree(TEACHER, tmp_path / "teacher")
 
 
-@pytest.fixture
-def dcp_folder(tiny_teacher, tmp_path):
-    """A copy of the tiny teacher, to damage."""
-    return shutil.copytree(tiny_teacher[0], tmp_path / "teacher")
-
-
-def write_safetensors(folder, weights):
-    save_file(weights, folder / FILE, metadata={"format": "pt"})
-
-
 def cut(file, num_bytes):
     file.write_bytes(file.read_bytes()[:num_bytes])
 
 
 def edited(edit):
-    return lambda folder: write_safetensors(folder, edit(load_file(folder / FILE)))
+    return lambda folder: save_file(edit(load_file(folder / FILE)), folder / FILE, metadata={"format": "pt"})
 
 
 def replaced(old, new):
@@ -67,20 +52,28 @@ def replaced(old, new):
     return edit
 
 
-def empty(folder):
-    for file in folder.iterdir():
-        file.unlink()
-    (folder / "pytorch_model.bin").touch()
+def parts(folder, index=None):
+    """The weights in two files of other names; with an index, if it is given."""
+    weights = load_file(folder / FILE)
+    (folder / FILE).unlink()
+    for i in range(2):
+        save_file(dict(list(weights.items())[i::2]), folder / f"part-{i}.safetensors")
+    if index:
+        (folder / f"{FILE}.index.json").write_text(index)
 
 
 UP = "model.layers.1.mlp.up_proj.weight"
 BIAS = "model.layers.1.self_attn.q_proj.bias"
+INDEX = '{"weight_map": {"model.norm.weight": "part-2.safetensors"}}'
 SAFETENSORS = [  # mistake, part of the error
     (shutil.rmtree, "no such folder"),
-    (empty, "neither a torchtitan checkpoint (DCP) nor *.safetensors"),
+    (
+        lambda f: (f / FILE).rename(f / "pytorch_model.bin"),
+        "the folder holds neither a torchtitan checkpoint (DCP) nor *.safetensors",
+    ),
     (lambda f: cut(f / FILE, -2_000_000), f"{FILE} is truncated or not a safetensors file"),
-    (lambda f: cut(f / FILE, 20), f"{FILE} is truncated or not a safetensors file"),
     (lambda f: cut(f / FILE, 0), f"{FILE} is truncated or not a safetensors file"),
+    (lambda f: parts(f, INDEX), "not there: part-2.safetensors; fetch them. The folder has part-0.safetensors, part-1"),
     (replaced("{", "["), "config.json cannot be read"),
     (edited(lambda w: {k: v for k, v in w.items() if k != UP}), f"lacks tensors that the spec asks for: {UP}"),
     (edited(lambda w: w | {UP: torch.zeros(128, 352)}), f"{UP} (file (128, 352), spec (352, 128))"),
@@ -99,76 +92,56 @@ def test_what_is_wrong_with_safetensors_is_said(safetensors, damage, message):
     assert message in problem_of(safetensors, "demo_teacher")
 
 
-def test_no_weights():
+def test_no_weights_or_a_config_json_of_another_model(safetensors):
     assert "set it to the folder" in problem_of("")
-
-
-def test_a_config_json_of_another_model(safetensors):
     replaced("10000.0", "500000.0")(safetensors)
-    with pytest.raises(ConfigError) as info:
-        TitanTeacherSource(TeacherConfig(spec="demo_teacher", path=str(safetensors)))
-    (problem,) = info.value.problems
-    assert (problem.key, problem.value) == ("let.teacher.spec", "demo_teacher")
-    assert "rope_theta = 500000.0, the spec 10000.0" in problem.message
+    message = problem_of(safetensors, "demo_teacher", key="let.teacher.spec")
+    assert "rope_theta = 500000.0, the spec 10000.0" in message
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda file: cut(file, -500), "__0_0.distcp is truncated"),
+        (lambda file: cut(file, -500), "tensors that are not wholly there: layers."),
         (lambda file: cut(file, 5000), "and 12 more; fetch"),
         (lambda file: file.unlink(), "__0_0.distcp is missing"),
         (lambda file: cut(file.parent / ".metadata", 1), ".metadata is not one that torch has written, or is damaged"),
     ],
 )
-def test_files_of_a_torchtitan_checkpoint_that_are_not_wholly_there(dcp_folder, damage, message):
-    (file,) = dcp_folder.glob("*.distcp")
+def test_files_of_a_torchtitan_checkpoint_that_are_not_wholly_there(tiny_teacher, tmp_path, damage, message):
+    folder = shutil.copytree(tiny_teacher[0], tmp_path / "teacher")
+    (file,) = folder.glob("*.distcp")
     damage(file)
-    said = problem_of(dcp_folder)
-    assert message in said and ("tensors that are not wholly there: layers." in said or ".metadata" in message)
-
-
-def test_files_of_any_name_are_read_and_all_that_an_index_names_must_be_there(safetensors):
-    weights = load_file(safetensors / FILE)
-    (safetensors / FILE).unlink()
-    for i in range(2):
-        save_file(dict(list(weights.items())[i::2]), safetensors / f"part-{i}.safetensors")
-    TitanTeacherSource(TeacherConfig(spec="demo_teacher", path=str(safetensors)))
-    index = '{"weight_map": {"model.norm.weight": "part-2.safetensors"}}'
-    (safetensors / "model.safetensors.index.json").write_text(index)
-    message = problem_of(safetensors, "demo_teacher")
-    assert "not there: part-2.safetensors; fetch them. The folder has part-0.safetensors, part-1" in message
+    assert message in problem_of(folder)
 
 
 # Tensors
 
+W2 = "layers.1.feed_forward.w2.weight"
 
-@pytest.mark.parametrize("wrong", [None, (32, 72), (64, 32), torch.int32, "no tensor"])
-def test_missing_or_misshapen_weights_of_a_torchtitan_checkpoint_are_named(tiny_teacher, tmp_path, wrong):
-    name = "layers.1.feed_forward.w2.weight"
-    weights = {k: v for k, v in tiny_teacher[1].items() if k != name}
-    message = f"lacks tensors that the spec asks for: {name}"
-    if isinstance(wrong, tuple):
-        weights[name], message = torch.zeros(wrong), f"{name} (file {wrong}, spec (32, 64))"
-    elif isinstance(wrong, torch.dtype):
-        weights[name], message = (
-            torch.zeros(32, 64, dtype=wrong),
-            f"{name} (file integers, spec floating-point numbers)",
-        )
-    elif wrong is not None:
-        weights[name] = wrong
-    dcp.save(weights, checkpoint_id=str(tmp_path), no_dist=True)
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({}, f"lacks tensors that the spec asks for: {W2}"),
+        ({W2: "no tensor"}, f"lacks tensors that the spec asks for: {W2}"),
+        ({W2: torch.zeros(32, 72)}, f"{W2} (file (32, 72), spec (32, 64))"),
+        ({W2: torch.zeros(32, 64, dtype=torch.int32)}, f"{W2} (file integers, spec floating-point numbers)"),
+    ],
+)
+def test_missing_or_misshapen_weights_of_a_torchtitan_checkpoint_are_named(tiny_teacher, tmp_path, wrong, message):
+    weights = {k: v for k, v in tiny_teacher[1].items() if k != W2}
+    dcp.save(weights | wrong, checkpoint_id=str(tmp_path), no_dist=True)
     assert message in problem_of(tmp_path)
 
 
-def test_a_training_checkpoint_with_optimizer_and_head_is_a_teacher(tiny_teacher, tmp_path):
+def test_what_is_left_over_or_has_another_name_is_no_mistake(tiny_teacher, tmp_path, safetensors):
     extra = {"lm_head.weight": torch.ones(4096, 32), "optimizer.state.norm.weight.exp_avg": torch.ones(32), "step": 3}
-    dcp.save({**tiny_teacher[1], **extra}, checkpoint_id=str(tmp_path), no_dist=True)
-    TitanTeacherSource(TeacherConfig(spec="tiny_teacher", path=str(tmp_path)))
-
-
-def test_rotary_frequencies_follow_from_the_configuration(safetensors):
+    dcp.save({**tiny_teacher[1], **extra}, checkpoint_id=str(tmp_path / "training"), no_dist=True)
+    TitanTeacherSource(TeacherConfig(spec="tiny_teacher", path=str(tmp_path / "training")))
+    # Rotary frequencies follow from the configuration.
     edited(lambda w: w | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(32)})(safetensors)
+    parts(safetensors)
     TitanTeacherSource(TeacherConfig(spec="demo_teacher", path=str(safetensors)))
 
 
@@ -189,9 +162,6 @@ def test_all_that_is_wrong_is_said_at_once_and_by_the_preflight_check(tiny_teach
     assert "(__0_0.distcp is truncated)" in truncated
 
 
-# Adapters
-
-
 class ForTheWholeModel(Llama3StateDictAdapter):
     """One that cannot translate a block alone, and reads files in its own way."""
 
@@ -210,16 +180,15 @@ class ForTheWholeModel(Llama3StateDictAdapter):
         return self.Reader(path)
 
 
-def test_an_adapter_that_needs_the_whole_model_gets_it(safetensors):
+def test_an_adapter_that_needs_the_whole_model_and_its_own_reader_gets_them(safetensors):
     states = []
     spec = TEACHER_SPECS.get("demo_teacher").make_spec()
     for adapter in (Llama3StateDictAdapter, ForTheWholeModel):
-        own = dataclasses.replace(spec, state_dict_adapter=adapter)
         model = spec.model.build()
         model.lm_head = None  # the file has none
-        weights = TitanWeights(str(safetensors), own, "demo_teacher")
-        weights.check(model, len(model.layers))
-        weights.load(model, torch.float32)
+        TitanWeights(str(safetensors), dataclasses.replace(spec, state_dict_adapter=adapter), "").load(
+            model, torch.float32
+        )
         states.append(model.state_dict())
     assert ForTheWholeModel.num_read == len(load_file(safetensors / FILE))
     for name, tensor in states[0].items():
