@@ -14,21 +14,20 @@ from let_plugin.teacher.layers import LayerStates
 
 
 class Block(nn.Module):
-    def forward(self, hidden_states):
-        return hidden_states + 1
+    def __init__(self, as_tuple):
+        super().__init__()
+        self.as_tuple = as_tuple
 
-
-class TupleBlock(Block):
     def forward(self, hidden_states):
-        return super().forward(hidden_states), "cache"
+        return (hidden_states + 1, "cache") if self.as_tuple else hidden_states + 1
 
 
 class Model(nn.Module):
     """Adds 1 in each of three blocks, and 10 at the end."""
 
-    def __init__(self, block=Block, by_name=False):
+    def __init__(self, as_tuple=False, by_name=False):
         super().__init__()
-        self.blocks = nn.ModuleList(block() for _ in range(3))
+        self.blocks = nn.ModuleList(Block(as_tuple) for _ in range(3))
         self.by_name = by_name
 
     def forward(self, x):
@@ -38,7 +37,7 @@ class Model(nn.Module):
         return x + 10
 
 
-@pytest.mark.parametrize("block", [Block, TupleBlock])
+@pytest.mark.parametrize("as_tuple", [False, True])
 @pytest.mark.parametrize("by_name", [False, True])
 @pytest.mark.parametrize(
     ("layers", "num_blocks", "output_layer", "expected"),
@@ -51,9 +50,9 @@ class Model(nn.Module):
         ([0, 2], 3, 2, [1, 13]),
     ],
 )
-def test_states_in_the_order_asked_for(layers, num_blocks, output_layer, expected, block, by_name):
+def test_states_in_the_order_asked_for(layers, num_blocks, output_layer, expected, as_tuple, by_name):
     assert num_blocks_to(layers) == num_blocks
-    model = Model(block, by_name)
+    model = Model(as_tuple, by_name)
     states = LayerStates(model.blocks, layers, output_layer=output_layer)
     for _ in range(2):
         assert states.collect(lambda: model(torch.zeros(1, 1, 1))).flatten().tolist() == expected

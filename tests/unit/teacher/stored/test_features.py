@@ -31,7 +31,9 @@ def folder(config, parallel_dims, tmp_path):
 def problems(config, **kwargs):
     with pytest.raises(ConfigError) as info:
         preflight.run(config, **kwargs)
-    return {problem.key: str(problem) for problem in info.value.problems}
+    found = {problem.key: str(problem) for problem in info.value.problems}
+    assert len(found) == len(info.value.problems)  # nothing is said twice
+    return found
 
 
 def test_a_run_that_it_is_for_is_reported(config, folder):
@@ -111,10 +113,9 @@ def test_a_run_that_it_is_not_for_is_refused(config, folder, changes, key, messa
 
 
 def test_other_degrees_and_tokenizers_are_refused_with_all_else_at_once(config, folder, tmp_path):
-    shutil.copytree(config.hf_assets_path, tmp_path / "tokenizer")
-    with (tmp_path / "tokenizer" / "tokenizer.json").open("a") as file:
-        file.write(" ")
-    set_all(config, hf_assets_path=str(tmp_path / "tokenizer"), let__stop_step=3)
+    tokenizer = shutil.copytree(config.hf_assets_path, tmp_path / "tokenizer") / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text() + " ")
+    set_all(config, hf_assets_path=str(tokenizer.parent), let__stop_step=3)
     found = problems(config, world_size=2)
     assert set(found) == {"hf_assets_path", "parallelism", "let.teacher.features"}
     assert "not the tokenizer" in found["hf_assets_path"]
@@ -124,10 +125,8 @@ def test_other_degrees_and_tokenizers_are_refused_with_all_else_at_once(config, 
 def test_what_is_wrong_in_itself_is_said_once(config, folder, tmp_path):
     set_all(config, training__seq_len=0, training__local_batch_size=0, dataloader__dataset="let_demo_trian")
     config.hf_assets_path = str(tmp_path / "none")
-    keys = ["dataloader.dataset", "hf_assets_path", "training.local_batch_size", "training.seq_len"]
-    with pytest.raises(ConfigError) as info:
-        preflight.run(config)
-    assert sorted(problem.key for problem in info.value.problems) == keys
+    keys = {"dataloader.dataset", "hf_assets_path", "training.local_batch_size", "training.seq_len"}
+    assert problems(config).keys() == keys
 
 
 def test_what_changes_nothing_is_not_refused(config, folder, tiny_teacher):
