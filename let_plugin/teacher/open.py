@@ -36,7 +36,7 @@ def open_teacher(config: TeacherConfig) -> TeacherSource:
     checkpoint = Checkpoint(config)
     reason = f"teacher.spec = {TRANSFORMERS!r}" if config.spec else obstacle(checkpoint.model_config)
     if reason:
-        return HFTeacherSource(config, checkpoint, reason)
+        return HFTeacherSource(checkpoint, reason)
     return TitanTeacherSource(config, checkpoint)
 
 

@@ -45,13 +45,9 @@ def token_bytes(tokenizer: Any) -> list[bytes | None]:
     * a normalizer (NFC in Qwen2's) and a lossy split (T5's of runs of spaces): the bytes are those of their result;
     * unknown text, in a vocabulary without bytes.
 
-    Args:
-        tokenizer: A `tokenizers.Tokenizer` or tiktoken's `Encoding`; or what has one: torchtitan's HuggingFaceTokenizer
-            or TikTokenTokenizer as `.tokenizer`, a fast tokenizer of `transformers` as `.backend_tokenizer`.
-
-    Raises:
-        ValueError: If its tokens do not say which bytes they stand for (WordPiece, WordLevel), or it is of no known
-            kind.
+    It takes a `tokenizers.Tokenizer`, tiktoken's `Encoding`, or what has one: torchtitan's HuggingFaceTokenizer and
+    TikTokenTokenizer as `.tokenizer`, a fast tokenizer of `transformers` as `.backend_tokenizer`. ValueError for any
+    other, or if its tokens do not say which bytes they stand for (WordPiece, WordLevel).
     """
     tokenizer = unwrapped(tokenizer)
     return _of_encoding(tokenizer) if isinstance(tokenizer, Encoding) else _of_tokenizer(tokenizer)

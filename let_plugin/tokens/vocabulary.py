@@ -17,13 +17,8 @@ def open_tokenizer(config: TeacherConfig) -> Any | None:
     """The tokenizer in `let.teacher.tokenizer_path`, or else in the teacher's own folder or hub repository.
 
     tokenizer.json and Llama-3's rank file are read as torchtitan's tokenizers read them, so that a student and a
-    teacher with the same files have the same tokenizer. Other files go through AutoTokenizer of `transformers`.
-
-    Returns:
-        None if the teacher comes without a tokenizer.
-
-    Raises:
-        ConfigError: If the tokenizer cannot be read, or there is none in `tokenizer_path`.
+    teacher with the same files have the same tokenizer. Other files go through AutoTokenizer of `transformers`. None
+    if the teacher comes without a tokenizer; ConfigError if it cannot be read, or there is none in `tokenizer_path`.
     """
     key = "let.teacher.tokenizer_path" if config.tokenizer_path else "let.teacher.path"
     path = config.tokenizer_path or config.path

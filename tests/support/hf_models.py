@@ -7,6 +7,7 @@ import torch
 from torchtitan.distributed import ParallelDims
 
 from let_plugin.config import TeacherConfig
+from let_plugin.teacher.hf.checkpoint import Checkpoint
 from let_plugin.teacher.hf.source import HFTeacher, HFTeacherSource
 from let_plugin.teacher.sharding import teacher_parallel_dims
 
@@ -79,7 +80,7 @@ def reference_of(folder: Path):
 
 
 def source_of(path: Path | str, **fields) -> HFTeacherSource:
-    return HFTeacherSource(TeacherConfig(path=str(path), **fields))
+    return HFTeacherSource(Checkpoint(TeacherConfig(path=str(path), **fields)))
 
 
 def build(source, dtype=torch.float32, layers=None, final_norm=True) -> HFTeacher:

@@ -34,19 +34,15 @@ _MISFITS = "tensors that are not as its configuration says"
 class Checkpoint:
     """A checkpoint that has been found and compared with its configuration; its weights are not read yet.
 
-    Args:
-        config: The `[let.teacher]` table. `path` is a hub name only if it looks like one ("org/name") and there is no
-            such path on this machine. A local teacher never touches the network.
+    Its path is a hub name only if it looks like one ("org/name") and there is no such path on this machine: a local
+    teacher never touches the network. ConfigError if there is no such checkpoint, it is not a decoder that can be a
+    teacher, or its weights are not those that its configuration asks for.
 
     Attributes:
         folder: Where its files are, on this machine.
         where: What and where it is, for people.
         model_config: Its configuration.
         trunk: The model without a head, whole, on the meta device.
-
-    Raises:
-        ConfigError: If there is no such checkpoint, it is not a decoder that can be a teacher, or its weights are not
-            those that its configuration asks for.
     """
 
     def __init__(self, config: TeacherConfig) -> None:
@@ -74,7 +70,7 @@ class Checkpoint:
             self.folder = hub.fetch(config, commit, weights=False)
             self.where = f"hub {config.path} ({'commit ' + commit[:8] if commit else 'in the cache'})"
         else:
-            message = 'no such folder, and no hub name ("org/name"); give a folder with config.json and *.safetensors'
+            message = 'there is no such folder, and it is no hub name ("org/name"); give a folder with *.safetensors'
             raise self._wrong(message)
         if config.revision and not is_on_hub:
             raise ConfigError(Problem("let.teacher.revision", "only a teacher on the hub has one", config.revision))
@@ -114,9 +110,9 @@ class Checkpoint:
 
         ConfigError that names the tensors which cannot be read, or hold NaN or infinities.
         """
-        import transformers
+        from transformers import AutoModel, AutoModelForCausalLM
 
-        auto_class = transformers.AutoModelForCausalLM if head else transformers.AutoModel
+        auto_class = AutoModelForCausalLM if head else AutoModel
         model = self._from_pretrained(auto_class, dtype=dtype, attn_implementation=attention)
         not_finite = [n for n, t in model.state_dict().items() if t.is_floating_point() and not t.isfinite().all()]
         if not_finite:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from let_plugin.config import TeacherConfig
 from let_plugin.teacher.base import LanguageModel, Teacher, TeacherInfo, TeacherSource, freeze, keep_rng_state
 from let_plugin.teacher.hf import checks
 from let_plugin.teacher.hf.checkpoint import Checkpoint, quiet_transformers, tensors_of
@@ -38,11 +37,9 @@ class HFTeacher(Teacher):
     def forward(
         self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor | None, student_masks: Any = None
     ) -> torch.Tensor:
-        """See Teacher. `student_masks` are not used: `transformers` has its own kind.
-
-        Reads no tensor on the host, except in families whose rotary frequencies depend on the length of the input
-        ("dynamic" and "longrope" scaling): `transformers` does it there.
-        """
+        """See Teacher. `student_masks` are not used: `transformers` has its own kind."""
+        # Reads no tensor on the host, except in families whose rotary frequencies depend on the length of the input
+        # ("dynamic" and "longrope" scaling): `transformers` does it there.
         from let_plugin.teacher.hf.attention import model_inputs
 
         inputs = model_inputs(tokens_BL, positions_BL)
@@ -50,17 +47,11 @@ class HFTeacher(Teacher):
 
 
 class HFTeacherSource(TeacherSource):
-    """A decoder in a local folder (config.json and safetensors), on the hub or in a .gguf file, run by `transformers`.
+    """A checkpoint run by `transformers`; for the report, the reason why it is not run by torchtitan."""
 
-    Args:
-        config: The `[let.teacher]` table. ConfigError as for Checkpoint.
-        checkpoint: What it means, if that has been opened already.
-        reason: Why it is not run by torchtitan, for the report.
-    """
-
-    def __init__(self, config: TeacherConfig, checkpoint: Checkpoint | None = None, reason: str = "") -> None:
-        self._checkpoint = checkpoint or Checkpoint(config)
-        self.info = _describe(self._checkpoint, reason)
+    def __init__(self, checkpoint: Checkpoint, reason: str = "") -> None:
+        self._checkpoint = checkpoint
+        self.info = _describe(checkpoint, reason)
 
     def tokenizer(self) -> Any | None:
         return self._checkpoint.tokenizer()

@@ -85,10 +85,8 @@ class Features:
             num_shards: int = manifest.result["num_shards"]
             num_tokens = manifest.result["num_rows"] * self.settings["seq_len"]
             self.is_partial = any(layer["tokens"] < num_tokens for layer in self.fidelity.values())
-            stored: dict[str, Any] = self.settings["teacher"]["info"]
-            # JSON has lists for tuples.
-            info: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
-            self.info = TeacherInfo(**info)
+            info: dict[str, Any] = self.settings["teacher"]["info"]
+            self.info = TeacherInfo(**info | {"block_params": tuple(info["block_params"])})
         except (KeyError, TypeError) as error:
             message = f"its {MANIFEST} lacks {error}: export again"
             raise ConfigError(Problem(FEATURES_KEY, message, path)) from error
@@ -102,29 +100,24 @@ class Features:
         made = f"{FEATURES_KEY} = {folder!r} was made"
         problems = self._differences(config, layers, f"{made} with")
         if num_data_parallel != stored["data_parallel_degree"]:
-            message = (
-                f"{made} for {stored['data_parallel_degree']} data-parallel ranks, and {num_data_parallel} read other "
-                f"rows; run with as many, or export again with --data-parallel-degree {num_data_parallel}"
+            message = f"{made} for {stored['data_parallel_degree']} data-parallel ranks; run with as many, or"
+            problems.append(
+                Problem("parallelism", f"{message} export again with --data-parallel-degree {num_data_parallel}")
             )
-            problems.append(Problem("parallelism", message))
         if missing := [layer for layer in layers if layer not in stored["layers"]]:
             message = f"has the states of the teacher's layers {stored['layers']}, not of {missing}; export again"
             problems.append(Problem(FEATURES_KEY, message, folder))
         key, named = ("let.teacher.path", let.path) if let.path else ("let.teacher.spec", let.spec)
         if named and (fingerprint := fingerprints.teacher(let)) != stored["teacher"]["fingerprint"]:
-            message = (
-                f"not the teacher whose states are in {folder!r} ({self.info.description}): its fingerprint is "
-                f"{fingerprint}, the stored one {stored['teacher']['fingerprint']}"
-            )
+            message = f"{fingerprint} is not the teacher whose states are in {folder!r} ({self.info.description})"
             problems.append(Problem(key, message, named))
         stop_step, rows = plan.stop_step(config, num_data_parallel), rows_per_step(config, num_data_parallel)
         if stop_step * rows > stored["rows_per_rank"]:
             steps = stored["rows_per_rank"] // rows
             message = (
-                f"has {stored['rows_per_rank']:,} rows of each data-parallel rank, {steps:,} steps; the alignment "
-                f"lasts {stop_step:,}; set let.stop_step = {steps}, or export again"
+                f"has the states of {steps:,} steps; the alignment lasts {stop_step:,}; set let.stop_step = {steps}"
             )
-            problems.append(Problem(FEATURES_KEY, message, folder))
+            problems.append(Problem(FEATURES_KEY, f"{message}, or export again", folder))
         if problems:
             raise ConfigError(problems)
 
@@ -184,11 +177,9 @@ class StoredStates(StateProvider):
     def states(self, batch: Mapping[str, torch.Tensor], student_masks: Any = None) -> States:
         """ConfigError if a row of the batch is not stored."""
         if MISSING in batch:
-            message = (
-                "a row of the training data is not stored there: the data, or their order, are not those of the export "
-                "any more; export again, or leave this key out and name the teacher"
-            )
-            raise ConfigError(Problem(FEATURES_KEY, message, str(self._features.folder)))
+            message = "a row of the training data is not stored there: the data, or their order, have become others"
+            folder = str(self._features.folder)
+            raise ConfigError(Problem(FEATURES_KEY, f"{message}; export again, or name the teacher instead", folder))
         states = [
             decode({name: batch[f"{layer}.{name}"] for name in self._columns}, self._dtype) for layer in self._layers
         ]

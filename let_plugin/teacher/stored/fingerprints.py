@@ -20,8 +20,8 @@ from let_plugin.runtime import data
 from let_plugin.runtime.upstream import DATASETS
 
 _TEACHER_ENDINGS = (".safetensors", ".gguf", ".distcp", ".metadata")
-_TOKENIZER_FILES = {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt"}
-_TOKENIZER_FILES |= {"merges.txt", "special_tokens_map.json"}
+_TOKENIZER_FILES = {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"}
+_TOKENIZER_FILES |= {"vocab.json", "vocab.txt", "merges.txt"}
 # How the loader's workers share the work, not what the rows are.
 _WORKER_FIELDS = {"num_workers", "persistent_workers", "pin_memory", "prefetch_factor"}
 _NUM_SAMPLES, _SAMPLE_BYTES = 16, 2**16
@@ -39,7 +39,7 @@ def teacher(config: TeacherConfig) -> str:
 
         path = lookup(TEACHER_SPECS.get, config.spec, key="let.teacher.spec").path
     if os.path.isfile(path):
-        return _digest([Path(path)], names=False)
+        return _digest([Path(path)])
     if not os.path.isdir(path):
         return f"{path}@{_hub_revision(path)}"
     files = sorted(f for f in Path(path).iterdir() if f.name.endswith(_TEACHER_ENDINGS) or f.name == "config.json")
@@ -95,11 +95,11 @@ def _local_files(dataset: str, options: dict[str, Any]) -> list[str]:
     return sorted(f for f in glob.glob(path, recursive=True) if os.path.isfile(f)) if path else []
 
 
-def _digest(files: list[Path], *, names: bool = True) -> str:
+def _digest(files: list[Path]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for path in files:
         size = path.stat().st_size
-        digest.update(f"{path.name if names else ''}:{size}\n".encode())
+        digest.update(f"{path.name}:{size}\n".encode())
         with path.open("rb") as file:
             if size <= _NUM_SAMPLES * _SAMPLE_BYTES:
                 digest.update(file.read())

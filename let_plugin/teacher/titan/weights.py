@@ -37,16 +37,15 @@ _KINDS = {True: "floating-point numbers", False: "integers"}
 
 
 class TitanWeights:
-    """The weights of a torchtitan model, not read yet.
+    """The weights of a torchtitan model in a folder, not read yet. ConfigError if there are none.
 
     Args:
         path: The folder.
-        spec: The model; its adapter translates safetensors.
-        name: Of the specification, for messages.
+        spec: The model, called `name` in messages; its adapter translates safetensors.
         checkpoint: The checkpoint that the specification was made from, if it was; it has been checked already.
 
     Attributes:
-        format: "DCP", "safetensors" or "GGUF". ConfigError if the folder is not there, or holds none.
+        format: "DCP", "safetensors" or "GGUF".
     """
 
     def __init__(self, path: str, spec: ModelSpec, name: str, checkpoint: "Checkpoint | None" = None) -> None:
@@ -157,12 +156,8 @@ def _weights_format(path: str, spec: ModelSpec) -> str:
     files = os.listdir(path) if os.path.isdir(path) else []
     if ".metadata" in files:
         return "DCP"
-    if not path:
-        message = "set it to the folder with the teacher's weights"
-    elif not os.path.isdir(path):
-        message = "no such folder"
-    elif not any(f.endswith((".safetensors", ".safetensors.index.json")) for f in files):
-        message = "the folder holds neither a torchtitan checkpoint (DCP) nor *.safetensors"
+    if not any(f.endswith((".safetensors", ".safetensors.index.json")) for f in files):
+        message = "no such folder with a torchtitan checkpoint (DCP) or *.safetensors"
     elif spec.state_dict_adapter is None:
         message = f"{spec.name} has no adapter for Hugging Face weights; give a torchtitan checkpoint (DCP)"
     else:

@@ -66,11 +66,8 @@ UP = "model.layers.1.mlp.up_proj.weight"
 BIAS = "model.layers.1.self_attn.q_proj.bias"
 INDEX = '{"weight_map": {"model.norm.weight": "part-2.safetensors"}}'
 SAFETENSORS = [  # mistake, part of the error
-    (shutil.rmtree, "no such folder"),
-    (
-        lambda f: (f / FILE).rename(f / "pytorch_model.bin"),
-        "the folder holds neither a torchtitan checkpoint (DCP) nor *.safetensors",
-    ),
+    (shutil.rmtree, "no such folder with a torchtitan checkpoint (DCP) or *.safetensors"),
+    (lambda f: (f / FILE).rename(f / "pytorch_model.bin"), "no such folder with a torchtitan checkpoint"),
     (lambda f: cut(f / FILE, -2_000_000), f"{FILE} is truncated or not a safetensors file"),
     (lambda f: cut(f / FILE, 0), f"{FILE} is truncated or not a safetensors file"),
     (lambda f: parts(f, INDEX), "not there: part-2.safetensors; fetch them. The folder has part-0.safetensors, part-1"),
@@ -93,7 +90,7 @@ def test_what_is_wrong_with_safetensors_is_said(safetensors, damage, message):
 
 
 def test_no_weights_or_a_config_json_of_another_model(safetensors):
-    assert "set it to the folder" in problem_of("")
+    assert "no such folder" in problem_of("")
     replaced("10000.0", "500000.0")(safetensors)
     message = problem_of(safetensors, "demo_teacher", key="let.teacher.spec")
     assert "rope_theta = 500000.0, the spec 10000.0" in message
