@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from let_plugin.alignment.losses import LOSSES, LossEntry, alignment_of, get_loss, negative_cosine, register_loss
+from let_plugin.alignment.losses import LOSSES, LossEntry, alignment_of, get_loss, negative_cosine
 
 CASES = [
     ("cosine", {}),
@@ -163,19 +163,10 @@ def scaled(student_BLD, target_BLD, *, scale: float = 2.0):
     return scale * (student_BLD * target_BLD).sum(dim=-1)
 
 
-def test_a_loss_of_ones_own_is_a_plain_function_or_has_a_closed_form_without_options():
+def test_a_closed_form_is_that_of_a_loss_without_options():
     def closed_form(student_BLD, target_BLD, coefficient):
         return negative_cosine(student_BLD, target_BLD, coefficient)._replace(gradient_BLD=torch.full((), 7.0))
 
-    arguments = (*batch((2, 3, 5)), torch.tensor(0.5))
-    register_loss("own", scaled, closed_form=closed_form, needs_whole_sequence=True)
-    LOSSES.register("plain", scaled)  # as an entry point may
-    try:
-        own, plain = get_loss("own"), get_loss("plain")
-    finally:
-        LOSSES.unregister("own")
-        LOSSES.unregister("plain")
-    assert own.needs_whole_sequence and plain == LossEntry(scaled, closed_form=None, needs_whole_sequence=False)
+    arguments, own = (*batch((2, 3, 5)), torch.tensor(0.5)), LossEntry(scaled, closed_form)
     assert alignment_of(own, {})(*arguments).gradient_BLD == 7
-    for entry in (own, plain):
-        torch.testing.assert_close(alignment_of(entry, {"scale": 3.0})(*arguments).gradient_BLD, 1.5 * arguments[1])
+    torch.testing.assert_close(alignment_of(own, {"scale": 3.0})(*arguments).gradient_BLD, 1.5 * arguments[1])

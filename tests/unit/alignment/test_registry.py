@@ -6,7 +6,7 @@ import pytest
 
 from let_plugin.alignment import registry as registry_module
 from let_plugin.alignment.layer_mapping import LAYER_MAPPINGS, register_layer_mapping
-from let_plugin.alignment.losses import LOSSES, LossEntry, register_loss
+from let_plugin.alignment.losses import LOSSES, LossEntry, get_loss, register_loss
 from let_plugin.alignment.projectors import DIMENSION_MATCHES, register_dimension_match
 from let_plugin.alignment.registry import Registry
 from let_plugin.alignment.schedules import SCHEDULES, register_schedule
@@ -46,6 +46,10 @@ def test_what_is_there_and_one_of_ones_own(own, register, names):
         assert own.get("own") in (len, LossEntry(len))
     finally:
         own.unregister("own")
+    if own is LOSSES:  # an entry point may give the plain function
+        own.register("plain", len)
+        assert get_loss("plain") == LossEntry(len)
+        own.unregister("plain")
 
 
 def test_unknown_name_suggests(registry):
