@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import math
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -78,7 +77,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _add_throughput(parser: argparse.ArgumentParser) -> None:
-    add, share = parser.add_argument, _number("a percentage above 0, at most 100", lambda value: 0 < value <= 100)
+    add = parser.add_argument
     cases = ("plain", "active", "stopped", "rkd", "control")
     help_ = "beside plain: active, stopped, rkd, control (active stopped)"
     add("--cases", nargs="+", default=["active", "stopped"], choices=cases, metavar="CASE", help=help_)
@@ -86,14 +85,14 @@ def _add_throughput(parser: argparse.ArgumentParser) -> None:
     add("--pairs", type=_integer(2), default=7, help="how often each case is measured (7)")
     add("--steps", type=_integer(2), default=8, help="measured steps of a run, after 4 that are not (8)")
     help_ = "random teachers of P %% of the student's size, instead of the configured one"
-    add("--teacher-share", type=share, nargs="+", action=_Unique, default=[], metavar="P", help=help_)
+    add("--teacher-share", type=_percentage, nargs="+", action=_Unique, default=[], metavar="P", help=help_)
     add("--profile", action="store_true", help="one more run per case: where the overhead goes")
     help_ = "the cases make their steps in turn: for noisy machines, with memory for all of them at once"
     add("--interleave", action="store_true", help=help_)
 
 
 def _add_converge(parser: argparse.ArgumentParser) -> None:
-    add, weight = parser.add_argument, _number("a number above 0", lambda value: 0 < value < math.inf)
+    add = parser.add_argument
     methods = ["let", "rkd", "salt", "labels", "random_teacher", "shuffled_targets"]
     help_ = (
         "beside standard: let, rkd, salt, labels, random_teacher, shuffled_targets, gstack, miniplm, or of "
@@ -107,8 +106,6 @@ def _add_converge(parser: argparse.ArgumentParser) -> None:
     add("--tuning-seeds", help="of the runs that choose (the one after --seeds)", **seeds)
     help_ = "an option of let-train and values to choose from for each method; several: all combinations"
     add("--grid", nargs="+", action="append", default=[], metavar=("KEY", "VALUE"), help=help_)
-    help_ = "the same as --grid let.weight W ..."
-    add("--weights", type=weight, nargs="+", action=_Unique, default=[], metavar="W", help=help_)
     add("--test-dataset", default="", metavar="NAME", help="dataset that the result is read on")
     add("--test-path", default="", metavar="PATH", help="its files, if the name does not say so")
     add("--selected-text", type=Path, metavar="FILE", help="of miniplm: see its data_selection")
@@ -123,22 +120,19 @@ class _Unique(argparse.Action):
         setattr(namespace, self.dest, list(dict.fromkeys(values)))
 
 
-def _number(expected: str, is_right: Callable[[Any], bool], make: Callable[[str], Any] = float) -> Callable[[str], Any]:
-    """An argument that is a number for which `is_right` holds."""
-
-    def parse(text: str) -> Any:
-        try:
-            if is_right(value := make(text)):
-                return value
-        except ValueError:
-            pass
-        raise argparse.ArgumentTypeError(f"expected {expected}, not {text}")
-
-    return parse
-
-
 def _integer(least: int) -> Callable[[str], int]:
-    return _number(f"an integer, at least {least}", lambda value: value >= least, int)
+    def integer(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"expected an integer, at least {least}, not {text}")
+        return value
+
+    return integer
+
+
+def _percentage(text: str) -> float:
+    if not 0 < (value := float(text)) <= 100:
+        raise argparse.ArgumentTypeError(f"expected a percentage above 0, at most 100, not {text}")
+    return value
 
 
 def _show(args: argparse.Namespace) -> str:

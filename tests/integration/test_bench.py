@@ -32,44 +32,26 @@ def test_throughput(tmp_path, tiny_config):
 
 @pytest.mark.slow
 def test_converge(tmp_path, tiny_config):
-    """The plain student, one that grows out of a shallow one, and one on selected documents; then the same again."""
-    reference = tmp_path / "reference"
-    jobs.make_teacher(reference, with_head=True)
-    years = range(1900, 1960)
-    texts = [f"In {year} the river flowed to the sea, and {year % 7} old cats were there." for year in years]
-    corpus, kept, out = (tmp_path / name for name in ("corpus.jsonl", "kept.jsonl.xz", "rows.jsonl"))
-    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    data = ["--dataloader.dataset", "text_files", "--dataloader.dataset_path", corpus]
-    # The teacher is the demo's: what the random reference does not know, it does.
-    teacher = ["--let.teacher.spec", "demo_teacher", "--let.teacher.path", ""]
-    known = "let_plugin/demo/assets/tokenizer"
-    own = f"--let.teacher.spec tiny_teacher --let.teacher.path {reference} --let.teacher.tokenizer_path {known}"
-    selection = [tiny_config, "--reference", own, "--out", kept]
-    jobs.run("let_plugin.bench.converge.data_selection", *selection, *data, *teacher)
+    """The plain student, and one that grows out of a shallow one."""
+    out = tmp_path / "rows.jsonl"
+    args = ["converge", tiny_config, "--methods", "gstack", "--seeds", "0", "--gstack-blocks", "2"]
+    args += ["--gstack-steps", "2", "--test-dataset", "let_demo_test", "--out", out, "--work-dir", tmp_path / "work"]
+    args += ["--training.steps", "2", "--validator.freq", "2", "--validator.steps", "1"]
+    done = jobs.run("let_plugin.bench", *args)
 
-    args = ["converge", tiny_config, *data, "--methods", "gstack", "miniplm", "--seeds", "0", "--selected-text", kept]
-    args += ["--gstack-blocks", "2", "--gstack-steps", "2", "--out", out, "--work-dir", tmp_path / "work"]
-    args += ["--test-dataset", "let_demo_test", "--training.steps", "2", "--validator.freq", "2"]
-    args += ["--validator.steps", "1"]
-    first = jobs.run("let_plugin.bench", *args)
-    found = rows.read(out)
-    assert [row["label"] for row in found] == ["standard", "gstack [2 blocks, 2 steps]", f"miniplm [{kept}]"]
-    for row in found:
+    plain, grown = rows.read(out)
+    assert [plain["label"], grown["label"]] == ["standard", "gstack [2 blocks, 2 steps]"]
+    for row in (plain, grown):
         assert row["curve"]["step"] == [1, 2] and row["curve"]["tokens"] == [256, 512]
         assert row["peak_memory_bytes"]["resident"] > 0 and row["wall_seconds"] > 0
-    plain, grown, selected = found
-    # Another start, or other documents; and what they took is in the curve.
-    assert len({row["curve"]["test_loss"][0] for row in found}) == 3 and str(kept) in selected["config"]
-    assert grown["preparation"]["tokens"] == 512 and selected["preparation"]["tokens"] > 0
-    assert 0 < grown["preparation"]["seconds"] < grown["curve"]["seconds"][0]
-    for row in (grown, selected):
-        assert row["curve"]["flops"][0] == row["preparation"]["flops"] + plain["curve"]["flops"][0]
+    # Another start, and what it took is in the curve.
+    assert plain["curve"]["test_loss"][0] != grown["curve"]["test_loss"][0]
+    before = grown["preparation"]
+    assert before["tokens"] == 512 and 0 < before["seconds"] < grown["curve"]["seconds"][0]
+    assert grown["curve"]["flops"][0] == before["flops"] + plain["curve"]["flops"][0]
     log = next((tmp_path / "work").glob("*/gstack-2-blocks-2-steps-seed-0.log")).read_text()
     assert "Loading the checkpoint from" in log and not list((tmp_path / "work").glob("*/*-shallow"))
-
-    again = jobs.run("let_plugin.bench", *args)
-    assert rows.read(out) == found and "has 3 of 3 result runs already" in again.stdout
-    assert again.stdout.partition("\nmethod ")[2] == first.stdout.partition("\nmethod ")[2] != ""
+    assert "One seed: no difference here can be told from chance" in done.stdout
 
 
 @pytest.mark.slow
@@ -81,7 +63,8 @@ def test_a_run_of_two_processes_is_profiled(tmp_path, tiny_config):
     jobs.run("let_plugin.bench.child", request, processes=2, OMP_NUM_THREADS="1")
     result = json.loads(out.read_text())
     assert result["tokens_per_step"] == 2 * 4 * 64 and len(result["step_seconds"]) == 3
-    in_teacher = ("matrix products", "attention", "all else")
-    assert all(result["parts"][f"teacher: {part}"] > 0 for part in in_teacher)
-    assert result["parts"]["teacher: attention mask"] == 0  # it is the student's
-    assert result["parts"]["communication"] > 0  # the teacher is sharded
+    names = {name for name, seconds in result["parts"].items() if seconds > 0}  # the attention mask is the student's
+    in_teacher = {f"teacher: {part}" for part in ("matrix products", "attention", "all else")}
+    own = {"masking the target", "dimension match, loss, its gradient", "gradient injection"}
+    assert names == in_teacher | own | {"communication"}  # the teacher is sharded
+    assert sum(result["parts"].values()) < max(result["step_seconds"])

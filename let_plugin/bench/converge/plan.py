@@ -32,8 +32,6 @@ class Planner:
         if short := [grid for grid in args.grid if len(grid) < 2]:
             raise ConfigError(Problem("--grid", "give a key and its values", grid) for grid in short)
         self._grid: dict[str, Sequence[str]] = {key.replace("-", "_"): values for key, *values in args.grid}
-        if args.weights:
-            self._grid[WEIGHT] = [f"{weight:g}" for weight in args.weights]
         self._known, self.methods = _asked(args)  # those that were asked for: the baseline first
         test = (args.test_dataset, args.test_path) if args.test_dataset else None
         self.setup = Setup(args.config, [*options, *QUIET, "--validator.enable"], args.processes, test)

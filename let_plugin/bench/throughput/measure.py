@@ -8,12 +8,12 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torchtitan.tools import utils
-from torchtitan.trainer import Trainer
 
 from let_plugin.bench.throughput.profiling import StepProfiler
 from let_plugin.bench.throughput.turns import Turn
@@ -21,59 +21,50 @@ from let_plugin.config import plan
 from let_plugin.runtime import host
 
 
+@dataclass
 class Watch:
     """Measures the steps of a run but for the first `warmup` of its `total`; rank 0 writes the result to `out`.
 
-    `is_active`: LET is to be active in the measured steps; RuntimeError if it is not, or the reverse. `profile`: also
-    say where their time goes, which takes time itself. `turns`: who gives the turn for each step; None: it runs alone.
+    RuntimeError if LET is active in a measured step and should not be, or the reverse.
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        out: str,
-        *,
-        warmup: int,
-        total: int,
-        is_active: bool,
-        profile: bool = False,
-        turns: str | None = None,
-    ) -> None:
-        self._trainer: Any = trainer
-        self._out, self._profile, self._turns = out, profile, turns
-        self._warmup, self._total, self._is_active = warmup, total, is_active
-        self._train_step = trainer.train_step
+    trainer: Any
+    out: str
+    warmup: int
+    total: int
+    is_active: bool
+    profile: bool = False  # also say where the time of the steps goes, which takes time itself
+    turns: str | None = None  # who gives the turn for each step; None: it runs alone
+
+    def start(self) -> None:
+        """Before the first step."""
+        self._train_step, self.trainer.train_step = self.trainer.train_step, self._step
         self._device_module: Any = utils.device_module
         self._marks: list[Any] = []  # start and end of each measured step
         self._profiler: StepProfiler | None = None
-        self._turn: Turn | None = None
-
-    def start(self) -> None:
-        self._trainer.train_step = self._step
-        if self._turns is not None and os.environ["RANK"] == "0":
-            self._turn = Turn(self._turns)
+        self._turn = Turn(self.turns) if self.turns is not None and os.environ["RANK"] == "0" else None
 
     def _step(self, data_iterator: Iterator[Any]) -> None:
-        number = self._trainer.step  # counts from 1
+        number = self.trainer.step  # counts from 1
         # What the loop did between two steps belongs to the one before.
-        if number > self._warmup + 1:
+        if number > self.warmup + 1:
             self._mark()
-        if self._turns is not None:
+        if self.turns is not None:
             self._next_turn(is_first=number == 1)
-        if number == max(self._warmup, 1):
+        if number == max(self.warmup, 1):
             # LET does so at its stop, a run without it never; what the allocator keeps is not to be compared.
             self._device_module.empty_cache()
-        if number == self._warmup + 1:
+        if number == self.warmup + 1:
             self._begin()
-        if number > self._warmup:
+        if number > self.warmup:
             self._mark()
         self._train_step(data_iterator)
-        if number <= self._warmup:
+        if number <= self.warmup:
             return
-        is_active = getattr(self._trainer, "guidance", None) is not None
-        if self._is_active != is_active:
+        is_active = getattr(self.trainer, "guidance", None) is not None
+        if self.is_active != is_active:
             raise RuntimeError(f"step {number} was to be measured with LET {'off' if is_active else 'active'}")
-        if number == self._total:
+        if number == self.total:
             self._mark()
             self._end()
 
@@ -87,41 +78,41 @@ class Watch:
         torch.distributed.barrier()
 
     def _begin(self) -> None:
-        if self._profile:
-            self._profiler = StepProfiler(self._trainer)
+        if self.profile:
+            self._profiler = StepProfiler(self.trainer)
         self._device_module.synchronize()
         self._device_module.reset_peak_memory_stats()
         self._started = time.perf_counter()
 
     def _mark(self) -> None:
         """Notes the time; on an accelerator by an event on its stream, read at the end, so that the host runs on."""
-        if self._trainer.device.type == "cpu":
+        if self.trainer.device.type == "cpu":
             self._marks.append(time.perf_counter())
         else:
-            self._marks.append(torch.Event(self._trainer.device, enable_timing=True))
+            self._marks.append(torch.Event(self.trainer.device, enable_timing=True))
             self._marks[-1].record()
 
     def _step_seconds(self) -> list[float]:
         pairs = zip(self._marks[::2], self._marks[1::2], strict=True)
-        if self._trainer.device.type == "cpu":
+        if self.trainer.device.type == "cpu":
             return [end - start for start, end in pairs]
         return [start.elapsed_time(end) / 1000 for start, end in pairs]
 
     def _end(self) -> None:
         self._device_module.synchronize()
         wall_seconds = time.perf_counter() - self._started
-        memory = local_peak_memory(self._trainer.device)  # before anything else is allocated
+        memory = local_peak_memory(self.trainer.device)  # before anything else is allocated
         step_seconds = self._step_seconds()
-        dims = self._trainer.parallel_dims
+        dims = self.trainer.parallel_dims
         result: dict[str, Any] = {
-            "wall_seconds": wall_seconds if self._turns is None else sum(step_seconds),  # the others' steps left out
+            "wall_seconds": wall_seconds if self.turns is None else sum(step_seconds),  # the others' steps left out
             "step_seconds": step_seconds,
-            "tokens_per_step": plan.tokens_per_step(self._trainer.config, dims.dp_replicate * dims.dp_shard),
+            "tokens_per_step": plan.tokens_per_step(self.trainer.config, dims.dp_replicate * dims.dp_shard),
             "peak_is_of_measured_steps": peak_is_resettable(),
         }
         if self._profiler is not None:
-            result["parts"] = self._profiler.finish(num_steps=self._total - self._warmup)
-        write(self._out, result, memory, self._trainer.device)
+            result["parts"] = self._profiler.finish(num_steps=self.total - self.warmup)
+        write(self.out, result, memory, self.trainer.device)
         if self._turn is not None:
             self._turn.end()
 

@@ -1,12 +1,11 @@
 """Rows carry where they come from, are only ever added, and are checked when they are read."""
 
 import json
-import shutil
 import subprocess
-import sys
 
 import pytest
 
+import let_plugin
 from let_plugin.bench import rows
 from let_plugin.config.errors import ConfigError
 from tests.support import jobs
@@ -32,55 +31,32 @@ def test_rows_come_back_as_they_were_and_in_order(tmp_path):
     assert first["pair"] == 4 and 'path = "let_plugin/demo/assets"' in first["config"]  # not where the package lies
 
 
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory):
-    """A clean checkout of this package as it is, as a function (code) -> what it prints, run from there."""
-    folder = tmp_path_factory.mktemp("clone")
-    for room in ("bench", "config"):
-        (folder / "let_plugin" / room).mkdir(parents=True)
-    (folder / "let_plugin/config/__init__.py").touch()
-    for name in ("__init__.py", "config/errors.py", "bench/__init__.py", "bench/rows.py"):
-        shutil.copy(jobs.ROOT / "let_plugin" / name, folder / "let_plugin" / name)
-    (folder / ".gitignore").write_text("__pycache__/\n")
-    git = ["git", "-C", str(folder), "-c", "user.name=x", "-c", "user.email=x@example.org"]
-    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
-        subprocess.run([*git, *command], check=True)
-    return folder
+def test_results_do_not_make_a_checkout_dirty_and_code_does(tmp_path, monkeypatch):
+    """In another checkout. An installed package has no commit, whatever repository it lies in."""
+    package = tmp_path / "let_plugin"
+    (package / "room").mkdir(parents=True)
+    for name in ("__init__.py", "room/module.py"):
+        (package / name).write_text("x = 1\n")
+    monkeypatch.setattr(let_plugin, "__file__", str(package / "__init__.py"))
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@example.org"]
 
+    def commit():
+        for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
+            subprocess.run([*git, *command], check=True)
+        return rows.provenance()
 
-def provenance_in(package_folder, cwd, **env):
-    code = "import json; from let_plugin.bench.rows import provenance; print(json.dumps(provenance()))"
-    env = jobs.environment(PYTHONPATH=str(package_folder), **env)
-    return json.loads(subprocess.check_output([sys.executable, "-c", code], cwd=cwd, env=env, text=True))
-
-
-def test_results_do_not_make_a_checkout_dirty_and_code_does(clone, tmp_path):
-    first = provenance_in(clone, tmp_path)
-    assert first["dirty"] is False and {"torch", "torchtitan"} <= first["versions"].keys()
-    results = clone / "benchmarks/results"
-    results.mkdir(parents=True)
-    (results / "x.jsonl").write_text("{}\n")
-    git = ["git", "-C", str(clone), "-c", "user.name=x", "-c", "user.email=x@example.org"]
-    for command in (["add", "."], ["commit", "-qm", "results"]):
-        subprocess.run([*git, *command], check=True)
-    second = provenance_in(clone, tmp_path)
-    assert second["dirty"] is False and second["commit"] != first["commit"] and second["code"] == first["code"]
-    changed = []
-    for text in ("", "x = 1\n"):
-        with (clone / "let_plugin/config/errors.py").open("a") as file:
-            file.write(f"{text}\n")
-        changed.append(provenance_in(clone, tmp_path))
-    assert all(origin["dirty"] for origin in changed)
-    assert len({origin["code"] for origin in (first, *changed)}) == 3
-    subprocess.run([*git, "checkout", "-q", "."], check=True)
-
-
-def test_an_installed_package_has_no_commit_whatever_repository_it_lies_in(clone):
-    """As in a virtual environment in a user's own repository."""
-    site = clone / "__pycache__/site"
-    shutil.copytree(clone / "let_plugin", site / "let_plugin")
-    assert provenance_in(site, site)["commit"] is None
-    assert provenance_in(clone, site.parent, PATH="/nowhere")["commit"] is None  # no git at all
+    installed, first = rows.provenance(), commit()
+    (tmp_path / "x.jsonl").write_text("{}\n")
+    second = commit()
+    assert installed["commit"] is None and installed["code"] == first["code"] == second["code"]
+    assert first["dirty"] is second["dirty"] is False and first["commit"] != second["commit"]
+    (package / "room/module.py").write_text("x = 2\n")
+    changed = rows.provenance()
+    assert (
+        changed["dirty"] and changed["code"] != first["code"] and {"torch", "torchtitan"} <= changed["versions"].keys()
+    )
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert rows.provenance()["commit"] is None  # no git at all
 
 
 def test_all_that_is_wrong_with_a_file_at_once(tmp_path):

@@ -11,7 +11,7 @@ from let_plugin.bench.processes import RunFailedError
 
 # Final validation loss of a run without a process: LET is best at 1, rkd at 0.1; standard is 4.
 LOSSES = {"standard": 4.0, "let@0.1": 3.9, "let@1": 3.7, "rkd@0.1": 3.95, "rkd@1": 4.2, "random_teacher@1": 4.1}
-TUNED = "--weights 0.1 1 --methods let rkd random_teacher"
+TUNED = "--grid let.weight 0.1 1 --methods let rkd random_teacher"
 
 
 class Converge:
@@ -92,17 +92,17 @@ def test_more_is_added_to_what_is_there(converge, out):
     converge("--methods let@1 rkd@1 --seeds 0 1 2")
     assert converge.order == [("rkd@1", 0), ("rkd@1", 1), ("standard", 2), ("let@1", 2), ("rkd@1", 2)]
     # A tuning seed that is also one of the results': the same run.
-    converge("--methods let --weights 1 0.1 --tuning-seeds 0")
+    converge("--methods let --grid let.weight 1 0.1 --tuning-seeds 0")
     assert converge.order == [("let@0.1", 0)]
     assert len({row["suite"] for row in rows.read(out)}) == 1
 
 
 def test_a_weight_that_diverges_is_not_chosen(converge, out):
     converge.diverging = {("let@1", 2)}
-    order, text = converge("--weights 0.1 1 --methods let rkd")
+    order, text = converge("--grid let.weight 0.1 1 --methods let rkd")
     assert {("let@0.1", 0), ("rkd@0.1", 0)} < set(order) and ("let@1", 0) not in order
     assert "let: weight 0.1, by the validation loss (seed 2) of 0.1: 3.9020 (diverged: 1); at the end of" in text
-    assert converge("--weights 0.1 1 --methods let rkd") == ([], text)
+    assert converge("--grid let.weight 0.1 1 --methods let rkd") == ([], text)
     converge.diverging |= {("let@0.1", 2)}
     out.unlink()
     with pytest.raises(RunFailedError, match="'let' has diverged at each point of the grid; take smaller values"):
@@ -148,7 +148,6 @@ def test_the_command_refuses_with_one_message(config_file, tmp_path, capfd):
     files = ["--work-dir", str(tmp_path / "work"), "--out", str(tmp_path / "rows.jsonl")]
     for option, value, message in (
         ("--methods", "lett", "let-bench: 1 problem in the configuration\n  --methods = 'lett': unknown"),
-        ("--weights", "0", "argument --weights: expected a number above 0, not 0"),
         ("--tuning-seeds", "-1", "argument --tuning-seeds: expected an integer, at least 0, not -1"),
     ):
         with pytest.raises(SystemExit) as stop:

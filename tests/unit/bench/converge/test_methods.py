@@ -69,7 +69,7 @@ def test_a_grid_over_any_option(planned, tmp_path):
     labels = [untuned.run(method, untuned.chosen(method, {}), 0).label for method in untuned.methods]
     assert labels == ["standard", "let@0.5", "rkd@1", "labels@0.5", "let@0.1"]
 
-    tuned = planned("--methods let rkd labels let@0.1 --weights 0.1 1 --grid lr_scheduler.warmup_steps 1 2")
+    tuned = planned("--methods let rkd labels let@0.1 --grid let.weight 0.1 1 --grid lr_scheduler.warmup_steps 1 2")
     names = [method.name for method in tuned.tuned()]
     assert names == ["standard", "let", "rkd", "let"]  # the last one is let@0.1: its other key only
     points = [tuned.points(method) for method in tuned.tuned()]
@@ -81,7 +81,7 @@ def test_a_grid_over_any_option(planned, tmp_path):
     config = config_of(tuned, labels, best, 5)
     assert (config.let.weight, config.debug.seed) == (1.0, 5)
 
-    alone = planned("--methods labels --weights 1")
+    alone = planned("--methods labels --grid let.weight 1")
     assert [method.name for method in alone.tuned()] == ["let"]  # whose weight it takes
 
 
@@ -91,7 +91,7 @@ def test_a_file_of_methods(planned, tmp_path):
         'early = ["--let.stop-step", "1"]\n[basis]\noptions = ["--let.loss", "mse"]\nlike = "early"\n'
         '[wide]\noptions = []\ngrid = {"let.weight" = [0.1, 2, 3]}\n[narrow]\ngrid = {"let.weight" = [0.1]}\n'
     )
-    planner = planned(f"--methods early basis wide --weights 0.3 0.4 --methods-file {file}")
+    planner = planned(f"--methods early basis wide --grid let.weight 0.3 0.4 --methods-file {file}")
     assert [method.name for method in planner.tuned()] == ["early", "wide"]
     assert [len(planner.points(method)) for method in planner.tuned()] == [2, 3]
     early, basis = planner.methods[1:3]

@@ -8,7 +8,6 @@ import torch
 from tokenizers import Tokenizer, models
 
 from let_plugin.config import load as toml_config
-from let_plugin.config.errors import ConfigError
 from let_plugin.preflight import checks as preflight
 from let_plugin.runtime import data
 from tests.support.jobs import ROOT
@@ -96,15 +95,3 @@ def test_the_report_is_the_row_in_the_docs(name, load):
     assert config.lr_scheduler.warmup_steps * tokens_per_step == pytest.approx(375e6, rel=1e-2)  # GPT-3's
     (group,) = config.optimizer.param_groups
     assert group.optimizer_kwargs["betas"] == (0.9, 0.95)  # the file's lr leaves the rest as it is
-
-
-def test_what_is_not_there_is_looked_for(load, folders, tmp_path):
-    """A local copy of The Pile, and a teacher of the student's vocabulary."""
-    absent = str(tmp_path / "absent")
-    options = ["--dataloader.dataset_path", absent, "--validator.dataloader.dataset_path", absent]
-    with pytest.raises(ConfigError) as info:
-        preflight.run(load("1_4b_opt_125m", *options))
-    keys = sorted(problem.key for problem in info.value.problems)
-    assert keys == ["dataloader.dataset_path", "validator.dataloader.dataset_path"]
-    with pytest.raises(ConfigError, match="vocabulary is not the student's"):
-        preflight.run(load("1_4b_smollm_135m", "--let.teacher.path", folders["EleutherAI/pythia-160m"]))

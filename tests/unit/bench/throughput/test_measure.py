@@ -49,23 +49,6 @@ def test_a_step_in_the_wrong_state_is_an_error(watched, warmup, is_active):
         watched(warmup=warmup, is_active=is_active)
 
 
-def test_a_profile_of_the_steps_with_the_teacher(watched, config):
-    config.let.stop_step = 4
-    result = watched(profile=True, is_active=True)
-    parts = result["parts"]
-    shown = [name for name, seconds in parts.items() if seconds > 0 and name != "communication"]
-    assert shown == [
-        "teacher: matrix products",
-        "teacher: attention",
-        "teacher: all else",
-        "masking the target",
-        "dimension match, loss, its gradient",
-        "gradient injection",
-    ]
-    assert max(parts, key=parts.get).startswith("teacher: ")
-    assert sum(parts.values()) < max(result["step_seconds"])
-
-
 @pytest.fixture
 def profiled():
     """A teacher's pass that is a product, attention, a mask, and something else; and a product outside."""

@@ -50,24 +50,10 @@ def test_what_makes_another_suite(parsed, monkeypatch):
 
 
 FAKE_RUN = """\
-import json, os, socket, sys
+import json, os, sys
 request = json.load(open(sys.argv[-1]))
-label = os.path.basename(request["out"])
-
-
-def step():
-    with open({order!r}, "a") as file:
-        file.write(label + "\\n")
-
-
-if request["settings"]["turns"]:
-    host, port = request["settings"]["turns"].split(":")
-    turns = socket.create_connection((host, int(port)))
-    turns.recv(1)
-    step()
-    turns.sendall(b".")
-    turns.recv(1)
-step()
+with open({order!r}, "a") as file:
+    file.write(os.path.basename(request["out"]) + "\\n")
 if os.path.exists({fail!r}):
     sys.exit("out of luck")
 json.dump({{"device_name": "d", "num_threads": 1, "wall_seconds": 1.0, "step_seconds": [0.5, 0.5], "tokens_per_step": 8,
@@ -91,15 +77,12 @@ def measure(tmp_path, monkeypatch, parsed):
     runs = [dataclasses.replace(RUN, label=label) for label in ("plain", "active")]
     out = tmp_path / "rows.jsonl"
 
-    def measure(pairs, interleave=False):
+    def measure(pairs):
         order.write_text("")
-        args, _ = parsed("throughput", "--interleave" if interleave else "")
+        args, _ = parsed("throughput")
         args.pairs = pairs
-        try:
-            suite.Suite(runs, args, "x").measure()
-        finally:
-            measure.order = order.read_text().split()
-        return measure.order
+        suite.Suite(runs, args, "x").measure()
+        return order.read_text().split()
 
     measure.fail, measure.out = fail, out
     return measure
@@ -124,9 +107,3 @@ def test_a_run_that_fails_leaves_what_was_measured(measure):
     with pytest.raises(processes.RunFailedError, match="'plain' failed with exit code 1"):
         measure(2)
     assert len(rows.read(measure.out)) == 2
-
-
-def test_steps_in_turn(measure):
-    order = measure(1, interleave=True)
-    assert sorted(order[:2]) == sorted(order[2:]) == ["active-pair-1.json", "plain-pair-1.json"]
-    assert [(row["label"], row["interleaved"]) for row in rows.read(measure.out)] == [("plain", True), ("active", True)]
