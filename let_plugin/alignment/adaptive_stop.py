@@ -7,23 +7,16 @@ import torch
 
 
 class AdaptiveStop:
-    """Ends the alignment when a measured value has stayed below a threshold.
+    """Ends the alignment when a measured value has stayed below `threshold` in `patience` measurements in a row.
 
     The value is the cosine between the gradients of the alignment and of the student's own loss (HASTE, arXiv
     2505.16792, stops on the like), or how far the student's held-out loss is above the teacher's. It must be the same
-    on every rank.
-
-    Args:
-        threshold: What the smoothed value must stay below.
-        smoothing: Weight of the past in the exponential moving average, which is corrected for its start at zero.
-        patience: How many measurements in a row must be below.
-
-    Attributes:
-        stop_step: The first step (0-based) without the alignment; None until it is known.
+    on every rank. It is smoothed: `smoothing` is the weight of the past in an exponential moving average, which is
+    corrected for its start at zero.
     """
 
     def __init__(self, *, threshold: float, smoothing: float, patience: int) -> None:
-        self.stop_step: int | None = None
+        self.stop_step: int | None = None  # the first step (0-based) without the alignment, once it is known
         self._threshold = threshold
         self._smoothing = smoothing
         self._patience = patience

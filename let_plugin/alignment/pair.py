@@ -20,11 +20,9 @@ class PairAlignment:
 
     Args:
         match: The dimension match, on the student's device.
-        loss: The gradients of the alignment loss.
         dtype: Data type of the maths; both states are cast to it.
         side: Whose states the match maps.
         channels: Where the pair's layer lies in the teacher's states.
-        weight: The pair's weight.
         compile_options: Keyword arguments of torch.compile; None: the maths is not compiled.
 
     Attributes:

@@ -17,19 +17,12 @@ _SECONDS_FOR_RANK_0 = 10.0
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake of the user's.
+    """One mistake of the user's."""
 
-    Attributes:
-        key: Dotted name of the field, as in TOML and on the command line (``training.steps``).
-        message: What is wrong, and what to do about it.
-        value: The offending value; left out when there is none (a missing key, say).
-        source: The file or ``command line`` that the value came from, if known.
-    """
-
-    key: str
-    message: str
-    value: Any = _ABSENT
-    source: str = ""
+    key: str  # dotted name of the field, as in TOML and on the command line: "training.steps"
+    message: str  # what is wrong, and what to do about it
+    value: Any = _ABSENT  # left out when there is none (a missing key, say)
+    source: str = ""  # the file or "command line" that the value came from, if known
 
     def __str__(self) -> str:
         where = f"{self.source}: " if self.source else ""

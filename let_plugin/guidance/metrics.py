@@ -5,6 +5,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TextIO
 
 import torch
@@ -144,5 +145,4 @@ class Progress:
         last, self._last = self._last, (step, now)
         if last is None or step <= last[0]:
             return "-"
-        seconds = round((now - last[1]) / (step - last[0]) * (self._total_steps - step))
-        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+        return str(timedelta(seconds=round((now - last[1]) / (step - last[0]) * (self._total_steps - step))))

@@ -11,8 +11,7 @@ from let_plugin.config import plan
 from let_plugin.guidance.teacher_loss import measure_teacher_loss
 from let_plugin.runtime import checkpoint
 
-# Name of the adaptive stop's state in a checkpoint.
-ADAPTIVE_STOP = "let_adaptive_stop"
+ADAPTIVE_STOP = "let_adaptive_stop"  # its state in a checkpoint
 
 
 def ended_at(config: Trainer.Config, stop_step: int, resumption: checkpoint.Resumption | None) -> int | None:
@@ -33,9 +32,8 @@ def ended_at(config: Trainer.Config, stop_step: int, resumption: checkpoint.Resu
 class Stopping:
     """S_stop of a run, the same on every rank. A part of the run's checkpoints if the stop is adaptive.
 
-    Attributes:
-        step: The first step (0-based) without the alignment, as far as it is known by now.
-        teacher_loss: What the student's held-out loss is compared with, in nats per token; None until it is known.
+    `step` is the first one (0-based) without the alignment, as far as it is known by now; `teacher_loss` what the
+    student's held-out loss is compared with, in nats per token, None until it is known.
     """
 
     def __init__(self, trainer: Trainer) -> None:

@@ -28,7 +28,6 @@ class Plan:
     config: Trainer.Config  # of the run, with the teacher in place of stored states and data parallelism alone
     settings: dict[str, Any]  # of the manifest
     folder: Path
-    num_processes: int  # of the export
 
     @staticmethod
     def make(config: Trainer.Config, args: argparse.Namespace, num_processes: int) -> "Plan":
@@ -47,12 +46,8 @@ class Plan:
             parallelism=ParallelismConfig(data_parallel_shard_degree=degree),
         )
         preflight.run(config, degree)
-        return Plan(
-            config=config,
-            settings=_settings(config, open_source(teacher).info, args.encoding, batch_size, degree),
-            folder=Path(out),
-            num_processes=num_processes,
-        )
+        settings = _settings(config, open_source(teacher).info, args.encoding, batch_size, degree)
+        return Plan(config=config, settings=settings, folder=Path(out))
 
     @property
     def bytes_per_row(self) -> int:

@@ -33,9 +33,9 @@ def export(plan: Plan) -> Manifest:
         plan.folder.mkdir(parents=True, exist_ok=True)
         Manifest(settings=settings).write(plan.folder)
     provider = _provider(plan)
-    num_tokens = plan.num_rows * settings["seq_len"]
-    progress = tqdm(total=num_tokens, desc="export", unit=" tokens", unit_scale=True, disable=rank != 0)
-    for first in range(0, settings["data_parallel_degree"], plan.num_processes):
+    bar: dict[str, Any] = {"desc": "export", "unit": " tokens", "unit_scale": True, "mininterval": 1}
+    progress = tqdm(total=plan.num_rows * settings["seq_len"], disable=rank != 0, **bar)
+    for first in range(0, settings["data_parallel_degree"], dist.get_world_size()):
         _export_stream(plan, provider, first + rank, progress)
     progress.close()
     dist.barrier()
@@ -55,8 +55,8 @@ def export(plan: Plan) -> Manifest:
 
 def _provider(plan: Plan) -> StateProvider:
     """The teacher, sharded over the processes of the export."""
-    degrees = {"dp_replicate": 1, "dp_shard": plan.num_processes, "cp": 1, "tp": 1, "pp": 1, "ep": 1}
-    dims = teacher_parallel_dims(ParallelDims(**degrees, world_size=plan.num_processes, spmd_backend=SPMD_BACKEND))
+    degrees = {"dp_replicate": 1, "dp_shard": dist.get_world_size(), "cp": 1, "tp": 1, "pp": 1, "ep": 1}
+    dims = teacher_parallel_dims(ParallelDims(**degrees, world_size=dist.get_world_size(), spmd_backend=SPMD_BACKEND))
     dims.build_mesh()
     return make_provider(
         open_source(plan.config.let.teacher),
@@ -83,7 +83,7 @@ def _export_stream(plan: Plan, provider: StateProvider, stream: int, progress: A
             states_BLE = _states(provider, batch, device)
             for i in new:
                 writer.add(keys[i], *_encode(states_BLE[i], settings))
-        progress.update(settings["batch_size"] * settings["seq_len"] * plan.num_processes)
+        progress.update(settings["batch_size"] * settings["seq_len"] * dist.get_world_size())
     writer.finish()
 
 

@@ -49,9 +49,7 @@ def llama_spec(
     Args:
         dim: Width D of the residual stream; each head is `dim // num_heads` wide.
         hidden_dim: Width of the feed-forward network (SwiGLU).
-        vocab_size: Rows of the token embedding.
         num_kv_heads: Key/value heads (grouped-query attention); None: `num_heads`.
-        rope_theta: Base of the rotary embedding.
         max_seq_len: Longest sequence in tokens.
         tie_embeddings: Share the token embedding with the language-model head.
         embedding_init_std: Standard deviation of the token embedding at initialization (1: torchtitan's).

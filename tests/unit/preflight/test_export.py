@@ -1,7 +1,6 @@
 """An export: what it is going to write, what is wrong with it before anything runs, and what it writes."""
 
 import itertools
-import json
 import shutil
 
 import pytest
@@ -10,9 +9,9 @@ import torch
 from let_plugin.config import LetConfig, PairConfig
 from let_plugin.config.errors import ConfigError
 from let_plugin.guidance.guidance import Guidance
-from let_plugin.preflight import export_rows, teacher_cli
-from let_plugin.teacher.stored.features import Features, Manifest
-from let_plugin.teacher.stored.shards import RowReader, shard_paths
+from let_plugin.preflight import teacher_cli
+from let_plugin.teacher.stored.features import Manifest
+from let_plugin.teacher.stored.shards import RowReader
 from tests.support import exports
 from tests.support.exports import plan_of
 from tests.support.fields import set_all
@@ -31,10 +30,6 @@ def problems(config, *argv, **kwargs):
 
 def export(*argv):
     teacher_cli.main(["export", *argv])
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 # The command line
@@ -150,7 +145,7 @@ def test_a_disk_that_is_too_small_is_refused(config, tmp_path, monkeypatch):
     plan.check_folder()
 
 
-# The rows
+# The rows; `tests/integration/test_features.py` has several processes, and killed ones
 
 
 def test_what_is_stored_is_what_the_teacher_says_beside_the_student(config, trainer, folder):
@@ -164,53 +159,6 @@ def test_what_is_stored_is_what_the_teacher_says_beside_the_student(config, trai
         stored = torch.cat([columns["embedding.values"], columns["1.values"]], dim=-1)
         assert torch.equal(stored, teacher(input_dict["input"], input_dict["positions"]))
     assert manifest.result["fidelity"]["1"] == {"tokens": 512, "mean": pytest.approx(1, abs=1e-6)}
-
-
-def test_interrupted_and_continued_is_uninterrupted(config, parallel_dims, tmp_path, monkeypatch):
-    whole, interrupted = tmp_path / "whole", tmp_path / "interrupted"
-    monkeypatch.setattr(export_rows, "SHARD_BYTES", 3 * 64 * (32 + 4))  # three rows
-    exports.run(config, "--out", whole, "--encoding", "int8")
-
-    class PowerCutError(Exception):
-        pass
-
-    class Writer(export_rows.ShardWriter):
-        def add(self, *args):
-            if len(self._known) == 5:
-                raise PowerCutError
-            super().add(*args)
-
-    with monkeypatch.context() as patch, pytest.raises(PowerCutError):
-        patch.setattr(export_rows, "ShardWriter", Writer)
-        exports.run(config, "--out", interrupted, "--encoding", "int8")
-    assert len(shard_paths(interrupted)) == 1
-    assert json.loads((interrupted / "manifest.json").read_text())["result"] is None
-    (interrupted / ".rows-00000-000001.safetensors.part").write_bytes(b"half a file")
-    exports.run(config, "--out", interrupted, "--encoding", "int8")
-    assert contents(interrupted) == contents(whole) and len(contents(whole)) == 4
-    fidelity = Features(str(whole)).fidelity["1"]
-    assert fidelity["tokens"] == 512 and 0.999 < fidelity["mean"] <= 1
-
-    # Where only the last line of the manifest is missing, nothing is left for the teacher.
-    before = contents(whole)
-    Manifest(settings=Manifest.read(whole).settings).write(whole)
-    monkeypatch.setattr(export_rows, "_states", None)
-    exports.run(config, "--out", whole, "--encoding", "int8")
-    assert contents(whole) == before
-
-
-def test_the_streams_are_those_of_the_ranks(config, parallel_dims, folder):
-    set_all(config, training__local_batch_size=2)
-    exports.run(config, "--out", folder, "--data-parallel-degree", "2")
-    reader = RowReader(folder, ["1.values"])
-    tokenizer = config.tokenizer.build(tokenizer_path=config.hf_assets_path)
-    for rank in range(2):
-        assert len(shard_paths(folder, rank)) == 1
-        loader = config.dataloader.build(
-            dp_world_size=2, dp_rank=rank, tokenizer=tokenizer, seq_len=64, local_batch_size=2
-        )
-        for input_dict, _ in itertools.islice(loader, 2):
-            assert list(reader(input_dict)) == ["1.values"]
 
 
 def test_data_that_end_end_the_export(config, parallel_dims, folder):

@@ -7,12 +7,10 @@ import shutil
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 
 from let_plugin.demo import TEACHER, TOKENIZER
 from let_plugin.preflight import teacher_cli as cli
-from tests.support import config_registry as tiny
 
 TEXTS = ["A late train.", "The early bird catches the worm, or so they say in the north of England.", "É" * 40]
 
@@ -86,13 +84,6 @@ def test_what_a_spec_alone_and_a_checkpoint_without_a_tokenizer_say(inspect, tin
     with pytest.raises(SystemExit, match="2"):
         inspect(tiny_teacher[0], "--spec", "tiny_teacher", "--text", text_file)
     assert "--tokenizer = '': the teacher comes without a tokenizer" in capsys.readouterr().err
-
-
-def test_a_torchtitan_checkpoint_with_a_head_that_knows_nothing(inspect, tiny_teacher, tmp_path, text_file):
-    weights = {**tiny_teacher[1], "lm_head.weight": torch.zeros(tiny.VOCAB_SIZE, tiny.TEACHER_DIM)}
-    dcp.save(weights, checkpoint_id=str(tmp_path / "dcp"), no_dist=True)
-    said = inspect(tmp_path / "dcp", "--spec", "tiny_teacher", "--tokenizer", TOKENIZER, "--text", text_file)
-    assert measured(said)[0] == pytest.approx(math.log(tiny.VOCAB_SIZE), abs=1e-4)
 
 
 def test_a_tokenizer_of_another_model(inspect, tmp_path, capsys):
