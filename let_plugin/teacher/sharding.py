@@ -52,11 +52,15 @@ def teacher_parallel_dims(student: ParallelDims, *, tensor_parallel: bool = Fals
     )
 
 
+def groups(parallel_dims: ParallelDims) -> list[dist.ProcessGroup]:
+    """What the ranks that share a teacher are connected by: first within tensor parallelism, then over the shards."""
+    axes = (("tp", parallel_dims.tp_enabled), ("fsdp", parallel_dims.dp_shard_enabled))
+    return [parallel_dims.get_mesh(axis).get_group() for axis, enabled in axes if enabled]
+
+
 def raise_together(problems: list[Problem], parallel_dims: ParallelDims) -> None:
     """ConfigError with the problems of all the ranks of the teacher's device meshes, on each of them."""
-    enabled = {"fsdp": parallel_dims.dp_shard_enabled, "tp": parallel_dims.tp_enabled}
-    for axis in filter(enabled.get, enabled):
-        group = parallel_dims.get_mesh(axis).get_group()
+    for group in groups(parallel_dims):
         found: list[list[Problem]] = [[] for _ in range(dist.get_world_size(group))]
         dist.all_gather_object(found, problems, group=group)
         problems = list(dict.fromkeys(problem for of_rank in found for problem in of_rank))

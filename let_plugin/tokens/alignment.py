@@ -31,19 +31,12 @@ _LONE_BYTE = re.compile("[\udc80-\udcff]")
 
 
 class RowAlignment(NamedTuple):
-    """A row of the student's in the teacher's tokens.
+    """A row of the student's in the teacher's tokens."""
 
-    Attributes:
-        tokens: The teacher's token ids, as many as it takes.
-        positions: Their positions, which start again with each document of the student's row.
-        index_L: For each student token the number of the teacher's token that it meets, int64; -1: none.
-        is_exact_L: Whether that token ends exactly where the student's does.
-    """
-
-    tokens: list[int]
-    positions: list[int]
-    index_L: np.ndarray
-    is_exact_L: np.ndarray
+    tokens: list[int]  # the teacher's token ids, as many as it takes
+    positions: list[int]  # theirs, which start again with each document of the student's row
+    index_L: np.ndarray  # for each student token the number of the teacher's token that it meets, int64; -1: none
+    is_exact_L: np.ndarray  # whether that token ends exactly where the student's does
 
 
 class Retokenizer:

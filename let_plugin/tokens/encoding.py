@@ -74,9 +74,7 @@ class TextEncoder:
     def __call__(self, text: str, *, at_start: bool) -> tuple[list[int], list[int]]:
         """Token ids, and where each ends, in bytes of `text`: at or behind the last byte that it was made of.
 
-        Args:
-            text: What to encode.
-            at_start: Whether a document starts with it. If so, the tokenizer may put a space in front.
+        `at_start`: whether a document starts with the text. If so, the tokenizer may put a space in front.
         """
         tokenizer = self._of_start if at_start else self._of_rest
         offsets: list[tuple[int, int]] = []

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 _PATH_KEY = "let.teacher.path"
 _HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
-_LACKS = "the checkpoint lacks tensors that its configuration asks for"
 _MISFITS = "tensors that are not as its configuration says"
 
 
@@ -163,7 +162,7 @@ class Checkpoint:
                 wrong.append(f"{name} (file integers, configuration floating-point numbers)")
         messages = []
         if missing := info["missing_keys"]:
-            messages.append(f"{_LACKS}: {some_names(missing)}")
+            messages.append(f"the checkpoint lacks tensors that its configuration asks for: {some_names(missing)}")
         if wrong:
             messages.append(f"{_MISFITS}: {some_names(wrong)}")
         if surplus := self._surplus(model, info["unexpected_keys"]):

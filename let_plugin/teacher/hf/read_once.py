@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torchtitan.distributed import ParallelDims
 
 from let_plugin.config.errors import ConfigError
-from let_plugin.teacher.sharding import raise_together
+from let_plugin.teacher.sharding import groups, raise_together
 
 
 def read_once(
@@ -17,19 +17,19 @@ def read_once(
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.dtype]]:
     """Calls `read` on the first of the ranks that a teacher is sharded over; each replica has its own first rank.
 
-    Returns the tensors on the rank that has read, nothing on the others; and, on all, the data type of each tensor.
-    ConfigError on all of them if `read` raises one. `parallel_dims` are the teacher's device meshes.
+    Returns the tensors, none on the ranks that have not read, and on all the data type of each. ConfigError on all of
+    them if `read` raises one. `parallel_dims` are the teacher's device meshes.
     """
     tensors: dict[str, torch.Tensor] = {}
     problems = []
-    if all(group.rank() == 0 for group in _groups(parallel_dims)):
+    if all(group.rank() == 0 for group in groups(parallel_dims)):
         try:
             tensors = read()
         except ConfigError as error:
             problems = list(error.problems)
     raise_together(problems, parallel_dims)
     described: list[Any] = [{name: tensor.dtype for name, tensor in tensors.items()}]
-    for group in _groups(parallel_dims):
+    for group in groups(parallel_dims):
         dist.broadcast_object_list(described, group=group, group_src=0)
     return tensors, described[0]
 
@@ -55,12 +55,6 @@ def hand_out(
             shard = distribute_tensor(whole, mesh, [target.placements[i] for i in kept])
             target.to_local().copy_(shard.to_local())
         else:
-            for group in _groups(parallel_dims):
+            for group in groups(parallel_dims):
                 dist.broadcast(whole, group=group, group_src=0)
             target.copy_(whole)
-
-
-def _groups(parallel_dims: ParallelDims) -> list[dist.ProcessGroup]:
-    """What the ranks that share a teacher are connected by: first within tensor parallelism, then over the shards."""
-    axes = (("tp", parallel_dims.tp_enabled), ("fsdp", parallel_dims.dp_shard_enabled))
-    return [parallel_dims.get_mesh(axis).get_group() for axis, enabled in axes if enabled]

@@ -195,8 +195,7 @@ class TitanLanguageModel:
 
 def _describe(spec: ModelSpec, where: str) -> TeacherInfo:
     model_config: Any = spec.model
-    trunk = _meta_trunk(spec)
-    attention = model_config.first_attention
+    trunk, attention = _meta_trunk(spec), model_config.first_attention
     return TeacherInfo(
         description=f"torchtitan {spec.name} {spec.flavor}, {where}",
         hidden_size=model_config.dim,
@@ -234,9 +233,8 @@ def _find_spec(name: str) -> TeacherSpec:
     if name in TEACHER_SPECS or not colon:
         return lookup(TEACHER_SPECS.get, name, key="let.teacher.spec")
     if model not in upstream.MODELS:
-        raise ConfigError(
-            Problem("let.teacher.spec", f"torchtitan has no such model; {suggest(model, upstream.MODELS)}", name)
-        )
+        message = f"torchtitan has no such model; {suggest(model, upstream.MODELS)}"
+        raise ConfigError(Problem("let.teacher.spec", message, name))
     module = importlib.import_module(f"torchtitan.models.{model}")
     flavors = getattr(module, f"{model}_configs", {flavor})
     if flavor not in flavors:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, models
 from torchdata.stateful_dataloader import stateful_dataloader
 from torchtitan.components.loss import IGNORE_INDEX
 
@@ -99,9 +99,7 @@ def test_a_warning_if_little_is_aligned_and_no_process_for_the_trial(other, capl
 
 
 def word_piece(folder):
-    tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"))
-    tokenizer.decoder = decoders.WordPiece()
-    kinds.write(tokenizer, folder / "other")
+    kinds.write(Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]")), folder / "other")
 
 
 @pytest.mark.parametrize(

@@ -40,10 +40,8 @@ def test_the_parts_of_the_sequence_and_the_peers(config):
     assert num_peers(config, student) == 2
 
 
-def test_a_rank_without_peers_keeps_all_rows_and_positions(config):
+def test_a_rank_without_peers_keeps_all_rows_positions_and_masks(config):
     share = TeacherShare(config, dims(), torch.device("cpu"))
-    tokens_BL, states_BLE = torch.arange(12).view(3, 4), torch.randn(3, 4, 5)
-    assert share.rows(tokens_BL) is tokens_BL
+    tokens_BL, states_BLE, masks = torch.arange(12).view(3, 4), torch.randn(3, 4, 5), object()
+    assert share.rows(tokens_BL) is tokens_BL and share.masks(masks, 3) is masks
     assert share.deliver(states_BLE, 3) is states_BLE
-    masks = object()
-    assert share.masks(masks, 3) is masks

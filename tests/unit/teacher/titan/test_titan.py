@@ -157,12 +157,10 @@ def test_weights_that_are_not_finite_are_named_and_those_of_blocks_behind_the_la
 def test_a_built_teacher_is_frozen_and_headless_and_nothing_else_is_changed(tiny_teacher, build, config, dtype, spec):
     rng_state, before = torch.get_rng_state(), repr(config)
     teacher = build(tiny_teacher[0] if spec == "tiny_teacher" else "", spec=spec, dtype=dtype)
-    assert torch.equal(torch.get_rng_state(), rng_state)
-    assert torch.get_default_dtype() == torch.float32
+    assert torch.equal(torch.get_rng_state(), rng_state) and torch.get_default_dtype() == torch.float32
     assert repr(config) == before
-    assert not [name for name, _ in teacher.named_parameters() if "lm_head" in name]
     assert all(p.dtype == dtype and not p.requires_grad for p in teacher.parameters())
-    assert not [name for name, module in teacher.named_modules() if module.training]
+    assert not any(module.training or "lm_head" in name for name, module in teacher.named_modules())
     assert not teacher(*packed_batch(tiny.VOCAB_SIZE)).requires_grad
     if spec == "tiny_teacher":
         state_dict = {
@@ -176,8 +174,7 @@ def test_info(tiny_teacher):
     path, weights = tiny_teacher
     info = TitanTeacherSource(TeacherConfig(spec="tiny_teacher", path=str(path))).info
     assert info.description == f"torchtitan llama3 tiny_teacher, DCP from {path}"
-    assert (info.hidden_size, info.num_layers, info.vocab_size) == (32, 2, 4096)
-    assert info.max_seq_len == 131_072
+    assert (info.hidden_size, info.num_layers, info.vocab_size, info.max_seq_len) == (32, 2, 4096, 131_072)
     assert info.num_trunk_params == sum(w.numel() for w in weights.values())
     assert info.num_embedding_params == 4096 * 32
     weights = load_file(f"{TEACHER}/model.safetensors")  # the embedding is tied, and counted once
@@ -212,16 +209,11 @@ def test_a_bad_spec_model_or_flavor_suggests(tiny_teacher, spec, suggestion):
 
 def test_a_spec_is_made_anew_for_every_teacher(tiny_teacher):
     """torchtitan writes into a specification."""
-    made = []
-
-    def make_spec():
-        made.append(llama_spec("counted", dim=32, num_layers=2, num_heads=2, hidden_dim=64, vocab_size=4096))
-        return made[-1]
-
-    register_teacher_spec("counted", make_spec)
+    specs = [llama_spec("mine", dim=32, num_layers=2, num_heads=2, hidden_dim=64, vocab_size=4096) for _ in range(2)]
+    register_teacher_spec("mine", specs.pop)
     try:
         for _ in range(2):
-            TitanTeacherSource(TeacherConfig(spec="counted", path=str(tiny_teacher[0])))
+            TitanTeacherSource(TeacherConfig(spec="mine", path=str(tiny_teacher[0])))
     finally:
-        TEACHER_SPECS.unregister("counted")
-    assert len(made) == 2
+        TEACHER_SPECS.unregister("mine")
+    assert not specs
