@@ -103,7 +103,7 @@ def refusal(path, *, load=False):
         (
             "olmoe",
             without("experts.3.gate_proj"),
-            "layers.0.mlp.experts.gate_up_proj",
+            "mlp.experts.gate_up_proj",
         ),
         ("llama", lambda f: (pickled(f), content(b"{}", f"{FILE}.index.json")(f)), "index.json cannot be read"),
         ("llama", content(b""), "model.safetensors is truncated or not a safetensors file"),
