@@ -188,7 +188,7 @@ def metrics(folder):
 
 
 def make_teacher(folder, *, with_head=False):
-    """Writes random weights of the tiny teacher as a torchtitan checkpoint (DCP), in fp32; returns the trunk's."""
+    """Writes random weights of the tiny teacher as a torchtitan checkpoint (DCP), in fp32; returns them."""
     from let_plugin.demo import config_registry  # noqa: F401
     from tests.support import config_registry as tiny
 
@@ -206,8 +206,9 @@ def make_teacher(folder, *, with_head=False):
             weights[f"layers.{i}.feed_forward.{name}.weight"] = normal(*shape)
         for name in ("attention_norm", "ffn_norm"):
             weights[f"layers.{i}.{name}.weight"] = torch.ones(E) + normal(E)
-    head = {"lm_head.weight": normal(tiny.VOCAB_SIZE, E)} if with_head else {}
-    dcp.save(weights | head, checkpoint_id=str(folder), no_dist=True)
+    if with_head:
+        weights["lm_head.weight"] = normal(tiny.VOCAB_SIZE, E)
+    dcp.save(weights, checkpoint_id=str(folder), no_dist=True)
     return weights
 
 

@@ -152,22 +152,3 @@ def test_print_config_is_toml_with_the_overrides(tmp_path, tiny_config, capfd):
     assert not (tmp_path / "out").exists()
     (tmp_path / "again.toml").write_text(out)
     assert main(capfd, tmp_path / "again.toml", "--print-config")[1] == out
-
-
-@pytest.mark.slow
-def test_the_printed_configuration_trains_the_identical_run(tmp_path, tiny_config):
-    overrides = ["--training.steps", "3", "--let.stop_step", "2", "--let.weight", "0.25", "--training.seq_len", "32"]
-    first, again = tmp_path / "out", tmp_path / "again"
-    printed = tmp_path / "printed.toml"
-    printed.write_text(jobs.run("let_plugin.train", tiny_config, *overrides, "--print-config").stdout)
-    assert not first.exists()
-
-    jobs.run("let_plugin.train", tiny_config, *overrides)
-    jobs.run("let_plugin.train", printed, "--dump_folder", again)
-
-    def numbers(folder):
-        keys = ("step", "loss_metrics/global_avg_loss", "grad_norm", "let/active", "let/lambda", "let/cosine")
-        return [[line.get(key) for key in keys] for line in jobs.metrics(folder)]
-
-    assert numbers(first) == numbers(again)
-    assert [(line["step"], line["let/lambda"]) for line in jobs.metrics(first)] == [(1, 0.25), (2, 0.125), (3, 0.0)]

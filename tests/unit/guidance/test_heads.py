@@ -4,15 +4,12 @@ import math
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 
 from let_plugin.guidance import heads
 from let_plugin.guidance.guidance import Guidance
 from let_plugin.guidance.heads import distillation
-from let_plugin.runtime.models import llama_spec
-from let_plugin.teacher.titan.source import TEACHER_SPECS, register_teacher_spec
-from tests.support import reference
+from tests.support import jobs, reference
 from tests.support.config_registry import STUDENT
 from tests.support.probe import full
 
@@ -37,23 +34,27 @@ def expected_of_labels(trainer, batch, weight):
     return {name: p.grad for name, p in params.items()}, losses[1].item()
 
 
+def metrics_of_step(trainer, guidance, batch, gradients):
+    """Takes a step of lambda = 0.5, which must have these gradients, and returns what it has measured."""
+    trainer.guidance, trainer.step = guidance, 1
+    guidance.start_step(0.5, measures=True)
+    num_valid = (batch[1] != reference.IGNORE_INDEX).sum()
+    trainer.forward_backward_step(input_dict=batch[0], labels=batch[1], global_valid_tokens=num_valid)
+    for name, parameter in trainer.model_parts[0].named_parameters():
+        torch.testing.assert_close(full(parameter.grad), gradients[name], rtol=1e-4, atol=1e-6, msg=name)
+    metrics = guidance.metrics()
+    guidance.finish_step()
+    return metrics
+
+
 @pytest.mark.parametrize("chunk", [2048, 50])
 def test_block_norm_and_head_learn_from_both_losses(labels_trainer, batch, chunk, monkeypatch):
     monkeypatch.setattr(heads, "_CHUNK", chunk)
     gradients, loss = expected_of_labels(labels_trainer, batch, 0.5)
     guidance = Guidance(labels_trainer, 0)
     assert guidance.teacher is None
-    labels_trainer.guidance = guidance
-    guidance.start_step(0.5)
-    num_valid = (batch[1] != reference.IGNORE_INDEX).sum()
-    labels_trainer.forward_backward_step(input_dict=batch[0], labels=batch[1], global_valid_tokens=num_valid)
-    for name, parameter in labels_trainer.model_parts[0].named_parameters():
-        torch.testing.assert_close(full(parameter.grad), gradients[name], rtol=1e-4, atol=1e-6, msg=name)
-    assert guidance.metrics() == {"let/auxiliary_loss": pytest.approx(loss, rel=1e-5)}
-    guidance.finish_step()
-
-
-SHAPE = {"dim": 32, "num_layers": 2, "num_heads": 2, "hidden_dim": 64}
+    metrics = metrics_of_step(labels_trainer, guidance, batch, gradients)
+    assert metrics["let/auxiliary_loss"] == pytest.approx(loss, rel=1e-5) and "let/grad_cosine" in metrics
 
 
 def logits(*shape, seed):
@@ -90,31 +91,14 @@ def expected(trainer, teacher_head_VE, states_BLE, batch, weight):
     return {name: p.grad for name, p in params.items()}, divergence.item()
 
 
-def test_the_students_predictions_are_drawn_to_the_teachers(config, parallel_dims, batch, request):
-    register_teacher_spec("with_head", lambda: llama_spec("with_head", **SHAPE, vocab_size=4096))
-    request.addfinalizer(lambda: TEACHER_SPECS.unregister("with_head"))
-    weights = random_weights(TEACHER_SPECS.get("with_head").make_spec())
-    dcp.save(weights, checkpoint_id=config.dump_folder + "/teacher", no_dist=True)
+def test_the_students_predictions_are_drawn_to_the_teachers(config, batch, request):
     config.let.target, config.let.temperature = "logits", 2.0
-    config.let.teacher.spec, config.let.teacher.path = "with_head", config.dump_folder + "/teacher"
+    config.let.teacher.path = f"{config.dump_folder}/teacher"
+    weights = jobs.make_teacher(config.let.teacher.path, with_head=True)
     trainer = request.getfixturevalue("trainer")
-    guidance = trainer.guidance = Guidance(trainer, 0)
+    guidance = Guidance(trainer, 0)
     states_BLE = guidance.teacher(batch[0]["input"], batch[0]["positions"])
     gradients, divergence = expected(trainer, weights["lm_head.weight"], states_BLE, batch, 0.5)
-    trainer.step = 1
-    guidance.start_step(0.5, measures=True)
-    num_valid = (batch[1] != reference.IGNORE_INDEX).sum()
-    trainer.forward_backward_step(input_dict=batch[0], labels=batch[1], global_valid_tokens=num_valid)
-    for name, parameter in trainer.model_parts[0].named_parameters():
-        torch.testing.assert_close(full(parameter.grad), gradients[name], rtol=1e-4, atol=1e-6, msg=name)
-    metrics = guidance.metrics()
+    metrics = metrics_of_step(trainer, guidance, batch, gradients)
     assert metrics["let/distillation_loss"] == pytest.approx(divergence, rel=1e-5)
     assert {"let/teacher_tokens_per_second", "let/grad_cosine"} < metrics.keys() and "let/cosine" not in metrics
-    guidance.finish_step()
-
-
-def random_weights(spec):
-    with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in spec.model.build().state_dict().items()}
-    generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(shape, generator=generator) * shape[-1] ** -0.5 for name, shape in shapes.items()}

@@ -4,24 +4,20 @@ import dataclasses
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torchtitan.components.validate import Validator
 from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
 
 from let_plugin.guidance.teacher_loss import is_measurable, measure_teacher_loss
 from tests.support import config_registry as tiny
-from tests.support import reference
+from tests.support import jobs, reference
 
 
 @pytest.fixture(scope="module")
-def headed_teacher(tmp_path_factory, tiny_teacher):
+def headed_teacher(tmp_path_factory):
     """(folder of a DCP checkpoint of the tiny teacher with a head, its weights)."""
-    head_VE = torch.randn(tiny.VOCAB_SIZE, tiny.TEACHER_DIM, generator=torch.Generator().manual_seed(2)) / 4
-    weights = {**tiny_teacher[1], "lm_head.weight": head_VE}
     folder = tmp_path_factory.mktemp("headed")
-    dcp.save(weights, checkpoint_id=str(folder), no_dist=True)
-    return folder, weights
+    return folder, jobs.make_teacher(folder, with_head=True)
 
 
 @pytest.fixture

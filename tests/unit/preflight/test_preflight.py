@@ -15,9 +15,7 @@ from let_plugin.config.errors import ConfigError
 from let_plugin.demo import TEACHER, TOKENIZER
 from let_plugin.preflight import checks as preflight
 from let_plugin.runtime.models import llama_spec
-from let_plugin.tokens.tiktoken import TikTokenTokenizer
 from tests.support.fields import set_all
-from tests.support.tokenizer_kinds import EOS, GPT2_PATTERN, write_ranks
 
 
 def student(num_heads=2, vocab_size=4096, max_seq_len=131_072):
@@ -181,23 +179,6 @@ def test_a_teacher_that_transformers_runs_cannot_be_cut(config):
     set_all(config, let__teacher__spec="transformers", let__teacher__path=TEACHER, let__teacher__tensor_parallel=True)
     message = problem_of(config, "let.teacher.tensor_parallel").message
     assert "transformers runs this teacher; leave this off" in message
-
-
-def test_a_student_with_a_tiktoken_tokenizer(config, tmp_path):
-    def use(**special_tokens):
-        config.tokenizer = TikTokenTokenizer.Config(
-            pattern=GPT2_PATTERN, special_tokens=special_tokens, eos_token=next(iter(special_tokens))
-        )
-
-    config.hf_assets_path = str(tmp_path)
-    use(**{EOS: 0})
-    assert "no tiktoken rank file there" in problem_of(config, "hf_assets_path").message
-    write_ranks(tmp_path)
-    assert "agree token by token" in preflight.run(config)
-    use(**{"<eos>": 0})
-    assert "id 0: '<eos>' (student), '<|endoftext|>' (teacher)" in problem_of(config, "let.teacher.path").message
-    use(**{EOS: 0, "<|far|>": 5000})
-    assert "ids go up to 5000" in problem_of(config, "hf_assets_path").message
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
