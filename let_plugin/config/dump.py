@@ -1,5 +1,6 @@
 """The inverse of the overlay: a configuration as TOML tables, complete, for overlaying on the same base."""
 
+import contextlib
 import dataclasses
 import pkgutil
 from dataclasses import MISSING
@@ -62,11 +63,9 @@ def _type_key(cls: type, alternatives: list[Arm], base: Any) -> dict[str, str]:
     if type(base) is cls or [arm.type for arm in alternatives] == [cls]:
         return {}
     path = f"{owner(cls).__module__}.{owner(cls).__qualname__}"
-    try:
+    with contextlib.suppress(ImportError, AttributeError, ValueError):
         if pkgutil.resolve_name(path) is owner(cls):
             return {"type": path}
-    except (ImportError, AttributeError, ValueError):
-        pass
     raise _UnwritableError(f"{path} cannot be imported by name")
 
 

@@ -17,7 +17,13 @@ def bind(function: Callable[..., Any], options: dict[str, Any], *, key: str) -> 
     ConfigError for each option that `function` does not have or whose value has the wrong type; later, when the result
     is called, for one that `function` refuses with a ValueError. `key` is the table that the options come from.
     """
-    types = option_types(function)
+    code = inspect.getattr_static(function, "__init__") if isinstance(function, type) else function
+    hints = typing.get_type_hints(code)
+    types = {
+        name: hints.get(name, Any)
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty
+    }
     problems = []
     values = {}
     for name, value in options.items():
@@ -50,15 +56,3 @@ def refusals(options: dict[str, Any], *, key: str) -> Iterator[None]:
         if name in options:
             raise ConfigError(Problem(f"{key}.{name}", rest, options[name])) from error
         raise ConfigError(Problem(key, str(error))) from error
-
-
-def option_types(function: Callable[..., Any]) -> dict[str, Any]:
-    """Name -> type of a function's keyword-only arguments, but for those that its caller gives."""
-    hints = typing.get_type_hints(
-        inspect.getattr_static(function, "__init__") if isinstance(function, type) else function
-    )
-    return {
-        name: hints.get(name, Any)
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty
-    }

@@ -10,7 +10,7 @@ import pathlib
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -67,10 +67,8 @@ def incomplete(described: Metadata, names: Iterable[str], folder: Path) -> dict[
     for name in names:
         tensor: Any = described.state_dict_metadata[name]
         for chunk in tensor.chunks:
-            stored = described.storage_data.get(MetadataIndex(name, chunk.offsets))
-            if stored is None:
-                problems[name] = "of which .metadata says no place"
-            elif not (file := folder / stored.relative_path).is_file():
+            stored = described.storage_data[MetadataIndex(name, chunk.offsets)]
+            if not (file := folder / stored.relative_path).is_file():
                 problems[name] = f"{file.name} is missing"
             elif stored.offset + stored.length > file.stat().st_size:
                 problems[name] = f"{file.name} is truncated"
@@ -91,7 +89,12 @@ class _Reader(FsspecReader):  # of local files, too
     def read_metadata(self: Any, *args: Any, **kwargs: Any) -> Metadata:
         path = self._get_metadata_path(kwargs.get("rank"))
         with self.fs.create_stream(path, "rb") as file:
-            described = _unpickle(file, path)
+            try:
+                described = _Unpickler(file).load()
+                if not isinstance(described, Metadata) or not isinstance(described.state_dict_metadata, dict):
+                    raise pickle.UnpicklingError(f"it is a {type(described).__name__}")
+            except Exception as error:  # a damaged pickle can fail in any way
+                raise ValueError(f"{path} is not one that torch has written, or is damaged: {error}") from error
         described.storage_meta = StorageMeta(load_id=self.load_id)
         return described
 
@@ -102,13 +105,3 @@ class _SafePlanner(DefaultLoadPlanner):
         if isinstance(self.state_dict[name], torch.Tensor):
             raise ValueError(f"{name} is not a tensor there")
         set_element(self.original_state_dict, self.mappings[name], torch.load(value, weights_only=True))
-
-
-def _unpickle(file: IO[bytes], path: Any) -> Metadata:
-    try:
-        described = _Unpickler(file).load()
-        if not isinstance(described, Metadata) or not isinstance(described.state_dict_metadata, dict):
-            raise pickle.UnpicklingError(f"it is a {type(described).__name__}")
-    except Exception as error:  # a damaged pickle can fail in any way
-        raise ValueError(f"{path} is not one that torch has written, or is damaged: {error}") from error
-    return described
