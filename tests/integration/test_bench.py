@@ -4,30 +4,33 @@ import json
 
 import pytest
 
-from let_plugin.bench import rows
+from let_plugin.bench import cli, rows
+from let_plugin.bench.throughput import suite
+from let_plugin.runtime import data
 from tests.support import jobs
 
 
 @pytest.mark.slow
-def test_throughput(tmp_path, tiny_config):
-    """Steps in turn; then the same again."""
+def test_throughput(tmp_path, tiny_config, monkeypatch, capsys):
+    """A pair whose steps are made in turn; then the same again."""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    data.register()
     out = tmp_path / "rows.jsonl"
-    args = ["throughput", tiny_config, "--pairs", "2", "--steps", "2", "--teacher-share", "10", "--out", out]
-    args += ["--cases", "active", "--interleave", "--work-dir", tmp_path / "work", "--training.seq_len", "32"]
-    first = jobs.run("let_plugin.bench", *args, OMP_NUM_THREADS="1")
-
+    files = [str(tiny_config), "--out", str(out), "--work-dir", str(tmp_path / "work")]
+    own = ["--cases", "active", "--interleave", "--steps", "2", "--teacher-share", "10", "--training.seq_len", "32"]
+    args, options = cli.parse(["throughput", *files, *own])
+    args.pairs = 1  # an interval needs two
+    table = suite.run(args, options, "let-bench throughput x")
     found = rows.read(out)
-    assert [row["label"] for row in found] == 2 * ["plain", "active 10%"]
+    assert [row["label"] for row in found] == ["plain", "active 10%"]
     for row in found:
-        assert row["command"].startswith("let-bench throughput") and row["tokens_per_second"] > 0
+        assert row["let_train"].startswith("let-train ") and row["tokens_per_second"] > 0
         assert len(row["values"]) == 2 and row["peak_memory_bytes"]["resident"] > 0
-        assert "seq_len = 32" in row["config"]
-    assert "2 pairs on CPU" in first.stdout and "[4/4] pair 2, active 10%: " in first.stdout
-
-    again = jobs.run("let_plugin.bench", *args)
-    assert rows.read(out) == found
-    assert "has 2 of 2 pairs already" in again.stdout
-    assert again.stdout.partition("\ncase ")[2] == first.stdout.partition("\ncase ")[2] != ""  # the same table
+        assert row["interleaved"] and "seq_len = 32" in row["config"]
+    assert "1 pairs on CPU" in table and "[2/2] pair 1, active 10%: " in capsys.readouterr().out
+    assert suite.run(args, options, "let-bench throughput x") == table and rows.read(out) == found
+    assert "has 1 of 1 pairs already" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -71,9 +71,7 @@ def test_ctrl_c_does_not_wait_for_a_run_that_hangs(tmp_path, monkeypatch):
     wait_until(lambda: not any(map(is_running, pids.read_text().split())))
 
 
-def test_a_run_that_fails_says_why(start):
-    with pytest.raises(RunFailedError, match="'it' failed with exit code 1\nout of luck\nall of it: "):
-        start("sys.exit('out of luck')").result()
+def test_a_run_that_writes_nothing(start):
     with pytest.raises(RunFailedError, match="'it' ended before its last step"):
         start("").result()
 

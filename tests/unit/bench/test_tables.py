@@ -86,10 +86,3 @@ def test_a_table_for_each_suite_or_for_one(path, capsys):
     synthetic_rows.throughput(path, suite="b", pairs=2)
     cli.main(["table", str(path)])
     assert capsys.readouterr().out == f"{tables.text([path], 'a')}\n\n{tables.text([path], 'b')}\n"
-
-
-def test_an_option_of_a_configuration_has_no_place_here(path, capsys):
-    synthetic_rows.throughput(path)
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["table", str(path), "--training.steps", "2"])
-    assert stop.value.code == 2 and "unrecognized arguments: --training.steps 2" in capsys.readouterr().err

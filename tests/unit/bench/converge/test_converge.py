@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from let_plugin.bench import cli, rows, tables
+from let_plugin.bench import rows, tables
 from let_plugin.bench.converge import run
 from let_plugin.bench.processes import RunFailedError
 
@@ -142,16 +142,3 @@ def test_a_row_counts_the_preparation_and_the_active_steps(converge, parsed):
     assert made["final_validation_loss"] == pytest.approx(3.703)
     assert made["values"] == [made["final_test_loss"]] == [pytest.approx(3.713)]
     assert (made["label"], made["seed"], made["active_steps"], made["unit"]) == ("let@0.5", 3, 2, "nats/token")
-
-
-def test_the_command_refuses_with_one_message(config_file, tmp_path, capfd):
-    files = ["--work-dir", str(tmp_path / "work"), "--out", str(tmp_path / "rows.jsonl")]
-    for option, value, message in (
-        ("--methods", "lett", "let-bench: 1 problem in the configuration\n  --methods = 'lett': unknown"),
-        ("--tuning-seeds", "-1", "argument --tuning-seeds: expected an integer, at least 0, not -1"),
-    ):
-        with pytest.raises(SystemExit) as stop:
-            cli.main(["converge", str(config_file), *files, option, value])
-        out, err = capfd.readouterr()
-        assert stop.value.code == 2 and out == "" and message in err
-    assert not (tmp_path / "work").exists() and not (tmp_path / "rows.jsonl").exists()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from let_plugin.bench.converge import data_selection
-from let_plugin.bench.converge.data_selection import document_losses, kept
+from let_plugin.bench.converge.data_selection import kept
 from let_plugin.config.errors import ConfigError
 from let_plugin.demo import TEACHER, TOKENIZER
 from let_plugin.runtime import data
@@ -23,7 +23,7 @@ device = "cpu"
 teacher.spec = "demo_teacher"
 
 [training]
-seq_len = 64
+seq_len = 4
 
 [dataloader]
 dataset = "text_files"
@@ -49,17 +49,23 @@ def corpus(tmp_path):
 
 
 def mean_nll(folder, text):
+    """Of a document, and the number of its tokens. Each part of 4 tokens is predicted from itself alone."""
     from torchtitan.components.tokenizer import HuggingFaceTokenizer
     from transformers import AutoModelForCausalLM
 
     ids = torch.tensor(HuggingFaceTokenizer(tokenizer_path=TOKENIZER).encode(text, add_bos=True, add_eos=True))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    total, num_tokens = 0.0, len(ids) - 1
     with torch.no_grad():
-        return F.cross_entropy(model(ids[None, :-1]).logits[0], ids[1:]).item(), len(ids) - 1
+        for start in range(0, num_tokens, 4):
+            part = ids[start : start + 5]
+            total += F.cross_entropy(model(part[None, :-1]).logits[0], part[1:], reduction="sum").item()
+    return total / num_tokens, num_tokens
 
 
 def test_the_documents_that_the_teacher_finds_easier(corpus, tmp_path, capsys, monkeypatch):
     config, texts, reference = corpus
+    monkeypatch.setattr(data_selection, "_BATCH_TOKENS", 12)  # three parts at a time, of one document or of several
     out = tmp_path / "kept.jsonl.xz"
     option = f"--let.teacher.spec '' --let.teacher.path {reference} --let.teacher.tokenizer_path {TOKENIZER}"
     data_selection.main([str(config), "--reference", option, "--out", str(out)])
@@ -70,6 +76,7 @@ def test_the_documents_that_the_teacher_finds_easier(corpus, tmp_path, capsys, m
         reference_nll, count = mean_nll(reference, text)
         scores.append(reference_nll - mean_nll(TEACHER, text)[0])
         num_tokens += count
+    assert num_tokens > 4 * len(texts)  # there are documents of two parts
     best = sorted(range(8), key=lambda i: -scores[i])[:4]
     assert sorted(scores)[4] - sorted(scores)[3] > 1e-3  # the choice is clear
     assert [row["text"] for row in data.load_text_files(str(out))] == [texts[i] for i in sorted(best)]
@@ -93,33 +100,6 @@ def test_the_documents_that_the_teacher_finds_easier(corpus, tmp_path, capsys, m
         assert key in capsys.readouterr().err and not list(tmp_path.glob("x.*"))
     with pytest.raises(ConfigError, match="--selected-text"):
         data_selection.read_costs(tmp_path / "text.jsonl")
-
-
-VOCAB_SIZE = 17
-TABLE_VV = torch.randn(VOCAB_SIZE, VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
-
-
-def causal_model(tokens_BL, positions_BL):
-    """Logits that depend on all tokens of the row up to each, and on their number."""
-    counts_L = torch.arange(1, tokens_BL.shape[1] + 1)
-    return TABLE_VV[tokens_BL].cumsum(dim=1) / counts_L[:, None]
-
-
-@pytest.mark.parametrize("batch_tokens", [1, 24])
-def test_each_document_by_itself(monkeypatch, batch_tokens):
-    monkeypatch.setattr(data_selection, "_BATCH_TOKENS", batch_tokens)
-    generator = torch.Generator().manual_seed(1)
-    lengths = [5, 1, 9, 8, 25, 2, 17]
-    documents = [torch.randint(VOCAB_SIZE, (n,), generator=generator).tolist() for n in lengths]
-    found = list(document_losses(causal_model, documents, seq_len=8, vocab_size=VOCAB_SIZE, device="cpu"))
-    assert [count for _, count in found] == [n - 1 for n in lengths]
-    for document, (loss, _) in zip(documents, found, strict=True):
-        expected = 0.0
-        for start in range(0, len(document) - 1, 8):  # each part predicted from itself alone
-            part = torch.tensor(document[start : start + 9])
-            logits_LV = causal_model(part[None, :-1], None)[0]
-            expected += F.cross_entropy(logits_LV, part[1:], reduction="sum").item()
-        assert loss == pytest.approx(expected, abs=1e-4)
 
 
 def test_of_equal_scores_the_first_are_kept():

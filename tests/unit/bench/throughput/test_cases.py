@@ -5,7 +5,6 @@ import shlex
 import pytest
 import tomli
 
-from let_plugin.bench import cli
 from let_plugin.bench.throughput import cases, suite
 from let_plugin.bench.throughput.cases import WARMUP_STEPS
 from let_plugin.config.errors import ConfigError
@@ -85,18 +84,3 @@ def test_mistakes_of_the_configuration(planned, tmp_path):
         planned("--training.max_norm -1 --teacher-share 10 --training.seq_len 60")
     assert {problem.key for problem in error.value.problems} == {"training.max_norm", "training.seq_len"}
     assert not (tmp_path / "work").exists()
-
-
-def test_mistakes_of_the_command_line(tiny_config, tmp_path, capfd):
-    args = ["throughput", str(tiny_config), "--work-dir", str(tmp_path / "work"), "--out", str(tmp_path)]
-    for option, value, message in (
-        ("--pairs", "1", "argument --pairs: expected an integer, at least 2, not 1"),
-        ("--teacher-share", "150", "argument --teacher-share: expected a percentage above 0, at most 100, not 150"),
-        ("--cases", "stoped", "argument --cases: invalid choice: 'stoped'"),
-        ("--steps", "2", "let-bench: 1 problem in the configuration\n  --out = "),
-    ):
-        with pytest.raises(SystemExit) as stop:
-            cli.main([*args, option, value])
-        assert stop.value.code == 2 and message in capfd.readouterr().err
-    assert not (tmp_path / "work").exists()
-    assert cli.parse([*args, "--teacher-share", "2", "1", "2"])[0].teacher_share == [2, 1]
