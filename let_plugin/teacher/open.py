@@ -1,6 +1,7 @@
 """From the `[let.teacher]` table to a teacher, or to its stored states."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,7 +9,7 @@ import torch
 from let_plugin.config import TeacherConfig, plan
 from let_plugin.config.errors import ConfigError, Problem
 from let_plugin.teacher.base import OnlineStates, StateProvider, TeacherSource
-from let_plugin.teacher.retokenized import RetokenizedStates, retokenizer, teacher_config
+from let_plugin.teacher.retokenized import RetokenizedStates, retokenizer
 from let_plugin.teacher.stored.features import Features, StoredStates
 
 if TYPE_CHECKING:
@@ -63,10 +64,11 @@ def make_provider(
     make_batches = None
     if config.let.token_alignment.enable:
         make_batches = retokenizer(config, student_tokenizer, source)
+        config = replace(config, training=replace(config.training, seq_len=make_batches.teacher_seq_len))
     teacher = source.build(
         dtype=plan.teacher_dtype(config),
         device=device,
-        config=config if make_batches is None else teacher_config(config, make_batches.teacher_seq_len),
+        config=config,
         parallel_dims=parallel_dims,
         layers=layers,
         final_norm=config.let.teacher.final_norm,

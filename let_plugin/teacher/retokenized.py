@@ -73,11 +73,6 @@ def teacher_seq_len(config: Trainer.Config, teacher: TeacherInfo) -> int:
     return wanted
 
 
-def teacher_config(config: Trainer.Config, length: int) -> Trainer.Config:
-    """The student's configuration with the teacher's sequence length, for building it."""
-    return dataclasses.replace(config, training=dataclasses.replace(config.training, seq_len=length))
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trial:
     """What became of some rows of the student's."""

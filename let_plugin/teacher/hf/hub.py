@@ -30,7 +30,7 @@ def find(config: TeacherConfig) -> str | None:
             info = HfApi().model_info(config.path, revision=config.revision or None, timeout=_TIMEOUT)
     except HfHubHTTPError as error:  # it was reached, and said no
         message = f"there is no such folder, and the hub refuses it: {str(error).splitlines()[0]}"
-        raise ConfigError(Problem(_PATH_KEY, message, _named(config))) from error
+        raise ConfigError(Problem(_PATH_KEY, message, config.path)) from error
     except Exception as error:  # no network: of the HTTP library's many types
         logger.warning(
             f"LET: the hub cannot be reached ({type(error).__name__}): {config.path} is looked for in the cache"
@@ -56,7 +56,7 @@ def fetch(config: TeacherConfig, commit: str | None, *, weights: bool) -> str:
         message = f"it cannot be fetched from the hub: {error}"
         if commit is None:
             message = "not on this machine: there is no such folder, and it is not in the hub client's cache"
-        raise ConfigError(Problem(_PATH_KEY, message, _named(config))) from error
+        raise ConfigError(Problem(_PATH_KEY, message, config.path)) from error
     if weights and (problems := missing_files(os.listdir(folder), config)):
         raise ConfigError(problems)
     return folder
@@ -72,7 +72,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         client.setLevel(level)
-
-
-def _named(config: TeacherConfig) -> str:
-    return f"{config.path}@{config.revision}" if config.revision else config.path

@@ -30,15 +30,6 @@ def test_the_ends_are_those_of_the_tokens_bytes(kind, at_start):
                 assert so_far in (prefix, tokens.leading_space.encode() + prefix)
 
 
-def test_a_document_may_get_a_space_in_front_and_the_rest_of_one_does_not():
-    for tokenizer in (kinds.llama2(), kinds.metaspace(), kinds.KINDS["Metaspace first"]()):
-        tokens = Tokens(tokenizer)
-        assert tokens.leading_space == " "
-        starts = {at_start: encode(tokenizer, "the", at_start=at_start)[0] for at_start in (False, True)}
-        text = {at_start: b"".join(tokens.bytes[i] for i in ids) for at_start, ids in starts.items()}
-        assert text == {False: b"the", True: b" the"}
-
-
 def test_a_token_of_a_character_that_a_normalizer_has_composed_has_read_all_of_its_parts():
     *composed, last = encode(kinds.KINDS["NFC"](), "e\u0301!")[1]
     assert set(composed) == {"e\u0301".encode()} and last == "e\u0301!".encode()
