@@ -83,10 +83,7 @@ class Setup:
     """
 
     def __init__(self, toml: Path, options: Sequence[str], num_processes: int, test: Sequence[str] | None = None):
-        self._toml = toml
-        self._options = options
-        self._num_processes = num_processes
-        self.test = test
+        self._toml, self._options, self._num_processes, self.test = toml, options, num_processes, test
         os.environ["WORLD_SIZE"] = str(num_processes)  # of the runs, which the checks are for
 
     def dims(self) -> ParallelDims:

@@ -84,7 +84,6 @@ def select(config: Any, reference: TeacherConfig, out: Path, keep: float) -> dic
         "documents": len(scores),
         "kept": len(numbers),
         "mean_nll": {key: fmean(own) for key, own in zip(sources, means, strict=True)},
-        "models": {key: source.info.description for key, source in sources.items()},
     }
     Path(f"{out}.costs.json").write_text(json.dumps(costs, indent=1) + "\n")
     return costs

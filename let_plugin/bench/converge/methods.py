@@ -1,17 +1,5 @@
 """What `let-bench converge` compares: each method is a name with options of let-train.
 
-| name | what it is | source |
-| --- | --- | --- |
-| standard | without LET | |
-| let | the configuration's own `[let]` table | arXiv 2602.05393 |
-| rkd | logit distillation from LET's teacher, at one weight, throughout | reverse distillation, there a baseline |
-| salt | the same for the first 17 % of the run, then without | arXiv 2410.18779 |
-| labels | control: the block's own cross-entropy in place of the teacher's states | similar to arXiv 1409.5185 |
-| random_teacher | control: LET with a teacher whose matrices are drawn anew | |
-| shuffled_targets | control: LET with each token's target taken from another token | |
-| gstack | without LET, starting from the stacked blocks of a shallow model | arXiv 2405.15319 |
-| miniplm | without LET, on the documents that a teacher finds easier than a reference does | arXiv 2410.17215 |
-
 Public sources do not give weight or temperature of rkd and salt: tune the weight. The controls keep all of LET but
 the teacher's knowledge, and take its tuned settings.
 """
@@ -69,13 +57,16 @@ METHODS = {
     for method in (
         Method(name=BASELINE, options=(_OFF,)),
         Method(name="let", options=_LET),
+        # Logit distillation from LET's teacher: throughout (the reverse distillation that arXiv 2602.05393 compares LET
+        # with), and for the first 17 % of the run (arXiv 2410.18779).
         Method(name="rkd", options=_DISTIL, defaults=(*_WEIGHT_1, "--let.stop-fraction", "1.0")),
         Method(name="salt", options=_DISTIL, defaults=(*_WEIGHT_1, "--let.stop-fraction", "0.17")),
+        # The controls; the first is similar to arXiv 1409.5185.
         Method(name="labels", options=(*_LET, "--let.target", "labels"), like="let"),
         Method(name="random_teacher", options=(*_LET, "--let.control", "random_teacher"), like="let"),
         Method(name="shuffled_targets", options=(*_LET, "--let.control", "shuffled_targets"), like="let"),
-        Method(name="gstack", options=(_OFF,)),
-        Method(name="miniplm", options=(_OFF, "--dataloader.dataset", "text_files")),
+        Method(name="gstack", options=(_OFF,)),  # arXiv 2405.15319; see `stacking`
+        Method(name="miniplm", options=(_OFF, "--dataloader.dataset", "text_files")),  # see `data_selection`
     )
 }
 

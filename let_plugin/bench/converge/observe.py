@@ -36,20 +36,17 @@ class Observer:
 
     def __init__(self, trainer: Trainer, out: str) -> None:
         self._trainer, self._out = cast(Any, trainer), out
-        self._train_step = trainer.train_step
-        self._validate = self._trainer.validator.validate
         self._device_module: Any = utils.device_module
         self._peaks: dict[str, int] = {}
-        self._seconds = 0.0
-        self._active_steps = 0
-        self._is_evaluating = False
+        self._seconds, self._active_steps, self._is_evaluating = 0.0, 0, False
         self._curve: list[dict[str, float]] = []
 
     def start(self) -> None:
-        self._trainer.train_step = self._count
-        self._trainer.validator.validate = self._evaluate
+        trainer = self._trainer
+        self._train_step, trainer.train_step = trainer.train_step, self._count
+        self._validate, trainer.validator.validate = trainer.validator.validate, self._evaluate
         # torchtitan resets the peak whenever it logs.
-        monitor = self._trainer.metrics_processor.device_memory_monitor
+        monitor = trainer.metrics_processor.device_memory_monitor
         self._reset, monitor.reset_peak_stats = monitor.reset_peak_stats, self._note_peak
         self._reset()
         self._created = self._started = time.perf_counter()

@@ -54,10 +54,10 @@ class Suite(runs.Suite):
         cells = [(method, point) for method, points in self._tuned.items() for point in points]
         planned = {(*cell, seed): self._planner.run(*cell, seed) for seed in seeds for cell in cells}
         self._run(list(planned.values()), "tuning", len(self._args.seeds) * len(self._planner.methods))
-        found = self._found()
+        # Infinite for a run that has diverged.
+        loss = {id_: row.get("final_validation_loss", math.inf) for id_, row in self._found().items()}
         for method, points in self._tuned.items():
-            each = [[_final_loss(found[self._id(planned[method, point, seed])]) for seed in seeds] for point in points]
-            losses = [fmean(own) for own in each]
+            losses = [fmean(loss[self._id(planned[method, point, seed])] for seed in seeds) for point in points]
             best = min(range(len(points)), key=losses.__getitem__)
             if not math.isfinite(losses[best]):
                 raise RunFailedError(f"{method.name!r} has diverged at each point of the grid; take smaller values")
@@ -182,8 +182,3 @@ def _refuse_without_baseline(own: Mapping[str, Any]) -> None:
     if own["kind"] == DIVERGED and own["method"] == BASELINE:
         what = f"{BASELINE!r} has diverged with seed {own['seed']}"
         raise RunFailedError(f"{what}: there is nothing to compare with. Change the configuration or the seeds")
-
-
-def _final_loss(own: Mapping[str, Any]) -> float:
-    """On the validation split; infinite for a run that has diverged."""
-    return math.inf if own["kind"] == DIVERGED else own["final_validation_loss"]
