@@ -215,23 +215,19 @@ def check_let_parallelism(facts: Facts) -> None:
 
 def check_validation(facts: Facts) -> None:
     """What an adaptive stop by validation needs."""
-    let: LetConfig = facts.config.let
-    validator, settings = facts.config.validator, let.adaptive_stop
-    if settings.criterion != "validation":
+    let, validator = facts.config.let, facts.config.validator
+    if let.adaptive_stop.criterion != "validation":
         return
     if not validator.enable:
-        message = 'let.adaptive_stop.criterion = "validation" needs validation: true'
-        facts.refuse("validator.enable", message, False)
-    elif settings.teacher_loss is None:
-        reason = ""
-        if let.teacher.features:
-            reason = "let.teacher.features has the teacher's states, not its predictions"
-        elif let.token_alignment.enable:
-            reason = "losses under two tokenizers cannot be compared token by token, so it cannot be measured"
-        elif not teacher_loss.is_measurable(validator):
-            reason = "this validator validates in a way of its own, which the teacher cannot take part in"
-        if reason:
-            facts.refuse("let.adaptive_stop.teacher_loss", f"must be given: {reason}", None)
+        return facts.refuse("validator.enable", 'let.adaptive_stop.criterion = "validation" needs it', False)
+    not_measurable = {
+        "let.teacher.features has the teacher's states, not its predictions": let.teacher.features,
+        "losses under two tokenizers cannot be compared token by token": let.token_alignment.enable,
+        "this validator is of another kind than torchtitan's": not teacher_loss.is_measurable(validator),
+    }
+    reasons = [reason for reason, holds in not_measurable.items() if holds]
+    if reasons and let.adaptive_stop.teacher_loss is None:
+        facts.refuse("let.adaptive_stop.teacher_loss", f"must be given: {reasons[0]}", None)
 
 
 def check_pairs(facts: Facts) -> None:

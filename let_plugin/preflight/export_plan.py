@@ -148,12 +148,10 @@ def _data_parallel_degree(config: Trainer.Config, given: int | None, num_process
         stated = config.parallelism.data_parallel_replicate_degree * sharded
     degree = (stated or num_processes) if given is None else given
     message = ""
-    if degree < 1:
-        message = "must be at least 1"
-    elif stated and degree != stated:
+    if stated and degree != stated:
         message = f"the configuration has {stated} data-parallel ranks (parallelism.data_parallel_*_degree)"
-    elif degree % num_processes:
-        message = f"{num_processes} processes cannot share {degree} data-parallel ranks evenly; start a divisor of them"
+    elif degree < 1 or degree % num_processes:
+        message = f"must be a multiple of the number of processes of the export, {num_processes}"
     if message:
         raise ConfigError(Problem("--data-parallel-degree", message, degree))
     return degree

@@ -46,20 +46,6 @@ def train(projector, steps, start=0):
         projector.finish_step()
 
 
-def test_it_is_a_guest_of_the_student_and_in_no_state_dict(part, config):
-    keys, names = list(part.state_dict()), [name for name, _ in part.named_parameters()]
-    projectors = [learned(part, config, index=i) for i in (0, 3)]
-    assert list(part.state_dict()) == keys
-    added = {name for name, _ in part.named_parameters()} - set(names)  # where the student's clipping finds it
-    assert added == {f"{PROJECTOR}_0.weight", f"{PROJECTOR}_3.weight"}
-    part.load_state_dict(part.state_dict(), strict=False)  # as torchtitan loads
-
-    for projector in projectors:
-        projector.remove()
-    assert [name for name, _ in part.named_parameters()] == names
-    assert not part._state_dict_hooks and not list(part.buffers())
-
-
 def test_training_equals_a_plain_optimizer(part, config):
     projector = learned(part, config)
     weight = LearnedLinear(3, 4).weight

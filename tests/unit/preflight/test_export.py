@@ -83,9 +83,9 @@ def test_a_pipelines_data_loader_yields_microbatches_and_the_run_may_name_the_fo
         ({}, None, 4, 4),
         ({}, 4, 2, 4),
         ({"data_parallel_shard_degree": 4, "data_parallel_replicate_degree": 2}, None, 2, 8),
-        ({}, 3, 2, "2 processes cannot share 3"),
+        ({}, 3, 2, "must be a multiple of the number of processes of the export, 2"),
         ({"data_parallel_shard_degree": 2}, 4, 1, "the configuration has 2 data-parallel ranks"),
-        ({}, 0, 1, "must be at least 1"),
+        ({}, 0, 1, "must be a multiple"),
     ],
 )
 def test_the_streams_are_those_of_the_run_to_come(config, folder, degrees, given, num_processes, expected):
