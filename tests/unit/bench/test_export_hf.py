@@ -91,6 +91,13 @@ def test_another_models_checkpoint_is_refused(tmp_path):
     assert "its layers.0.feed_forward.w1.weight is torch.Size([80, 48]); " in message
 
 
+def test_a_parameter_that_would_be_left_out_is_refused(tmp_path):
+    config, model = saved(SHAPES["tied"], tmp_path / "checkpoint")
+    weights = model.state_dict() | {"layers.0.attention.qkv_linear.wq.bias": torch.zeros(48)}
+    with pytest.raises(ConfigError, match="parameters that transformers' llama has not"):
+        export_hf.write(config.model_spec, weights, tmp_path / "out")
+
+
 def test_what_is_there_is_not_overwritten(tmp_path):
     config, _ = saved(SHAPES["untied"], tmp_path / "checkpoint")
     (tmp_path / "out").mkdir()
