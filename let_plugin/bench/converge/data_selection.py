@@ -20,7 +20,7 @@ import json
 import lzma
 import shlex
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
@@ -63,7 +63,7 @@ def select(config: Any, reference: TeacherConfig, out: Path, keep: float) -> dic
     means: list[list[float]] = []  # of the teacher, then of the reference
     flops = num_tokens = 0
     for source in sources.values():
-        losses = _losses(config, tokenizer, source)
+        losses = document_losses(config, tokenizer, source)
         num_read = sum(count for _, count in losses)
         num_tokens += num_read
         flops += 2 * source.info.num_language_model_params * num_read
@@ -89,20 +89,24 @@ def select(config: Any, reference: TeacherConfig, out: Path, keep: float) -> dic
     return costs
 
 
-def document_losses(
-    model: Any, documents: Iterable[Sequence[int]], *, seq_len: int, vocab_size: int, device: Any
-) -> list[tuple[float, int]]:
-    """(sum of the cross-entropy in nats, number of tokens predicted) of each document, in order.
+def document_losses(config: Any, tokenizer: Any, source: Any) -> list[tuple[float, int]]:
+    """(sum of the cross-entropy in nats, number of tokens predicted) of each document, under a model that is loaded.
 
-    A document longer than `seq_len` is cut, as torchtitan's data loader cuts it: each part is predicted from itself
-    alone, and the first token of the document is not predicted. `model` is a `LanguageModel` on `device`.
+    A document longer than the sequence is cut, as torchtitan's data loader cuts it: each part is predicted from itself
+    alone, and the first token of the document is not predicted.
     """
     import torch
     from torch.nn.utils.rnn import pad_sequence
     from torchtitan.components.loss import IGNORE_INDEX
+    from torchtitan.tools import utils
 
+    from let_plugin.config import plan
     from let_plugin.teacher.language_model import row_loss_sums
 
+    device = torch.device(utils.device_type)
+    seq_len = min(config.training.seq_len, source.info.max_seq_len or config.training.seq_len)
+    model = source.language_model(dtype=plan.teacher_dtype(config), device=device, seq_len=seq_len)
+    documents = (tokenizer.encode(text, add_bos=True, add_eos=True) for text in _texts(config))
     parts = (
         (number, torch.tensor(document[start : start + seq_len + 1], dtype=torch.int64))
         for number, document in enumerate(documents)
@@ -115,7 +119,7 @@ def document_losses(
         labels_BL = pad_sequence([ids[1:] for _, ids in batch], batch_first=True, padding_value=IGNORE_INDEX).to(device)
         sums_B2 = torch.zeros(len(batch), 2)
         if tokens_BL.shape[1] > 0:
-            sums_B2 = row_loss_sums(model, tokens_BL, None, labels_BL, vocab_size=vocab_size)
+            sums_B2 = row_loss_sums(model, tokens_BL, None, labels_BL, vocab_size=source.info.vocab_size)
         for (number, _), (loss, count) in zip(batch, sums_B2.tolist(), strict=True):
             before = sums.pop() if number < len(sums) else [0.0, 0.0]
             sums.append([before[0] + loss, before[1] + count])
@@ -125,20 +129,6 @@ def document_losses(
 def kept(scores: Sequence[float], keep: float) -> set[int]:
     """Numbers of the documents with the highest scores: a share `keep`, at least one; of equal ones the first."""
     return set(sorted(range(len(scores)), key=lambda i: -scores[i])[: max(1, int(keep * len(scores)))])
-
-
-def _losses(config: Any, tokenizer: Any, source: Any) -> list[tuple[float, int]]:
-    """`document_losses` of the corpus under a model, which is loaded for it."""
-    import torch
-    from torchtitan.tools import utils
-
-    from let_plugin.config import plan
-
-    device = torch.device(utils.device_type)
-    seq_len = min(config.training.seq_len, source.info.max_seq_len or config.training.seq_len)
-    model = source.language_model(dtype=plan.teacher_dtype(config), device=device, seq_len=seq_len)
-    ids = (tokenizer.encode(text, add_bos=True, add_eos=True) for text in _texts(config))
-    return document_losses(model, ids, seq_len=seq_len, vocab_size=source.info.vocab_size, device=device)
 
 
 def _check(config: Any, out: Path, keep: float) -> None:
