@@ -81,15 +81,12 @@ class TitanTeacherSource(TeacherSource):
         self._spec = _adapted(_find_spec(config.spec).make_spec())
         self._weights = TitanWeights(config.path, self._spec, config.spec)
         hf_config = read_hf_config(config.path)
-        if hf_config is not None:
-            check_agrees(hf_config, self._spec, name=config.spec)
+        check_agrees(hf_config, self._spec, name=config.spec)
         self.info = _describe(self._spec, f"{self._weights.format} from {config.path}")
         self._weights.check(_meta_trunk(self._spec), self.info.num_layers)
-        max_positions = (hf_config or {}).get("max_position_embeddings")
-        if max_positions is not None and self.info.max_seq_len is not None:
-            # A spec may allow more than what the weights were trained for.
-            max_seq_len = min(max_positions, self.info.max_seq_len)
-            self.info = dataclasses.replace(self.info, max_seq_len=max_seq_len)
+        # A spec may allow more than what the weights were trained for.
+        limits = filter(None, [hf_config.get("max_position_embeddings"), self.info.max_seq_len])
+        self.info = dataclasses.replace(self.info, max_seq_len=min(limits, default=None))
 
     def tokenizer(self) -> Any | None:
         return open_tokenizer(self._config) if self._checkpoint is None else self._checkpoint.tokenizer()

@@ -78,11 +78,11 @@ def make_spec(config: "PreTrainedConfig") -> ModelSpec:
     )
 
 
-def read_hf_config(folder: str) -> dict[str, Any] | None:
-    """What config.json says; None if there is none. ConfigError if it cannot be read."""
+def read_hf_config(folder: str) -> dict[str, Any]:
+    """What config.json says; nothing if there is none. ConfigError if it cannot be read."""
     file = Path(folder, "config.json")
     if not file.is_file():
-        return None
+        return {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
