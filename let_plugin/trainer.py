@@ -19,6 +19,7 @@ from torchtitan.trainer import Trainer
 from let_plugin.alignment.tap import TARGET_KWARG
 from let_plugin.config import LetConfig, RuntimeConfig, plan
 from let_plugin.guidance.guidance import METRIC_OF_TARGET, Guidance
+from let_plugin.guidance.initialization import initialize
 from let_plugin.guidance.metrics import Disagreement, JsonlLogger, Progress
 from let_plugin.guidance.stopping import Stopping
 from let_plugin.runtime import upstream
@@ -55,6 +56,7 @@ class LetTrainerMixin(_Base):
             self._metrics,
             lambda loss, step: self.stopping.after_validation(loss, step) if self.let.enable else None,
         )
+        initialize(self)
 
     def train_step(self, data_iterator: Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]) -> None:
         steps_taken = self.step - 1  # torchtitan counts the step that is about to be taken

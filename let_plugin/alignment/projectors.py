@@ -85,6 +85,20 @@ class TruncateOrPad(nn.Module):
         return F.pad(hidden_BLE, (0, self._missing))  # a negative number cuts
 
 
+class RandomOrthonormal(nn.Module):
+    """A fixed random map with orthonormal columns (rows, if it narrows)."""
+
+    weight: torch.Tensor
+
+    def __init__(self, in_width: int, out_width: int, *, seed: int = 0) -> None:
+        super().__init__()
+        weight_DE = nn.init.orthogonal_(torch.empty(out_width, in_width, device="cpu"), generator=_generator(seed))
+        self.register_buffer("weight", weight_DE, persistent=False)
+
+    def forward(self, hidden_BLE: torch.Tensor) -> torch.Tensor:
+        return F.linear(hidden_BLE, self.weight.to(hidden_BLE.dtype))
+
+
 class LearnedLinear(nn.Module):
     """A learned linear map; starts as the interpolation, or normal with a deviation of in_width**-0.5."""
 
@@ -210,4 +224,5 @@ register_dimension_match("linear", LearnedLinear)
 register_dimension_match("mlp", MLP)
 register_dimension_match("orthogonal", Orthogonal)
 register_dimension_match("procrustes", Procrustes)
+register_dimension_match("random", RandomOrthonormal)
 register_dimension_match("truncate_or_pad", TruncateOrPad)

@@ -4,6 +4,7 @@ Importing this package imports neither torch nor torchtitan: `[runtime] device` 
 """
 
 from let_plugin.config.tables import AdaptiveStopConfig as AdaptiveStopConfig
+from let_plugin.config.tables import InitConfig as InitConfig
 from let_plugin.config.tables import LetConfig as LetConfig
 from let_plugin.config.tables import PairConfig as PairConfig
 from let_plugin.config.tables import ProjectorConfig as ProjectorConfig

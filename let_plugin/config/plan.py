@@ -14,6 +14,7 @@ from let_plugin.alignment.losses import AlignmentLoss, LossEntry, alignment_of, 
 from let_plugin.alignment.pair import PairAlignment
 from let_plugin.alignment.projectors import DIMENSION_MATCHES
 from let_plugin.alignment.schedules import SCHEDULES, Schedule, with_warmup
+from let_plugin.alignment.shared_basis import SharedBasis, shared_basis
 from let_plugin.config import LetConfig, options
 from let_plugin.config.errors import ConfigError, Problem, lookup
 from let_plugin.config.tables import STOPS
@@ -49,7 +50,12 @@ def stop_step(config: "Trainer.Config", num_data_parallel: int) -> int:
         stop = int(Fraction(str(_DEFAULT_STOP_FRACTION if let.stop_fraction is None else let.stop_fraction)) * steps)
     if let.warmup_steps > stop:
         raise ConfigError(Problem("let.warmup_steps", f"must be at most the stop step, {stop}", let.warmup_steps))
-    return stop
+    return 0 if let.weight == 0 and changes_the_start(let) else stop
+
+
+def changes_the_start(let: LetConfig) -> bool:
+    """Whether `[let.init]` sets weights of a run from scratch."""
+    return let.init.parts != "none" or let.init.upper_blocks != "keep"
 
 
 def tokens_per_step(config: "Trainer.Config", num_data_parallel: int) -> int:
@@ -182,6 +188,20 @@ def dimension_match(let: LetConfig) -> Callable[[int, int], nn.Module]:
     if let.projector.side == "teacher":
         return bound
     return lambda teacher_width, student_width: bound(student_width, teacher_width)
+
+
+def basis(config: "Trainer.Config", teacher_width: int) -> SharedBasis:
+    """The basis that `[let.init]` starts in: the dimension match's. ConfigError for a match that has none."""
+    let: LetConfig = config.let
+    assert config.model_spec is not None
+    student_width = config.model_spec.model.dim
+    match = dimension_match(let)(teacher_width, student_width)
+    in_width = teacher_width if let.projector.side == "teacher" else student_width
+    try:
+        return shared_basis(match, in_width, side=let.projector.side)
+    except ValueError as error:
+        message = f'{error}; to start in the teacher\'s basis take "interpolate", "truncate_or_pad" or "random"'
+        raise ConfigError(Problem("let.dimension_match", message, let.dimension_match)) from error
 
 
 def loss(let: LetConfig) -> AlignmentLoss:

@@ -124,6 +124,23 @@ class TokenAlignmentConfig:
     """
 
 
+@dataclass(kw_only=True, slots=True)
+class InitConfig:
+    """The `[let.init]` table: a run from scratch starts in the teacher's basis. See docs/strategies.md."""
+
+    parts: Literal["none", "embeddings", "head", "both"] = "none"
+    """What is set from the teacher's, through the dimension match: the token embeddings, the language-model head."""
+
+    embedding_scale: Annotated[float, Gt(0)] = 1.0
+    """Factor of the embeddings."""
+
+    head_scale: Annotated[float | None, Gt(0)] = None
+    """Factor of the head. Not given: that with which the student's logits are as large as the teacher's."""
+
+    upper_blocks: Literal["keep", "zero"] = "keep"
+    """"zero": the output projections of the blocks above the aligned one start at 0, so that these pass states on."""
+
+
 # At most one of them is given.
 STOPS = ("stop_step", "stop_tokens", "stop_fraction")
 
@@ -211,3 +228,5 @@ class LetConfig:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
 
     token_alignment: TokenAlignmentConfig = field(default_factory=TokenAlignmentConfig)
+
+    init: InitConfig = field(default_factory=InitConfig)

@@ -18,7 +18,7 @@ from let_plugin.config import LetConfig, plan
 from let_plugin.config.errors import ConfigError, Problem, suggest
 from let_plugin.config.schema import check_bounds
 from let_plugin.guidance import stopping, teacher_loss
-from let_plugin.preflight import teacher_checks
+from let_plugin.preflight import start_checks, teacher_checks
 from let_plugin.preflight.report import Facts, Student, report
 from let_plugin.runtime import checkpoint, data
 from let_plugin.runtime.held_out import TwoSplitValidator
@@ -41,6 +41,9 @@ def run(config: Trainer.Config, world_size: int | None = None) -> str:
             facts.attempt(check_pairs, facts)
         elif facts.ended_at is None:
             for check in TEACHER_CHECKS:
+                facts.attempt(check, facts)
+        if plan.changes_the_start(config.let):
+            for check in start_checks.START_CHECKS:
                 facts.attempt(check, facts)
     if facts.problems:
         raise ConfigError(facts.problems)

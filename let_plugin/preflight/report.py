@@ -28,6 +28,7 @@ class Student:
     """
 
     num_blocks = width = num_head_params = num_matmul_params = 0
+    is_tied = False
 
     def __init__(self, config: Trainer.Config) -> None:
         spec = config.model_spec
@@ -39,14 +40,15 @@ class Student:
         with torch.device("meta"):
             model: Any = spec.model.build()
         self.name = f"{spec.name} {spec.flavor}"
+        self.names = [name for name, _ in model.named_parameters()]
         self.num_params = sum(p.numel() for p in model.parameters())
         self.is_decoder = all(hasattr(model, name) for name in ("layers", "tok_embeddings", "norm", "lm_head"))
         if self.is_decoder:
             self.num_blocks = len(model.layers)
             self.width = spec.model.dim
-            tied = model.tok_embeddings.weight is model.lm_head.weight
+            self.is_tied = model.tok_embeddings.weight is model.lm_head.weight
             self.num_head_params = sum(p.numel() for p in model.lm_head.parameters())
-            self.num_matmul_params = self.num_params - (0 if tied else model.tok_embeddings.weight.numel())
+            self.num_matmul_params = self.num_params - (0 if self.is_tied else model.tok_embeddings.weight.numel())
 
     def __str__(self) -> str:
         blocks = f"{self.num_blocks} blocks of width {self.width}, " if self.is_decoder else ""
@@ -69,6 +71,9 @@ class Facts:
     pairs: list[LayerPair] | None = None
     trial: Trial | None = None  # of a teacher with another tokenizer, on the rank that has made it
     vocabulary: str | None = None  # the result of comparing the two vocabularies
+    start: TeacherSource | None = None  # the teacher that the student starts from
+    pieces: list[list[int]] | None = None  # by the student's id, the rows of its that the token takes; on rank 0
+    first_upper_block: int | None = None  # of the blocks whose output projections start at zero
     problems: list[Problem] = field(default_factory=list)
 
     @property
@@ -171,11 +176,34 @@ def report(facts: Facts) -> str:
     if not let.enable:
         lines.append(("LET", "off: plain torchtitan"))
     elif facts.ended_at is not None:
-        lines.append(("teacher", f"the alignment has ended at step {facts.ended_at}; the teacher is not needed"))
+        ended = f"the alignment has ended at step {facts.ended_at}; the teacher is not needed"
+        if let.weight == 0 and plan.changes_the_start(let):
+            ended = "none guides the run (let.weight = 0)"
+        lines.append(("teacher", ended))
     else:
         lines += _auxiliary_lines(facts) if let.target == "labels" else _teacher_lines(facts)
+    if let.enable and plan.changes_the_start(let):
+        lines += _start_lines(facts)
     heading = "LET preflight" if let.enable else "preflight"
     return "\n".join([heading, *(f"  {name:<10} {text}" for name, text in lines)])
+
+
+def _start_lines(facts: Facts) -> list[tuple[str, str]]:
+    let: LetConfig = facts.config.let
+    lines = []
+    if facts.start is not None:
+        basis = plan.basis(facts.config, facts.start.info.hidden_size)
+        scales = {"embeddings": let.init.embedding_scale, "head": let.init.head_scale or basis.logit_scale}
+        parts = [f"{name} times {scale:.4g}" for name, scale in scales.items() if let.init.parts in (name, "both")]
+        ends = f"width {basis.into_DE.shape[1]} to {basis.into_DE.shape[0]} by {let.dimension_match}"
+        lines.append(f"{' and '.join(parts)}, {ends}, of {facts.start.info.description}")
+    if facts.pieces is not None:
+        sizes = [min(len(piece), 2) for piece in facts.pieces]
+        own, one, several = (f"{sizes.count(n) / len(sizes):.1%}" for n in range(3))
+        lines.append(f"{one} of the tokens take a row of the teacher's, {several} a mean of rows, {own} keep their own")
+    if facts.first_upper_block is not None:
+        lines.append(f"output projections of blocks {facts.first_upper_block} and up at 0: they pass states on")
+    return [("start", line) for line in lines]
 
 
 def _auxiliary_lines(facts: Facts) -> list[tuple[str, str]]:

@@ -93,7 +93,7 @@ def check_token_alignment(facts: Facts) -> None:
 
 def check_vocabulary(facts: Facts) -> None:
     """Compares what each id means to student and teacher."""
-    let, source, student = facts.config.let, facts.source, facts.student_vocabulary
+    let, source, student = facts.config.let, facts.start or facts.source, facts.student_vocabulary
     if not isinstance(source, TeacherSource) or let.token_alignment.enable or student is None:
         return
     if not let.teacher.check_vocabulary:

@@ -140,6 +140,14 @@ class TeacherSource(ABC):
         message = "this kind of teacher has no language-model head, so its loss cannot be measured"
         raise ConfigError(Problem("let.teacher.path", message))
 
+    @abstractmethod
+    def outer_layers(self, *, head: bool) -> dict[str, torch.Tensor]:
+        """Reads "embeddings", those of its tokens, and with `head` also "head": its weight times the final norm's.
+
+        [V, E], fp32, in CPU memory, in the process that calls it alone. ConfigError as for `build`, if there is no
+        head, or if the family does more than these layers say: see `outer_layers.py`.
+        """
+
 
 class States(NamedTuple):
     """The teacher's states of the student's tokens."""

@@ -40,10 +40,10 @@ class RetokenizedStates(StateProvider):
         return States(states_BLE, index_BL >= 0, tokens_BT.numel())
 
 
-def retokenizer(config: Trainer.Config, student: Any, source: TeacherSource) -> Retokenizer:
-    """What makes the teacher's batches of those of a student with the tokenizer `student`.
+def teacher_tokenizer(config: Trainer.Config, student: Any, source: TeacherSource) -> Any:
+    """The teacher's tokenizer, to be matched with the tokenizer `student`.
 
-    ConfigError if the teacher has no tokenizer, or the bytes of a tokenizer's tokens are not known.
+    ConfigError if the teacher has none, or the bytes of a tokenizer's tokens are not known.
     """
     teacher = source.tokenizer()
     if teacher is None:
@@ -58,6 +58,12 @@ def retokenizer(config: Trainer.Config, student: Any, source: TeacherSource) -> 
             problems.append(Problem("let.token_alignment.enable", message, True))
     if problems:
         raise ConfigError(problems)
+    return teacher
+
+
+def retokenizer(config: Trainer.Config, student: Any, source: TeacherSource) -> Retokenizer:
+    """What makes the teacher's batches of those of a student with the tokenizer `student`. Errors as above."""
+    teacher = teacher_tokenizer(config, student, source)
     return Retokenizer(student, teacher, teacher_seq_len=teacher_seq_len(config, source.info))
 
 

@@ -151,3 +151,27 @@ def match_bytes(student: Sequence[bytes | None], teacher: Sequence[bytes | None]
             is_same = i < len(teacher) and teacher[i] == value
             result[i] = i if is_same else by_bytes.get(value, -1)
     return result
+
+
+def teacher_pieces(student: Any, teacher: Any) -> list[list[int]]:
+    """By the student's id, the teacher's tokens of the same text; none where the teacher has nothing for it.
+
+    A token with the same bytes, or a control token of the same name or role, stands alone. Other text is encoded by the
+    teacher's tokenizer, as from within a document; bytes that are no text, parts of a character, are looked up one by
+    one. Takes tokenizers, and raises, as `alignment.Retokenizer`.
+    """
+    own, others = Tokens(student), Tokens(teacher)
+    encode, ids = TextEncoder(teacher, others), {value: i for i, value in enumerate(others.bytes)}
+    same, controls = match_bytes(own.bytes, others.bytes), match_controls(own, others)
+
+    def pieces(token: int, value: bytes | None) -> list[int]:
+        if value is None:
+            return [controls[token]] if token in controls else []
+        if same[token] >= 0:
+            return [int(same[token])]
+        try:
+            return encode(value.decode(), at_start=False)[0]
+        except UnicodeDecodeError:
+            return [ids[byte] for byte in (value[k : k + 1] for k in range(len(value))) if byte in ids]
+
+    return [pieces(token, value) for token, value in enumerate(own.bytes)]

@@ -5,6 +5,7 @@
 CASES.json lists {"name", "config" (a TOML file), "args", "out", "count"}. The file `out` gets {"error": traceback}, or:
 
     gradients             of the first step, as the optimizer got them
+    initial               the weights before it, if `[let.init]` has set some
     logged                the numbers of each step
     messages              what rank 0 said
     watched, leftovers    of each rank, what of the alignment there was, and was left after its end: see leftovers.py
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from let_plugin.config import load as toml_config
+from let_plugin.config import plan
 from let_plugin.runtime import data, host
 from tests.support.probe import full
 
@@ -59,15 +61,14 @@ def run(config_file, args, count):
     steps = hot_path.watch(trainer, compiled=count == "compiled") if count else []
     leftovers = Leftovers(trainer)
 
+    named = [(canonical_fqn(name), p) for part in trainer.model_parts for name, p in part.named_parameters()]
+    initial = {name: full(p) for name, p in named if plan.changes_the_start(config.let)}
     gradients, logged = {}, []
 
     def before_step(*_):
         if gradients:
             return
-        for part in trainer.model_parts:
-            for name, p in part.named_parameters():
-                if p.grad is not None:
-                    gradients[canonical_fqn(name)] = full(p.grad)
+        gradients.update({name: full(p.grad) for name, p in named if p.grad is not None})
 
     next(iter(trainer.optimizers)).register_step_pre_hook(before_step)
     log = trainer.metrics_processor.logger.log
@@ -83,7 +84,7 @@ def run(config_file, args, count):
     trainer.train()
     trainer.close()
     logging.getLogger().removeHandler(said)
-    own = {"gradients": gradients, "logged": logged, "steps": steps, "messages": said.messages}
+    own = {"initial": initial, "gradients": gradients, "logged": logged, "steps": steps, "messages": said.messages}
     return own | {"watched": leftovers.watched, "leftovers": leftovers.alive}
 
 
@@ -107,7 +108,10 @@ def main():
             {"error": errors[0]}
             if errors
             else {
-                "gradients": {name: g for rank in everybody for name, g in rank["gradients"].items()},
+                **{
+                    tensors: {name: tensor for rank in everybody for name, tensor in rank[tensors].items()}
+                    for tensors in ("initial", "gradients")
+                },
                 "logged": max((rank["logged"] for rank in everybody), key=lambda steps: steps[0]["loss"]),
                 "steps": everybody[0]["steps"],
                 "messages": everybody[0]["messages"],

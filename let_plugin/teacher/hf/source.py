@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from let_plugin.alignment.layer_mapping import EMBEDDING
 from let_plugin.teacher.base import LanguageModel, Teacher, TeacherInfo, TeacherSource, freeze, keep_rng_state
 from let_plugin.teacher.hf import checks
 from let_plugin.teacher.hf.checkpoint import Checkpoint, quiet_transformers, tensors_of
 from let_plugin.teacher.hf.read_once import hand_out, read_once
 from let_plugin.teacher.language_model import TransformersLanguageModel
 from let_plugin.teacher.layers import LayerStates
+from let_plugin.teacher.outer_layers import entering_embeddings, folded_head, trial_tokens
 
 if TYPE_CHECKING:
     from torchtitan.distributed import ParallelDims
@@ -102,6 +104,29 @@ class HFTeacherSource(TeacherSource):
         freeze(model)
         nn.Module.to(model, device)
         return TransformersLanguageModel(model)
+
+    @torch.no_grad()
+    def outer_layers(self, *, head: bool) -> dict[str, torch.Tensor]:
+        """See TeacherSource. Holds the whole teacher meanwhile."""
+        from let_plugin.teacher.hf.attention import ATTENTION, model_inputs
+
+        with keep_rng_state(torch.device("cpu")):
+            model = self._checkpoint.load(torch.float32, head=head, attention=ATTENTION)
+        freeze(model)
+        blocks, last = checks.find_layers(model, self.info.num_layers), self.info.num_layers - 1
+        # What it returns, logits perhaps, counts as one more layer.
+        states = LayerStates(list(blocks), [EMBEDDING, last, last + 1], output_layer=last + 1)
+        inputs, width = model_inputs(trial_tokens(self.info.vocab_size), None), self.info.hidden_size
+        seen = states.collect(lambda: model(**inputs)[0])[:, 0]
+        entering_TE, leaving_TE, logits_TV = seen.tensor_split((width, 2 * width), dim=-1)
+        layers = {"embeddings": entering_embeddings(model.get_input_embeddings().weight, entering_TE)}
+        if head:
+            # Outside the blocks, the vectors of the states' width are the final norm's; a bias among them comes last.
+            in_blocks = set(blocks.parameters())
+            norm_E = next(p for p in model.parameters() if p.shape == leaving_TE.shape[1:] and p not in in_blocks)
+            eps = getattr(self._checkpoint.model_config, "rms_norm_eps", 0.0)
+            layers["head"] = folded_head(model.get_output_embeddings().weight, norm_E, eps, leaving_TE, logits_TV)
+        return layers
 
 
 def _shard(trunk: Any, blocks: nn.ModuleList, parallel_dims: "ParallelDims") -> None:

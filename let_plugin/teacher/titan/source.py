@@ -32,6 +32,7 @@ from let_plugin.teacher.base import (
     num_blocks_to,
 )
 from let_plugin.teacher.layers import LayerStates
+from let_plugin.teacher.outer_layers import folded_head, trial_tokens
 from let_plugin.teacher.sharding import SPMD_BACKEND
 from let_plugin.teacher.titan.spec import check_agrees, make_spec, read_hf_config
 from let_plugin.teacher.titan.weights import TitanWeights
@@ -146,16 +147,37 @@ class TitanTeacherSource(TeacherSource):
         return teacher
 
     def language_model(self, *, dtype: torch.dtype, device: torch.device, seq_len: int) -> LanguageModel:
+        return TitanLanguageModel(self._whole(dtype, device, seq_len))
+
+    def outer_layers(self, *, head: bool) -> dict[str, torch.Tensor]:
+        """See TeacherSource. Of DCP and safetensors, these layers alone are read."""
+        model = self._whole(torch.float32, torch.device("cpu"), seq_len=1, blocks=False, head=head)
+        embeddings_VE = model.tok_embeddings(torch.arange(self.info.vocab_size))
+        if not head:
+            return {"embeddings": embeddings_VE}
+        tokens_T1 = trial_tokens(len(embeddings_VE))
+        states_TE, logits_TV = embeddings_VE[tokens_T1[:, 0]], model(tokens_T1)[:, 0]
+        head_VE = folded_head(model.lm_head.weight, model.norm.weight, model.norm.eps, states_TE, logits_TV)
+        return {"embeddings": embeddings_VE, "head": head_VE}
+
+    def _whole(
+        self, dtype: torch.dtype, device: torch.device, seq_len: int, *, blocks: bool = True, head: bool = True
+    ) -> Any:
+        """The model, unsharded and frozen; perhaps without its blocks, or without final norm and head."""
         training = TrainingConfig(seq_len=seq_len)
         parallelism = ParallelismConfig(spmd_backend=SPMD_BACKEND)
         model_config = _model_config(self._spec, Trainer.Config(training=training, parallelism=parallelism))
         with keep_rng_state(device):
             with torch.device("meta"), set_default_dtype(dtype):
                 model = model_config.build()
+                if not blocks:
+                    model.layers.clear()
+                if not head:
+                    _trunk(model).norm = None
             _allocate(model, device)
         self._weights.load(model, dtype)
         freeze(model)
-        return TitanLanguageModel(model)
+        return model
 
 
 class TitanTeacher(Teacher):

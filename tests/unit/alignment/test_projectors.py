@@ -12,6 +12,7 @@ CASES = [
     ("mlp", {"hidden_width": 7}),
     ("orthogonal", {}),
     ("procrustes", {}),
+    ("random", {"seed": 2}),
     ("truncate_or_pad", {}),
 ]
 GRID = [
@@ -65,6 +66,10 @@ def reference(name, hidden_BLE, weights, width, options):
         matrix_DE = weights["weight"]
     elif name == "orthogonal":
         matrix_DE = torch.matrix_exp(weights["weight"] - weights["weight"].T)[:, :in_width]
+    elif name == "random":
+        matrix_DE = make(name, in_width, width, options).weight.double()
+        short = matrix_DE if in_width > width else matrix_DE.T
+        torch.testing.assert_close(short @ short.T, torch.eye(len(short), dtype=torch.float64), rtol=0, atol=1e-5)
     elif name == "truncate_or_pad":
         matrix_DE = torch.eye(width, in_width, dtype=torch.float64)
     else:

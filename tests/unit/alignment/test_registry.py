@@ -36,7 +36,11 @@ def test_names_are_sorted_unique_and_can_be_taken_back(registry):
         (SCHEDULES, register_schedule, "constant cosine linear"),
         (LAYER_MAPPINGS, register_layer_mapping, "L2E L2L L2M M2E M2L M2M uniform"),
         (LOSSES, register_loss, "cosine logsum mse relational smooth_l1"),
-        (DIMENSION_MATCHES, register_dimension_match, "interpolate linear mlp orthogonal procrustes truncate_or_pad"),
+        (
+            DIMENSION_MATCHES,
+            register_dimension_match,
+            "interpolate linear mlp orthogonal procrustes random truncate_or_pad",
+        ),
     ],
 )
 def test_what_is_there_and_one_of_ones_own(own, register, names):

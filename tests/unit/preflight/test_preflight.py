@@ -18,9 +18,9 @@ from let_plugin.runtime.models import llama_spec
 from tests.support.fields import set_all
 
 
-def student(num_heads=2, vocab_size=4096, max_seq_len=131_072):
+def student(num_heads=2, vocab_size=4096, **fields):
     shape = {"dim": 48, "num_layers": 4, "hidden_dim": 96}
-    return llama_spec("student", **shape, num_heads=num_heads, vocab_size=vocab_size, max_seq_len=max_seq_len)
+    return llama_spec("student", **shape, num_heads=num_heads, vocab_size=vocab_size, **fields)
 
 
 def problems_of(config, world_size=1):
@@ -79,7 +79,8 @@ VALIDATION = {"let__adaptive_stop": AdaptiveStopConfig(criterion="validation"), 
 GRADIENT = {"let__adaptive_stop": AdaptiveStopConfig(criterion="gradient")}
 UNCHECKED = {"let__teacher__check_vocabulary": False}
 SHORT = {"let__teacher__spec": "short_teacher"}
-BATCH = "training__global_batch_size"
+BATCH, LOAD = "training__global_batch_size", "checkpoint__initial_load_path"
+INIT, ZERO = {"let__init__parts": "both"}, {"let__init__upper_blocks": "zero"}
 
 # What is set, and the error: its start, and a part of the message, as regular expressions. {files} is the folder above.
 MISTAKES = [
@@ -110,6 +111,21 @@ MISTAKES = [
                              (1, "context_parallel_degree", 0))),
     ({"dump_folder": "{files}/file/below"}, "dump_folder = '{files}/file/below'", "{files}/file is a file; choose"),
     ({**SHORT, "training__seq_len": 40}, "training.seq_len = 40", "the teacher was built for at most 32 tokens"),
+    ({**INIT, **ORTHOGONAL}, "let.dimension_match = 'orthogonal'", 'changes while .* take "interpolate"'),
+    ({**INIT, "model_spec": student(tie_embeddings=True)}, "let.init.parts = 'both'", "one tensor.*choose one of them"),
+    (
+        {**INIT, "checkpoint__enable": True, LOAD: "{files}"},
+        "checkpoint.initial_load_.*",
+        "not together with let.init",
+    ),
+    ({**INIT, "let__weight": 0.0, "let__teacher__path": ""}, "let.teacher.path = ''", ""),
+    (
+        {**INIT, "let__weight": 0.0, "let__teacher__tokenizer_path": "{files}/swapped"},
+        "let.teacher.path = '.*'",
+        "2 of 4,096 ids differ",
+    ),
+    ({**ZERO, "let__student_block": 3}, "let.init.upper_blocks = 'zero'", 'no block above layers.3.*choose "keep"'),
+    ({"let__init__embedding_scale": 0.0}, "let.init.embedding_scale = 0.0", "must be more than 0"),
     ({"training__seq_len": 33}, "training.seq_len = 33", "must be a multiple of loss.num_chunks = 8"),
     ({"model_spec": student(max_seq_len=32)}, "training", "64.*32"),
 ]  # fmt: skip
@@ -130,6 +146,13 @@ RIGHT = [
     (GRADIENT, ""),
     ({"let__target": "labels", "let__teacher__path": "/nowhere"}, "teacher    none"),
     (ORTHOGONAL, "32 to 48 by orthogonal"),
+    (
+        {**INIT, "model_spec": student(vocab_size=4100)},
+        "99.9% of the tokens take a row of the teacher's, 0.0% a mean of rows, 0.1% keep their own",
+    ),
+    ({**INIT, **ZERO, "let__weight": 0.0}, "blocks 1 and up at 0"),
+    ({**INIT, "let__target": "labels"}, "embeddings times 1 and head times 0.8122, width 32 to 48 by interpolate"),
+    ({**INIT, "let__init__parts": "head", "model_spec": student(tie_embeddings=True)}, "start      head times"),
     ({**PIPELINE, "let__student_block": 2}, "student block 2"),
     ({**SHORT, "training__seq_len": 32}, ""),
 ]

@@ -1,0 +1,65 @@
+"""A student that starts in its teacher's basis, on a real trainer of one process."""
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+
+from let_plugin.config import InitConfig, plan
+from let_plugin.guidance.initialization import initialize, token_pieces
+from let_plugin.teacher.open import open_teacher
+from tests.support import config_registry as tiny
+from tests.support import reference, tokenizer_kinds
+
+
+@pytest.fixture
+def teacher(config, tiny_teacher, tmp_path):
+    """The weights of the configuration's teacher, which has a head."""
+    head = torch.randn(tiny.VOCAB_SIZE, tiny.TEACHER_DIM, generator=torch.Generator().manual_seed(2))
+    weights = tiny_teacher[1] | {"lm_head.weight": head}
+    dcp.save(weights, checkpoint_id=str(tmp_path / "teacher"), no_dist=True)
+    config.let.teacher.path = str(tmp_path / "teacher")
+    config.let.init = InitConfig(parts="both", upper_blocks="zero")
+    return weights
+
+
+class InPlaceOfABlock(nn.Module):
+    def __init__(self, output):
+        super().__init__()
+        self._output = output
+
+    def forward(self, *args):
+        return self._output
+
+
+@pytest.mark.parametrize("name", ["random", "truncate_or_pad"])
+@torch.no_grad()
+def test_with_the_teachers_trunk_for_a_block_the_logits_are_the_teachers(config, teacher, name, batch, request):
+    config.let.dimension_match = name
+    (model,) = request.getfixturevalue("trainer").model_parts  # of the configuration as it is by now
+    tokens_BL, positions_BL = batch[0]["input"], batch[0]["positions"]
+    hidden, states_BLE = reference.llama(teacher, tokens_BL, positions_BL, **tiny.TEACHER)
+    model.layers["0"] = InPlaceOfABlock(hidden[-1] @ plan.basis(config, tiny.TEACHER_DIM).into_DE.T)
+    model._skip_lm_head = False  # the loss does without it
+    logits_BLV = model(tokens_BL, positions_BL)
+    torch.testing.assert_close(logits_BLV, states_BLE @ teacher["lm_head.weight"].T, rtol=1e-5, atol=1e-5)
+
+
+def test_a_token_takes_the_mean_of_its_pieces_and_one_without_any_stays_as_it_is(config, teacher, trainer):
+    """Of another tokenizer, and a vocabulary that is padded."""
+    own = tokenizer_kinds.KINDS["Unigram"]()
+    before = {name: p.full_tensor().clone() for name, p in trainer.model_parts[0].named_parameters()}
+    trainer.tokenizer, config.let.token_alignment.enable = own, True
+    initialize(trainer)
+    pieces = token_pieces(config, own, open_teacher(config.let.teacher))
+    assert len(pieces) == tiny.VOCAB_SIZE and not any(pieces[own.get_vocab_size() :])
+    unknown_V = torch.tensor([not piece for piece in pieces])
+    several = next(i for i, piece in enumerate(pieces) if len(piece) > 1)
+    basis = plan.basis(config, tiny.TEACHER_DIM)
+    for name, gain, map_DE in (
+        ("tok_embeddings.weight", torch.ones(tiny.TEACHER_DIM), basis.into_DE),
+        ("lm_head.weight", teacher["norm.weight"], basis.logit_scale * basis.back_ED.T),
+    ):
+        after_VD = trainer.model_parts[0].get_parameter(name).full_tensor()
+        assert torch.equal(after_VD[unknown_V], before[name][unknown_V])
+        torch.testing.assert_close(after_VD[several], map_DE @ (teacher[name][pieces[several]].mean(dim=0) * gain))
