@@ -40,7 +40,7 @@ def test_converge(tmp_path, tiny_config):
     args = ["converge", tiny_config, "--methods", "gstack", "--seeds", "0", "--gstack-blocks", "2"]
     args += ["--gstack-steps", "2", "--test-dataset", "let_demo_test", "--out", out, "--work-dir", tmp_path / "work"]
     args += ["--training.steps", "2", "--validator.freq", "2", "--validator.steps", "1"]
-    done = jobs.run("let_plugin.bench", *args)
+    done = jobs.run("let_plugin.bench", *args, OMP_NUM_THREADS="1")
 
     plain, grown = rows.read(out)
     assert [plain["label"], grown["label"]] == ["standard", "gstack [2 blocks, 2 steps]"]
