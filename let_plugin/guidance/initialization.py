@@ -54,10 +54,7 @@ def first_upper_block(config: Trainer.Config) -> int:
 
 
 def token_pieces(config: Trainer.Config, tokenizer: Any, source: TeacherSource) -> list[list[int]]:
-    """By the student's id, the teacher's rows that its own is the mean of; none: it stays as it is.
-
-    Of one `tokenizer`, the student's, each id has its own; the padding of one vocabulary alone has none.
-    """
+    """By the student's id, the teacher's rows whose mean it starts from; none: it keeps its own random row."""
     assert config.model_spec is not None
     size, teacher_size = config.model_spec.model.vocab_size, source.info.vocab_size
     if config.let.token_alignment.enable:

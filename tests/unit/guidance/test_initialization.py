@@ -2,34 +2,20 @@
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
-from torch import nn
 
 from let_plugin.config import InitConfig, plan
 from let_plugin.guidance.initialization import initialize, token_pieces
 from let_plugin.teacher.open import open_teacher
 from tests.support import config_registry as tiny
-from tests.support import reference, tokenizer_kinds
+from tests.support import jobs, reference, tokenizer_kinds
 
 
 @pytest.fixture
-def teacher(config, tiny_teacher, tmp_path):
+def teacher(config, tmp_path):
     """The weights of the configuration's teacher, which has a head."""
-    head = torch.randn(tiny.VOCAB_SIZE, tiny.TEACHER_DIM, generator=torch.Generator().manual_seed(2))
-    weights = tiny_teacher[1] | {"lm_head.weight": head}
-    dcp.save(weights, checkpoint_id=str(tmp_path / "teacher"), no_dist=True)
     config.let.teacher.path = str(tmp_path / "teacher")
     config.let.init = InitConfig(parts="both", upper_blocks="zero")
-    return weights
-
-
-class InPlaceOfABlock(nn.Module):
-    def __init__(self, output):
-        super().__init__()
-        self._output = output
-
-    def forward(self, *args):
-        return self._output
+    return jobs.make_teacher(tmp_path / "teacher", with_head=True)
 
 
 @pytest.mark.parametrize("name", ["random", "truncate_or_pad"])
@@ -39,7 +25,8 @@ def test_with_the_teachers_trunk_for_a_block_the_logits_are_the_teachers(config,
     (model,) = request.getfixturevalue("trainer").model_parts  # of the configuration as it is by now
     tokens_BL, positions_BL = batch[0]["input"], batch[0]["positions"]
     hidden, states_BLE = reference.llama(teacher, tokens_BL, positions_BL, **tiny.TEACHER)
-    model.layers["0"] = InPlaceOfABlock(hidden[-1] @ plan.basis(config, tiny.TEACHER_DIM).into_DE.T)
+    states_BLD = hidden[-1] @ plan.basis(config, tiny.TEACHER_DIM).into_DE.T
+    model.layers["0"].register_forward_hook(lambda *_: states_BLD)  # in place of what the block returns
     model._skip_lm_head = False  # the loss does without it
     logits_BLV = model(tokens_BL, positions_BL)
     torch.testing.assert_close(logits_BLV, states_BLE @ teacher["lm_head.weight"].T, rtol=1e-5, atol=1e-5)

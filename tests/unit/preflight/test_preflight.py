@@ -124,6 +124,7 @@ MISTAKES = [
         "let.teacher.path = '.*'",
         "2 of 4,096 ids differ",
     ),
+    ({**ZERO, "let__target": "logits"}, "let.init.upper_blocks = 'zero'", "no block above layers.3"),
     ({**ZERO, "let__student_block": 3}, "let.init.upper_blocks = 'zero'", 'no block above layers.3.*choose "keep"'),
     ({"let__init__embedding_scale": 0.0}, "let.init.embedding_scale = 0.0", "must be more than 0"),
     ({"training__seq_len": 33}, "training.seq_len = 33", "must be a multiple of loss.num_chunks = 8"),
@@ -202,6 +203,15 @@ def test_a_teacher_that_transformers_runs_cannot_be_cut(config):
     set_all(config, let__teacher__spec="transformers", let__teacher__path=TEACHER, let__teacher__tensor_parallel=True)
     message = problem_of(config, "let.teacher.tensor_parallel").message
     assert "transformers runs this teacher; leave this off" in message
+
+
+def test_a_teacher_with_two_widths_gives_no_start(config, tmp_path):
+    pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
+    from tests.support import hf_models
+
+    folder = hf_models.save(tmp_path, hf_models.config_of("opt_350m_like"))
+    set_all(config, **INIT, let__weight=0.0, let__teacher=TeacherConfig(path=str(folder)))
+    assert "another width than its blocks" in problem_of(config, "let.teacher.path").message
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -9,7 +9,7 @@ from let_plugin.config import TeacherConfig
 from let_plugin.config.errors import ConfigError
 from let_plugin.demo import TEACHER
 from let_plugin.teacher.open import open_teacher
-from tests.support import config_registry as tiny
+from tests.support import jobs
 
 SCALED = {"gemma": 32**0.5, "gemma2": 32**0.5, "gemma3": 32**0.5}  # by what the family multiplies its embeddings
 PLAIN = ["llama", "llama3_rope", "qwen2", "qwen3", "mistral", "phi3", "olmoe", "gemma", "gemma3"]
@@ -47,12 +47,10 @@ def test_the_same_by_torchtitan_and_by_transformers():
 
 
 def test_a_torchtitan_checkpoint_needs_no_more_than_these_layers(tiny_teacher, tmp_path):
-    weights = tiny_teacher[1] | {"lm_head.weight": torch.randn(tiny.VOCAB_SIZE, tiny.TEACHER_DIM)}
-    trunk, whole = open_(tiny_teacher[0], "tiny_teacher"), tmp_path / "whole"
-    dcp.save(weights, checkpoint_id=str(whole), no_dist=True)
-    source = open_(whole, "tiny_teacher")
+    weights = jobs.make_teacher(tmp_path, with_head=True)
+    trunk, source = open_(tiny_teacher[0], "tiny_teacher"), open_(tmp_path, "tiny_teacher")
     outer = {name: weights[name] for name in ("tok_embeddings.weight", "norm.weight", "lm_head.weight")}
-    dcp.save(outer, checkpoint_id=str(whole), no_dist=True)  # the blocks are gone
+    dcp.save(outer, checkpoint_id=str(tmp_path), no_dist=True)  # the blocks are gone
     got = source.outer_layers(head=True)
     assert torch.equal(got["embeddings"], outer["tok_embeddings.weight"])
     assert torch.equal(got["head"], outer["lm_head.weight"] * outer["norm.weight"])
