@@ -1,8 +1,11 @@
-"""Writes .gguf files of small Llamas, without a tokenizer."""
+"""Writes .gguf files of small Llamas, with the demo's tokenizer."""
 
+import json
 from pathlib import Path
 
 import numpy as np
+
+from let_plugin.demo import TOKENIZER
 
 
 def write_llama(file: Path, *, width: int = 8, hidden: int = 16, **changed: np.ndarray | None) -> str:
@@ -25,6 +28,12 @@ def write_llama(file: Path, *, width: int = 8, hidden: int = 16, **changed: np.n
     writer.add_head_count_kv(2)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(32)
+    tokenizer = json.loads(Path(TOKENIZER, "tokenizer.json").read_text())["model"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(sorted(tokenizer["vocab"], key=tokenizer["vocab"].__getitem__))
+    writer.add_token_merges([" ".join(pair) for pair in tokenizer["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
     shapes: dict[str, tuple[int, ...]] = {"token_embd": (32, width), "output_norm": (width,)}
     shapes |= {f"blk.0.attn_{name}": (width, width) for name in ("q", "k", "v", "output")}
     shapes |= {"blk.0.ffn_gate": (hidden, width), "blk.0.ffn_up": (hidden, width), "blk.0.ffn_down": (width, hidden)}

@@ -16,6 +16,7 @@ from torchtitan.components.tokenizer import HuggingFaceTokenizer  # noqa: E402
 
 from let_plugin.config import TeacherConfig  # noqa: E402
 from let_plugin.config.errors import ConfigError  # noqa: E402
+from let_plugin.demo import TOKENIZER  # noqa: E402
 from let_plugin.teacher.hf import gguf as gguf_teacher  # noqa: E402
 from let_plugin.teacher.open import open_teacher  # noqa: E402
 from tests.support.gguf_files import write_llama  # noqa: E402
@@ -26,23 +27,15 @@ SMOLLM2 = next(Path(__file__).parents[4].glob("assets/smollm2/*.gguf"), None)
 @pytest.mark.slow
 @pytest.mark.skipif(SMOLLM2 is None, reason="make fetch-smollm2")
 @torch.no_grad()
-def test_smollm2_equals_transformers_and_predicts_english(config, parallel_dims, tmp_path) -> None:
-    """Run by torchtitan, on the tokens of the tokenizer that the command line writes."""
+def test_smollm2_equals_transformers_and_predicts_english(config, parallel_dims) -> None:
+    """Run by torchtitan."""
     source = open_teacher(TeacherConfig(path=str(SMOLLM2)))
     info = source.info
     assert (info.hidden_size, info.num_layers, info.vocab_size, info.max_seq_len) == (576, 30, 49152, 8192)
     assert (info.num_trunk_params, info.num_embedding_params) == (134_515_008, 49152 * 576)
     assert info.is_native
-
-    assert gguf_teacher.main([str(SMOLLM2), "--tokenizer", str(tmp_path)]) == 0
-    tokenizer = HuggingFaceTokenizer(tokenizer_path=str(tmp_path))
-    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
-    vocabulary = tokenizer.tokenizer.get_vocab(with_added_tokens=True)
-    assert (len(vocabulary), vocabulary["<|endoftext|>"], vocabulary["<|im_end|>"]) == (49152, 0, 2)
-    text = "The Thames is a river in southern England. It flows through London and into the North Sea."
-    document = tokenizer.encode(text, add_bos=False, add_eos=False)
-    assert tokenizer.decode(document) == text
-
+    # "The Thames is a river in southern England. It flows through London and into the North Sea."
+    document = [504, 30674, 314, 253, 4626, 281, 5677, 3996, 30, 657, 8634, 738, 4528, 284, 618, 260, 2601, 6427, 30]
     reference = transformers.AutoModel.from_pretrained(SMOLLM2.parent, gguf_file=SMOLLM2.name, dtype=torch.float32)
     expected_1LE = reference.eval()(input_ids=torch.tensor([document])).last_hidden_state
     logits_LV = expected_1LE[0, :-1] @ reference.embed_tokens.weight.T  # the head is tied
@@ -58,6 +51,16 @@ def test_smollm2_equals_transformers_and_predicts_english(config, parallel_dims,
     )
     states_1LE = teacher(torch.tensor([document[::-1] + document]), torch.arange(len(document)).repeat(1, 2))
     torch.testing.assert_close(states_1LE[:, len(document) :], expected_1LE, rtol=0, atol=1e-4)
+
+
+def test_the_tokenizer_is_written_for_torchtitan(tmp_path) -> None:
+    file = write_llama(tmp_path / "tiny.gguf")
+    assert gguf_teacher.main([file, "--tokenizer", str(tmp_path / "tokenizer")]) == 0
+    tokenizer = HuggingFaceTokenizer(tokenizer_path=str(tmp_path / "tokenizer"))
+    demo = HuggingFaceTokenizer(tokenizer_path=TOKENIZER)
+    text = "Late to early: 135 tokens,\n\tand more."
+    assert tokenizer.encode(text, add_eos=True) == demo.encode(text, add_eos=True)
+    assert tokenizer.get_vocab() == demo.get_vocab() == open_teacher(TeacherConfig(path=file)).vocabulary()
 
 
 def message_of(path: str, *, load: bool = False) -> str:
