@@ -1,5 +1,6 @@
 """Teachers in .gguf files: what is wrong with them is said; the real SmolLM2-135M (`make fetch-smollm2`)."""
 
+import functools
 import os
 import sys
 from pathlib import Path
@@ -9,17 +10,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-transformers = pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
+pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
 pytest.importorskip("gguf", reason="pip install let-plugin[hf]")
 
-from torchtitan.components.tokenizer import HuggingFaceTokenizer  # noqa: E402
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
-from let_plugin.config import TeacherConfig  # noqa: E402
-from let_plugin.config.errors import ConfigError  # noqa: E402
-from let_plugin.demo import TOKENIZER  # noqa: E402
-from let_plugin.teacher.hf import gguf as gguf_teacher  # noqa: E402
-from let_plugin.teacher.open import open_teacher  # noqa: E402
-from tests.support.gguf_files import write_llama  # noqa: E402
+from let_plugin.config import TeacherConfig
+from let_plugin.config.errors import ConfigError
+from let_plugin.demo import TOKENIZER
+from let_plugin.teacher.hf import gguf as gguf_teacher
+from let_plugin.teacher.hf.checkpoint import Checkpoint
+from let_plugin.teacher.open import open_teacher
+from let_plugin.teacher.titan.source import TitanTeacherSource
+from tests.support.gguf_files import write_llama
 
 SMOLLM2 = next(Path(__file__).parents[4].glob("assets/smollm2/*.gguf"), None)
 
@@ -27,17 +30,19 @@ SMOLLM2 = next(Path(__file__).parents[4].glob("assets/smollm2/*.gguf"), None)
 @pytest.mark.slow
 @pytest.mark.skipif(SMOLLM2 is None, reason="make fetch-smollm2")
 @torch.no_grad()
-def test_smollm2_equals_transformers_and_predicts_english(config, parallel_dims) -> None:
-    """Run by torchtitan."""
-    source = open_teacher(TeacherConfig(path=str(SMOLLM2)))
+def test_smollm2_equals_transformers_and_predicts_english(config, parallel_dims, monkeypatch) -> None:
+    """Run by torchtitan, on weights that are read once for both."""
+    monkeypatch.setattr(Checkpoint, "load", functools.cache(Checkpoint.load))
+    checkpoint = Checkpoint(TeacherConfig(path=str(SMOLLM2)))
+    source = TitanTeacherSource(checkpoint.config, checkpoint)
     info = source.info
     assert (info.hidden_size, info.num_layers, info.vocab_size, info.max_seq_len) == (576, 30, 49152, 8192)
     assert (info.num_trunk_params, info.num_embedding_params) == (134_515_008, 49152 * 576)
     assert info.is_native
     # "The Thames is a river in southern England. It flows through London and into the North Sea."
     document = [504, 30674, 314, 253, 4626, 281, 5677, 3996, 30, 657, 8634, 738, 4528, 284, 618, 260, 2601, 6427, 30]
-    reference = transformers.AutoModel.from_pretrained(SMOLLM2.parent, gguf_file=SMOLLM2.name, dtype=torch.float32)
-    expected_1LE = reference.eval()(input_ids=torch.tensor([document])).last_hidden_state
+    reference = checkpoint.load(torch.float32, head=False)
+    expected_1LE = reference(input_ids=torch.tensor([document])).last_hidden_state
     logits_LV = expected_1LE[0, :-1] @ reference.embed_tokens.weight.T  # the head is tied
     assert F.cross_entropy(logits_LV, torch.tensor(document[1:])) < 3.0  # uniform: 10.8
     config.training.seq_len = 2 * len(document)
