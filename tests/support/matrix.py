@@ -61,14 +61,16 @@ def run(config_file, args, count):
     steps = hot_path.watch(trainer, compiled=count == "compiled") if count else []
     leftovers = Leftovers(trainer)
 
-    named = [(canonical_fqn(name), p) for part in trainer.model_parts for name, p in part.named_parameters()]
-    initial = {name: full(p) for name, p in named if plan.changes_the_start(config.let)}
+    def named():  # a projector comes with the first step
+        return [(canonical_fqn(name), p) for part in trainer.model_parts for name, p in part.named_parameters()]
+
+    initial = {name: full(p) for name, p in named() if plan.changes_the_start(config.let)}
     gradients, logged = {}, []
 
     def before_step(*_):
         if gradients:
             return
-        gradients.update({name: full(p.grad) for name, p in named if p.grad is not None})
+        gradients.update({name: full(p.grad) for name, p in named() if p.grad is not None})
 
     next(iter(trainer.optimizers)).register_step_pre_hook(before_step)
     log = trainer.metrics_processor.logger.log
