@@ -52,5 +52,3 @@ def test_uniform_pairs_are_distinct_ordered_and_end_with_the_last_layers(student
     assert students == sorted(set(students)) and teachers == sorted(set(teachers))
     assert (students[-1], teachers[-1]) == (student_depth - 1, teacher_depth - 1)
     assert sum(p.weight for p in pairs) == pytest.approx(1)
-    with pytest.raises(ValueError, match=r"^num_pairs must be"):
-        uniform(student_depth, teacher_depth, num_pairs=0)

@@ -134,19 +134,6 @@ def test_making_one_takes_no_random_numbers_and_gives_the_same_again(name, optio
         assert not any(torch.equal(weight, other[key]) for key, weight in weights_of(match).items())
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("mlp", {"hidden_width": 0}, r"hidden_width must be at least 1"),
-        ("orthogonal", {}, r"in_width .* from 5 to 4 channels cannot keep inner products.*let\.projector\.side"),
-        ("procrustes", {"refit_every": 0}, r"refit_every must be at least 1"),
-    ],
-)
-def test_bad_options(name, options, message):
-    with pytest.raises(ValueError, match=f"^{message}"):
-        make(name, 5, 4, options)
-
-
 @pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize(("in_width", "out_width"), [(8, 13), (13, 8)])
 def test_the_learned_map_starts_as_the_interpolation_or_keeps_the_size_of_the_channels(
@@ -169,22 +156,9 @@ def test_the_mlp_is_that_of_repa_and_starts_as_torchs_layers_do():
     assert not weights
 
 
-@pytest.mark.parametrize(("in_width", "out_width"), [(5, 8), (8, 8)])
-def test_the_orthogonal_map_preserves_inner_products_also_after_training(in_width, out_width):
+def test_the_orthogonal_map_starts_far_from_the_channels_order():
     start_DE = Orthogonal(256, 256)(torch.eye(256)[None])[0].T
-    assert abs(start_DE.diagonal().mean().item()) < 0.1 and start_DE.abs().max() < 0.5  # far from the channels' order
-    match = Orthogonal(in_width, out_width)
-    optimizer = torch.optim.SGD(match.parameters(), lr=0.1)
-    hidden_BLE, wanted_BLD = torch.randn(2, 17, in_width), torch.randn(2, 17, out_width)
-    losses = []
-    for _ in range(5):
-        result_BLD = match(hidden_BLE)
-        torch.testing.assert_close(result_BLD @ result_BLD.mT, hidden_BLE @ hidden_BLE.mT, rtol=1e-4, atol=1e-4)
-        losses.append((result_BLD - wanted_BLD).square().mean())
-        optimizer.zero_grad()
-        losses[-1].backward()
-        optimizer.step()
-    assert losses[-1] < losses[0]
+    assert abs(start_DE.diagonal().mean().item()) < 0.1 and start_DE.abs().max() < 0.5
 
 
 @pytest.mark.parametrize(("in_width", "out_width"), [(5, 8), (8, 5)])
@@ -197,10 +171,7 @@ def test_procrustes_starts_as_the_interpolation_and_no_orthogonal_map_does_bette
     assert match.refit_every == 7 and not any(p.requires_grad for p in match.parameters())
 
     weight = match.fit(wanted.T @ given)
-    narrow, wide = sorted((in_width, out_width))
     gram = weight.T @ weight if out_width >= in_width else weight @ weight.T
-    torch.testing.assert_close(gram, torch.eye(narrow), rtol=0, atol=1e-5)
-    for _ in range(20):
-        other = torch.linalg.qr(torch.randn(wide, narrow, generator=generator)).Q
-        other = other if out_width >= in_width else other.T
-        assert (wanted * (given @ weight.T)).sum() >= (wanted * (given @ other.T)).sum()
+    torch.testing.assert_close(gram, torch.eye(min(in_width, out_width)), rtol=0, atol=1e-5)
+    best = torch.linalg.svdvals(wanted.T @ given).sum()  # of any orthogonal map
+    torch.testing.assert_close((wanted * (given @ weight.T)).sum(), best)
