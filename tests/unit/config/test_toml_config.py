@@ -10,7 +10,7 @@ import pytest
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss, MSELoss
 from torchtitan.distributed.activation_checkpoint import FullAC
 
-from let_plugin.config import RuntimeConfig
+from let_plugin.config import PairConfig, RuntimeConfig
 from let_plugin.config.errors import ConfigError, Problem
 from let_plugin.config.load import dump, load, read, resolve
 from tests.support.jobs import ROOT
@@ -52,7 +52,8 @@ def problems_of(text, *cli, base=DEBUG_MODEL):
 
 def value_at(config, key):
     for name in key.split("."):
-        config = config[int(name)] if name.isdigit() else getattr(config, name)
+        inside = config[int(name)] if name.isdigit() else config
+        config = inside if name.isdigit() else inside[name] if isinstance(inside, dict) else getattr(inside, name)
     return config
 
 
@@ -110,10 +111,28 @@ TIKTOKEN = '[tokenizer]\ntype = "TikTokenTokenizer"\n[tokenizer.special_tokens]\
         ("[let]\nweight = 0.2\n", "let.enable", True),
         ("[let]\nenable = false\nweight = 0.2\n", "let.enable", False),
         ('[let]\nteacher = "some/path"\n', "let.teacher.path", "some/path"),
+        # Options of the command line.
+        (["--training.steps=3"], "training.steps", 3),
+        (["--let.weight", ".5"], "let.weight", 0.5),
+        (["--let.teacher.path=a=b"], "let.teacher.path", "a=b"),
+        (["--let.teacher.path", "3"], "let.teacher.path", "3"),
+        (["--let.enable"], "let.enable", True),
+        (["--let.enable", "--let.no-enable"], "let.enable", False),
+        (["--lr-scheduler.decay-ratio", "None"], "lr_scheduler.decay_ratio", None),
+        (["--compile.components", "model", "loss"], "compile.components", ["model", "loss"]),
+        (["--compile.components", '["model", "loss"]'], "compile.components", ["model", "loss"]),
+        ([f"--{OPTIMIZER}.betas", "0.8", "0.9"], f"{OPTIMIZER}.betas", (0.8, 0.9)),
+        (["--training.steps", "3", "--training.steps", "4"], "training.steps", 4),
+        (["--let.loss-options.beta", "0.5"], "let.loss_options", {"beta": 0.5}),
+        (["--let.pairs", '[{student = 0, teacher = "embedding", weight = 2}]'], "let.pairs",
+         [PairConfig(student=0, teacher="embedding", weight=2.0)]),
+        (["activation-checkpoint:none"], "activation_checkpoint", None),
+        (["--let.enable", "activation-checkpoint:full"], "activation_checkpoint.preserve_rng_state", True),
+        (["activation-checkpoint:full", "--activation-checkpoint.debug"], "activation_checkpoint.debug", True),
     ],
 )  # fmt: skip
 def test_good_values(text, key, expected):
-    found = value_at(config_of(text), key)
+    found = value_at(config_of(text) if isinstance(text, str) else config_of("", *text), key)
     assert (found, type(found)) == (expected, type(expected))
 
 
@@ -172,6 +191,40 @@ def test_a_mistake_names_key_value_and_remedy(text, expected):
     assert read(["run.toml"]).runtime == RuntimeConfig()
 
 
+@pytest.mark.parametrize(
+    ("cli", "text"),
+    [
+        (["--training.steps", "five"], "training.steps = 'five': expected an integer"),
+        (["--training.steps", "0"], "training.steps = 0: must be at least 1"),
+        (["--training.steps", "3", "4"], "training.steps = [3, 4]: expected an integer"),
+        (["--let.enabel"], "let.enabel: unknown; did you mean 'enable'?"),
+        (["--let.enable", "maybe"], "let.enable = 'maybe': expected true or false"),
+        (["--let.pairs.0.weight", "2"], "let.pairs.0: no such element"),
+        (["--let.pairs=[]", "--let.pairs.0.weight", "2"], "let.pairs.0.weight: given as a whole and in part"),
+        (["activation-checkpoint:ful"], "activation_checkpoint.type = 'ful': unknown type; did you mean 'full'?"),
+        (["stray"], "stray: options are written --section.key VALUE"),
+    ],
+)  # fmt: skip
+def test_a_wrong_option(cli, text):
+    (problem,) = resolve_text("", *cli).problems
+    assert str(problem).startswith(f"command line: {text}")
+
+
+def test_help_of_all_and_of_a_section(capfd):
+    def printed(*section):
+        with pytest.raises(SystemExit) as info:
+            resolve_text("", "--help", *section)
+        assert not info.value.code
+        return capfd.readouterr().out
+
+    assert "--training.steps" in printed()
+    let = printed("let")
+    assert "--let.weight" in let and "--let.teacher.path" in let and "--training" not in let
+    assert "--let.teacher.path" in (teacher := printed("let.teacher")) and "--let.weight" not in teacher
+    with pytest.raises(ConfigError, match="--help = 'lett': no such section; did you mean 'let'"):
+        resolve_text("", "--help", "lett")
+
+
 def test_all_mistakes_at_once_and_the_good_values_next_to_them():
     text = """
     nonsense = 1
@@ -184,14 +237,19 @@ def test_all_mistakes_at_once_and_the_good_values_next_to_them():
     lr = "high"
     eps = 1e-5
     """
-    loaded = resolve_text(text, "--training.local-batch-size", "many", "--metrics.log_freq", "3")
+    cli = ["--training.local-batch-size", "many", "--metrics.log_freq", "3", "--let.pairs", "[{studnt = 3}]"]
+    # Right only together with one that comes later:
+    cli += ["--parallelism.pipeline_parallel_degree", "2", "--training.disable_cuda_graphs"]
+    loaded = resolve_text(text, *cli)
     wrong = {"nonsense", "training.stepz", "training.seq_len", "loss.reduction", "training.local_batch_size"}
     wrong |= {"checkpoint.interval", f"{OPTIMIZER}.lr", "checkpoint.keep_latest_k"}
+    wrong |= {"let.pairs.0.studnt", "let.pairs.0.student"}
     keys = {problem.key for problem in loaded.problems}
     assert wrong == {key for key in keys if not key.startswith("tokenizer.")} < keys
     config = loaded.config
     assert (config.dump_folder, config.training.steps, config.training.seq_len) == ("x", 7, 2048)
     assert (config.training.local_batch_size, config.metrics.log_freq, config.checkpoint.folder) == (8, 3, "y")
+    assert config.parallelism.pipeline_parallel_degree == 2
     assert type(config.loss) is MSELoss.Config and config.tokenizer == config_of().tokenizer
     kwargs = config.optimizer.param_groups[0].optimizer_kwargs
     assert (kwargs["lr"], kwargs["eps"]) == (8e-4, 1e-5)
