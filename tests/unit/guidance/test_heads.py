@@ -1,7 +1,5 @@
 """Losses at the student's head, against plain PyTorch; `test_strategies.py` has them on several processes."""
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,24 +12,16 @@ from tests.support.config_registry import STUDENT
 from tests.support.probe import full
 
 
-@pytest.fixture
-def labels_trainer(config, request):
-    config.let.target, config.let.student_block = "labels", 1
-    return request.getfixturevalue("trainer")
-
-
-def expected_of_labels(trainer, batch, weight):
-    """Gradients of L_NLL + weight * (cross-entropy of block 1 through norm and head), and that cross-entropy."""
+def expected(trainer, batch, added):
+    """Gradients of L_NLL + 0.5 * `added`, of (weights, outputs of the blocks, logits), and the latter, by autograd."""
     (part,) = trainer.model_parts
     params = {name: full(p).requires_grad_() for name, p in part.named_parameters()}
     inputs, labels_BL = batch
     hidden, final_BLD = reference.llama(params, inputs["input"], inputs["positions"], **STUDENT)
-    losses = []
-    for normed_BLD in (final_BLD, reference.rms_norm(hidden[1], params["norm.weight"])):
-        logits_BLV = normed_BLD @ params["lm_head.weight"].T
-        losses.append(F.cross_entropy(logits_BLV.flatten(0, 1), labels_BL.flatten()))
-    (losses[0] + weight * losses[1]).backward()
-    return {name: p.grad for name, p in params.items()}, losses[1].item()
+    logits_BLV = final_BLD @ params["lm_head.weight"].T
+    more = added(params, hidden, logits_BLV)
+    (F.cross_entropy(logits_BLV.flatten(0, 1), labels_BL.flatten()) + 0.5 * more).backward()
+    return {name: p.grad for name, p in params.items()}, more.item()
 
 
 def metrics_of_step(trainer, guidance, batch, gradients):
@@ -48,12 +38,19 @@ def metrics_of_step(trainer, guidance, batch, gradients):
 
 
 @pytest.mark.parametrize("chunk", [2048, 50])
-def test_block_norm_and_head_learn_from_both_losses(labels_trainer, batch, chunk, monkeypatch):
+def test_block_norm_and_head_learn_from_both_losses(config, batch, chunk, monkeypatch, request):
     monkeypatch.setattr(heads, "_CHUNK", chunk)
-    gradients, loss = expected_of_labels(labels_trainer, batch, 0.5)
-    guidance = Guidance(labels_trainer, 0)
+    config.let.target, config.let.student_block = "labels", 1
+    trainer = request.getfixturevalue("trainer")
+
+    def auxiliary(params, hidden, logits_BLV):
+        logits_BLV = reference.rms_norm(hidden[1], params["norm.weight"]) @ params["lm_head.weight"].T
+        return F.cross_entropy(logits_BLV.flatten(0, 1), batch[1].flatten())
+
+    gradients, loss = expected(trainer, batch, auxiliary)
+    guidance = Guidance(trainer, 0)
     assert guidance.teacher is None
-    metrics = metrics_of_step(labels_trainer, guidance, batch, gradients)
+    metrics = metrics_of_step(trainer, guidance, batch, gradients)
     assert metrics["let/auxiliary_loss"] == pytest.approx(loss, rel=1e-5) and "let/grad_cosine" in metrics
 
 
@@ -70,25 +67,8 @@ def test_value_and_gradient(shape, temperature):
     losses_T = distillation(student_TV, more_TV, temperature=temperature)
     (losses_T * upstream_T).sum().backward()
     q, p = F.softmax(student_TV.detach() / temperature, -1), F.softmax(teacher_TV / temperature, -1)
-    for t in range(shape[0]):
-        pairs = zip(p[t].tolist(), q[t].tolist(), strict=True)
-        expected = temperature**2 * sum(a * (math.log(a) - math.log(b)) for a, b in pairs)
-        assert losses_T[t].item() == pytest.approx(expected, abs=1e-5)
+    torch.testing.assert_close(losses_T, temperature**2 * (p * (p.log() - q.log())).sum(-1), rtol=0, atol=1e-5)
     torch.testing.assert_close(student_TV.grad, temperature * (q - p) * upstream_T[:, None], rtol=1e-4, atol=1e-6)
-
-
-def expected(trainer, teacher_head_VE, states_BLE, batch, weight):
-    """Gradients of L_NLL + weight * KL of the predictions, and that divergence, in plain PyTorch."""
-    (part,) = trainer.model_parts
-    params = {name: full(p).requires_grad_() for name, p in part.named_parameters()}
-    inputs, labels_BL = batch
-    _, final_BLD = reference.llama(params, inputs["input"], inputs["positions"], **STUDENT)
-    logits_BLV = final_BLD @ params["lm_head.weight"].T
-    valid_BL = labels_BL != reference.IGNORE_INDEX
-    log_p, log_q = F.log_softmax(states_BLE @ teacher_head_VE.T / 2, -1), F.log_softmax(logits_BLV / 2, -1)
-    divergence = (4 * (log_p.exp() * (log_p - log_q)).sum(-1) * valid_BL).sum() / valid_BL.sum()
-    (F.cross_entropy(logits_BLV.flatten(0, 1), labels_BL.flatten()) + weight * divergence).backward()
-    return {name: p.grad for name, p in params.items()}, divergence.item()
 
 
 def test_the_students_predictions_are_drawn_to_the_teachers(config, batch, request):
@@ -98,7 +78,14 @@ def test_the_students_predictions_are_drawn_to_the_teachers(config, batch, reque
     trainer = request.getfixturevalue("trainer")
     guidance = Guidance(trainer, 0)
     states_BLE = guidance.teacher(batch[0]["input"], batch[0]["positions"])
-    gradients, divergence = expected(trainer, weights["lm_head.weight"], states_BLE, batch, 0.5)
+
+    def kl(params, hidden, logits_BLV):
+        valid_BL = batch[1] != reference.IGNORE_INDEX
+        log_p = F.log_softmax(states_BLE @ weights["lm_head.weight"].T / 2, -1)
+        log_q = F.log_softmax(logits_BLV / 2, -1)
+        return (4 * (log_p.exp() * (log_p - log_q)).sum(-1) * valid_BL).sum() / valid_BL.sum()
+
+    gradients, divergence = expected(trainer, batch, kl)
     metrics = metrics_of_step(trainer, guidance, batch, gradients)
     assert metrics["let/distillation_loss"] == pytest.approx(divergence, rel=1e-5)
     assert {"let/teacher_tokens_per_second", "let/grad_cosine"} < metrics.keys() and "let/cosine" not in metrics

@@ -13,15 +13,6 @@ def config(config):
     return config
 
 
-def test_without_a_criterion_the_step_is_the_one_that_was_chosen(trainer):
-    stopping = Stopping(trainer)
-    stopping.begin(0)
-    stopping.after_gradients(-1.0, 1)
-    stopping.after_validation(0.0, 1)
-    assert stopping.step == 4
-    assert not hasattr(trainer.checkpointer, "states")  # checkpoints are off: there is none to put anything into
-
-
 @pytest.mark.parametrize(
     ("cosines", "steps_taken", "expected"),
     [([-1, -1], 3, 3), ([-1, 1], 3, 4), ([-1, None, -1], 3, 3), ([-1, -1], 6, 4)],  # never later than chosen
