@@ -16,10 +16,9 @@ from torchtitan.trainer import Trainer
 from let_plugin.config import plan
 from let_plugin.runtime import checkpoint
 from let_plugin.teacher.base import TeacherSource
-from let_plugin.teacher.hf.read_once import hand_out, read_once
 from let_plugin.teacher.open import open_source, open_teacher
 from let_plugin.teacher.retokenized import teacher_tokenizer
-from let_plugin.teacher.sharding import teacher_parallel_dims
+from let_plugin.teacher.sharding import hand_out, read_once, teacher_parallel_dims
 from let_plugin.tokens.encoding import teacher_pieces
 
 # What the attention and the feed-forward network of a block of torchtitan's end with, experts included.

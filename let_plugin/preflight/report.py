@@ -15,7 +15,7 @@ from let_plugin.config import LetConfig, plan
 from let_plugin.config.errors import ConfigError, Problem
 from let_plugin.runtime import checkpoint, host
 from let_plugin.teacher.base import TeacherInfo, TeacherSource
-from let_plugin.teacher.retokenized import Trial, teacher_seq_len
+from let_plugin.teacher.retokenized import teacher_seq_len
 from let_plugin.teacher.sharding import num_peers, sequence_shards, teacher_parallel_dims
 from let_plugin.teacher.stored.features import Features
 
@@ -69,7 +69,7 @@ class Facts:
     ended_at: int | None = None  # the step at which the alignment has ended by the time the run starts
     source: TeacherSource | Features | None = None
     pairs: list[LayerPair] | None = None
-    trial: Trial | None = None  # of a teacher with another tokenizer, on the rank that has made it
+    trial: list[str] | None = None  # what became of some rows with another tokenizer, on the rank that has tried
     vocabulary: str | None = None  # the result of comparing the two vocabularies
     start: TeacherSource | None = None  # the teacher that the student starts from
     pieces: list[list[int]] | None = None  # by the student's id, the rows of its that the token takes; on rank 0
@@ -237,7 +237,7 @@ def _teacher_lines(facts: Facts) -> list[tuple[str, str]]:
     else:
         times, heads = "", ""
         if let.token_alignment.enable:
-            vocabulary = _describe_token_alignment(config, teacher, facts.trial)
+            vocabulary = facts.trial or ["two tokenizers, matched by bytes of text"]
             times = f" x {teacher_seq_len(config, teacher)} / {config.training.seq_len} tokens"
         if let.target == "logits":
             heads = ", and the student's head once more"
@@ -287,18 +287,6 @@ def _describe_pair(pair: LayerPair, student: Student, teacher: TeacherInfo, let:
         f"output of student block {pair.student} (layers.{pair.student}, of 0 to {student.num_blocks - 1}) with the "
         f"teacher's {layer}, {widths}, {let.loss}{weight}"
     )
-
-
-def _describe_token_alignment(config: Trainer.Config, teacher: TeacherInfo, trial: Trial | None) -> list[str]:
-    if trial is None:
-        return ["two tokenizers, matched by bytes of text"]
-    return [
-        f"two tokenizers, matched by bytes of text; of {trial.num_rows} rows of the data:",
-        f"{trial.aligned:.1%} of the tokens have a state of the teacher's, {trial.exact:.1%} one of the same end",
-        f"{config.training.seq_len} tokens are {trial.mean_length:.0f} of the teacher's, {trial.max_length} at "
-        f"most, with room for {teacher_seq_len(config, teacher)} (let.token_alignment.teacher_seq_len)",
-        f"{trial.tokens_per_second:,.0f} tokens/s are retokenized by each worker (dataloader.num_workers)",
-    ]
 
 
 def _describe_schedule(facts: Facts) -> str:

@@ -5,8 +5,8 @@ asked for.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -131,14 +131,13 @@ class TeacherSource(ABC):
             final_norm: Whether the last block's state is taken after the final norm.
         """
 
+    @abstractmethod
     def language_model(self, *, dtype: torch.dtype, device: torch.device, seq_len: int) -> LanguageModel:
         """Loads the whole model, with its head, onto `device`: to measure its loss, not to teach.
 
         Every process that calls it has a whole, frozen copy. `seq_len`: of the longest row that it will be given, in
         tokens. The rest is as in `build`; ConfigError also if there is no head.
         """
-        message = "this kind of teacher has no language-model head, so its loss cannot be measured"
-        raise ConfigError(Problem("let.teacher.path", message))
 
     @abstractmethod
     def outer_layers(self, *, head: bool) -> dict[str, torch.Tensor]:
@@ -198,11 +197,11 @@ def freeze(model: nn.Module) -> None:
     model.eval()
 
 
-@contextmanager
-def keep_rng_state(device: torch.device) -> Iterator[None]:
+def keep_rng_state(device: torch.device) -> AbstractContextManager[None]:
     """Restores the random number generators of the CPU and of `device` on leaving."""
-    devices = []
-    if device.type != "cpu":
-        devices = [torch.accelerator.current_device_index() if device.index is None else device.index]
-    with torch.random.fork_rng(devices, device_type=device.type):
-        yield
+    return torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
+
+
+def bad_path(path: str, *messages: str) -> ConfigError:
+    """What is wrong with the teacher that `let.teacher.path` names."""
+    return ConfigError([Problem("let.teacher.path", message, path) for message in messages])

@@ -4,11 +4,9 @@ Shape legend: B batch, L sequence, V vocabulary.
 """
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torchtitan.components.loss import IGNORE_INDEX
 
 from let_plugin.teacher.base import LanguageModel
@@ -63,19 +61,3 @@ def row_loss_sums(
         losses_RL = losses_N.view_as(labels_RL)
         sums.append(torch.stack([losses_RL.double().sum(dim=1), (labels_RL != IGNORE_INDEX).sum(dim=1)], dim=1))
     return torch.cat(sums)
-
-
-class TransformersLanguageModel:
-    """A `transformers` causal language model, with the attention function of `hf/attention.py`: [B, L] to [B, L, V].
-
-    Everything that its family does to the logits (soft caps, scales) is done.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self.head: nn.Module = model.get_output_embeddings()
-
-    def __call__(self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor | None) -> torch.Tensor:
-        from let_plugin.teacher.hf.attention import model_inputs
-
-        return self._model(**model_inputs(tokens_BL, positions_BL)).logits

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from let_plugin.config import TeacherConfig, plan
-from let_plugin.config.errors import ConfigError, Problem
-from let_plugin.teacher.base import OnlineStates, StateProvider, TeacherSource
+from let_plugin.teacher.base import OnlineStates, StateProvider, TeacherSource, bad_path
 from let_plugin.teacher.retokenized import RetokenizedStates, retokenizer
 from let_plugin.teacher.stored.features import Features, StoredStates
 
@@ -28,17 +27,18 @@ def open_teacher(config: TeacherConfig) -> TeacherSource:
         return TitanTeacherSource(config)
     if not config.path:
         message = "no teacher is given; set it to a folder in Hugging Face format, a hub name or a .gguf file"
-        raise ConfigError(Problem("let.teacher.path", message, config.path))
+        raise bad_path(config.path, message)
     # Optional dependencies are imported when they are needed.
     from let_plugin.teacher.hf.checkpoint import Checkpoint
-    from let_plugin.teacher.hf.source import HFTeacherSource
     from let_plugin.teacher.titan.spec import obstacle
 
     checkpoint = Checkpoint(config)
     reason = f"teacher.spec = {TRANSFORMERS!r}" if config.spec else obstacle(checkpoint.model_config)
-    if reason:
-        return HFTeacherSource(checkpoint, reason)
-    return TitanTeacherSource(config, checkpoint)
+    if not reason:
+        return TitanTeacherSource(config, checkpoint)
+    from let_plugin.teacher.hf.source import HFTeacherSource
+
+    return HFTeacherSource(checkpoint, reason)
 
 
 def open_source(config: TeacherConfig) -> TeacherSource | Features:

@@ -4,7 +4,6 @@ Shape legend: B batch (this rank's rows), L the student's sequence, T the teache
 """
 
 import copy
-import dataclasses
 import itertools
 import time
 from collections.abc import Mapping
@@ -79,22 +78,10 @@ def teacher_seq_len(config: Trainer.Config, teacher: TeacherInfo) -> int:
     return wanted
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Trial:
-    """What became of some rows of the student's."""
+def try_out(config: Trainer.Config, student: Any, retokenize: Retokenizer) -> list[str]:
+    """Retokenizes the first batches of the student's data, and says in lines for people what became of them.
 
-    aligned: float  # share of the tokens that count in the loss that have a state
-    exact: float  # share of them that a teacher's token ends exactly with
-    mean_length: float  # the teacher's tokens of a row
-    max_length: int
-    num_rows: int
-    tokens_per_second: float  # the student's tokens that one process has retokenized in a second
-
-
-def try_out(config: Trainer.Config, student: Any, retokenize: Retokenizer) -> Trial:
-    """Retokenizes the first batches of the student's data; warns if fewer than half of their tokens have a state.
-
-    ConfigError if the batches cannot be read.
+    Warns if fewer than half of their tokens have a state. ConfigError if the batches cannot be read.
     """
     loader_config = copy.copy(config.dataloader)
     if hasattr(loader_config, "num_workers"):
@@ -121,18 +108,18 @@ def try_out(config: Trainer.Config, student: Any, retokenize: Retokenizer) -> Tr
     counts = torch.cat([labels_BL.flatten() for _, labels_BL in batches]).numpy() != IGNORE_INDEX
     index = np.concatenate([row.index_L for row in rows])[counts]
     lengths = [len(row.tokens) for row in rows]
-    trial = Trial(
-        aligned=float(((index >= 0) & (index < retokenize.teacher_seq_len)).mean()),
-        exact=float(np.concatenate([row.is_exact_L for row in rows])[counts].mean()),
-        mean_length=sum(lengths) / len(lengths),
-        max_length=max(lengths),
-        num_rows=len(lengths),
-        tokens_per_second=counts.size / seconds,
-    )
-    if not trial.aligned >= 0.5:
+    aligned = ((index >= 0) & (index < retokenize.teacher_seq_len)).mean()
+    exact = np.concatenate([row.is_exact_L for row in rows])[counts].mean()
+    if not aligned >= 0.5:
         logger.warning(
-            f"LET: only {trial.aligned:.1%} of the tokens of the first {trial.num_rows} rows have a state of the "
-            f"teacher's: the longest row has {trial.max_length} of its tokens, and let.token_alignment.teacher_seq_len "
-            f"is {retokenize.teacher_seq_len}. Raise that, or take a teacher whose tokenizer is closer"
+            f"LET: only {aligned:.1%} of the tokens of the first {len(rows)} rows have a state of the teacher's: the "
+            f"longest row has {max(lengths)} of its tokens, and let.token_alignment.teacher_seq_len is "
+            f"{retokenize.teacher_seq_len}. Raise that, or take a teacher whose tokenizer is closer"
         )
-    return trial
+    return [
+        f"two tokenizers, matched by bytes of text; of {len(rows)} rows of the data:",
+        f"{aligned:.1%} of the tokens have a state of the teacher's, {exact:.1%} one of the same end",
+        f"{config.training.seq_len} tokens are {sum(lengths) / len(rows):.0f} of the teacher's, {max(lengths)} at "
+        f"most, with room for {retokenize.teacher_seq_len} (let.token_alignment.teacher_seq_len)",
+        f"{counts.size / seconds:,.0f} tokens/s are retokenized by each worker (dataloader.num_workers)",
+    ]

@@ -65,18 +65,14 @@ class TextEncoder:
     def __init__(self, tokenizer: Any, tokens: Tokens) -> None:
         self._tokens = tokens
         inner = unwrapped(tokenizer)
-        self._of_start: Encoding | Tokenizer = inner
-        self._of_rest: Encoding | Tokenizer = inner
-        if isinstance(inner, Tokenizer):
-            self._of_start = _plain(inner, adds_space=True)
-            self._of_rest = _plain(inner, adds_space=False)
+        self._inner = {at_start: _plain(inner, adds_space=at_start) for at_start in (True, False)}
 
     def __call__(self, text: str, *, at_start: bool) -> tuple[list[int], list[int]]:
         """Token ids, and where each ends, in bytes of `text`: at or behind the last byte that it was made of.
 
         `at_start`: whether a document starts with the text. If so, the tokenizer may put a space in front.
         """
-        tokenizer = self._of_start if at_start else self._of_rest
+        tokenizer = self._inner[at_start]
         offsets: list[tuple[int, int]] = []
         if isinstance(tokenizer, Encoding):
             ids = tokenizer.encode_ordinary(text)
@@ -113,8 +109,10 @@ def _character_ends(offsets: list[tuple[int, int]], length: int) -> list[int]:
     return ends
 
 
-def _plain(tokenizer: Tokenizer, *, adds_space: bool) -> Tokenizer:
-    """A copy that encodes all of a text and nothing else; without `adds_space`, not even a space in front of it."""
+def _plain(tokenizer: Encoding | Tokenizer, *, adds_space: bool) -> Encoding | Tokenizer:
+    """What encodes all of a text and nothing else; without `adds_space`, not even a space in front of it."""
+    if isinstance(tokenizer, Encoding):
+        return tokenizer
     state = json.loads(tokenizer.to_str())
     # The processor of byte-level BPE takes white space out of the tokens' offsets.
     state |= {"post_processor": None, "truncation": None, "padding": None}

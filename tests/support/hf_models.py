@@ -7,11 +7,9 @@ import torch
 from torchtitan.distributed import ParallelDims
 
 from let_plugin.config import TeacherConfig
-from let_plugin.teacher.hf.checkpoint import Checkpoint
-from let_plugin.teacher.hf.source import HFTeacher, HFTeacherSource
-from let_plugin.teacher.sharding import teacher_parallel_dims
+from let_plugin.teacher.base import Teacher, TeacherSource
+from let_plugin.teacher.open import open_teacher
 
-ONE_RANK = {"dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1, "pp": 1, "ep": 1, "world_size": 1}
 VOCAB_SIZE = 61
 SEQ_LEN = 24
 LENGTHS = [[7, 12, 5], [1, 3, 20]]  # of the packed documents
@@ -79,20 +77,30 @@ def reference_of(folder: Path):
     return transformers.AutoModel.from_pretrained(folder, attn_implementation=attention).eval()
 
 
-def source_of(path: Path | str, **fields) -> HFTeacherSource:
-    return HFTeacherSource(Checkpoint(TeacherConfig(path=str(path), **fields)))
+def opened(path: Path | str = "", **fields) -> TeacherSource:
+    return open_teacher(TeacherConfig(path=str(path), **fields))
 
 
-def build(source, dtype=torch.float32, layers=None, final_norm=True) -> HFTeacher:
+def source_of(path: Path | str, **fields) -> TeacherSource:
+    """Of `transformers`, also if torchtitan could run it."""
+    return opened(path, spec="transformers", **fields)
+
+
+def build(source, dtype=torch.float32, layers=None, final_norm=True, config=None, parallel_dims=None) -> Teacher:
     """The teacher in this process; of its last layer unless `layers` says otherwise."""
+    one_rank = ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=1, ep=1, world_size=1)
     return source.build(
         dtype=dtype,
         device=torch.device("cpu"),
-        config=None,
-        parallel_dims=teacher_parallel_dims(ParallelDims(**ONE_RANK)),
+        config=config,
+        parallel_dims=parallel_dims or one_rank,
         layers=[source.info.num_layers - 1] if layers is None else layers,
         final_norm=final_norm,
     )
+
+
+def language_model(source, dtype=torch.float32):
+    return source.language_model(dtype=dtype, device=torch.device("cpu"), seq_len=SEQ_LEN)
 
 
 def packed_batch(vocab_size: int = VOCAB_SIZE) -> tuple[torch.Tensor, torch.Tensor]:

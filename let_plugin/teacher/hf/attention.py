@@ -96,9 +96,18 @@ def attention(
     if reason or let_documents is None:
         raise NotImplementedError(f"the model {reason}")
     mask = let_documents.get(query_BNLH.shape[2], kwargs.pop("sliding_window", None), query_BNLH.device)
-    if softcap is not None:
-        return _soft_capped_attention(query_BNLH, key_BKLH, value_BKLH, mask, kwargs.get("scaling"), softcap), None
-    return sdpa_attention_forward(module, query_BNLH, key_BKLH, value_BKLH, mask, dropout=dropout, **kwargs)
+    if softcap is None:
+        return sdpa_attention_forward(module, query_BNLH, key_BKLH, value_BKLH, mask, dropout=dropout, **kwargs)
+    # SDPA cannot cap scores (Gemma 2), so they exist in full, [B, N, L, L].
+    from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
+
+    if mask is None:
+        seq_len = query_BNLH.shape[2]
+        mask = torch.ones(seq_len, seq_len, dtype=torch.bool, device=query_BNLH.device).tril()
+    bias = torch.zeros_like(mask, dtype=query_BNLH.dtype).masked_fill(~mask, float("-inf"))
+    scaling = kwargs.get("scaling")
+    states_BLNH, _ = eager_attention_forward(module, query_BNLH, key_BKLH, value_BKLH, bias, 0.0, scaling, softcap)
+    return states_BLNH, None
 
 
 def _config_has_window(module: nn.Module) -> bool:
@@ -107,31 +116,6 @@ def _config_has_window(module: nn.Module) -> bool:
     if layer_types is not None:
         return "sliding_attention" in layer_types
     return getattr(config, "sliding_window", None) is not None
-
-
-def _soft_capped_attention(
-    query_BNLH: torch.Tensor,
-    key_BKLH: torch.Tensor,
-    value_BKLH: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: float | None,
-    softcap: float,
-) -> torch.Tensor:
-    """Attention with scores capped to softcap * tanh(score / softcap) (Gemma 2), softmax in fp32: [B, L, N, H].
-
-    SDPA has no such kernel, so the scores exist in full, [B, N, L, L], as in `transformers`' own "eager" attention.
-    """
-    num_groups = query_BNLH.shape[1] // key_BKLH.shape[1]
-    key_BNLH = key_BKLH.repeat_interleave(num_groups, dim=1)
-    value_BNLH = value_BKLH.repeat_interleave(num_groups, dim=1)
-    scaling = query_BNLH.shape[-1] ** -0.5 if scaling is None else scaling
-    scores_BNLL = (query_BNLH @ key_BNLH.transpose(-1, -2)) * scaling
-    scores_BNLL = softcap * torch.tanh(scores_BNLL / softcap)
-    if mask is None:
-        seq_len = query_BNLH.shape[2]
-        mask = torch.ones(seq_len, seq_len, dtype=torch.bool, device=query_BNLH.device).tril()
-    weights_BNLL = scores_BNLL.float().masked_fill(~mask, float("-inf")).softmax(-1).to(query_BNLH.dtype)
-    return (weights_BNLL @ value_BNLH).transpose(1, 2).contiguous()
 
 
 AttentionInterface.register(ATTENTION, attention)

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +19,14 @@ from torch import nn
 
 from let_plugin.config import TeacherConfig
 from let_plugin.config.errors import ConfigError, Problem
+from let_plugin.teacher.base import bad_path
 from let_plugin.teacher.hf.checks import check_is_decoder, check_isolates_documents, find_layers
-from let_plugin.teacher.hf.files import missing_files, read_headers, some_names, weight_files
+from let_plugin.teacher.hf.files import check_names, read_headers, some_names, weight_files
 from let_plugin.tokens.vocabulary import open_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-_PATH_KEY = "let.teacher.path"
 _HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
 _MISFITS = "tensors that are not as its configuration says"
 
@@ -45,7 +46,7 @@ class Checkpoint:
     """
 
     def __init__(self, config: TeacherConfig) -> None:
-        import_transformers()
+        require("transformers")
         self.config = config
         self.is_gguf = config.path.endswith(".gguf") or (
             os.path.isfile(config.path) and not config.path.endswith(".safetensors")
@@ -70,18 +71,18 @@ class Checkpoint:
             self.where = f"hub {config.path} ({'commit ' + commit[:8] if commit else 'in the cache'})"
         else:
             message = 'there is no such folder, and it is no hub name ("org/name"); give a folder with *.safetensors'
-            raise self._wrong(message)
+            raise bad_path(self.config.path, message)
         if config.revision and not is_on_hub:
             raise ConfigError(Problem("let.teacher.revision", "only a teacher on the hub has one", config.revision))
-        if os.path.isdir(config.path) and (problems := missing_files(os.listdir(config.path), config)):
-            raise ConfigError(problems)
+        if os.path.isdir(config.path):
+            check_names(os.listdir(config.path), config.path)
         self.model_config = self._load_config()
         check_is_decoder(self.model_config, config)
         try:
             # Every family has "eager" attention, so that the checks can say what is the matter with the others.
             self.trunk = self.on_meta(attention="eager")
         except Exception as error:  # a configuration that contradicts itself fails anywhere in the model's constructor
-            raise self._wrong(f"its configuration cannot be built: {error}") from error
+            raise bad_path(self.config.path, f"its configuration cannot be built: {error}") from error
         check_isolates_documents(self.model_config, self.trunk, config.path)
         if is_on_hub:
             self.folder = hub.fetch(config, commit, weights=True)
@@ -116,7 +117,9 @@ class Checkpoint:
         not_finite = [n for n, t in model.state_dict().items() if t.is_floating_point() and not t.isfinite().all()]
         if not_finite:
             names = some_names(not_finite)
-            raise self._wrong(f"these tensors hold NaN or infinite values: {names}; fetch the files again")
+            raise bad_path(
+                self.config.path, f"these tensors hold NaN or infinite values: {names}; fetch the files again"
+            )
         return model
 
     def tokenizer(self) -> Any | None:
@@ -153,7 +156,7 @@ class Checkpoint:
                 )
             except Exception as error:  # whatever a damaged file brings about in a reader or converter
                 if names := set(re.findall(r"destined for ([\w.]*\w)", "\n".join(said))):
-                    raise self._wrong(f"{_MISFITS}: {some_names(names)} ({error})") from error
+                    raise bad_path(self.config.path, f"{_MISFITS}: {some_names(names)} ({error})") from error
                 raise self._unreadable("weights", error) from error
         wrong = [f"{n} (file {tuple(f)}, configuration {tuple(w)})" for n, f, w in info["mismatched_keys"]]
         state = model.state_dict()
@@ -169,7 +172,7 @@ class Checkpoint:
             depth = self.model_config.num_hidden_layers
             messages.append(f"the checkpoint has more layers than its configuration ({depth}): {some_names(surplus)}")
         if messages:
-            raise self._wrong(*messages)
+            raise bad_path(self.config.path, *messages)
         return model
 
     def _surplus(self, model: nn.Module, unexpected: Iterable[str]) -> list[str]:
@@ -185,20 +188,15 @@ class Checkpoint:
         if self.is_gguf:
             size = os.path.getsize(self.config.path)
             reason = f"the file is truncated ({size} bytes), damaged or of an unknown kind; {reason}"
-        return self._wrong(f"its {what} cannot be read: {reason}")
-
-    def _wrong(self, *messages: str) -> ConfigError:
-        return ConfigError([Problem(_PATH_KEY, message, self.config.path) for message in messages])
+        return bad_path(self.config.path, f"its {what} cannot be read: {reason}")
 
 
-def import_transformers() -> Any:
-    """The `transformers` module; ConfigError if it is not installed."""
-    try:
-        import transformers
-    except ImportError as error:
-        message = "this teacher needs the transformers package: pip install let-plugin[hf]"
-        raise ConfigError(Problem(_PATH_KEY, message)) from error
-    return transformers
+def require(*packages: str) -> None:
+    """ConfigError if one of these optional packages is not installed."""
+    for package in packages:
+        if find_spec(package) is None:
+            message = f"this teacher needs the {package} package: pip install let-plugin[hf]"
+            raise ConfigError(Problem("let.teacher.path", message))
 
 
 @contextmanager

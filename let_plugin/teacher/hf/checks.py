@@ -13,12 +13,11 @@ from torch import nn
 
 from let_plugin.config import TeacherConfig
 from let_plugin.config.errors import ConfigError, Problem
-from let_plugin.teacher.base import Teacher, TeacherInfo, num_blocks_to
+from let_plugin.teacher.base import Teacher, TeacherInfo, bad_path, num_blocks_to
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-_PATH_KEY = "let.teacher.path"
 _LAYER_TYPES = {"full_attention", "sliding_attention"}  # as `transformers` names them
 _LENGTH = 6  # tokens of a document in the trial
 
@@ -43,7 +42,7 @@ def check_is_decoder(config: "PreTrainedConfig", teacher_config: TeacherConfig) 
         message = "its weights are quantized; give a checkpoint in bfloat16 or float32, or a .gguf file"
     else:
         return
-    raise ConfigError(Problem(_PATH_KEY, f"a teacher is a text decoder: {message}", teacher_config.path))
+    raise bad_path(teacher_config.path, f"a teacher is a text decoder: {message}")
 
 
 def check_isolates_documents(config: "PreTrainedConfig", trunk: nn.Module, path: str) -> None:
@@ -65,11 +64,11 @@ def check_isolates_documents(config: "PreTrainedConfig", trunk: nn.Module, path:
         reason = "it takes no position_ids"
     if reason:
         message = f"packed documents cannot be kept apart in the family {family}: {reason}; choose another teacher"
-        raise ConfigError(Problem(_PATH_KEY, message, path))
+        raise bad_path(path, message)
     try:
         find_layers(trunk, config.num_hidden_layers)
     except ValueError as error:
-        raise ConfigError(Problem(_PATH_KEY, str(error), path)) from error
+        raise bad_path(path, str(error)) from error
 
 
 def find_layers(trunk: nn.Module, num_layers: int) -> nn.ModuleList:
@@ -104,22 +103,15 @@ def cut(trunk: nn.Module, blocks: nn.ModuleList, info: TeacherInfo, layers: Sequ
 
 @torch.no_grad()
 def try_out(
-    teacher: Teacher,
-    blocks: nn.ModuleList,
-    info: TeacherInfo,
-    *,
-    layers: Sequence[int | str],
-    width: int,
-    device: torch.device,
-    path: str,
+    teacher: Teacher, blocks: nn.ModuleList, info: TeacherInfo, *, layers: Sequence[int | str], width: int, path: str
 ) -> None:
-    """Runs a loaded teacher over short documents, on `device`. Collective over the ranks that it is sharded over.
+    """Runs a loaded teacher over short documents. Collective over the ranks that it is sharded over.
 
     ConfigError if it does not run, its states have another width E than `width`, a teacher that was cut does not run
     each of its blocks once, in order, or a document's states depend on the one before it: a family may pass
     `check_isolates_documents` but have other ways from token to token (a convolution, say).
     """
-    tokens_BL, positions_BL = _two_documents(info, device)
+    tokens_BL, positions_BL = _two_documents(info, next(blocks.parameters()).device)
     changed_BL = tokens_BL.clone()
     changed_BL[0, :_LENGTH] = (changed_BL[0, :_LENGTH] + 1) % info.vocab_size
     try:
@@ -128,7 +120,7 @@ def try_out(
         changed_BLE = teacher(changed_BL, positions_BL)
     except Exception as error:  # whatever this family's code raises when it is given our arguments
         message = f"{info.description} cannot run over packed documents: {error}"
-        raise ConfigError(Problem(_PATH_KEY, message, path)) from error
+        raise bad_path(path, message) from error
     if len(blocks) < info.num_layers and order != list(range(len(blocks))):
         raise _loops(info, layers)
     # A masked token contributes exactly 0, but a mixture-of-experts layer groups tokens differently: hence a tolerance
@@ -141,7 +133,7 @@ def try_out(
     elif not leak <= 1e-2 * effect:
         message = f"{info.description}: a document's states depend on the document before it; choose another teacher"
     if message:
-        raise ConfigError(Problem(_PATH_KEY, message, path))
+        raise bad_path(path, message)
 
 
 @contextmanager

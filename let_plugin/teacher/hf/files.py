@@ -7,13 +7,12 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from let_plugin.config import TeacherConfig
 from let_plugin.config.errors import ConfigError, Problem
+from let_plugin.teacher.base import bad_path
 
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
-_PATH_KEY = "let.teacher.path"
 _MAX_NAMED = 8
 
 
@@ -24,15 +23,15 @@ class StoredTensor(NamedTuple):
     is_floating: bool
 
 
-def missing_files(names: Iterable[str], config: TeacherConfig) -> list[Problem]:
-    """What is wrong with a checkpoint, by the names of its files alone."""
+def check_names(names: Iterable[str], path: str) -> None:
+    """ConfigError for what is wrong with the checkpoint at `path`, by the names of its files alone."""
     names, messages = set(names), []
     if "adapter_config.json" in names:
         message = (
             "it is an adapter (PEFT), not a whole model; merge it into its base model: "
             "AutoPeftModelForCausalLM.from_pretrained(path).merge_and_unload().save_pretrained(new_path)"
         )
-        return [Problem(_PATH_KEY, message, config.path)]
+        raise bad_path(path, message)
     if "config.json" not in names:
         messages.append("no config.json there; a teacher needs it and *.safetensors, as save_pretrained writes")
     if not {SINGLE_FILE, INDEX} & names:
@@ -44,7 +43,8 @@ def missing_files(names: Iterable[str], config: TeacherConfig) -> list[Problem]:
                 "on the hub has safetensors, name it in let.teacher.revision"
             )
         messages.append(message)
-    return [Problem(_PATH_KEY, message, config.path) for message in messages]
+    if messages:
+        raise bad_path(path, *messages)
 
 
 def weight_files(folder: Path, *, any_name: bool = False) -> list[Path]:
@@ -61,7 +61,7 @@ def weight_files(folder: Path, *, any_name: bool = False) -> list[Path]:
         names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
         files = {name: folder / name for name in names}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(Problem(_PATH_KEY, f"its {INDEX} cannot be read: {error!r}", str(folder))) from error
+        raise bad_path(str(folder), f"its {INDEX} cannot be read: {error!r}") from error
     # A file may be a link to anywhere (the hub's cache has such links), but not lie in another folder by its name.
     root = folder.resolve()
     if outside := [name for name, file in files.items() if not file.parent.resolve().is_relative_to(root)]:
@@ -72,13 +72,13 @@ def weight_files(folder: Path, *, any_name: bool = False) -> list[Path]:
             message += f". The folder has {some_names(others)}: if the index is of another checkpoint, delete it"
     else:
         return list(files.values())
-    raise ConfigError(Problem(_PATH_KEY, message, str(folder)))
+    raise bad_path(str(folder), message)
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
     """Name -> tensor, of all the files. ConfigError that names files that are missing, truncated or damaged."""
     tensors: dict[str, StoredTensor] = {}
-    problems = []
+    problems: list[Problem] = []
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
@@ -88,7 +88,7 @@ def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
                     tensors[name] = StoredTensor(tuple(stored.get_shape()), "F" in stored.get_dtype())
         except (OSError, SafetensorError) as error:
             message = f"{file.name} is truncated or not a safetensors file: {error}; fetch it again"
-            problems.append(Problem(_PATH_KEY, message, str(file.parent)))
+            problems += bad_path(str(file.parent), message).problems
     if problems:
         raise ConfigError(problems)
     return tensors

@@ -8,34 +8,19 @@ import argparse
 import os
 import sys
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from let_plugin.config.errors import ConfigError, Problem
-from let_plugin.teacher.hf.checkpoint import import_transformers, quiet_transformers
-
-_PATH_KEY = "let.teacher.path"
+from let_plugin.config.errors import ConfigError
+from let_plugin.teacher.base import bad_path
+from let_plugin.teacher.hf.checkpoint import quiet_transformers, require
 
 
 def check_file(path: str) -> None:
-    """ConfigError if a package is missing, or the file cannot be read or is not GGUF."""
-    import_transformers()
-    for package in ("gguf", "accelerate"):
-        if find_spec(package) is None:
-            message = f"a .gguf teacher needs the {package} package: pip install let-plugin[hf]"
-            raise ConfigError(Problem(_PATH_KEY, message))
+    """ConfigError if a package or the file is missing; `transformers` says whether it is GGUF."""
+    require("gguf", "accelerate")
     if not os.path.isfile(path):  # a pipe would be waited for
-        message = "no such file (or it is a folder or a pipe); give the path of a .gguf file"
-        raise ConfigError(Problem(_PATH_KEY, message, path))
-    try:
-        with open(path, "rb") as file:
-            if file.read(4) == b"GGUF":
-                return
-        message = "not a GGUF file (it does not start with 'GGUF')"
-    except OSError as error:
-        message = f"the file cannot be read: {error}"
-    raise ConfigError(Problem(_PATH_KEY, message, path))
+        raise bad_path(path, "no such file (or it is a folder or a pipe); give the path of a .gguf file")
 
 
 def alone(path: str) -> "tempfile.TemporaryDirectory[str]":
@@ -55,7 +40,7 @@ def load_tokenizer(path: str) -> Any:
             return AutoTokenizer.from_pretrained(folder, gguf_file=os.path.basename(path), local_files_only=True)
     except Exception as error:  # a damaged file fails in numpy, struct or the reader: any type of error
         message = f"its tokenizer cannot be read: the file is truncated, damaged or of an unknown kind; {error}"
-        raise ConfigError(Problem(_PATH_KEY, message, path)) from error
+        raise bad_path(path, message) from error
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -67,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         tokenizer = load_tokenizer(options.file)
         if tokenizer.eos_token is None:  # torchtitan puts one between documents
-            raise ConfigError(Problem(_PATH_KEY, "its tokenizer has no end-of-sequence token", options.file))
+            raise bad_path(options.file, "its tokenizer has no end-of-sequence token")
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

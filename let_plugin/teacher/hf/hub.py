@@ -10,10 +10,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from torchtitan.tools.logging import logger
 
 from let_plugin.config import TeacherConfig
-from let_plugin.config.errors import ConfigError, Problem
-from let_plugin.teacher.hf.files import missing_files
+from let_plugin.teacher.base import bad_path
+from let_plugin.teacher.hf.files import check_names
 
-_PATH_KEY = "let.teacher.path"
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 _TIMEOUT = 6.0  # seconds until the hub counts as unreachable
 
@@ -30,14 +29,13 @@ def find(config: TeacherConfig) -> str | None:
             info = HfApi().model_info(config.path, revision=config.revision or None, timeout=_TIMEOUT)
     except HfHubHTTPError as error:  # it was reached, and said no
         message = f"there is no such folder, and the hub refuses it: {str(error).splitlines()[0]}"
-        raise ConfigError(Problem(_PATH_KEY, message, config.path)) from error
+        raise bad_path(config.path, message) from error
     except Exception as error:  # no network: of the HTTP library's many types
         logger.warning(
             f"LET: the hub cannot be reached ({type(error).__name__}): {config.path} is looked for in the cache"
         )
         return None
-    if problems := missing_files((file.rfilename for file in info.siblings or []), config):
-        raise ConfigError(problems)
+    check_names((file.rfilename for file in info.siblings or []), config.path)
     return info.sha
 
 
@@ -56,9 +54,9 @@ def fetch(config: TeacherConfig, commit: str | None, *, weights: bool) -> str:
         message = f"it cannot be fetched from the hub: {error}"
         if commit is None:
             message = "not on this machine: there is no such folder, and it is not in the hub client's cache"
-        raise ConfigError(Problem(_PATH_KEY, message, config.path)) from error
-    if weights and (problems := missing_files(os.listdir(folder), config)):
-        raise ConfigError(problems)
+        raise bad_path(config.path, message) from error
+    if weights:
+        check_names(os.listdir(folder), config.path)
     return folder
 
 

@@ -2,10 +2,10 @@
 
 * The trunk alone (`AutoModel`): a language-model head is never built, nor run.
 * Cut behind the deepest layer that is asked for. The final norm runs all the same.
-* Read by one of the ranks that share it, and sharded from there: see `read_once.py`.
+* Read by one of the ranks that share it, and sharded from there: see `sharding.read_once`.
 * Packed documents are isolated in every family that is accepted: see `attention.py`. `build` tries it out.
 
-Shape legend: B batch, L sequence, E teacher width.
+Shape legend: B batch, L sequence, V vocabulary, E teacher width.
 """
 
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ from torch import nn
 from let_plugin.alignment.layer_mapping import EMBEDDING
 from let_plugin.teacher.base import LanguageModel, Teacher, TeacherInfo, TeacherSource, freeze, keep_rng_state
 from let_plugin.teacher.hf import checks
+from let_plugin.teacher.hf.attention import ATTENTION, model_inputs
 from let_plugin.teacher.hf.checkpoint import Checkpoint, quiet_transformers, tensors_of
-from let_plugin.teacher.hf.read_once import hand_out, read_once
-from let_plugin.teacher.language_model import TransformersLanguageModel
 from let_plugin.teacher.layers import LayerStates
 from let_plugin.teacher.outer_layers import entering_embeddings, folded_head, trial_tokens
+from let_plugin.teacher.sharding import hand_out, read_once
 
 if TYPE_CHECKING:
     from torchtitan.distributed import ParallelDims
@@ -42,10 +42,19 @@ class HFTeacher(Teacher):
         """See Teacher. `student_masks` are not used: `transformers` has its own kind."""
         # Reads no tensor on the host, except in families whose rotary frequencies depend on the length of the input
         # ("dynamic" and "longrope" scaling): `transformers` does it there.
-        from let_plugin.teacher.hf.attention import model_inputs
-
         inputs = model_inputs(tokens_BL, positions_BL)
         return self._states.collect(lambda: self.trunk(**inputs).last_hidden_state)
+
+
+class HFLanguageModel:
+    """A causal language model: [B, L] to [B, L, V], with all that its family does to the logits (soft caps, scales)."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.head: nn.Module = model.get_output_embeddings()
+
+    def __call__(self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor | None) -> torch.Tensor:
+        return self._model(**model_inputs(tokens_BL, positions_BL)).logits
 
 
 class HFTeacherSource(TeacherSource):
@@ -69,8 +78,6 @@ class HFTeacherSource(TeacherSource):
         final_norm: bool,
     ) -> HFTeacher:
         """See TeacherSource. Each shard group's first rank holds the teacher in CPU memory while it is read."""
-        from let_plugin.teacher.hf.attention import ATTENTION
-
         with keep_rng_state(device), quiet_transformers():
             tensors, dtypes = read_once(lambda: tensors_of(self._checkpoint.load(dtype)), parallel_dims)
             trunk = self._checkpoint.on_meta(attention=ATTENTION, dtype=dtype)
@@ -85,31 +92,21 @@ class HFTeacherSource(TeacherSource):
                 _shard(trunk, blocks, parallel_dims)
             trunk._apply(lambda t: torch.empty_like(t, device=device))
             hand_out(tensors, tensors_of(trunk).items(), parallel_dims)
-            checks.try_out(
-                teacher,
-                blocks,
-                self.info,
-                layers=layers,
-                width=sum(self.info.width(layer, final_norm) for layer in layers),
-                device=device,
-                path=self._checkpoint.config.path,
-            )
+            width = sum(self.info.width(layer, final_norm) for layer in layers)
+            path = self._checkpoint.config.path
+            checks.try_out(teacher, blocks, self.info, layers=layers, width=width, path=path)
         return teacher
 
     def language_model(self, *, dtype: torch.dtype, device: torch.device, seq_len: int) -> LanguageModel:
-        from let_plugin.teacher.hf.attention import ATTENTION
-
         with keep_rng_state(device):
             model = self._checkpoint.load(dtype, head=True, attention=ATTENTION)
         freeze(model)
         nn.Module.to(model, device)
-        return TransformersLanguageModel(model)
+        return HFLanguageModel(model)
 
     @torch.no_grad()
     def outer_layers(self, *, head: bool) -> dict[str, torch.Tensor]:
         """See TeacherSource. Holds the whole teacher meanwhile."""
-        from let_plugin.teacher.hf.attention import ATTENTION, model_inputs
-
         with keep_rng_state(torch.device("cpu")):
             model = self._checkpoint.load(torch.float32, head=head, attention=ATTENTION)
         freeze(model)

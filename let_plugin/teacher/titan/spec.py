@@ -14,6 +14,7 @@ from torchtitan.protocols.model_spec import ModelSpec
 
 from let_plugin.config.errors import ConfigError, Problem
 from let_plugin.runtime.models import Llama3RopeScaling, llama_spec
+from let_plugin.teacher.base import bad_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -88,7 +89,7 @@ def read_hf_config(folder: str) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise ValueError("it is no JSON object")
     except (OSError, ValueError) as error:
-        raise ConfigError(Problem("let.teacher.path", f"its config.json cannot be read: {error}", folder)) from error
+        raise bad_path(folder, f"its config.json cannot be read: {error}") from error
     return content
 
 

@@ -1,7 +1,7 @@
 """The weights of a torchtitan model: a torchtitan checkpoint (DCP), Hugging Face safetensors or a .gguf file.
 
 What the files say of themselves is compared with the model before anything is built; then each rank reads its shards.
-(GGUF is read by one rank: see `hf/read_once.py`.)
+(GGUF is read by one rank: see `sharding.read_once`.)
 """
 
 import copy
@@ -24,14 +24,13 @@ from torchtitan.protocols.model_spec import ModelSpec
 
 from let_plugin.config.errors import ConfigError, Problem
 from let_plugin.runtime import dcp_files
+from let_plugin.teacher.base import bad_path
 from let_plugin.teacher.hf.files import StoredTensor, read_headers, some_names, weight_files
-from let_plugin.teacher.hf.read_once import hand_out, read_once
-from let_plugin.teacher.sharding import raise_together
+from let_plugin.teacher.sharding import hand_out, raise_together, read_once
 
 if TYPE_CHECKING:
     from let_plugin.teacher.hf.checkpoint import Checkpoint
 
-_PATH_KEY = "let.teacher.path"
 _BLOCK = re.compile(r"(?:model\.)?layers\.(\d+)\.")
 _KINDS = {True: "floating-point numbers", False: "integers"}
 
@@ -84,9 +83,9 @@ class TitanWeights:
         except ConfigError:
             raise
         except Exception as error:  # whatever a reader stumbles over, it is the file's
-            raise ConfigError(self._unfit(error)) from error
+            raise self._unfit(error) from error
         if messages:
-            raise ConfigError([Problem(_PATH_KEY, message, self._path) for message in messages])
+            raise bad_path(self._path, *messages)
 
     def load(self, model: Any, dtype: torch.dtype, parallel_dims: ParallelDims | None = None) -> None:
         """Reads this rank's own shards into `model`. Collective over the ranks that share it, if there are several.
@@ -120,10 +119,10 @@ class TitanWeights:
         except ConfigError as error:
             return error.problems
         except (Exception, CheckpointException) as error:  # the latter is no Exception, only a BaseException
-            return [self._unfit(_first_cause(error))]
+            return self._unfit(_first_cause(error)).problems
         not_finite = [name for name, tensor in state_dict.items() if not _is_finite(tensor)]
         message = f"these tensors hold NaN or infinite values: {some_names(not_finite)}; fetch the files again"
-        return [Problem(_PATH_KEY, message, self._path)] if not_finite else []
+        return bad_path(self._path, message).problems if not_finite else []
 
     def _read_gguf(self, dtype: torch.dtype, *, head: bool) -> dict[str, torch.Tensor]:
         assert self._checkpoint is not None
@@ -137,10 +136,9 @@ class TitanWeights:
         config.enable_weight_tying = False  # a tied head is the embedding, and no part of what is read
         return self._spec.state_dict_adapter(config, None)
 
-    def _unfit(self, error: BaseException) -> Problem:
+    def _unfit(self, error: BaseException) -> ConfigError:
         cause = f"{type(error).__name__}: {error}".splitlines()[0]
-        message = f"the weights do not fit the teacher spec {self._name!r} or cannot be read: {cause}"
-        return Problem(_PATH_KEY, message, self._path)
+        return bad_path(self._path, f"the weights do not fit the spec {self._name!r} or cannot be read: {cause}")
 
 
 @contextmanager
@@ -162,7 +160,7 @@ def _weights_format(path: str, spec: ModelSpec) -> str:
         message = f"{spec.name} has no adapter for Hugging Face weights; give a torchtitan checkpoint (DCP)"
     else:
         return "safetensors"
-    raise ConfigError(Problem(_PATH_KEY, message, path))
+    raise bad_path(path, message)
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

@@ -2,12 +2,11 @@
 
 import math
 
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torchtitan.distributed import ParallelDims
 
-from let_plugin.teacher.sharding import TeacherShare, num_peers, sequence_shards, teacher_parallel_dims
+from let_plugin.teacher.sharding import num_peers, sequence_shards, teacher_parallel_dims
 
 NAMES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
@@ -38,10 +37,3 @@ def test_the_parts_of_the_sequence_and_the_peers(config):
     assert sequence_shards(config, student) == 2
     config.let.teacher.tensor_parallel = True  # its ranks run the same rows together
     assert num_peers(config, student) == 2
-
-
-def test_a_rank_without_peers_keeps_all_rows_positions_and_masks(config):
-    share = TeacherShare(config, dims(), torch.device("cpu"))
-    tokens_BL, states_BLE, masks = torch.arange(12).view(3, 4), torch.randn(3, 4, 5), object()
-    assert share.rows(tokens_BL) is tokens_BL and share.masks(masks, 3) is masks
-    assert share.deliver(states_BLE, 3) is states_BLE

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from let_plugin.config.errors import ConfigError
 from let_plugin.tokens import tiktoken
 from let_plugin.tokens.tiktoken import LLAMA3_PATTERN, TikTokenTokenizer
 from let_plugin.tokens.token_bytes import token_bytes
+from tests.support.problems import problem_of
 from tests.support.tokenizer_kinds import EOS, GPT2_PATTERN, demo, rank_lines, write_ranks
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"])).filter(lambda text: EOS not in text)
@@ -20,13 +20,6 @@ BYTES = {bytes([byte]): byte for byte in range(256)}
 
 def make(folder, **options):
     return TikTokenTokenizer.Config(**{**OPTIONS, **options}).build(tokenizer_path=str(folder))
-
-
-def problem_of(folder, **options):
-    with pytest.raises(ConfigError) as error:
-        make(folder, **options)
-    (problem,) = error.value.problems
-    return problem
 
 
 @pytest.fixture(scope="module")
@@ -124,18 +117,18 @@ def test_llama3s_file_needs_no_options(tmp_path, monkeypatch):
     ],
 )
 def test_bad_options(folder, options, key, message):
-    problem = problem_of(folder, **options)
+    problem = problem_of(make, folder, **options)
     assert problem.key == f"tokenizer.{key}" and message in problem.message, problem
 
 
 def test_no_rank_file_and_several(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")  # SentencePiece's
-    problem = problem_of(tmp_path)
+    problem = problem_of(make, tmp_path)
     assert problem.key == "hf_assets_path" and "no tiktoken rank file there" in problem.message
     write_ranks(tmp_path, "a.tiktoken")
     make(tmp_path)
     write_ranks(tmp_path, "tokenizer.model")
-    problem = problem_of(tmp_path)
+    problem = problem_of(make, tmp_path)
     assert problem.key == "tokenizer.rank_file" and "(a.tiktoken, tokenizer.model): name one" in problem.message
     make(tmp_path, rank_file="a.tiktoken")
 
@@ -154,5 +147,5 @@ def test_damaged_files(tmp_path, change, message):
     path.write_bytes(rank_lines(BYTES).replace("\n", "\r\n\r\n").encode())
     make(tmp_path, special_tokens={EOS: 256})
     path.write_text(change(rank_lines(BYTES)))
-    problem = problem_of(tmp_path, special_tokens={EOS: 300})
+    problem = problem_of(make, tmp_path, special_tokens={EOS: 300})
     assert problem.key == "hf_assets_path" and problem.message.startswith(f"not a tiktoken rank file: {message}")

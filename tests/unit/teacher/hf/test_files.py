@@ -14,24 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
-
-from let_plugin.config import TeacherConfig
-from let_plugin.config.errors import ConfigError
 from let_plugin.demo import TEACHER, TOKENIZER
 from let_plugin.teacher.hf.files import INDEX, SINGLE_FILE
-from let_plugin.teacher.open import open_teacher
+from tests.support.hf_models import language_model, opened
+from tests.support.problems import problem_of
 
 
-def source_of(path, **fields):
-    return open_teacher(TeacherConfig(path=str(path), **fields))
-
-
-def problem_of(path, **fields):
-    with pytest.raises(ConfigError) as info:
-        source_of(path, **fields)
-    (problem,) = info.value.problems
-    return f"{problem.key}: {problem.message}"
+def message_of(path):
+    return problem_of(opened, path).message
 
 
 @pytest.fixture
@@ -53,45 +43,33 @@ def split(folder, subfolder):
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
+@torch.no_grad()
 def logits(source):
-    model = source.language_model(dtype=torch.float32, device=torch.device("cpu"), seq_len=8)
-    with torch.no_grad():
-        return model(torch.arange(8)[None], None)
+    return language_model(source)(torch.arange(8)[None], None)
 
 
 @pytest.mark.parametrize("spec", ["", "transformers"])
 def test_shards_in_subfolders_and_behind_links_are_read(folder, spec):
-    expected = logits(source_of(TEACHER, spec=spec))
+    expected = logits(opened(TEACHER, spec=spec))
     split(folder, "shards")
     file = folder / "shards/model-0.safetensors"
     blob = folder.parent / "blob"  # as in the hub's cache
     file.rename(blob)
     file.symlink_to(blob)
-    assert torch.equal(logits(source_of(folder, spec=spec)), expected)
+    assert torch.equal(logits(opened(folder, spec=spec)), expected)
 
 
-def test_an_index_that_leaves_the_folder_is_refused(folder):
-    (folder.parent / "other").mkdir()
-    split(folder, "../other")
-    assert "names files outside the folder: ../other/model-0" in problem_of(folder)
-
-
-def test_a_stale_index_is_told_from_files_that_are_missing(folder):
+def test_an_index_that_is_wrong(folder):
     index = {"weight_map": {"model.norm.weight": "gone.safetensors"}}
     (folder / INDEX).write_text(json.dumps(index))
-    source_of(folder)  # model.safetensors is complete
+    opened(folder)  # model.safetensors is complete
     (folder / SINGLE_FILE).rename(folder / "part.safetensors")
-    message = problem_of(folder)
-    assert "names files that are not there: gone.safetensors; fetch them. The folder has part.safetensors" in message
-
-
-def test_an_adapter_is_named_with_the_way_to_merge_it(folder):
-    (folder / "adapter_config.json").write_text("{}")
-    assert "it is an adapter (PEFT)" in problem_of(folder) and "merge_and_unload()" in problem_of(folder)
-
-
-def test_a_local_teacher_has_no_revision(folder):
-    assert problem_of(folder, revision="main").startswith("let.teacher.revision: only a teacher on the hub has one")
+    message = "names files that are not there: gone.safetensors; fetch them. The folder has part.safetensors"
+    assert message in message_of(folder)
+    (folder / "part.safetensors").rename(folder / SINGLE_FILE)
+    (folder.parent / "other").mkdir()
+    split(folder, "../other")
+    assert "names files outside the folder: ../other/model-0" in message_of(folder)
 
 
 # The hub: the real client against a small server
@@ -156,15 +134,15 @@ def set_hub(monkeypatch, endpoint, cache):
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_a_hub_teacher_is_fetched_once_and_read_from_the_cache_without_a_network(hub, sharded, monkeypatch):
-    expected = logits(source_of(TEACHER))
+    expected = logits(opened(TEACHER))
     if sharded:
         split(hub, "shards")
     shutil.copy(Path(TOKENIZER, "tokenizer.json"), hub)
-    source = source_of("org/name", revision="main")
+    source = opened("org/name", revision="main")
     assert "hub org/name (commit aaaaaaaa)" in source.info.description and len(source.vocabulary()) == 4096
     assert torch.equal(logits(source), expected)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    source = source_of("org/name", revision="a" * 40)
+    source = opened("org/name", revision="a" * 40)
     assert "hub org/name (in the cache)" in source.info.description
     assert torch.equal(logits(source), expected)
 
@@ -172,20 +150,21 @@ def test_a_hub_teacher_is_fetched_once_and_read_from_the_cache_without_a_network
 def test_what_cannot_be_a_teacher_is_refused_before_its_weights_are_fetched(hub):
     config = json.loads((hub / "config.json").read_text())
     (hub / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
-    assert "its weights are quantized" in problem_of("org/name")
+    assert "its weights are quantized" in message_of("org/name")
     (hub / SINGLE_FILE).rename(hub / "pytorch_model.bin")
-    message = problem_of("org/name")
+    message = message_of("org/name")
     assert "only pickled weights there" in message and "let.teacher.revision" in message
     (hub / "adapter_config.json").write_text("{}")
-    assert "it is an adapter (PEFT)" in problem_of("org/name")
+    assert "it is an adapter (PEFT)" in message_of("org/name") and "merge_and_unload()" in message_of(hub)
+    assert problem_of(opened, hub, revision="main").key == "let.teacher.revision"
     assert not [path for path in Hub.asked if path.endswith((".bin", ".safetensors"))], Hub.asked
 
 
 def test_without_a_network_or_a_repository_one_error_within_ten_seconds(hub, tmp_path, monkeypatch, caplog, capfd):
-    assert "there is no such folder, and the hub refuses it: Client error '404" in problem_of("org/other")
+    assert "there is no such folder, and the hub refuses it: Client error '404" in message_of("org/other")
     set_hub(monkeypatch, "http://localhost:9", tmp_path)
     started = time.monotonic()
-    assert "there is no such folder, and it is not in the hub client's cache" in problem_of("org/name")
+    assert "there is no such folder, and it is not in the hub client's cache" in message_of("org/name")
     assert time.monotonic() - started < 10
     assert [record.message.split(":")[0] for record in caplog.records] == ["LET"] and "ConnectError" in caplog.text
     assert "etry" not in capfd.readouterr().err

@@ -10,19 +10,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
 pytest.importorskip("gguf", reason="pip install let-plugin[hf]")
 
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 from let_plugin.config import TeacherConfig
-from let_plugin.config.errors import ConfigError
 from let_plugin.demo import TOKENIZER
 from let_plugin.teacher.hf import gguf as gguf_teacher
 from let_plugin.teacher.hf.checkpoint import Checkpoint
-from let_plugin.teacher.open import open_teacher
 from let_plugin.teacher.titan.source import TitanTeacherSource
 from tests.support.gguf_files import write_llama
+from tests.support.hf_models import language_model, opened
+from tests.support.problems import problem_of
 
 SMOLLM2 = next(Path(__file__).parents[4].glob("assets/smollm2/*.gguf"), None)
 
@@ -30,7 +29,7 @@ SMOLLM2 = next(Path(__file__).parents[4].glob("assets/smollm2/*.gguf"), None)
 @pytest.mark.slow
 @pytest.mark.skipif(SMOLLM2 is None, reason="make fetch-smollm2")
 @torch.no_grad()
-def test_smollm2_equals_transformers_and_predicts_english(config, parallel_dims, monkeypatch) -> None:
+def test_smollm2_equals_transformers_and_predicts_english(config, build, monkeypatch) -> None:
     """Run by torchtitan, on weights that are read once for both."""
     monkeypatch.setattr(Checkpoint, "load", functools.cache(Checkpoint.load))
     checkpoint = Checkpoint(TeacherConfig(path=str(SMOLLM2)))
@@ -46,15 +45,7 @@ def test_smollm2_equals_transformers_and_predicts_english(config, parallel_dims,
     logits_LV = expected_1LE[0, :-1] @ reference.embed_tokens.weight.T  # the head is tied
     assert F.cross_entropy(logits_LV, torch.tensor(document[1:])) < 3.0  # uniform: 10.8
     config.training.seq_len = 2 * len(document)
-    teacher = source.build(
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        config=config,
-        parallel_dims=parallel_dims,
-        layers=[29],
-        final_norm=True,
-    )
-    states_1LE = teacher(torch.tensor([document[::-1] + document]), torch.arange(len(document)).repeat(1, 2))
+    states_1LE = build(source)(torch.tensor([document[::-1] + document]), torch.arange(len(document)).repeat(1, 2))
     torch.testing.assert_close(states_1LE[:, len(document) :], expected_1LE, rtol=0, atol=1e-4)
 
 
@@ -65,40 +56,32 @@ def test_the_tokenizer_is_written_for_torchtitan(tmp_path) -> None:
     demo = HuggingFaceTokenizer(tokenizer_path=TOKENIZER)
     text = "Late to early: 135 tokens,\n\tand more."
     assert tokenizer.encode(text, add_eos=True) == demo.encode(text, add_eos=True)
-    assert tokenizer.get_vocab() == demo.get_vocab() == open_teacher(TeacherConfig(path=file)).vocabulary()
-
-
-def message_of(path: str, *, load: bool = False) -> str:
-    """What is wrong with a teacher when it is opened or, with `load`, only when it is loaded."""
-    with pytest.raises(ConfigError) as info:
-        source = open_teacher(TeacherConfig(path=path))
-        assert load
-        source.language_model(dtype=torch.float32, device=torch.device("cpu"), seq_len=8)
-    (problem,) = info.value.problems
-    assert (problem.key, problem.value) == ("let.teacher.path", path)
-    return problem.message
+    assert tokenizer.get_vocab() == demo.get_vocab() == opened(file).vocabulary()
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (None, "no such file"),
-        (b"", "not a GGUF file"),
-        (b"GGML1234", "not a GGUF file"),
-        (b"GGUF", "truncated (4 bytes)"),
+        (b"", "truncated (0 bytes), damaged or of an unknown kind"),
+        (b"GGML1234", "truncated (8 bytes), damaged or of an unknown kind"),
         (b"GGUF\x03\x00\x00\x00" + b"\x01" * 40, "truncated (48 bytes)"),
         (0.01, "truncated ("),
         (0.98, "truncated ("),
     ],
 )
-def test_a_file_that_is_missing_truncated_or_no_gguf(tmp_path, content, message, capsys) -> None:
-    file = tmp_path / "teacher.gguf"
+@pytest.mark.parametrize("name", ["teacher.gguf", "sha256-0123"])  # ollama's files have no ending
+def test_a_file_that_is_missing_truncated_or_no_gguf(tmp_path, name, content, message, capsys) -> None:
+    file = tmp_path / name
     if isinstance(content, float):
         write_llama(file)
         content = file.read_bytes()[: int(content * file.stat().st_size)]
     if content is not None:
         file.write_bytes(content)
-    assert message in message_of(str(file))
+    elif name == "sha256-0123":
+        message = "no such folder"
+    problem = problem_of(opened, file)
+    assert (problem.key, problem.value) == ("let.teacher.path", str(file)) and message in problem.message
     assert gguf_teacher.main([str(file), "--tokenizer", str(tmp_path / "out")]) == 2
     assert "error: let.teacher.path" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -107,7 +90,6 @@ def test_a_file_that_is_missing_truncated_or_no_gguf(tmp_path, content, message,
 @pytest.mark.parametrize(
     ("name", "weights", "message"),
     [
-        ("attn_v", np.diag([np.nan] * 8), "NaN or infinite values: model.layers.0.self_attn.v_proj.weight"),
         ("attn_v", np.diag([-np.inf] * 8), "NaN or infinite values: model.layers.0.self_attn.v_proj.weight"),
         ("ffn_up", np.ones((8, 8)), "layers.0.mlp.up_proj.weight (file (8, 8), configuration (16, 8))"),
         ("ffn_up", None, "lacks tensors that its configuration asks for: model.layers.0.mlp.up_proj.weight"),
@@ -115,24 +97,14 @@ def test_a_file_that_is_missing_truncated_or_no_gguf(tmp_path, content, message,
 )
 def test_tensors_that_are_wrong_are_named_when_they_are_read(tmp_path, name, weights, message) -> None:
     weights = weights if weights is None else weights.astype(np.float32)
-    file = write_llama(tmp_path / "tiny.gguf", **{f"blk_0_{name}": weights})
-    assert message in message_of(file, load=True)
+    source = opened(write_llama(tmp_path / "tiny.gguf", **{f"blk_0_{name}": weights}))
+    assert message in problem_of(language_model, source).message
 
 
-def test_a_path_that_cannot_be_read_as_a_file(tmp_path) -> None:
-    (tmp_path / "folder.gguf").mkdir()
+def test_a_path_that_cannot_be_read_and_a_package_that_is_not_there(tmp_path, monkeypatch) -> None:
     os.mkfifo(tmp_path / "pipe.gguf")
     os.symlink("/proc/self/mem", tmp_path / "memory.gguf")  # a real I/O error: a process's memory from its start
-    for name, message in (
-        ("folder", "no such file"),
-        ("pipe", "no such file"),
-        ("memory", "cannot be read: [Errno 5]"),
-    ):
-        assert message in message_of(str(tmp_path / f"{name}.gguf"))
-
-
-def test_gguf_is_not_installed(tmp_path, monkeypatch) -> None:
+    assert "no such file" in problem_of(opened, tmp_path / "pipe.gguf").message
+    assert "cannot be read: " in problem_of(opened, tmp_path / "memory.gguf").message
     monkeypatch.setitem(sys.modules, "gguf", None)
-    monkeypatch.setattr(gguf_teacher, "find_spec", lambda name: None if name == "gguf" else object())
-    with pytest.raises(ConfigError, match=r"needs the gguf package: pip install let-plugin\[hf\]"):
-        open_teacher(TeacherConfig(path=str(tmp_path / "teacher.gguf")))
+    assert "needs the gguf package: pip install let-plugin[hf]" in problem_of(opened, tmp_path / "a.gguf").message

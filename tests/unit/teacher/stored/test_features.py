@@ -13,6 +13,7 @@ from let_plugin.guidance.guidance import Guidance
 from let_plugin.preflight import checks as preflight
 from let_plugin.runtime.batch_extras import take_extras
 from let_plugin.teacher.base import OnlineStates
+from let_plugin.teacher.open import open_source
 from let_plugin.teacher.stored.features import Features, StoredStates
 from tests.support import exports
 from tests.support.fields import set_all
@@ -50,6 +51,7 @@ def test_the_target_is_the_teachers_and_there_is_none(config, folder, trainer, t
     batches = iter(trainer.dataloader)  # with what the guidance has told it to add
     config.let.teacher = TeacherConfig(spec="tiny_teacher", path=str(tiny_teacher[0]), dtype="bfloat16")
     online = Guidance(trainer, 0)
+    assert Features(str(folder)).info == open_source(config.let.teacher).info
     for _ in range(2):
         input_dict, labels_BL = next(batches)
         extras = take_extras(input_dict)

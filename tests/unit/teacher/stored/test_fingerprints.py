@@ -1,12 +1,11 @@
 """What is the same has the same fingerprint, wherever it lies; what is not has another."""
 
 import shutil
-from pathlib import Path
 
 import pytest
 
 from let_plugin.config import TeacherConfig
-from let_plugin.demo import TEACHER, TOKENIZER
+from let_plugin.demo import TEACHER
 from let_plugin.teacher.stored import fingerprints
 from tests.support.fields import set_all
 
@@ -40,15 +39,6 @@ def test_a_registered_spec_brings_its_weights_and_what_is_elsewhere_goes_by_its_
 
     assert fingerprints.teacher(TeacherConfig(spec="demo_teacher")) == fingerprints.teacher(TeacherConfig(path=TEACHER))
     assert fingerprints.teacher(TeacherConfig(path="org/no-such-model")) == "org/no-such-model@unknown"
-
-
-def test_a_tokenizer_is_its_files(tmp_path):
-    file = shutil.copy(Path(TOKENIZER, "tokenizer.json"), tmp_path / "tokenizer.json")
-    before = fingerprints.tokenizer(str(tmp_path))
-    (tmp_path / "README.md").write_text("")
-    assert fingerprints.tokenizer(str(tmp_path)) == before and len(before) == 32
-    file.write_text(file.read_text() + " ")
-    assert fingerprints.tokenizer(str(tmp_path)) != before
 
 
 @pytest.mark.parametrize("files", ["corpus.jsonl", "corpus/*.jsonl"])

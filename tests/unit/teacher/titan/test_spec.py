@@ -6,18 +6,16 @@ Shape legend: B batch, L sequence, E teacher width.
 import numpy as np
 import pytest
 import torch
+import transformers
 from torchtitan.config import CompileConfig
 
-from let_plugin.config import TeacherConfig
 from let_plugin.config.errors import ConfigError
 from let_plugin.teacher.hf.source import HFTeacherSource
 from let_plugin.teacher.titan.source import TitanTeacherSource
 from let_plugin.teacher.titan.spec import check_agrees, make_spec
-from tests.support import gguf_files
-
-transformers = pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
-
-from let_plugin.teacher.open import open_teacher  # noqa: E402
+from tests.support import gguf_files, hf_models
+from tests.support.hf_models import language_model, opened
+from tests.support.problems import problem_of
 
 SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 SIZES = {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2}
@@ -29,29 +27,10 @@ ROPES = {
 }
 
 
-@pytest.fixture
-def build(config, parallel_dims):
-    def build(source):
-        return source.build(
-            dtype=torch.float32,
-            device=torch.device("cpu"),
-            config=config,
-            parallel_dims=parallel_dims,
-            layers=[source.info.num_layers - 1],
-            final_norm=True,
-        )
-
-    return build
-
-
-def save(folder, config):
+def save(folder, model_type, **fields):
     """A random model in `folder`, which it returns."""
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2, generator=generator)
-    model.save_pretrained(folder)
-    return model
+    hf_models.save(folder, transformers.AutoConfig.for_model(model_type, **SIZES | fields))
+    return transformers.AutoModelForCausalLM.from_pretrained(folder)
 
 
 def assert_states_are_those_of(teacher, model, lengths):
@@ -78,15 +57,15 @@ def assert_states_are_those_of(teacher, model, lengths):
 @torch.no_grad()
 def test_a_llama_by_its_path_alone_is_native_and_equals_transformers(tmp_path, build, config, fields, compiled):
     """Grouped-query attention, an epsilon that shows, and the rotary embedding of each kind."""
-    model = save(tmp_path, transformers.AutoConfig.for_model(**SIZES, **fields))
+    model = save(tmp_path, **fields)
     config.compile = CompileConfig(enable=compiled, components=["model"], backend="aot_eager")
-    source = open_teacher(TeacherConfig(path=str(tmp_path)))
+    source = opened(tmp_path)
     assert isinstance(source, TitanTeacherSource) and source.info.is_native
     assert "run by torchtitan" in source.info.description
     assert source.info.max_seq_len == 64
     assert source.info.num_trunk_params == sum(p.numel() for p in model.model.parameters())
     assert_states_are_those_of(build(source), model.model, [9, 20, 4])
-    source = open_teacher(TeacherConfig(path=str(tmp_path), spec="transformers"))
+    source = opened(tmp_path, spec="transformers")
     assert isinstance(source, HFTeacherSource)
     assert "run by transformers (teacher.spec = 'transformers')" in source.info.description
 
@@ -107,8 +86,8 @@ def test_a_llama_by_its_path_alone_is_native_and_equals_transformers(tmp_path, b
 )
 @torch.no_grad()
 def test_what_the_native_model_lacks_is_run_by_transformers(tmp_path, build, model_type, fields, reason):
-    model = save(tmp_path, transformers.AutoConfig.for_model(model_type, **{**SIZES, **fields}))
-    source = open_teacher(TeacherConfig(path=str(tmp_path)))
+    model = save(tmp_path, model_type, **fields)
+    source = opened(tmp_path)
     assert isinstance(source, HFTeacherSource) and not source.info.is_native
     assert "run by transformers (" in source.info.description and reason in source.info.description
     tokens_1L = torch.arange(20)[None]
@@ -120,16 +99,16 @@ def test_what_the_native_model_lacks_is_run_by_transformers(tmp_path, build, mod
 def test_a_gguf_llama_is_native(tmp_path, build):
     pytest.importorskip("gguf", reason="pip install let-plugin[hf]")
     path = gguf_files.write_llama(tmp_path / "tiny.gguf", width=64, hidden=96)
-    source = open_teacher(TeacherConfig(path=path))
+    source = opened(path)
     assert source.info.is_native
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf").eval()
     assert_states_are_those_of(build(source), model.model, [9, 20, 4])
     tokens_1L = torch.arange(16)[None]
-    logits_of = source.language_model(dtype=torch.float32, device=torch.device("cpu"), seq_len=16)
-    torch.testing.assert_close(logits_of(tokens_1L, None), model(input_ids=tokens_1L).logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        language_model(source)(tokens_1L, None), model(input_ids=tokens_1L).logits, rtol=1e-4, atol=1e-4
+    )
     gguf_files.write_llama(tmp_path / "tiny.gguf", width=64, hidden=96, blk_0_ffn_down=np.full((64, 96), np.nan, "f4"))
-    with pytest.raises(ConfigError, match=r"NaN or infinite values: layers\.0\.mlp\.down_proj\.weight"):
-        build(source)
+    assert "NaN or infinite values: layers.0.mlp.down_proj.weight" in problem_of(build, source).message
 
 
 # A named spec beside a config.json
