@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -205,3 +206,11 @@ def keep_rng_state(device: torch.device) -> AbstractContextManager[None]:
 def bad_path(path: str, *messages: str) -> ConfigError:
     """What is wrong with the teacher that `let.teacher.path` names."""
     return ConfigError([Problem("let.teacher.path", message, path) for message in messages])
+
+
+def require(*packages: str) -> None:
+    """ConfigError if one of these optional packages is not installed."""
+    for package in packages:
+        if find_spec(package) is None:
+            message = f"this teacher needs the {package} package: pip install let-plugin[hf]"
+            raise ConfigError(Problem("let.teacher.path", message))

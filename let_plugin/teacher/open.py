@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from let_plugin.config import TeacherConfig, plan
-from let_plugin.teacher.base import OnlineStates, StateProvider, TeacherSource, bad_path
+from let_plugin.teacher.base import OnlineStates, StateProvider, TeacherSource, bad_path, require
 from let_plugin.teacher.retokenized import RetokenizedStates, retokenizer
 from let_plugin.teacher.stored.features import Features, StoredStates
 
@@ -28,17 +28,14 @@ def open_teacher(config: TeacherConfig) -> TeacherSource:
     if not config.path:
         message = "no teacher is given; set it to a folder in Hugging Face format, a hub name or a .gguf file"
         raise bad_path(config.path, message)
-    # Optional dependencies are imported when they are needed.
+    require("transformers")
     from let_plugin.teacher.hf.checkpoint import Checkpoint
+    from let_plugin.teacher.hf.source import HFTeacherSource
     from let_plugin.teacher.titan.spec import obstacle
 
     checkpoint = Checkpoint(config)
     reason = f"teacher.spec = {TRANSFORMERS!r}" if config.spec else obstacle(checkpoint.model_config)
-    if not reason:
-        return TitanTeacherSource(config, checkpoint)
-    from let_plugin.teacher.hf.source import HFTeacherSource
-
-    return HFTeacherSource(checkpoint, reason)
+    return HFTeacherSource(checkpoint, reason) if reason else TitanTeacherSource(config, checkpoint)
 
 
 def open_source(config: TeacherConfig) -> TeacherSource | Features:

@@ -10,22 +10,21 @@ import os
 import re
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
+from transformers.utils import logging as transformers_logging
 
 from let_plugin.config import TeacherConfig
 from let_plugin.config.errors import ConfigError, Problem
 from let_plugin.teacher.base import bad_path
+from let_plugin.teacher.hf import gguf, hub
 from let_plugin.teacher.hf.checks import check_is_decoder, check_isolates_documents, find_layers
 from let_plugin.teacher.hf.files import check_names, read_headers, some_names, weight_files
 from let_plugin.tokens.vocabulary import open_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 _HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
 _MISFITS = "tensors that are not as its configuration says"
@@ -46,16 +45,15 @@ class Checkpoint:
     """
 
     def __init__(self, config: TeacherConfig) -> None:
-        require("transformers")
         self.config = config
         self.is_gguf = config.path.endswith(".gguf") or (
             os.path.isfile(config.path) and not config.path.endswith(".safetensors")
         )
         is_on_hub = bool(_HUB_NAME.match(config.path)) and not os.path.exists(config.path)
+        if config.revision and not is_on_hub:
+            raise ConfigError(Problem("let.teacher.revision", "only a teacher on the hub has one", config.revision))
         self._options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": config.trust_remote_code}
         if self.is_gguf:
-            from let_plugin.teacher.hf import gguf
-
             gguf.check_file(config.path)
             self._alone = gguf.alone(config.path)
             self._options["gguf_file"] = os.path.basename(config.path)
@@ -63,19 +61,14 @@ class Checkpoint:
             self.where = f"GGUF {config.path}"
         elif os.path.isdir(config.path):
             self.folder, self.where = config.path, f"folder {config.path}"
+            check_names(os.listdir(config.path), config.path)
         elif is_on_hub:
-            from let_plugin.teacher.hf import hub
-
             commit = hub.find(config)
             self.folder = hub.fetch(config, commit, weights=False)
             self.where = f"hub {config.path} ({'commit ' + commit[:8] if commit else 'in the cache'})"
         else:
             message = 'there is no such folder, and it is no hub name ("org/name"); give a folder with *.safetensors'
             raise bad_path(self.config.path, message)
-        if config.revision and not is_on_hub:
-            raise ConfigError(Problem("let.teacher.revision", "only a teacher on the hub has one", config.revision))
-        if os.path.isdir(config.path):
-            check_names(os.listdir(config.path), config.path)
         self.model_config = self._load_config()
         check_is_decoder(self.model_config, config)
         try:
@@ -87,16 +80,12 @@ class Checkpoint:
         if is_on_hub:
             self.folder = hub.fetch(config, commit, weights=True)
         if not self.is_gguf:
-            from transformers import AutoModel
-
             headers = read_headers(weight_files(Path(self.folder)))
             integers = {name for name, stored in headers.items() if not stored.is_floating}
             self._from_pretrained(AutoModel, integers, device_map="meta", dtype=torch.float32)
 
     def on_meta(self, *, attention: str, dtype: torch.dtype = torch.float32) -> Any:
         """A new trunk on the meta device, with the attention function of that name."""
-        from transformers import AutoModel
-
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             return AutoModel.from_config(
                 self.model_config,
@@ -110,8 +99,6 @@ class Checkpoint:
 
         ConfigError that names the tensors which cannot be read, or hold NaN or infinities.
         """
-        from transformers import AutoModel, AutoModelForCausalLM
-
         auto_class = AutoModelForCausalLM if head else AutoModel
         model = self._from_pretrained(auto_class, dtype=dtype, attn_implementation=attention)
         not_finite = [n for n, t in model.state_dict().items() if t.is_floating_point() and not t.isfinite().all()]
@@ -125,14 +112,10 @@ class Checkpoint:
     def tokenizer(self) -> Any | None:
         """That of `tokenizer_path` if given, or else the checkpoint's own; None if it comes without one."""
         if self.is_gguf and not self.config.tokenizer_path:
-            from let_plugin.teacher.hf import gguf
-
             return gguf.load_tokenizer(self.config.path)
         return open_tokenizer(dataclasses.replace(self.config, path=self.folder))
 
-    def _load_config(self) -> "PreTrainedConfig":
-        from transformers import AutoConfig
-
+    def _load_config(self) -> PreTrainedConfig:
         try:
             with quiet_transformers():
                 return AutoConfig.from_pretrained(self.folder, **self._options)
@@ -191,19 +174,9 @@ class Checkpoint:
         return bad_path(self.config.path, f"its {what} cannot be read: {reason}")
 
 
-def require(*packages: str) -> None:
-    """ConfigError if one of these optional packages is not installed."""
-    for package in packages:
-        if find_spec(package) is None:
-            message = f"this teacher needs the {package} package: pip install let-plugin[hf]"
-            raise ConfigError(Problem("let.teacher.path", message))
-
-
 @contextmanager
 def quiet_transformers() -> Iterator[list[str]]:
     """No progress bars and no messages of `transformers`, which are collected instead: Checkpoint reports."""
-    from transformers.utils import logging as transformers_logging
-
     said: list[str] = []
     logger = logging.getLogger("transformers")
     handler = logging.Handler()

@@ -6,29 +6,23 @@ Shape legend: B batch, L sequence, E teacher width.
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from let_plugin.config import TeacherConfig
 from let_plugin.config.errors import ConfigError, Problem
 from let_plugin.teacher.base import Teacher, TeacherInfo, bad_path, num_blocks_to
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+from let_plugin.teacher.hf.attention import model_inputs
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}  # as `transformers` names them
 _LENGTH = 6  # tokens of a document in the trial
 
 
-def check_is_decoder(config: "PreTrainedConfig", teacher_config: TeacherConfig) -> None:
+def check_is_decoder(config: PreTrainedConfig, teacher_config: TeacherConfig) -> None:
     """ConfigError if `config` does not describe a text decoder with unquantized weights."""
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    )
-
     model_type = config.model_type
     if config.is_encoder_decoder:
         message = f"{model_type} is an encoder-decoder"
@@ -45,7 +39,7 @@ def check_is_decoder(config: "PreTrainedConfig", teacher_config: TeacherConfig) 
     raise bad_path(teacher_config.path, f"a teacher is a text decoder: {message}")
 
 
-def check_isolates_documents(config: "PreTrainedConfig", trunk: nn.Module, path: str) -> None:
+def check_isolates_documents(config: PreTrainedConfig, trunk: nn.Module, path: str) -> None:
     """ConfigError for what can be told from the model's class and configuration; `try_out` does the rest."""
     family = config.model_type
     layer_types = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
@@ -85,8 +79,6 @@ def cut(trunk: nn.Module, blocks: nn.ModuleList, info: TeacherInfo, layers: Sequ
 
     ConfigError unless each block runs once, in order: where blocks run in loops, states depend on those behind them.
     """
-    from let_plugin.teacher.hf.attention import model_inputs
-
     num_blocks = num_blocks_to(layers)
     if num_blocks == info.num_layers:
         return

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from let_plugin.config.errors import ConfigError
-from let_plugin.teacher.base import bad_path
-from let_plugin.teacher.hf.checkpoint import quiet_transformers, require
+from let_plugin.teacher.base import bad_path, require
 
 
 def check_file(path: str) -> None:
     """ConfigError if a package or the file is missing; `transformers` says whether it is GGUF."""
-    require("gguf", "accelerate")
+    require("transformers", "gguf", "accelerate")
     if not os.path.isfile(path):  # a pipe would be waited for
         raise bad_path(path, "no such file (or it is a folder or a pipe); give the path of a .gguf file")
 
@@ -32,9 +31,11 @@ def alone(path: str) -> "tempfile.TemporaryDirectory[str]":
 
 def load_tokenizer(path: str) -> Any:
     """The tokenizer of a .gguf file, as `transformers` makes it. ConfigError if there is none."""
+    check_file(path)
     from transformers import AutoTokenizer
 
-    check_file(path)
+    from let_plugin.teacher.hf.checkpoint import quiet_transformers
+
     try:
         with quiet_transformers(), alone(path) as folder:
             return AutoTokenizer.from_pretrained(folder, gguf_file=os.path.basename(path), local_files_only=True)
