@@ -23,7 +23,7 @@ from let_plugin.config.errors import ConfigError, Problem
 from let_plugin.teacher.base import bad_path
 from let_plugin.teacher.hf import gguf, hub
 from let_plugin.teacher.hf.checks import check_is_decoder, check_isolates_documents, find_layers
-from let_plugin.teacher.hf.files import check_names, read_headers, some_names, weight_files
+from let_plugin.teacher.hf.files import check_names, linked, read_headers, some_names, weight_files
 from let_plugin.tokens.vocabulary import open_tokenizer
 
 _HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
@@ -55,9 +55,9 @@ class Checkpoint:
         self._options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": config.trust_remote_code}
         if self.is_gguf:
             gguf.check_file(config.path)
-            self._alone = gguf.alone(config.path)
-            self._options["gguf_file"] = os.path.basename(config.path)
+            self._alone = linked([Path(config.path)])  # transformers would prefer a config.json that lies beside it
             self.folder = self._alone.name
+            self._options["gguf_file"] = os.listdir(self.folder)[0]
             self.where = f"GGUF {config.path}"
         elif os.path.isdir(config.path):
             self.folder, self.where = config.path, f"folder {config.path}"
@@ -103,10 +103,8 @@ class Checkpoint:
         model = self._from_pretrained(auto_class, dtype=dtype, attn_implementation=attention)
         not_finite = [n for n, t in model.state_dict().items() if t.is_floating_point() and not t.isfinite().all()]
         if not_finite:
-            names = some_names(not_finite)
-            raise bad_path(
-                self.config.path, f"these tensors hold NaN or infinite values: {names}; fetch the files again"
-            )
+            message = f"these tensors hold NaN or infinite values: {some_names(not_finite)}; fetch the files again"
+            raise bad_path(self.config.path, message)
         return model
 
     def tokenizer(self) -> Any | None:

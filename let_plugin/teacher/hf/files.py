@@ -1,8 +1,10 @@
 """The files of a checkpoint in Hugging Face format: which ones make it up, and what their headers say."""
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
@@ -73,6 +75,14 @@ def weight_files(folder: Path, *, any_name: bool = False) -> list[Path]:
     else:
         return list(files.values())
     raise bad_path(str(folder), message)
+
+
+def linked(files: Iterable[Path]) -> "TemporaryDirectory[str]":
+    """A folder with links to these files alone."""
+    folder = TemporaryDirectory(prefix="let_plugin_files_")
+    for i, file in enumerate(files):
+        os.symlink(file.resolve(), Path(folder.name, f"{i:05d}-{file.name}"))
+    return folder
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:

@@ -7,12 +7,12 @@ reads, so that a student can be trained on it.
 import argparse
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from let_plugin.config.errors import ConfigError
 from let_plugin.teacher.base import bad_path, require
+from let_plugin.teacher.hf.files import linked
 
 
 def check_file(path: str) -> None:
@@ -20,13 +20,6 @@ def check_file(path: str) -> None:
     require("transformers", "gguf", "accelerate")
     if not os.path.isfile(path):  # a pipe would be waited for
         raise bad_path(path, "no such file (or it is a folder or a pipe); give the path of a .gguf file")
-
-
-def alone(path: str) -> "tempfile.TemporaryDirectory[str]":
-    """A folder with a link to the file alone: transformers would prefer a config.json that lies beside it."""
-    folder = tempfile.TemporaryDirectory(prefix="let_plugin_gguf_")
-    os.symlink(os.path.abspath(path), os.path.join(folder.name, os.path.basename(path)))
-    return folder
 
 
 def load_tokenizer(path: str) -> Any:
@@ -37,8 +30,8 @@ def load_tokenizer(path: str) -> Any:
     from let_plugin.teacher.hf.checkpoint import quiet_transformers
 
     try:
-        with quiet_transformers(), alone(path) as folder:
-            return AutoTokenizer.from_pretrained(folder, gguf_file=os.path.basename(path), local_files_only=True)
+        with quiet_transformers(), linked([Path(path)]) as folder:
+            return AutoTokenizer.from_pretrained(folder, gguf_file=os.listdir(folder)[0], local_files_only=True)
     except Exception as error:  # a damaged file fails in numpy, struct or the reader: any type of error
         message = f"its tokenizer cannot be read: the file is truncated, damaged or of an unknown kind; {error}"
         raise bad_path(path, message) from error

@@ -7,10 +7,8 @@ What the files say of themselves is compared with the model before anything is b
 import copy
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +23,7 @@ from torchtitan.protocols.model_spec import ModelSpec
 from let_plugin.config.errors import ConfigError, Problem
 from let_plugin.runtime import dcp_files
 from let_plugin.teacher.base import bad_path
-from let_plugin.teacher.hf.files import StoredTensor, read_headers, some_names, weight_files
+from let_plugin.teacher.hf.files import StoredTensor, linked, read_headers, some_names, weight_files
 from let_plugin.teacher.sharding import hand_out, raise_together, read_once
 
 if TYPE_CHECKING:
@@ -112,7 +110,8 @@ class TitanWeights:
             else:
                 adapter = self._adapter()
                 hf_state_dict = adapter.to_hf(state_dict)
-                with _linked(self._checkpoint.folder if self._checkpoint else self._path) as folder:
+                files = weight_files(Path(self._checkpoint.folder if self._checkpoint else self._path), any_name=True)
+                with linked(files) as folder:  # torch's reader takes all that lie side by side
                     dcp.load(hf_state_dict, storage_reader=adapter.get_hf_storage_reader(folder), no_dist=True)
                 read = adapter.from_hf(hf_state_dict)
                 state_dict |= {name: read[name] for name in state_dict}
@@ -139,15 +138,6 @@ class TitanWeights:
     def _unfit(self, error: BaseException) -> ConfigError:
         cause = f"{type(error).__name__}: {error}".splitlines()[0]
         return bad_path(self._path, f"the weights do not fit the spec {self._name!r} or cannot be read: {cause}")
-
-
-@contextmanager
-def _linked(folder: str) -> Iterator[str]:
-    """A folder with links to the files that make up a checkpoint: torch's reader takes all that lie side by side."""
-    with TemporaryDirectory(prefix="let_plugin_weights_") as links:
-        for i, file in enumerate(weight_files(Path(folder), any_name=True)):
-            os.symlink(file.resolve(), Path(links, f"model-{i:05d}.safetensors"))
-        yield links
 
 
 def _weights_format(path: str, spec: ModelSpec) -> str:

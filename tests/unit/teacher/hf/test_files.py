@@ -132,11 +132,9 @@ def set_hub(monkeypatch, endpoint, cache):
         monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
 
 
-@pytest.mark.parametrize("sharded", [False, True])
-def test_a_hub_teacher_is_fetched_once_and_read_from_the_cache_without_a_network(hub, sharded, monkeypatch):
+def test_a_hub_teacher_is_fetched_once_and_read_from_the_cache_without_a_network(hub, monkeypatch):
     expected = logits(opened(TEACHER))
-    if sharded:
-        split(hub, "shards")
+    split(hub, "shards")
     shutil.copy(Path(TOKENIZER, "tokenizer.json"), hub)
     source = opened("org/name", revision="main")
     assert "hub org/name (commit aaaaaaaa)" in source.info.description and len(source.vocabulary()) == 4096
