@@ -5,11 +5,11 @@ asked for.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -26,12 +26,16 @@ if TYPE_CHECKING:
 MASK_RANGE = "let: mask"
 
 
-class LanguageModel(Protocol):
-    """A whole, frozen model: logits [B, L, V] in its dtype; the arguments are those of Teacher.forward."""
+@dataclass(frozen=True)
+class LanguageModel:
+    """A whole, frozen model. When called, it returns logits [B, L, V] in its dtype."""
 
     head: nn.Module  # the language-model head: the linear map at its end
+    run: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 
-    def __call__(self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor | None) -> torch.Tensor: ...
+    def __call__(self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor | None) -> torch.Tensor:
+        """The arguments are those of Teacher.forward."""
+        return self.run(tokens_BL, positions_BL)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@
 * Read by one of the ranks that share it, and sharded from there: see `sharding.read_once`.
 * Packed documents are isolated in every family that is accepted: see `attention.py`. `build` tries it out.
 
-Shape legend: B batch, L sequence, V vocabulary, E teacher width.
+Shape legend: B batch, L sequence, E teacher width.
 """
 
 from collections.abc import Sequence
@@ -44,17 +44,6 @@ class HFTeacher(Teacher):
         # ("dynamic" and "longrope" scaling): `transformers` does it there.
         inputs = model_inputs(tokens_BL, positions_BL)
         return self._states.collect(lambda: self.trunk(**inputs).last_hidden_state)
-
-
-class HFLanguageModel:
-    """A causal language model: [B, L] to [B, L, V], with all that its family does to the logits (soft caps, scales)."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self.head: nn.Module = model.get_output_embeddings()
-
-    def __call__(self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor | None) -> torch.Tensor:
-        return self._model(**model_inputs(tokens_BL, positions_BL)).logits
 
 
 class HFTeacherSource(TeacherSource):
@@ -102,7 +91,8 @@ class HFTeacherSource(TeacherSource):
             model = self._checkpoint.load(dtype, head=True, attention=ATTENTION)
         freeze(model)
         nn.Module.to(model, device)
-        return HFLanguageModel(model)
+        # Everything that its family does to the logits (soft caps, scales) is done.
+        return LanguageModel(model.get_output_embeddings(), lambda *batch: model(**model_inputs(*batch)).logits)
 
     @torch.no_grad()
     def outer_layers(self, *, head: bool) -> dict[str, torch.Tensor]:

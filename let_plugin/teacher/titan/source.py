@@ -147,7 +147,11 @@ class TitanTeacherSource(TeacherSource):
         return teacher
 
     def language_model(self, *, dtype: torch.dtype, device: torch.device, seq_len: int) -> LanguageModel:
-        return TitanLanguageModel(self._whole(dtype, device, seq_len))
+        model = self._whole(dtype, device, seq_len)
+        return LanguageModel(
+            model.lm_head,
+            lambda tokens_BL, positions_BL: model(tokens_BL, *_positions_and_masks(model, tokens_BL, positions_BL)),
+        )
 
     def outer_layers(self, *, head: bool) -> dict[str, torch.Tensor]:
         """See TeacherSource. Of DCP and safetensors, these layers alone are read."""
@@ -199,17 +203,6 @@ class TitanTeacher(Teacher):
             with record_function(MASK_RANGE):
                 arguments = _positions_and_masks(self.model, tokens_BL, positions_BL)
         return self._states.collect(lambda: self.model(tokens_BL, *arguments))
-
-
-class TitanLanguageModel:
-    """A whole torchtitan decoder: [B, L] to [B, L, V]."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self.head: torch.nn.Module = model.lm_head
-
-    def __call__(self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor | None) -> torch.Tensor:
-        return self._model(tokens_BL, *_positions_and_masks(self._model, tokens_BL, positions_BL))
 
 
 def _describe(spec: ModelSpec, where: str) -> TeacherInfo:

@@ -31,26 +31,20 @@ def relative_difference(got, expected):
     return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-def num_hooks(teacher):
-    """Hooks of this plugin; FSDP has its own."""
-    hooks = [hook for m in teacher.modules() for hook in [*m._forward_hooks.values(), *m._forward_pre_hooks.values()]]
-    return sum("let_plugin" in getattr(hook, "__module__", "") for hook in hooks)
-
-
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(
-    ("layers", "final_norm", "num_blocks", "hooks"),
+    ("layers", "final_norm", "num_blocks"),
     [
-        ([EMBEDDING], True, 1, 1),
-        ([1], False, 2, 0),
-        ([1], True, 2, 0),
-        ([1, EMBEDDING, 0], True, 2, 2),
-        ([0, EMBEDDING], True, 1, 1),
+        ([EMBEDDING], True, 1),
+        ([1], False, 2),
+        ([1], True, 2),
+        ([1, EMBEDDING, 0], True, 2),
+        ([0, EMBEDDING], True, 1),
     ],
 )
 @torch.no_grad()
 def test_states_of_any_layers_equal_the_plain_reference(
-    tiny_teacher, build, config, layers, final_norm, num_blocks, hooks, compiled
+    tiny_teacher, build, config, layers, final_norm, num_blocks, compiled
 ):
     path, weights = tiny_teacher
     config.compile = CompileConfig(enable=compiled, components=["model"], backend="aot_eager")
@@ -63,7 +57,6 @@ def test_states_of_any_layers_equal_the_plain_reference(
     for _ in range(2):  # compiled in the first
         states_BLE = teacher(*batch)
         assert type(states_BLE) is torch.Tensor and relative_difference(states_BLE, expected_BLE) <= 1e-6
-    assert num_hooks(teacher) == hooks
     assert len(teacher.model.layers) == num_blocks
     has_norm = final_norm and 1 in layers
     assert (teacher.model.norm is not None) == has_norm
