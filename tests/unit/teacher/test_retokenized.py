@@ -15,7 +15,6 @@ from let_plugin.runtime.batch_extras import take_extras
 from tests.support import tokenizer_kinds as kinds
 from tests.support.fields import set_all
 from tests.support.problems import problem_of
-from tests.unit.guidance.test_guidance import run_student, valid_tokens
 
 
 @pytest.fixture
@@ -64,16 +63,16 @@ def test_each_token_gets_the_state_that_it_meets(other, trainer):
 
 
 def test_metrics_are_of_the_tokens_that_have_a_state(other, trainer):
-    guidance = Guidance(trainer, 0)
-    input_dict, labels_BL, extras = first_batch(trainer)
-    batch = (input_dict, labels_BL)
+    guidance = trainer.guidance = Guidance(trainer, 0)
+    trainer.step = 1
+    input_dict, labels_BL = next(iter(trainer.dataloader))
+    counts_BL = labels_BL != IGNORE_INDEX
     for _ in range(2):  # of each step anew
         guidance.start_step(0.5)
-        with guidance.microbatches(valid_tokens(batch)):
-            assert run_student(trainer, batch, guidance.target(*batch, extras)).any()
+        step = {"labels": labels_BL, "global_valid_tokens": counts_BL.sum()}
+        trainer.forward_backward_step(input_dict=dict(input_dict), **step)
     metrics = guidance.metrics()
-    counts_BL = labels_BL != IGNORE_INDEX
-    has_state_BL = counts_BL & (extras["teacher_index"] >= 0)
+    has_state_BL = counts_BL & (take_extras(input_dict)["teacher_index"] >= 0)
     assert metrics["let/aligned_fraction"] == pytest.approx((has_state_BL.sum() / counts_BL.sum()).item())
     assert 0.3 < metrics["let/aligned_fraction"] < 0.9
     (tap,) = guidance.taps
