@@ -167,6 +167,15 @@ class LetConfig:
     weight: Annotated[float, Ge(0)] = 0.1
     """lambda0, the weight of the alignment loss at step 0 (0.1: best of the paper's grid 0.01 ... 3)."""
 
+    weight_by: Literal["loss", "gradient"] = "loss"
+    """
+    What `weight` is a weight of. "loss": the alignment loss. "gradient": lambda is `weight` times the mean ratio of two
+    gradients' norms, the student's own and the alignment's: 0.3 pulls 0.3 times as hard as the student's own loss.
+    """
+
+    weight_momentum: Annotated[float, Interval(ge=0, lt=1)] = 0.9
+    """Weight of the past steps in that mean."""
+
     schedule: str = "linear"
     """How lambda falls from `weight` to 0 at the stop step. "linear" is the paper's. See docs/strategies.md."""
 

@@ -17,6 +17,7 @@ from torch import nn
 from torch.profiler import record_function
 from torchtitan.trainer import Trainer
 
+from let_plugin.alignment.gradient_weight import GradientWeight
 from let_plugin.alignment.pair import PairAlignment
 from let_plugin.alignment.projectors import FittedMatch
 from let_plugin.alignment.running_mean import RunningMean
@@ -35,6 +36,7 @@ from let_plugin.teacher.stored.features import Features
 
 TARGET_RANGE = "let: target"  # in a profile; the teacher and the tap have their own
 CENTER = "let_center"  # the running mean's state in a checkpoint
+GRADIENT_WEIGHT = "let_gradient_weight"  # and that of a weight that is measured
 # What is logged of the loss, by `let.target`.
 METRIC_OF_TARGET = {"teacher": "let/cosine", "labels": "let/auxiliary_loss", "logits": "let/distillation_loss"}
 
@@ -62,7 +64,7 @@ class Guidance:
         self._center: RunningMean | None = None
         self._kept: list[str] = []  # names of states in the run's checkpoints
         self._num_accumulations_left = 0
-        self._lambda = 0.0
+        self._lambda = torch.zeros((), device=device)
         self._measures = False
         self._valid_tokens = torch.ones((), device=device)
         self._timer = DeviceTimer(device)
@@ -77,6 +79,10 @@ class Guidance:
             [i for i in by_block if str(self.pairs[i].student) in part.layers] for part in trainer.model_parts
         ]
         self._deepest_block = str(self.pairs[by_block[-1]].student)
+        self._gradient_weight: GradientWeight | None = None
+        if config.let.weight_by == "gradient":
+            self._gradient_weight = GradientWeight(momentum=config.let.weight_momentum, device=device)
+            self._keep(GRADIENT_WEIGHT, self._gradient_weight, [int(self._deepest_block)])
 
         # All ranks of the job communicate here, in this order. Only then a rank without an aligned block may skip the
         # teacher, whose building is collective among the ranks of one pipeline stage alone.
@@ -119,13 +125,17 @@ class Guidance:
             self._attach(lambda i, part: self._pair(i, part, channels[self.pairs[i].teacher]))
 
     def start_step(self, weight: float, *, measures: bool = False) -> None:
-        """Before a step's first microbatch: its lambda, and whether its metrics compare the two gradients."""
+        """Before a step's first microbatch: `let.weight` by then, and whether its metrics compare the two gradients."""
         self._measures = measures
-        self._lambda = weight
+        if self._gradient_weight is None:
+            self._lambda.fill_(weight)
+        else:
+            self._gradient_weight.start_step(weight)
+            self._lambda.copy_(self._gradient_weight.value)
         self._num_accumulations_left = self._trainer.gradient_accumulation_steps
         for tap in self.taps:
             tap.reset()
-            tap.measured_block = self._deepest_block if measures else None
+            tap.measured_block = self._deepest_block if measures or self._gradient_weight else None
         for part in (self._provider, *self._learners):
             if part is not None:
                 part.start_step(self._trainer.step - 1)
@@ -135,7 +145,7 @@ class Guidance:
         """Around a forward and backward pass; the number, 0-dim, is of all ranks' tokens that count in the step."""
         self._valid_tokens = global_valid_tokens
         for tap in self.taps:
-            tap.coefficient.fill_(self._lambda).div_(global_valid_tokens)
+            tap.coefficient.copy_(self._lambda).div_(global_valid_tokens)
         yield
         self._num_accumulations_left -= 1
         if self._num_accumulations_left == 0:
@@ -181,6 +191,10 @@ class Guidance:
             # A channel's layer may be on several pipeline stages, and on others not at all.
             torch.distributed.all_reduce(self._center.sums)
             self._center.finish_step()
+        if self._gradient_weight is not None:
+            sums = sum((tap.gradient_sums for tap in self.taps), start=torch.zeros(3, device=self._trainer.device))
+            torch.distributed.all_reduce(sums)
+            self._gradient_weight.finish_step(sums)
         for tap in self.taps:
             for block, num_calls in tap.num_calls.items():
                 if num_calls == 0:
@@ -194,6 +208,7 @@ class Guidance:
         Returns:
             let/cosine: mean cosine of the tokens that have a state of the teacher's; of several pairs, their mean, and
                 each pair's own beside it. let/auxiliary_loss or let/distillation_loss for another target.
+            let/lambda: if it is measured (`let.weight_by`).
             let/aligned_fraction: the share of the valid tokens that have one, unless all do by construction.
             let/grad_cosine, let/grad_ratio: cosine between the gradients of lambda * L_align and of the student's own
                 loss with respect to the deepest aligned hidden state, and the ratio of their norms, if compared.
@@ -222,6 +237,8 @@ class Guidance:
                 metrics |= dict(zip(names, means, strict=True))
             if num_counted:
                 metrics["let/aligned_fraction"] = num_aligned / num_counted
+        if self._gradient_weight is not None:
+            metrics["let/lambda"] = self._gradient_weight.value.item()
         if self._measures and own > 0 and added > 0:
             metrics |= {"let/grad_cosine": dot / math.sqrt(own * added), "let/grad_ratio": math.sqrt(added / own)}
         return metrics

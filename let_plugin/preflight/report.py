@@ -294,7 +294,8 @@ def _describe_schedule(facts: Facts) -> str:
     start = f"{let.weight:g} at step 0, {let.schedule}"
     if let.warmup_steps > 0:
         start = f"up to {let.weight:g} at step {let.warmup_steps}, then {let.schedule}"
-    return f"{start} to 0 at step {facts.stop_step} of {facts.config.training.steps}"
+    of = " of the student's own gradient" if let.weight_by == "gradient" else ""
+    return f"{start} to 0 at step {facts.stop_step} of {facts.config.training.steps}{of}"
 
 
 def mib(num_bytes: float) -> str:

@@ -27,7 +27,11 @@ def steps_of(folder, tiny_teacher, cases, processes, count):
 @pytest.fixture(scope="module")
 def eager(tmp_path_factory, tiny_teacher):
     folder = tmp_path_factory.mktemp("eager")
-    options = [[], ["--let.dimension-match", "linear"], jobs.make_hf_teacher(folder / "hf")]
+    options = [
+        [],
+        ["--let.dimension-match", "linear", "--let.weight-by", "gradient"],
+        jobs.make_hf_teacher(folder / "hf"),
+    ]
     return steps_of(folder, tiny_teacher, {"off": OFF, **dict(zip(KINDS, options, strict=True))}, 1, "eager")
 
 

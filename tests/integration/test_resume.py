@@ -17,6 +17,7 @@ pytestmark = pytest.mark.slow
 # Checkpoints after steps 3, 6, 9 and 12; the alignment ends before step 7: a cosine is always below 2.
 STATE = """\
 dimension_match = "linear"
+weight_by = "gradient"
 teacher.center = true
 adaptive_stop = {criterion = "gradient", threshold = 2.0, patience = 6, smoothing = 0.5}
 """

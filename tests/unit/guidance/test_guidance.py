@@ -1,11 +1,17 @@
 """What a training step asks of LET, on a real trainer of one process; `test_reference.py` has whole steps."""
 
+from itertools import pairwise
+from pathlib import Path
+
 import pytest
 import torch
+import torchtitan.trainer
 from torchtitan.components.loss import IGNORE_INDEX
 
 from let_plugin.guidance.guidance import Guidance
+from tests.support import jobs
 from tests.support.config_registry import TEACHER_DIM
+from tests.support.fields import set_all
 
 ROWS, LENGTH = 2, 64
 
@@ -24,6 +30,19 @@ def test_the_target_has_the_teachers_dtype(trainer, batch):
     trainer.config.let.teacher.dtype = "bfloat16"
     trainer.config.let.teacher.center = True
     assert Guidance(trainer, 0).target(*batch).dtype == torch.bfloat16
+
+
+def test_a_weight_may_be_a_share_of_the_students_gradient(request, config, monkeypatch):
+    """lambda follows the ratios that the steps before have measured; with a momentum of 0, that of the last."""
+    monkeypatch.setattr(torchtitan.trainer.time, "sleep", lambda seconds: None)
+    set_all(config, let__weight_by="gradient", let__weight_momentum=0.0, let__weight=0.3, let__schedule="constant")
+    set_all(config, let__stop_step=4, training__steps=4)
+    request.getfixturevalue("trainer").train()
+    lines = jobs.metrics(Path(config.dump_folder))
+    assert lines[0]["let/lambda"] == pytest.approx(0.3e-6)
+    for before, line in pairwise(lines):
+        assert line["let/lambda"] == pytest.approx(0.3 * before["let/lambda"] / before["let/grad_ratio"], rel=1e-4)
+        assert 0.1 < line["let/grad_ratio"] < 0.9  # about the 0.3 that was asked for: the ratio moves slowly
 
 
 @pytest.mark.parametrize(("target", "match"), [("teacher", "interpolate"), ("teacher", "linear"), ("labels", "linear")])
