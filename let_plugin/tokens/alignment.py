@@ -120,7 +120,7 @@ class Retokenizer:
                 is_last = i + len(run) == len(tokens)
                 text = _Text(
                     [self._student.bytes[token] or b"" for token in run],
-                    starts=is_start if i == 0 else self._student.is_around_documents(tokens[i - 1]),
+                    starts=is_start if i == 0 else tokens[i - 1] in (self._student.bos, self._student.eos),
                     is_cut_left=i == 0 and not is_start,
                     is_cut_right=is_last and not self._student.is_control(follower),
                     follower=self._student.bytes[follower] if is_last and follower >= 0 else None,

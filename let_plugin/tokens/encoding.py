@@ -51,9 +51,6 @@ class Tokens:
     def is_control(self, token: int) -> bool:
         return token >= 0 and self.bytes[token] is None
 
-    def is_around_documents(self, token: int) -> bool:
-        return token in (self.bos, self.eos)
-
 
 class TextEncoder:
     """Encodes text with the teacher's tokenizer.

@@ -34,9 +34,10 @@ def open_tokenizer(config: TeacherConfig) -> Any | None:
             raise ConfigError(Problem(key, f"{message}give a folder with a tokenizer.json", path)) from error
         except Exception as error:  # the tokenizers library raises plain Exception
             raise ConfigError(Problem(key, f"tokenizer.json cannot be read: {error}", path)) from error
-    if config.tokenizer_path and not (is_folder and _has_files(path)):
+    has_files = is_folder and any(Path(path, name).is_file() for name in _FILES)
+    if config.tokenizer_path and not has_files:
         raise ConfigError(Problem(key, "no tokenizer there; give a folder with tokenizer.json or leave it empty", path))
-    if not path or (is_folder and not _has_files(path)):
+    if not path or (is_folder and not has_files):
         return None
     try:
         from transformers import AutoTokenizer
@@ -49,10 +50,6 @@ def open_tokenizer(config: TeacherConfig) -> Any | None:
         if "trust_remote_code" in message:
             message = "its tokenizer is Python code of its own; set let.teacher.trust_remote_code if you trust it"
         raise ConfigError(Problem(key, message, path)) from error
-
-
-def _has_files(folder: str) -> bool:
-    return any(Path(folder, name).is_file() for name in _FILES)
 
 
 def compare_vocabularies(student: dict[str, int], teacher: dict[str, int]) -> list[str]:
