@@ -113,17 +113,10 @@ MISTAKES = [
     ({**SHORT, "training__seq_len": 40}, "training.seq_len = 40", "the teacher was built for at most 32 tokens"),
     ({**INIT, **ORTHOGONAL}, "let.dimension_match = 'orthogonal'", 'changes while .* take "interpolate"'),
     ({**INIT, "model_spec": student(tie_embeddings=True)}, "let.init.parts = 'both'", "one tensor.*choose one of them"),
-    (
-        {**INIT, "checkpoint__enable": True, LOAD: "{files}"},
-        "checkpoint.initial_load_.*",
-        "not together with let.init",
-    ),
+    ({**INIT, "checkpoint__enable": True, LOAD: "{files}"}, "checkpoint.initial_load_.*", "not together with let.init"),
     ({**INIT, "let__weight": 0.0, "let__teacher__path": ""}, "let.teacher.path = ''", ""),
-    (
-        {**INIT, "let__weight": 0.0, "let__teacher__tokenizer_path": "{files}/swapped"},
-        "let.teacher.path = '.*'",
-        "2 of 4,096 ids differ",
-    ),
+    ({**INIT, "let__weight": 0.0, "let__teacher__tokenizer_path": "{files}/swapped"}, "let.teacher.path = '.*'",
+     "2 of 4,096 ids differ"),
     ({**ZERO, "let__target": "logits"}, "let.init.upper_blocks = 'zero'", "no block above layers.3"),
     ({**ZERO, "let__student_block": 3}, "let.init.upper_blocks = 'zero'", 'no block above layers.3.*choose "keep"'),
     ({"let__init__embedding_scale": 0.0}, "let.init.embedding_scale = 0.0", "must be more than 0"),
@@ -134,6 +127,7 @@ MISTAKES = [
 # What is set, and a part of the report.
 RIGHT = [
     ({"let__weight": 0.0}, "0 at step 0"),
+    ({"let__stop_step": 0, "let__teacher__path": "{files}/absent"}, "has ended at step 0"),
     ({"validator__enable": False, "validator__dataloader__dataset": "nonsense"}, ""),
     ({**TEXT_FILES, "dataloader__dataset_path": "{files}/*.jsonl"}, ""),
     *(({"world_size": n, BATCH: size}, "") for n, size in ((1, -1), (1, 12), (2, 8))),
@@ -147,16 +141,14 @@ RIGHT = [
     (GRADIENT, ""),
     ({"let__target": "labels", "let__teacher__path": "/nowhere"}, "teacher    none"),
     (ORTHOGONAL, "32 to 48 by orthogonal"),
-    (
-        {**INIT, "model_spec": student(vocab_size=4100)},
-        "99.9% of the tokens take a row of the teacher's, 0.0% a mean of rows, 0.1% keep their own",
-    ),
+    ({**INIT, "model_spec": student(vocab_size=4100)},
+     "99.9% of the tokens take a row of the teacher's, 0.0% a mean of rows, 0.1% keep their own"),
     ({**INIT, **ZERO, "let__weight": 0.0}, "blocks 1 and up at 0"),
     ({**INIT, "let__target": "labels"}, "embeddings times 1 and head times 0.8122, width 32 to 48 by interpolate"),
     ({**INIT, "let__init__parts": "head", "model_spec": student(tie_embeddings=True)}, "start      head times"),
     ({**PIPELINE, "let__student_block": 2}, "student block 2"),
     ({**SHORT, "training__seq_len": 32}, ""),
-]
+]  # fmt: skip
 
 
 def apply(config, changes, files):
@@ -198,17 +190,13 @@ def test_stored_states_have_no_predictions_to_measure(config):
     assert "not its predictions" in problems_of(config)["let.adaptive_stop.teacher_loss"].message
 
 
-def test_a_teacher_that_transformers_runs_cannot_be_cut(config):
-    pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
-    set_all(config, let__teacher__spec="transformers", let__teacher__path=TEACHER, let__teacher__tensor_parallel=True)
-    message = problem_of(config, "let.teacher.tensor_parallel").message
-    assert "transformers runs this teacher; leave this off" in message
-
-
-def test_a_teacher_with_two_widths_gives_no_start(config, tmp_path):
+def test_a_teacher_of_transformers_cannot_be_cut_and_one_with_two_widths_gives_no_start(config, tmp_path):
     pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
     from tests.support import hf_models
 
+    set_all(config, let__teacher__spec="transformers", let__teacher__path=TEACHER, **CUT_TEACHER)
+    message = problem_of(config, "let.teacher.tensor_parallel").message
+    assert "transformers runs this teacher; leave this off" in message
     folder = hf_models.save(tmp_path, hf_models.config_of("opt_350m_like"))
     set_all(config, **INIT, let__weight=0.0, let__teacher=TeacherConfig(path=str(folder)))
     assert "another width than its blocks" in problem_of(config, "let.teacher.path").message
@@ -224,27 +212,54 @@ def test_dump_folder_that_is_not_writable(config, tmp_path):
 # A run that resumes after the end of the alignment
 
 
+def save(folder, step):
+    """A checkpoint whose adaptive stop has measured something and, from step 2 on, has ended the alignment there."""
+    stop = AdaptiveStop(threshold=0, smoothing=0.5, patience=1)
+    stop.update(1.0 if step < 2 else -1.0, next_step=min(step, 2))
+    state = {"train_state": {"step": step, "ntokens_seen": 0}, "let_adaptive_stop": stop, "weight": torch.ones(2)}
+    dcp.save(state, checkpoint_id=str(folder), no_dist=True)
+
+
 @pytest.fixture
 def resumed(config, tmp_path):
-    """step, adaptive stop -> the configuration of a run with a checkpoint of that step, whose teacher is not there."""
+    """Function that saves checkpoints of these steps, and one elsewhere; the run's teacher is not there."""
     set_all(config, checkpoint__enable=True, training__steps=8, let__stop_step=4)
     config.let.teacher = TeacherConfig(path=str(tmp_path / "deleted"))
 
-    def make(step, adaptive=None, folder=None):
-        state = {"train_state": {"step": step, "ntokens_seen": 0}, "weight": torch.ones(2)}
-        state |= {} if adaptive is None else {"let_adaptive_stop": adaptive}
-        folder = folder or os.path.join(config.dump_folder, "checkpoint", f"step-{step}")
-        dcp.save(state, checkpoint_id=str(folder), no_dist=True)
+    def make(*steps):
+        for step in steps:
+            save(f"{config.dump_folder}/checkpoint/step-{step}", step)
+        save(tmp_path / "elsewhere", 6)
         return config
 
     return make
 
 
-def adaptive_stop(step):
-    """One that has ended the alignment before that step, or, if None, has measured something."""
-    stop = AdaptiveStop(threshold=0, smoothing=0.5, patience=1)
-    stop.update(1.0 if step is None else -1.0, next_step=3 if step is None else step)
-    return stop
+ALL_OF_IT = {"checkpoint__initial_load_model_only": False}
+# Steps of the run's own checkpoints, what is set, and the report or the key that is complained about.
+RESUMED = [
+    ([6, 3], {}, "has ended at step 4"),  # the latest
+    ([6, 3], {"checkpoint__load_step": 3}, "let.teacher.path"),
+    ([6, 3], {"checkpoint__load_step": 5}, "checkpoint.load_step"),
+    ([6], {"checkpoint__exclude_from_loading": ["train_state"]}, "let.teacher.path"),  # it starts to count at 0
+    ([6], {"checkpoint__enable": False}, "let.teacher.path"),
+    ([], {LOAD: "{files}/elsewhere"}, "let.teacher.path"),  # its weights alone: a run of its own
+    ([], {LOAD: "{files}/elsewhere", **ALL_OF_IT}, "has ended at step 4"),
+    ([], {LOAD: "{files}/nowhere"}, "checkpoint.initial_load_path"),
+    ([3], GRADIENT, "has ended at step 2"),
+    ([3], {}, "let.teacher.path"),  # what the checkpoint knows counts only if it is asked for
+    ([1], GRADIENT, "let.teacher.path"),
+]
+
+
+@pytest.mark.parametrize(("steps", "changes", "expected"), RESUMED)
+def test_the_checkpoint_that_torchtitan_takes_decides(resumed, tmp_path, steps, changes, expected):
+    config = resumed(*steps)
+    apply(config, changes, tmp_path)
+    if "." in expected:
+        assert expected in problems_of(config)
+    else:
+        assert expected in preflight.run(config)
 
 
 def test_after_the_end_of_the_alignment_nothing_of_the_teacher_is_looked_at(resumed, monkeypatch):
@@ -256,48 +271,11 @@ def test_after_the_end_of_the_alignment_nothing_of_the_teacher_is_looked_at(resu
     problem_of(config, "let.weight")
 
 
-def test_the_checkpoint_that_torchtitan_takes_decides(resumed):
-    resumed(6)
-    config = resumed(3)
-    preflight.run(config)  # the latest
-    config.checkpoint.load_step = 3
-    assert problem_of(config, "let.teacher.path").message.startswith("there is no such folder")
-    config.checkpoint.load_step = 5
-    assert "checkpoint.load_step" in problems_of(config)
-    set_all(config, checkpoint__load_step=-1, checkpoint__exclude_from_loading=["train_state"])
-    problem_of(config, "let.teacher.path")  # it starts to count at 0
-    set_all(config, checkpoint__exclude_from_loading=[], checkpoint__enable=False)
-    problem_of(config, "let.teacher.path")
-
-
-def test_a_checkpoint_from_elsewhere(resumed, tmp_path):
-    config = resumed(6, folder=tmp_path / "elsewhere")
-    config.checkpoint.initial_load_path = str(tmp_path / "elsewhere")
-    problem_of(config, "let.teacher.path")  # its weights alone: a run of its own
-    config.checkpoint.initial_load_model_only = False
-    assert "has ended at step 4" in preflight.run(config)
-    config.checkpoint.initial_load_path = str(tmp_path / "nowhere")
-    assert "there is no checkpoint" in problems_of(config)["checkpoint.initial_load_path"].message
-
-
-def test_a_checkpoint_of_weights_alone_says_nothing_of_the_end_and_a_damaged_one_is_refused(resumed, config):
-    folder = os.path.join(config.dump_folder, "checkpoint", "step-6")
-    config = resumed(6, folder=folder)
+def test_a_checkpoint_of_weights_alone_says_nothing_of_the_end_and_a_damaged_one_is_refused(resumed):
+    config = resumed(6)
+    folder = f"{config.dump_folder}/checkpoint/step-6"
     dcp.save({"weight": torch.ones(2)}, checkpoint_id=folder, no_dist=True)
     problem_of(config, "let.teacher.path")
-    with open(os.path.join(folder, ".metadata"), "wb") as file:
+    with open(f"{folder}/.metadata", "wb") as file:
         file.write(b"nothing")
     assert "cannot be read" in problems_of(config)["checkpoint.load_step"].message
-
-
-def test_an_adaptive_stop_has_ended_it_earlier(resumed):
-    config = resumed(3, adaptive_stop(2))
-    problem_of(config, "let.teacher.path")  # what the checkpoint knows counts only if it is asked for
-    config.let.adaptive_stop = AdaptiveStopConfig(criterion="gradient")
-    assert "has ended at step 2" in preflight.run(config)
-    problem_of(resumed(3, adaptive_stop(None)), "let.teacher.path")
-
-
-def test_an_alignment_of_no_step_needs_no_teacher(config, tmp_path):
-    set_all(config, let__stop_step=0, let__teacher__path=str(tmp_path / "absent"))
-    assert "has ended at step 0" in preflight.run(config)
