@@ -18,9 +18,8 @@ from let_plugin.config import plan
 from let_plugin.config.errors import ConfigError, Problem
 from let_plugin.config.load import Loaded
 from let_plugin.preflight import checks as preflight
-from let_plugin.preflight.report import Cost, Student, auxiliary_cost, cost
+from let_plugin.preflight.report import Cost, Student, cost
 from let_plugin.teacher.open import open_source
-from let_plugin.teacher.stored.features import Features
 
 # Switches off what disturbs a measurement, or writes or reads what another run does not.
 QUIET = (
@@ -127,8 +126,5 @@ def active_cost(config: Trainer.Config, student: Student, dims: ParallelDims) ->
     """What a step costs more while the teacher is there, or what takes its place; zero without LET."""
     if not config.let.enable:
         return Cost(0, 0.0, {})
-    if config.let.target == "labels":
-        return auxiliary_cost(student, plan.pairs(config, None))
-    source = open_source(config.let.teacher)
-    features = source if isinstance(source, Features) else None
-    return cost(config, student, source.info, plan.pairs(config, source.info.num_layers), dims, features)
+    source = None if config.let.target == "labels" else open_source(config.let.teacher)
+    return cost(config, student, source, plan.pairs(config, source.info.num_layers if source else None), dims)

@@ -8,7 +8,7 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -19,7 +19,7 @@ import tomli_w
 from let_plugin.config import RuntimeConfig, command_line
 from let_plugin.config.dump import to_tables
 from let_plugin.config.errors import ConfigError, Problem, suggest
-from let_plugin.config.overlay import Overlay, leaves
+from let_plugin.config.overlay import Overlay
 from let_plugin.config.tables import STOPS
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Loaded:
     base: str  # "module.function" of the configuration function underneath
     source: str  # path of the TOML file
     tables: Mapping[str, Any]  # what the file says on top of `base`
-    options: Set[str]  # dotted keys of what the command line says on top of that
+    options: Mapping[str, Any]  # what the command line says on top of that
     problems: Sequence[Problem]  # the mistakes in both; `config` goes without these values
 
     def apply(self, function: "Callable[[Trainer.Config], T]") -> T:
@@ -81,7 +81,7 @@ class Loaded:
 
     def origin(self, key: str) -> str:
         """Who gave the value of `key`, or of a table around it: the command line, else the file, else the base."""
-        if any(_overlap(key, option) for option in self.options):
+        if _is_given(key, self.options):
             return command_line.SOURCE
         return self.source if key.partition(".")[0] in self.tables else f"base {self.base}"
 
@@ -125,8 +125,7 @@ def resolve(source: Source) -> Loaded:
     options, problems = command_line.parse(cli, command_line.choices(config))
     on_top = Overlay(command_line.SOURCE)
     config = on_top.configuration(_without_stops(config, options), options)
-    keys = {key.removesuffix(".type") for key in leaves("", options)} if options else set()
-    return Loaded(config, base, file, tables, keys, [*overlay.problems, *problems, *on_top.problems])
+    return Loaded(config, base, file, tables, options, [*overlay.problems, *problems, *on_top.problems])
 
 
 def dump(loaded: Loaded) -> str:
@@ -146,6 +145,17 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(Problem(str(path), f"cannot be read: {str(error.strerror).lower()}")) from error
     except ValueError as error:  # also where it is not UTF-8
         raise ConfigError(Problem(str(path), f"not valid TOML: {error}")) from error
+
+
+def _is_given(key: str, tables: Any) -> bool:
+    """Whether the tables have the key, one around it, one in it, or the type of a table around it."""
+    for name in key.split("."):
+        if not isinstance(tables, dict) or "type" in tables:
+            return True
+        if name not in tables:
+            return False
+        tables = tables[name]
+    return True
 
 
 def _overlap(key: str, other: str) -> bool:
@@ -215,7 +225,6 @@ def _function(base: str) -> Callable[[], Any]:
             continue
         if callable(function := getattr(module, name, None)):
             return function
-        own = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == candidate]
-        functions = [key for key in own if not key.startswith("_")]
+        functions = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == candidate]
         raise ConfigError(Problem("base", f"no function {name!r} in {candidate}; {suggest(name, functions)}", base))
     raise ConfigError(Problem("base", f"no module {module_name!r}; {suggest(module_name, SHORT_MODULES)}", base))

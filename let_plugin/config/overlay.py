@@ -3,7 +3,6 @@
 import dataclasses
 import pkgutil
 import typing
-from collections.abc import Iterator
 from dataclasses import MISSING
 from types import NoneType
 from typing import Any
@@ -215,12 +214,3 @@ def _untyped(value: Any, current: Any) -> Any:
 
 def _complaint(error: Exception) -> str:
     return str(error) or type(error).__name__
-
-
-def leaves(key: str, value: Any) -> Iterator[str]:
-    """The dotted keys in the table called `key`; `key` itself if `value` is no table."""
-    if isinstance(value, dict) and value:
-        for name, item in value.items():
-            yield from leaves(join(key, name), item)
-    else:
-        yield key

@@ -7,7 +7,7 @@ import math
 import operator
 import os
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import MISSING
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union
@@ -22,25 +22,16 @@ _SubcommandMarker: Any = type(tyro.conf.subcommand("name"))  # tyro does not exp
 
 # torchtitan's own numbers for which it would fail late or loop for ever.
 TORCHTITAN_BOUNDS = {
-    "training.steps": Ge(1),
-    "training.local_batch_size": Ge(1),
-    "training.seq_len": Ge(1),
-    "training.max_norm": Ge(0),
-    "training.gc_freq": Ge(1),
-    "metrics.log_freq": Ge(1),
-    "validator.freq": Ge(1),
-    "lr_scheduler.warmup_steps": Ge(0),
+    **dict.fromkeys(("training.steps", "training.local_batch_size", "training.seq_len", "training.gc_freq"), Ge(1)),
+    **dict.fromkeys(("metrics.log_freq", "validator.freq"), Ge(1)),
+    **dict.fromkeys(("training.max_norm", "lr_scheduler.warmup_steps"), Ge(0)),
 }
 
 _DESCRIPTIONS = {bool: "true or false", int: "an integer", float: "a number", str: "a string", dict: "a table"}
 _DESCRIPTIONS |= dict.fromkeys((list, tuple), "an array")
 
-_RELATIONS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
-    "ge": ("at least", operator.ge),
-    "gt": ("more than", operator.gt),
-    "le": ("at most", operator.le),
-    "lt": ("less than", operator.lt),
-}
+# The bounds of annotated_types, by the names of their attributes and of the functions in `operator`.
+_RELATIONS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 
 
 class Arm(NamedTuple):
@@ -128,27 +119,24 @@ def _converted(value: Any, expected: Any) -> Any:
     return check_type(value, expected, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
 
 
-def _bounds(hint: Any) -> list[tuple[str, Callable[[Any, Any], bool], float]]:
-    limits = [
-        (getattr(item, name, None), relation) for item in _metadata(hint) for name, relation in _RELATIONS.items()
-    ]
-    return [(text, holds, limit) for limit, (text, holds) in limits if limit is not None]
+def _bounds(hint: Any) -> Iterator[tuple[str, float]]:
+    for item in _metadata(hint):
+        yield from ((name, getattr(item, name)) for name in _RELATIONS if getattr(item, name, None) is not None)
 
 
 def bounds_text(hint: Any) -> str:
     """The bounds that a type is annotated with, as in "at least 0 and less than 1"."""
-    return " and ".join(f"{text} {limit}" for text, _, limit in _bounds(hint))
+    return " and ".join(f"{_RELATIONS[name]} {limit}" for name, limit in _bounds(hint))
 
 
 def out_of_bounds(value: Any, hint: Any) -> str:
     """What the bounds of `hint` ask for; empty if `value` is within them. An annotated number is finite, too."""
     if type(value) not in (int, float) or not _metadata(hint):
         return ""
-    if not math.isfinite(value):
-        return " and ".join(filter(None, ["must be finite", bounds_text(hint)]))
-    if all(holds(value, limit) for _, holds, limit in _bounds(hint)):
+    finite = "" if math.isfinite(value) else "finite"
+    if not finite and all(getattr(operator, name)(value, limit) for name, limit in _bounds(hint)):
         return ""
-    return f"must be {bounds_text(hint)}"
+    return f"must be {' and '.join(filter(None, [finite, bounds_text(hint)]))}"
 
 
 def bounded(key: str, hint: Any) -> Any:

@@ -5,8 +5,6 @@ are built on the meta device. A check reads and writes `Facts`, refuses there wh
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +46,6 @@ def run(config: Trainer.Config, world_size: int | None = None) -> str:
     if facts.problems:
         raise ConfigError(facts.problems)
     return report(facts)
-
-
-@contextmanager
-def _torchtitan_refuses(key: str) -> Iterator[None]:
-    """Turns torchtitan's own complaint about a configuration into a Problem of `key`."""
-    try:
-        yield
-    except (ValueError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(Problem(key, str(error) or type(error).__name__)) from error
 
 
 def find_world_size(facts: Facts) -> None:
@@ -111,8 +100,10 @@ def check_loss_chunks(facts: Facts) -> None:
 def find_student(facts: Facts) -> None:
     if facts.config.training.seq_len < 1:
         return
-    with _torchtitan_refuses("training"):
+    try:
         facts.student = Student(facts.config)
+    except (ValueError, AssertionError, NotImplementedError) as error:  # torchtitan's own complaints
+        raise ConfigError(Problem("training", str(error) or type(error).__name__)) from error
     if facts.config.let.enable and not facts.student.is_decoder:
         message = f"LET aligns the blocks of a decoder, and {facts.student.name} is none; train it without LET"
         facts.refuse("let.enable", message, True)

@@ -6,9 +6,7 @@ A loss that is what one expects of the teacher shows that the right weights were
 import argparse
 import importlib
 import math
-from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from let_plugin.config import TeacherConfig
@@ -40,7 +38,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--spec", default="", metavar="NAME", help="as let.teacher.spec: torchtitan runs the teacher")
     import_help = "Python module that registers the spec"
     parser.add_argument("--import", dest="modules", action="append", default=[], metavar="MODULE", help=import_help)
-    parser.add_argument("--text", metavar="FILE", help="measure the loss on this .txt, .jsonl, .json or .parquet file")
+    parser.add_argument("--text", metavar="FILE", help="measure the loss on this text; files as for text_files")
     parser.add_argument("--max-tokens", type=int, default=4096, metavar="N", help="of the text (default: 4096)")
     parser.add_argument("--tokenizer", default="", metavar="FOLDER", help="folder of the teacher's tokenizer")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the teacher's maths")
@@ -134,7 +132,7 @@ def _measure(
     seq_len = min(info.max_seq_len or _MAX_SEQ_LEN, _MAX_SEQ_LEN)
     parts: list[list[int]] = []
     num_bytes, num_left = 0, options.max_tokens
-    for document in _documents(options.text) if options.text else data.load_text_files(data.TEXT["test"])["text"]:
+    for document in data.load_text_files(options.text or data.TEXT["test"])["text"]:
         if num_left <= 0:
             break
         ids, size = _encode(tokenizer, document, max_tokens=num_left)
@@ -173,15 +171,3 @@ def _encode(tokenizer: Any, text: str, *, max_tokens: int) -> tuple[list[int], i
         ids = [bos, *ids]
     ids = ids[: max_tokens + 1]
     return ids, len(inner.decode(ids[1:]).encode()) if len(ids) > 1 else 0
-
-
-def _documents(path: str) -> Iterable[str]:
-    """The documents of a file: a .txt file is one; the others have one per line or row, in the field "text"."""
-    try:
-        if path.endswith(".txt"):
-            return [Path(path).read_text(encoding="utf-8")]
-        return data.load_text_files(path)["text"]
-    except ConfigError:
-        raise
-    except Exception as error:  # the datasets library has types of its own for a damaged file
-        raise ConfigError(Problem("--text", f"cannot be read: {error}", path)) from error

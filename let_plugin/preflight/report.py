@@ -113,13 +113,20 @@ class Cost:
 def cost(
     config: Trainer.Config,
     student: Student,
-    teacher: TeacherInfo,
+    source: TeacherSource | Features | None,
     pairs: Sequence[LayerPair],
     parallel_dims: ParallelDims,
-    features: Features | None = None,
 ) -> Cost:
-    """The cost of a checked configuration. With states that were made beforehand, `features`, no teacher runs."""
+    """The cost of a checked configuration; without a teacher, that of the control: the head once more for each block.
+
+    With states that were made beforehand no teacher runs.
+    """
+    if source is None:
+        # In fp32: the gathered norm and head, and their gradient.
+        memory = {"head": 2 * 4 * (student.num_head_params + student.width)}
+        return Cost(0, len(pairs) * student.num_head_params / student.num_matmul_params, memory)
     let: LetConfig = config.let
+    teacher, features = source.info, source if isinstance(source, Features) else None
     training, dtype = config.training, plan.teacher_dtype(config)
     layers = plan.teacher_layers(pairs)
     widths = {layer: teacher.width(layer, let.teacher.final_norm) for layer in layers}
@@ -148,7 +155,7 @@ def cost(
     if let.target == "logits":
         num_head = teacher.vocab_size * teacher.hidden_size
         num_teacher += num_head
-        own_head = auxiliary_cost(student, pairs)
+        own_head = cost(config, student, None, pairs, parallel_dims)
         overhead = own_head.overhead
         memory |= {"teacher's head": num_head * dtype.itemsize, **own_head.memory}
     else:
@@ -160,13 +167,6 @@ def cost(
         memory["encoded states"] = num_tokens * features.bytes_per_token(layers)
     overhead += num_teacher / (3 * student.num_matmul_params) * ratio
     return Cost(num_teacher, overhead, memory)
-
-
-def auxiliary_cost(student: Student, pairs: Sequence[LayerPair]) -> Cost:
-    """The cost of the control without a teacher: the head once more for each block."""
-    # In fp32: the gathered norm and head, and their gradient.
-    memory = {"head": 2 * 4 * (student.num_head_params + student.width)}
-    return Cost(0, len(pairs) * student.num_head_params / student.num_matmul_params, memory)
 
 
 def report(facts: Facts) -> str:
@@ -181,7 +181,7 @@ def report(facts: Facts) -> str:
             ended = "none guides the run (let.weight = 0)"
         lines.append(("teacher", ended))
     else:
-        lines += _auxiliary_lines(facts) if let.target == "labels" else _teacher_lines(facts)
+        lines += _guidance_lines(facts)
     if let.enable and plan.changes_the_start(let):
         lines += _start_lines(facts)
     heading = "LET preflight" if let.enable else "preflight"
@@ -206,66 +206,55 @@ def _start_lines(facts: Facts) -> list[tuple[str, str]]:
     return [("start", line) for line in lines]
 
 
-def _auxiliary_lines(facts: Facts) -> list[tuple[str, str]]:
-    student, pairs = facts.student, facts.pairs
-    assert student and pairs
-    costs = auxiliary_cost(student, pairs)
-    numbers = f"{student.num_head_params:,} parameters of the head, per block, beside {student.num_matmul_params:,}"
-    return [
+def _guidance_lines(facts: Facts) -> list[tuple[str, str]]:
+    config, student, source, pairs = facts.config, facts.student, facts.source, facts.pairs
+    assert student and pairs and facts.parallel_dims and facts.stop_step is not None
+    costs = cost(config, student, source, pairs, facts.parallel_dims)
+    lines = [
         ("teacher", "none: the labels are the target, through the student's own norm and head"),
         ("blocks", f"{', '.join(str(pair.student) for pair in pairs)} (of 0 to {student.num_blocks - 1})"),
-        ("lambda", _describe_schedule(facts)),
-        ("memory", f"+ {mib(sum(costs.memory.values()))} per rank while active"),
-        ("overhead", f"+ {costs.overhead:.1%} FLOPs while active: {numbers}"),
     ]
-
-
-def _teacher_lines(facts: Facts) -> list[tuple[str, str]]:
-    config, student, source, pairs = facts.config, facts.student, facts.source, facts.pairs
-    assert student and source and pairs and facts.parallel_dims and facts.stop_step is not None
-    let: LetConfig = config.let
-    teacher, layers = source.info, plan.teacher_layers(pairs)
-    features = source if isinstance(source, Features) else None
-    costs = cost(config, student, teacher, pairs, facts.parallel_dims, features)
-    dtype = str(plan.teacher_dtype(config)).removeprefix("torch.")
-    cut = f", cut over {facts.parallel_dims.tp} tensor-parallel ranks" if let.teacher.tensor_parallel else ""
-    vocabulary = [str(facts.vocabulary)]
-    if features:
-        vocabulary = ["the student's tokenizer is the one that the states were made with"]
-        overhead = "+ 0.0% FLOPs: the states are read, no teacher runs"
-        break_even = "at any saving of steps: the teacher ran when the states were made"
-    else:
-        times, heads = "", ""
-        if let.token_alignment.enable:
-            vocabulary = facts.trial or ["two tokenizers, matched by bytes of text"]
-            times = f" x {teacher_seq_len(config, teacher)} / {config.training.seq_len} tokens"
-        if let.target == "logits":
-            heads = ", and the student's head once more"
-        overhead = (
-            f"+ {costs.overhead:.1%} FLOPs while active: N_T / (3 N_S) = {costs.num_teacher_params:,} / (3 x "
-            f"{student.num_matmul_params:,}){times}{heads}, embeddings not counted"
-        )
-        # n steps with LET cost as much as `steps` plain ones when n + overhead * stop_step = steps.
-        steps = config.training.steps
-        affordable_steps = steps - costs.overhead * facts.stop_step
-        break_even = "never: the teacher costs more than the whole plain run"
-        if affordable_steps > 0:
-            break_even = f"at {steps / affordable_steps:.3f}x fewer steps"
+    if source is not None:
+        layers, dtype = plan.teacher_layers(pairs), str(plan.teacher_dtype(config)).removeprefix("torch.")
+        blocks = f"{source.info.num_layers} blocks of width {source.info.hidden_size}"
+        trunk = f"{source.info.num_params_to(layers):,} parameters in its trunk, {dtype}"
+        if config.let.teacher.tensor_parallel:
+            trunk += f", cut over {facts.parallel_dims.tp} tensor-parallel ranks"
+        states = source.describe(config, layers) if isinstance(source, Features) else ()
+        lines = [
+            ("teacher", f"{source.info.description}: {blocks}, {trunk}"),
+            *(("states", line) for line in states),
+            *(("alignment", _describe_pair(pair, student, source.info, config.let)) for pair in pairs),
+        ]
     parts = ", ".join(f"{name} {mib(size)}" for name, size in costs.memory.items())
+    # n steps with LET cost as much as `steps` plain ones when n + overhead * stop_step = steps.
+    steps = config.training.steps
+    affordable_steps = steps - costs.overhead * facts.stop_step
+    break_even = "never: it costs more than the whole plain run"
+    if affordable_steps > 0:
+        break_even = f"at {steps / affordable_steps:.3f}x fewer steps" if costs.overhead else "at any saving of steps"
     return [
-        (
-            "teacher",
-            f"{teacher.description}: {teacher.num_layers} blocks of width {teacher.hidden_size}, "
-            f"{teacher.num_params_to(layers):,} parameters in its trunk, {dtype}{cut}",
-        ),
-        *(("states", line) for line in (features.describe(config, layers) if features else ())),
-        *(("alignment", _describe_pair(pair, student, teacher, let)) for pair in pairs),
+        *lines,
         ("lambda", _describe_schedule(facts)),
-        *(("vocabulary", line) for line in vocabulary),
+        *(("vocabulary", line) for line in _describe_vocabularies(facts)),
         ("memory", f"+ {mib(sum(costs.memory.values()))} per rank while active: {parts}"),
-        ("overhead", overhead),
+        ("overhead", f"+ {costs.overhead:.1%} FLOPs while active: {_describe_overhead(facts, student, costs)}"),
         ("break-even", break_even),
     ]
+
+
+def _describe_overhead(facts: Facts, student: Student, costs: Cost) -> str:
+    config, source = facts.config, facts.source
+    if source is None:
+        return f"{student.num_head_params:,} parameters of the head, per block, beside {student.num_matmul_params:,}"
+    if isinstance(source, Features):
+        return "the states are read, no teacher runs"
+    text = f"N_T / (3 N_S) = {costs.num_teacher_params:,} / (3 x {student.num_matmul_params:,})"
+    if config.let.token_alignment.enable:
+        text += f" x {teacher_seq_len(config, source.info)} / {config.training.seq_len} tokens"
+    if config.let.target == "logits":
+        text += ", and the student's head once more"
+    return f"{text}, embeddings not counted"
 
 
 def _describe_pair(pair: LayerPair, student: Student, teacher: TeacherInfo, let: LetConfig) -> str:
@@ -287,6 +276,15 @@ def _describe_pair(pair: LayerPair, student: Student, teacher: TeacherInfo, let:
         f"output of student block {pair.student} (layers.{pair.student}, of 0 to {student.num_blocks - 1}) with the "
         f"teacher's {layer}, {widths}, {let.loss}{weight}"
     )
+
+
+def _describe_vocabularies(facts: Facts) -> list[str]:
+    source = facts.source
+    if isinstance(source, Features):
+        return ["the student's tokenizer is the one that the states were made with"]
+    if source is None or not facts.config.let.token_alignment.enable:
+        return [facts.vocabulary] if facts.vocabulary else []
+    return facts.trial or ["two tokenizers, matched by bytes of text"]
 
 
 def _describe_schedule(facts: Facts) -> str:

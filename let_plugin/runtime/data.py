@@ -58,8 +58,13 @@ def load_text_files(path: str) -> "Dataset":
     from datasets import load_dataset
 
     found = find_text_files(path, key="dataloader.dataset_path")
-    # The library takes file names for patterns.
-    dataset = load_dataset(_loader(found[0]), data_files=[glob.escape(f) for f in found], split="train")
+    files = [glob.escape(file) for file in found]  # the library takes file names for patterns
+    try:
+        dataset = load_dataset(_loader(found[0]), data_files=files, split="train")
+    except Exception as error:  # the library has types of its own for a damaged file
+        raise ConfigError(
+            Problem("dataloader.dataset_path", f"cannot be read: {error.__cause__ or error}", path)
+        ) from error
     if "text" not in dataset.column_names:
         columns = ", ".join(dataset.column_names)
         message = f'the documents have no field "text", only {columns}'

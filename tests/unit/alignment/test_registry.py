@@ -1,27 +1,18 @@
-"""Strict, suggesting, extensible through entry points."""
-
-import importlib.metadata
+"""Names are registered once; `test_plan.py` has unknown ones, `test_strategies.py` those of another package."""
 
 import pytest
 
-from let_plugin.alignment import registry as registry_module
 from let_plugin.alignment.layer_mapping import LAYER_MAPPINGS, register_layer_mapping
 from let_plugin.alignment.losses import LOSSES, LossEntry, get_loss, register_loss
 from let_plugin.alignment.projectors import DIMENSION_MATCHES, register_dimension_match
 from let_plugin.alignment.registry import Registry
 from let_plugin.alignment.schedules import SCHEDULES, register_schedule
-from let_plugin.config.errors import ConfigError, lookup
 
 
-@pytest.fixture
-def registry():
+def test_names_are_sorted_unique_and_can_be_taken_back():
     registry = Registry("colour", "let_plugin.test_colours")
     for name in ("red", "blue", "green"):
         assert registry.register(name, name.upper()) == name.upper()
-    return registry
-
-
-def test_names_are_sorted_unique_and_can_be_taken_back(registry):
     assert list(registry) == ["blue", "green", "red"] and registry.get("red") == "RED"
     with pytest.raises(ValueError, match="colour 'red' is registered already"):
         registry.register("red", 2)
@@ -54,26 +45,3 @@ def test_what_is_there_and_one_of_ones_own(own, register, names):
         own.register("plain", len)
         assert get_loss("plain") == LossEntry(len)
         own.unregister("plain")
-
-
-def test_unknown_name_suggests(registry):
-    message = r"unknown colour 'grene'; did you mean 'green'\? valid names: blue, green, red$"
-    with pytest.raises(LookupError, match=message):
-        registry.get("grene")
-    with pytest.raises(ConfigError, match=rf"^let\.colour = 'grene': {message}"):
-        lookup(registry.get, "grene", key="let.colour")
-
-
-def test_entry_points_are_loaded_once_and_only_when_asked_for(registry, monkeypatch):
-    groups = []
-
-    def entry_points(*, group):
-        groups.append(group)
-        return [importlib.metadata.EntryPoint("pi", "math:pi", group)]
-
-    monkeypatch.setattr(registry_module, "entry_points", entry_points)
-    registry.register("white", 1)
-    assert groups == []
-    assert registry.get("pi") == pytest.approx(3.14159, abs=1e-5)
-    assert list(registry) == ["blue", "green", "pi", "red", "white"]
-    assert groups == ["let_plugin.test_colours"]

@@ -1,13 +1,11 @@
-"""The process in its job, and running on the CPU. Shape legend: B batch, L sequence, N heads, H head width."""
+"""Running on the CPU. Shape legend: B batch, L sequence, N heads, H head width."""
 
-import os
 import sys
 
 import pytest
 import torch
 import torchtitan.distributed.fsdp as fsdp
 import torchtitan.models.common.attention as attention
-from torch import nn
 from torchtitan.models import deepseek_v3, llama3, qwen3
 from torchtitan.models.common.attention import FlexAttention
 from torchtitan.tools import utils
@@ -21,36 +19,6 @@ MIB = 2**20
 POSITIONS_BL = torch.stack(
     [torch.cat([torch.arange(n) for n in lengths]) for lengths in ([5, 1, 11], [16, 1], [2, 3, 12])]
 )
-
-
-# The process
-
-
-@pytest.fixture
-def outside_of_a_job(monkeypatch):
-    """The environment of a process that nothing like torchrun started."""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    for name in names:
-        monkeypatch.setenv(name, "")  # so that what set_up sets is undone, whether or not it was set before
-        monkeypatch.delenv(name)
-    return names
-
-
-def test_a_process_without_torchrun_becomes_a_job_of_its_own(outside_of_a_job):
-    assert host.set_up("cpu") == torch.device("cpu")
-    assert [os.environ[name] for name in outside_of_a_job[:-1]] == ["0", "0", "1", "1", "localhost"]
-    torch.distributed.init_process_group("gloo")  # reads the environment
-    try:
-        assert (torch.distributed.get_rank(), torch.distributed.get_world_size()) == (0, 1)
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def test_what_torchrun_says_is_kept(outside_of_a_job, monkeypatch):
-    monkeypatch.setenv("RANK", "3")
-    before = dict(os.environ)
-    host.set_up("cpu")
-    assert dict(os.environ) == before
 
 
 # torchtitan's device
@@ -97,21 +65,6 @@ def test_peak_memory_rises_with_an_allocation_and_can_be_reset(monkeypatch):
     assert not device.peak_is_resettable
     monkeypatch.undo()
     assert peak() > 0
-
-
-def test_fsdp_reduces_with_a_plain_sum(parallel_dims):
-    """gloo has no PREMUL_SUM, with which FSDP2 would apply its gradient divide factor."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
-    for module in (*model, model):
-        fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
-    fsdp.disable_fsdp_gradient_division(model)
-    for module in model:
-        group = module._get_fsdp_state()._fsdp_param_group
-        assert group.force_sum_reduction_for_comms
-        assert group.gradient_divide_factor == 1.0  # torchtitan's own part is still done
 
 
 # Attention

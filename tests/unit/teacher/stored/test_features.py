@@ -41,7 +41,7 @@ def test_a_run_that_it_is_for_is_reported(config, folder):
     report = preflight.run(config)
     assert f"states     {folder}: bfloat16, 64 bytes per token, 0.0 MiB per local batch" in report
     assert "cosine with the teacher's own states 1.00000 on average" in report
-    assert "overhead   + 0.0% FLOPs: the states are read, no teacher runs" in report
+    assert "overhead   + 0.0% FLOPs while active: the states are read, no teacher runs" in report
     assert "memory     + 0.1 MiB per rank while active: target 0.0 MiB, gradient 0.0 MiB, encoded states 0.0" in report
 
 
