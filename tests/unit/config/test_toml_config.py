@@ -2,7 +2,6 @@
 
 import dataclasses
 import gc
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from torchtitan.distributed.activation_checkpoint import FullAC
 from let_plugin.config import PairConfig, RuntimeConfig
 from let_plugin.config.errors import ConfigError, Problem
 from let_plugin.config.load import dump, load, read, resolve
-from tests.support.jobs import ROOT
 
 DEBUG_MODEL = 'base = "llama3.llama3_debugmodel"\n'
 
@@ -265,13 +263,10 @@ def test_unreadable_files(folder):
             read([name])
 
 
-def test_read_knows_the_device_and_imports_neither_torch_nor_torchtitan(folder):
+def test_read_knows_the_device(folder):
     (folder / "a.toml").write_text('base = "x.y"\n[runtime]\ndevice = "cpu"\n')
+    assert read(["a.toml"]).runtime.device == "cpu"
     assert read(["a.toml", "--runtime.device", "auto", "--training.steps=3"]).runtime.device == "auto"
-    code = "import sys, let_plugin.config.load as load; print(load.read(['a.toml']).runtime.device, "
-    code += "{'torch', 'torchtitan'} & set(sys.modules))"
-    run = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-    assert run.stdout.strip() == "cpu set()", run.stderr
 
 
 MODULE = """
