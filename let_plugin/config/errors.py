@@ -39,20 +39,15 @@ class ConfigError(ValueError):
         super().__init__("\n".join(map(str, self.problems)))
 
 
-def listing(error: ConfigError, program: str) -> str:
-    """What `program` prints before it exits with code 2: a heading, and a line for each problem."""
-    count = len(error.problems)
-    heading = f"{program}: {count} problem{'s' if count > 1 else ''} in the configuration"
-    return "\n".join([heading, *(f"  {problem}" for problem in error.problems)])
-
-
 def exit_with(error: ConfigError, program: str = "let-train") -> NoReturn:
-    """Prints the problems and exits with code 2."""
+    """Prints a heading and a line for each problem, and exits with code 2."""
     if os.environ.get("RANK", "0") != "0":
         # torchrun ends all ranks as soon as one has failed. Let rank 0 report first: it usually has the same problem.
         # A problem of this rank alone (a file that its machine lacks) is still printed after the wait.
         time.sleep(_SECONDS_FOR_RANK_0)
-    print(listing(error, program), file=sys.stderr, flush=True)
+    count = len(error.problems)
+    heading = f"{program}: {count} problem{'s' if count > 1 else ''} in the configuration"
+    print("\n".join([heading, *(f"  {problem}" for problem in error.problems)]), file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
