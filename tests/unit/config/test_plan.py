@@ -4,7 +4,6 @@ import functools
 
 import pytest
 import torch
-from torchtitan.config import CompileConfig
 
 from let_plugin.alignment.layer_mapping import LayerPair
 from let_plugin.config import LetConfig, PairConfig, ProjectorConfig, plan
@@ -99,27 +98,24 @@ def test_tokens_of_a_step_are_those_of_all_ranks():
     assert plan.stop_step(config, 2) == 3
 
 
+BY_HAND = [PairConfig(student=-1), PairConfig(student=0, teacher=0, weight=0.5)]
+BY_HAND += [PairConfig(student=-4, teacher="embedding")]
+
+
 @pytest.mark.parametrize(
-    ("let", "pair"),
+    ("let", "pairs"),
     [
-        ({"layer_mapping": "L2E"}, LayerPair(0, 1)),  # of the tiny student's 4 blocks and the teacher's 2
-        ({"layer_mapping": "L2M"}, LayerPair(1, 1)),
-        ({"layer_mapping": "L2L"}, LayerPair(3, 1)),
-        ({"layer_mapping": "L2L", "student_block": 0}, LayerPair(0, 1)),
-        ({"target": "logits"}, LayerPair(3, 1)),
-        ({"target": "labels"}, LayerPair(0, 1)),
+        ({"layer_mapping": "L2E"}, [LayerPair(0, 1)]),  # of the tiny student's 4 blocks and the teacher's 2
+        ({"layer_mapping": "L2M"}, [LayerPair(1, 1)]),
+        ({"layer_mapping": "L2L"}, [LayerPair(3, 1)]),
+        ({"layer_mapping": "L2L", "student_block": 0}, [LayerPair(0, 1)]),
+        ({"target": "logits"}, [LayerPair(3, 1)]),
+        ({"pairs": BY_HAND}, [LayerPair(3, 1), LayerPair(0, 0, 0.5), LayerPair(0, "embedding")]),
     ],
 )
-def test_the_pair_of_a_mapping_or_a_target(let, pair):
-    assert plan.pairs(config_of(**let), 2) == [pair]
-
-
-def test_pairs_by_hand_count_from_the_end_too():
-    pairs = [PairConfig(student=-1), PairConfig(student=0, teacher=0, weight=0.5)]
-    pairs.append(PairConfig(student=-4, teacher="embedding"))
-    got = plan.pairs(config_of(pairs=pairs), 2)
-    assert got == [LayerPair(3, 1), LayerPair(0, 0, 0.5), LayerPair(0, "embedding")]
-    assert plan.teacher_layers([*got, got[0]]) == [1, 0, "embedding"]
+def test_the_pairs_of_a_mapping_a_target_or_by_hand(let, pairs):
+    assert plan.pairs(config_of(**let), 2) == pairs
+    assert plan.teacher_layers([*pairs, pairs[0]]) == [pair.teacher for pair in pairs]
 
 
 def test_an_orthogonal_map_goes_from_the_side_that_is_asked_for():
@@ -134,14 +130,3 @@ def test_with_labels_for_a_target_each_block_occurs_once_and_no_teacher_layer_is
     chosen = [PairConfig(student=-2, weight=0.5), PairConfig(student=2, teacher=11), PairConfig(student=0)]
     got = plan.pairs(config_of(target="labels", pairs=chosen), None)
     assert [(pair.student, pair.weight) for pair in got] == [(2, 0.5), (0, 1.0)]
-
-
-def test_a_pair_is_compiled_if_torchtitan_compiles(monkeypatch):
-    calls = []
-    monkeypatch.setattr(torch, "compile", lambda function, **options: calls.append(options) or function)
-    config = config_of()
-    match = plan.dimension_match(config.let)(32, 48)
-    plan.pair_alignment(config, match)
-    config.compile = CompileConfig(enable=True, backend="aot_eager")
-    plan.pair_alignment(config, match)
-    assert calls == [{"backend": "aot_eager", "fullgraph": True, "isolate_recompiles": True}]

@@ -1,4 +1,4 @@
-"""The state of matches that learn, in one process; `tests/integration` has them on several."""
+"""The state of matches that learn; `test_matrix.py` compares their training with plain PyTorch."""
 
 import dataclasses
 
@@ -44,22 +44,6 @@ def train(projector, steps, start=0):
             projector._gradients["weight"].add_(torch.randn(4, 3, generator=generator))
         projector.reduce()
         projector.finish_step()
-
-
-def test_training_equals_a_plain_optimizer(part, config):
-    projector = learned(part, config)
-    weight = LearnedLinear(3, 4).weight
-    kwargs = config.optimizer.param_groups[0].optimizer_kwargs
-    optimizer = torch.optim.AdamW([weight], **{**kwargs, "lr": 0.0})
-    for step, factor in enumerate([0.5, 1.0]):  # warmup_steps = 2
-        generator = torch.Generator().manual_seed(step)
-        weight.grad = torch.randn(4, 3, generator=generator) + torch.randn(4, 3, generator=generator)
-        optimizer.param_groups[0]["lr"] = kwargs["lr"] * factor
-        optimizer.step()
-        train(projector, 1, start=step)
-        torch.testing.assert_close(part.get_parameter(f"{PROJECTOR}_0.weight"), weight)
-    projector.start_step(0)
-    assert torch.equal(projector.weights["weight"], part.get_parameter(f"{PROJECTOR}_0.weight"))
 
 
 def test_it_takes_the_settings_of_the_students_optimizer_for_its_name_or_its_own(part, config):

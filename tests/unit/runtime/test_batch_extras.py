@@ -43,18 +43,6 @@ def test_extras_are_those_of_their_batch_and_end(num_workers):
     assert seen[0] and not seen[-1] and len(seen) == 4
 
 
-def test_the_state_of_the_loader_is_that_of_a_plain_one():
-    def state(with_extras):
-        loader = StatefulDataLoader(Rows(), batch_size=2)
-        if with_extras:
-            BatchExtras(loader, Twice())
-        batches = iter(loader)
-        next(batches)
-        return loader.state_dict()
-
-    assert state(True) == state(False)
-
-
 def test_another_kind_of_loader_is_refused():
     with pytest.raises(ConfigError, match="dataloader = 'list'"):
         BatchExtras([], Twice())
