@@ -1,6 +1,11 @@
 import pytest
+from hypothesis import HealthCheck, settings
 
 from let_plugin.runtime import host
+
+# However busy the machine is.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 # Unit tests build torchtitan's parts in this process: it has to be set up before they are imported.
 host.set_up("cpu")

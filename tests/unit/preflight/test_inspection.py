@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from let_plugin.demo import TEACHER, TOKENIZER
 from let_plugin.preflight import teacher_cli as cli
+from tests.support import hf_models
 
 TEXTS = ["A late train.", "The early bird catches the worm, or so they say in the north of England.", "É" * 40]
 
@@ -87,11 +88,8 @@ def test_what_a_spec_alone_and_a_checkpoint_without_a_tokenizer_say(inspect, tin
 
 
 def test_a_tokenizer_of_another_model(inspect, tmp_path, capsys):
-    transformers = pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
-    config = transformers.LlamaConfig(
-        vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
-    )
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
+    hf_models.save(tmp_path, hf_models.config_of("phi"))
     shutil.copy(f"{TOKENIZER}/tokenizer.json", tmp_path)
     with pytest.raises(SystemExit, match="2"):
         inspect(tmp_path)

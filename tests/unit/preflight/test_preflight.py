@@ -84,7 +84,6 @@ INIT, ZERO = {"let__init__parts": "both"}, {"let__init__upper_blocks": "zero"}
 
 # What is set, and the error: its start, and a part of the message, as regular expressions. {files} is the folder above.
 MISTAKES = [
-    ({"training__local_batch_size": 0}, "training.local_batch_size = 0", "must be at least 1"),
     ({**GRADIENT, "let__diagnosis_freq": 0}, "let.diagnosis_freq = 0", "must be at least 1"),
     ({"dataloader__dataset": "let_demo_trian"}, "dataloader.dataset = 'let_demo_trian'", "mean 'let_demo_train'?"),
     (TEXT_FILES, "dataloader.dataset_path = ''", "no such file; give a file, a folder or a glob pattern"),
