@@ -46,25 +46,12 @@ def replaced(old, new):
     return edit
 
 
-def parts(folder, index=None):
-    """The weights in two files of other names; with an index, if it is given."""
-    weights = load_file(folder / FILE)
-    (folder / FILE).unlink()
-    for i in range(2):
-        save_file(dict(list(weights.items())[i::2]), folder / f"part-{i}.safetensors")
-    if index:
-        (folder / f"{FILE}.index.json").write_text(index)
-
-
 UP = "model.layers.1.mlp.up_proj.weight"
 BIAS = "model.layers.1.self_attn.q_proj.bias"
-INDEX = '{"weight_map": {"model.norm.weight": "part-2.safetensors"}}'
 SAFETENSORS = [  # mistake, part of the error
     (shutil.rmtree, "no such folder with a torchtitan checkpoint (DCP) or *.safetensors"),
     (lambda f: (f / FILE).rename(f / "pytorch_model.bin"), "no such folder with a torchtitan checkpoint"),
     (lambda f: cut(f / FILE, -2_000_000), f"{FILE} is truncated or not a safetensors file"),
-    (lambda f: cut(f / FILE, 0), f"{FILE} is truncated or not a safetensors file"),
-    (lambda f: parts(f, INDEX), "not there: part-2.safetensors; fetch them. The folder has part-0.safetensors, part-1"),
     (replaced("{", "["), "config.json cannot be read"),
     (edited(lambda w: {k: v for k, v in w.items() if k != UP}), f"lacks tensors that the spec asks for: {UP}"),
     (edited(lambda w: w | {UP: torch.zeros(128, 352)}), f"{UP} (file (128, 352), spec (352, 128))"),
@@ -104,29 +91,16 @@ def test_files_of_a_torchtitan_checkpoint_that_are_not_wholly_there(tiny_teacher
     assert message in message_of(folder)
 
 
-W2 = "layers.1.feed_forward.w2.weight"
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({W2: "no tensor"}, f"lacks tensors that the spec asks for: {W2}"),
-        ({W2: torch.zeros(32, 64, dtype=torch.int32)}, f"{W2} (file integers, spec floating-point numbers)"),
-    ],
-)
-def test_weights_of_a_torchtitan_checkpoint_that_are_none_are_named(tiny_teacher, tmp_path, wrong, message):
-    weights = {k: v for k, v in tiny_teacher[1].items() if k != W2}
-    dcp.save(weights | wrong, checkpoint_id=str(tmp_path), no_dist=True)
-    assert message in message_of(tmp_path)
-
-
 def test_what_is_left_over_or_has_another_name_is_no_mistake(tiny_teacher, tmp_path, safetensors):
     extra = {"lm_head.weight": torch.ones(4096, 32), "optimizer.state.norm.weight.exp_avg": torch.ones(32), "step": 3}
     dcp.save({**tiny_teacher[1], **extra}, checkpoint_id=str(tmp_path / "training"), no_dist=True)
     opened(tmp_path / "training", spec="tiny_teacher")
     # Rotary frequencies follow from the configuration.
     edited(lambda w: w | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(32)})(safetensors)
-    parts(safetensors)
+    weights = load_file(safetensors / FILE)
+    (safetensors / FILE).unlink()
+    for i in range(2):
+        save_file(dict(list(weights.items())[i::2]), safetensors / f"part-{i}.safetensors")
     opened(safetensors, spec="demo_teacher")
 
 
@@ -134,6 +108,10 @@ def test_all_that_is_wrong_is_said_at_once_and_by_the_preflight_check(tiny_teach
     """`let-train --check` ends here: before anything is built."""
     weights = {k: v for k, v in tiny_teacher[1].items() if k != "norm.weight"}
     weights |= {"layers.0.attention_norm.weight": torch.ones(31), "layers.1.attention.wo.bias": torch.ones(32)}
+    weights |= {
+        "layers.0.feed_forward.w2.weight": torch.zeros(32, 64, dtype=torch.int32),
+        "layers.1.feed_forward.w2.weight": "no tensor",
+    }
     dcp.save(weights, checkpoint_id=str(tmp_path / "teacher"), no_dist=True)
     (file,) = (tmp_path / "teacher").glob("*.distcp")
     cut(file, 5000)
@@ -141,7 +119,8 @@ def test_all_that_is_wrong_is_said_at_once_and_by_the_preflight_check(tiny_teach
     with pytest.raises(ConfigError) as info:
         preflight.run(config)
     lacking, misshapen, surplus, truncated = (problem.message for problem in info.value.problems)
-    assert "norm.weight" in lacking
+    assert "lacks tensors that the spec asks for: layers.1.feed_forward.w2.weight, norm.weight" in lacking
+    assert "layers.0.feed_forward.w2.weight (file integers, spec floating-point numbers)" in misshapen
     assert "layers.0.attention_norm.weight (file (31,), spec (32,))" in misshapen
     assert "layers.1.attention.wo.bias" in surplus
     assert "(__0_0.distcp is truncated)" in truncated
