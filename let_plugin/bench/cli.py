@@ -73,6 +73,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         parser.error(f"unrecognized arguments: {' '.join(options)}")
     if args.command == "converge" and args.tuning_seeds is None:
         args.tuning_seeds = [max(args.seeds) + 1]
+    for name in {"seeds", "tuning_seeds", "teacher_share"} & vars(args).keys():
+        setattr(args, name, list(dict.fromkeys(getattr(args, name))))  # without what is given twice
     return args, options
 
 
@@ -85,7 +87,7 @@ def _add_throughput(parser: argparse.ArgumentParser) -> None:
     add("--pairs", type=_integer(2), default=7, help="how often each case is measured (7)")
     add("--steps", type=_integer(2), default=8, help="measured steps of a run, after 4 that are not (8)")
     help_ = "random teachers of P %% of the student's size, instead of the configured one"
-    add("--teacher-share", type=_percentage, nargs="+", action=_Unique, default=[], metavar="P", help=help_)
+    add("--teacher-share", type=_percentage, nargs="+", default=[], metavar="P", help=help_)
     add("--profile", action="store_true", help="one more run per case: where the overhead goes")
     help_ = "the cases make their steps in turn: for noisy machines, with memory for all of them at once"
     add("--interleave", action="store_true", help=help_)
@@ -101,7 +103,7 @@ def _add_converge(parser: argparse.ArgumentParser) -> None:
     )
     add("--methods", nargs="+", default=methods, metavar="M", help=help_)
     add("--methods-file", type=Path, metavar="FILE.toml", help="methods as NAME = [options of let-train]")
-    seeds: dict[str, Any] = {"type": _integer(0), "nargs": "+", "action": _Unique, "metavar": "S"}
+    seeds: dict[str, Any] = {"type": _integer(0), "nargs": "+", "metavar": "S"}
     add("--seeds", default=[0, 1, 2, 3, 4], help="of the results (0 1 2 3 4)", **seeds)
     add("--tuning-seeds", help="of the runs that choose (the one after --seeds)", **seeds)
     help_ = "an option of let-train and values to choose from for each method; several: all combinations"
@@ -111,13 +113,6 @@ def _add_converge(parser: argparse.ArgumentParser) -> None:
     add("--selected-text", type=Path, metavar="FILE", help="of miniplm: see its data_selection")
     add("--gstack-blocks", type=_integer(1), metavar="N", help="of gstack: blocks of the shallow model")
     add("--gstack-steps", type=_integer(1), metavar="N", help="of gstack: steps of the shallow model")
-
-
-class _Unique(argparse.Action):
-    """A list without what is given twice."""
-
-    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
-        setattr(namespace, self.dest, list(dict.fromkeys(values)))
 
 
 def _integer(least: int) -> Callable[[str], int]:

@@ -1,4 +1,4 @@
-"""Runs, each in a process of its own, and how long the rest will take."""
+"""Runs, each in a process of its own."""
 
 import json
 import os
@@ -6,9 +6,7 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,8 +17,7 @@ _JOB_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTE
 # Puts large CPU tensors into huge pages, where the kernel has them (torch reads this). With small pages, one of two
 # equal runs can be slower throughout, depending on where its pages happen to lie.
 _HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
-# Between SIGTERM and SIGKILL. torchrun itself gives its processes 30 seconds.
-_GRACE_SECONDS, _GRACE_SECONDS_TORCHRUN = 10.0, 40.0
+_GRACE_SECONDS = 40.0  # between SIGTERM and SIGKILL; torchrun itself gives its processes 30
 
 
 class RunFailedError(RuntimeError):
@@ -35,7 +32,6 @@ class Running:
 
     def __init__(self, module: str, args: Sequence[str], out: Path, *, what: str, num_processes: int) -> None:
         self._what, self._out, self._log = what, out, out.with_suffix(".log")
-        self._grace = _GRACE_SECONDS if num_processes == 1 else _GRACE_SECONDS_TORCHRUN
         launcher = [sys.executable, "-m"]
         if num_processes > 1:
             launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes), "-m"]
@@ -57,7 +53,7 @@ class Running:
         if self._process.poll() is None:
             self._process.terminate()
             try:
-                self._process.wait(self._grace)
+                self._process.wait(_GRACE_SECONDS)
             except (subprocess.TimeoutExpired, KeyboardInterrupt):  # a second Ctrl-C: at once
                 os.killpg(self._process.pid, signal.SIGKILL)
                 self._process.wait()
@@ -98,19 +94,3 @@ def check_launch(out: Path, work: Path) -> None:
 def slug(label: str) -> str:
     """`label` as a file name; the end of it if it is long."""
     return re.sub(r"[^\w.]+", "-", label)[-100:].strip("-")
-
-
-class Progress:
-    """Prints what is done and how long the rest will take: each run as long as those before it on average."""
-
-    def __init__(self, num_left: int) -> None:  # of runs; may be set anew
-        self.num_left = num_left
-        self._num_done, self._started = 0, time.monotonic()
-
-    def after(self, message: str) -> None:
-        """The next run has ended."""
-        self.num_left -= 1
-        self._num_done += 1
-        mean = (time.monotonic() - self._started) / self._num_done
-        done = f"[{self._num_done}/{self._num_done + self.num_left}]"
-        print(f"{done} {message} ({timedelta(seconds=round(mean * self.num_left))} left)", flush=True)

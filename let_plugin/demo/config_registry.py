@@ -6,22 +6,12 @@ The TOML files in train_configs/ overlay these.
 from functools import partial
 from typing import Any
 
-from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
-from torchtitan.components.metrics import MetricsProcessor
-from torchtitan.components.validate import Validator
-from torchtitan.config import DebugConfig, TrainingConfig
-from torchtitan.models.common.config_utils import decoder_vocab_size
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.trainer import Trainer
 
 from let_plugin.demo import TEACHER, TOKENIZER
-from let_plugin.runtime.models import llama_spec
-from let_plugin.runtime.upstream import (
-    CheckpointManager,
-    HuggingFaceTextDataLoader,
-    LRSchedulersContainer,
-    default_adamw,
-)
+from let_plugin.runtime.models import llama_spec, text_training
+from let_plugin.runtime.upstream import default_adamw
 from let_plugin.teacher.titan.source import register_teacher_spec
 
 _VOCAB_SIZE = 4096  # of the demo's tokenizer
@@ -35,26 +25,14 @@ register_teacher_spec("demo_teacher", _teacher_spec, path=TEACHER, tokenizer_pat
 
 
 def _config(model_spec: ModelSpec) -> Trainer.Config:
-    return Trainer.Config(
-        model_spec=model_spec,
-        hf_assets_path=TOKENIZER,
-        loss=ChunkedLossWrapper.Config(
-            loss_fn=CrossEntropyLoss.Config(global_vocab_size=decoder_vocab_size(model_spec))
-        ),
-        optimizer=default_adamw(lr=2e-3),
-        lr_scheduler=LRSchedulersContainer.Config(warmup_steps=10, decay_type="cosine", min_lr_factor=0.1),
-        training=TrainingConfig(local_batch_size=32, seq_len=256, steps=120, disable_cuda_graphs=True),
-        dataloader=HuggingFaceTextDataLoader.Config(dataset="let_demo_train"),
-        validator=Validator.Config(
-            enable=True,
-            freq=10,
-            steps=4,
-            dataloader=HuggingFaceTextDataLoader.Config(dataset="let_demo_validation", infinite=False),
-        ),
-        metrics=MetricsProcessor.Config(log_freq=10, enable_tensorboard=True),
-        checkpoint=CheckpointManager.Config(interval=1000),
-        debug=DebugConfig(seed=0),
-    )
+    config: Any = text_training(model_spec, "let_demo_train", "let_demo_validation")
+    config.hf_assets_path = TOKENIZER
+    config.optimizer = default_adamw(lr=2e-3)
+    config.lr_scheduler.warmup_steps = 10
+    config.training.local_batch_size, config.training.seq_len, config.training.steps = 32, 256, 120
+    config.validator.freq, config.validator.steps = 10, 4
+    config.checkpoint.interval = 1000
+    return config
 
 
 def student() -> Trainer.Config:

@@ -1,18 +1,30 @@
-"""Llama models of any size, built from torchtitan's parts."""
+"""Llama models of any size, built from torchtitan's parts, and their training on text."""
 
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch.nn as nn
+from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
+from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.components.validate import Validator
+from torchtitan.config import DebugConfig, TrainingConfig
 from torchtitan.distributed.pipeline_parallel import pipeline_llm
 from torchtitan.models.common import ComplexRoPE, Embedding, Linear, RMSNorm
-from torchtitan.models.common.config_utils import get_attention_config, make_ffn_config, make_gqa_config
+from torchtitan.models.common.config_utils import (
+    decoder_vocab_size,
+    get_attention_config,
+    make_ffn_config,
+    make_gqa_config,
+)
 from torchtitan.models.common.param_init import depth_scaled_std, skip_param_init
 from torchtitan.models.llama3 import Llama3Model, parallelize_llama
 from torchtitan.models.llama3.model import Llama3TransformerBlock
 from torchtitan.models.llama3.state_dict_adapter import Llama3StateDictAdapter
 from torchtitan.protocols.model_spec import ModelSpec
+from torchtitan.trainer import Trainer
+
+from let_plugin.runtime.upstream import HuggingFaceTextDataLoader, LRSchedulersContainer, default_adamw
 
 _INIT_STD = 0.02
 
@@ -114,3 +126,21 @@ def _norm(dim: int, eps: float) -> RMSNorm.Config:
 
 def _init(std: float, **bounds: Any) -> dict[str, Any]:
     return {"weight": partial(nn.init.trunc_normal_, std=std, **bounds), "bias": nn.init.zeros_}
+
+
+def text_training(model_spec: ModelSpec, dataset: str, validation: str) -> Trainer.Config:
+    """Training on one dataset and validation on another, with a cosine schedule; its sizes are the caller's to set."""
+    loss_fn = CrossEntropyLoss.Config(global_vocab_size=decoder_vocab_size(model_spec))
+    held_out = HuggingFaceTextDataLoader.Config(dataset=validation, infinite=False)
+    return Trainer.Config(
+        model_spec=model_spec,
+        loss=ChunkedLossWrapper.Config(loss_fn=loss_fn),
+        optimizer=default_adamw(),
+        lr_scheduler=LRSchedulersContainer.Config(decay_type="cosine", min_lr_factor=0.1),
+        # Without CUDA graphs also where LET is off: a run and its baseline are to differ in LET alone.
+        training=TrainingConfig(disable_cuda_graphs=True),
+        dataloader=HuggingFaceTextDataLoader.Config(dataset=dataset),
+        validator=Validator.Config(enable=True, dataloader=held_out),
+        metrics=MetricsProcessor.Config(log_freq=10, enable_tensorboard=True),
+        debug=DebugConfig(seed=0),
+    )

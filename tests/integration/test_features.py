@@ -1,6 +1,5 @@
-"""A run that reads the teacher's states is the run that the teacher guides, bit for bit, or nearly if it reads less."""
+"""A run that reads the teacher's states is the run that the teacher guides, bit for bit."""
 
-import re
 import signal
 
 import pytest
@@ -43,12 +42,11 @@ def cross(folder, config):
 
 @pytest.fixture(scope="module")
 def exported(folder, config, cross):
-    """Name -> (folder with the states of one data-parallel rank, what the export said)."""
-    options = {"bfloat16": [config], "int8": [config, "--encoding", "int8"], "cross": [cross]}
-    return {
-        name: (folder / name, jobs.run("let_plugin.teacher.export", *args, "--out", folder / name, *RUN).stderr)
-        for name, args in options.items()
-    }
+    """Name -> folder with the states of one data-parallel rank."""
+    files = {"same": config, "cross": cross}
+    for name, file in files.items():
+        jobs.run("let_plugin.teacher.export", file, "--out", folder / name, *RUN)
+    return {name: folder / name for name in files}
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +62,6 @@ def reading(features):
 
 
 def assert_equal(runs, name, expected):
-    for run in (runs[name], runs[expected]):
-        assert "error" not in run, run["error"]
     for weight, gradient in runs[expected]["gradients"].items():
         assert runs[name]["gradients"][weight].equal(gradient), weight
     logged = [
@@ -78,13 +74,12 @@ def assert_equal(runs, name, expected):
 
 @pytest.fixture(scope="module")
 def runs(folder, config, cross, exported):
-    features, int8, across = (reading(exported[name][0]) for name in ("bfloat16", "int8", "cross"))
+    features, across = (reading(exported[name]) for name in ("same", "cross"))
     cases = {
         "teacher": (config, []),
         "features": (config, features),
         # A worker reads ahead, beyond the stop step: what is not there then is no error.
         "worker": (config, [*features, "--dataloader.num_workers", "1"]),
-        "int8": (config, int8),
         "cross, teacher": (cross, []),
         "cross, features": (cross, across),
     }
@@ -92,9 +87,9 @@ def runs(folder, config, cross, exported):
     return jobs.train_many(folder, cases, processes=1)
 
 
-@pytest.mark.parametrize("name", ["features", "worker"])
-def test_losses_and_gradients_are_those_of_the_run_with_the_teacher(runs, name):
-    assert_equal(runs, name, "teacher")
+def test_losses_and_gradients_are_those_of_the_run_with_the_teacher(runs):
+    assert_equal(runs, "features", "teacher")
+    assert_equal(runs, "worker", "teacher")
 
 
 def test_so_they_are_with_a_teacher_of_another_tokenizer(runs):
@@ -104,26 +99,8 @@ def test_so_they_are_with_a_teacher_of_another_tokenizer(runs):
     assert runs["cross, teacher"]["logged"][0]["let/cosine"] != runs["teacher"]["logged"][0]["let/cosine"]
 
 
-def test_states_that_take_less_guide_nearly_as_the_teacher(runs):
-    def difference(name):
-        return jobs.relative_difference(runs[name]["gradients"], runs["teacher"]["gradients"])
-
-    assert "error" not in runs["int8"], runs["int8"]["error"]
-    for got, expected in zip(runs["int8"]["logged"], runs["teacher"]["logged"], strict=True):
-        assert got["loss"] == pytest.approx(expected["loss"], abs=3e-5)
-        assert got.get("let/cosine") == pytest.approx(expected.get("let/cosine"), abs=3e-4)
-    assert 0 < 4 * difference("int8") < difference("cross, teacher")
-
-
-def test_an_export_says_how_far_it_is_and_how_long_it_takes(exported):
-    """By tqdm's bar: the share, tokens so far and in all, time so far and to come, and speed."""
-    bar = r"export: 100%\|[^|]*\| (768)/(768) \[\d\d:\d\d<00:00, *[\d.]+k? tokens/s\]"
-    for _, output in exported.values():
-        assert re.findall(bar, output) == [("768", "768")], output
-
-
 def test_so_they_are_on_two_processes(tmp_path, config, exported, features_of_two_ranks):
-    one, two = reading(exported["bfloat16"][0]), reading(features_of_two_ranks)
+    one, two = reading(exported["same"]), reading(features_of_two_ranks)
     cases = {
         f"{name}, {what}": (config, [*RUN, *layout, *source, "--dump_folder", tmp_path / name / what])
         for name, layout, states in (("FSDP2", FSDP2, two), ("pipeline", PIPELINE, one))
@@ -148,7 +125,7 @@ def test_one_process_and_a_killed_one_write_what_two_write(folder, config, featu
 
 
 def test_killed_and_resumed_equals_uninterrupted(tmp_path, config, exported, runs):
-    args = [*RUN, *reading(exported["bfloat16"][0]), "--checkpoint.enable", "--checkpoint.interval", "1"]
+    args = [*RUN, *reading(exported["same"]), "--checkpoint.enable", "--checkpoint.interval", "1"]
     jobs.kill(tmp_path, config, *args, step=3)
     jobs.probe(tmp_path, config, *args)
     losses = {line["step"]: line["loss_metrics/global_avg_loss"] for line in jobs.metrics(tmp_path)}

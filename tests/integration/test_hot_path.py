@@ -19,8 +19,6 @@ def steps_of(folder, tiny_teacher, cases, processes, count):
     config.write_text(jobs.TINY.format(folder=folder / "out", teacher=tiny_teacher[0]))
     cases = {name: (config, [*STEPS, *args]) for name, args in cases.items()}
     results = jobs.train_many(folder, cases, processes, count=count)
-    for result in results.values():
-        assert "error" not in result, result["error"]
     return {name: result["steps"] for name, result in results.items()}
 
 

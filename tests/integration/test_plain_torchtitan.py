@@ -39,14 +39,6 @@ def stopped(tmp_path_factory, tiny_teacher):
     return folder, jobs.probe(folder, config, *STEPS, *SAVE, "--let.stop-step", STOP)
 
 
-def without_teacher(tmp_path, folder, step):
-    """(folder, TOML file) of a run that goes on from a checkpoint of `folder`; its teacher has been deleted."""
-    shutil.copytree(folder / f"checkpoint/step-{step}", tmp_path / f"out/checkpoint/step-{step}")
-    config = tmp_path / "tiny.toml"
-    config.write_text(jobs.TINY.format(folder=tmp_path / "out", teacher=tmp_path / "deleted"))
-    return tmp_path / "out", config
-
-
 def test_weight_zero_equals_torchtitans_own_entry_point(tmp_path, tiny_config, plain):
     let = jobs.probe(tmp_path / "let", tiny_config, *STEPS, "--let.weight", "0", "--let.stop-step", "9")
     assert len(let["gradients"]) == 12
@@ -61,8 +53,6 @@ def test_after_the_stop_nothing_of_let_is_left(tmp_path, stopped):
     lines = jobs.metrics(folder)
     assert [line["let/active"] for line in lines] == [1.0] * STOP + [0.0] * (12 - STOP)
     assert all(line["let/lambda"] == 0 and "let/cosine" not in line for line in lines[STOP:])
-    assert let["added_hooks"] == 0
-    assert let["teacher_modules_alive"] == 0
 
     shutil.copytree(folder / f"checkpoint/step-{STOP}", tmp_path / f"plain/checkpoint/step-{STOP}")
     onwards = jobs.probe(tmp_path / "plain", "--plain", *STEPS, *SAVE)
@@ -71,20 +61,14 @@ def test_after_the_stop_nothing_of_let_is_left(tmp_path, stopped):
 
 
 def test_after_the_stop_neither_teacher_nor_its_library_is_needed(tmp_path, stopped):
-    folder, config = without_teacher(tmp_path, stopped[0], STOP)
+    folder, config = tmp_path / "out", tmp_path / "tiny.toml"
+    shutil.copytree(stopped[0] / f"checkpoint/step-{STOP}", folder / f"checkpoint/step-{STOP}")
+    config.write_text(jobs.TINY.format(folder=folder, teacher=tmp_path / "deleted"))
     hf = ["--let.teacher.spec", ""]  # a folder that `transformers` would read
     args = [*STEPS, *SAVE, "--let.stop-step", STOP, *hf]
     resumed = jobs.probe(folder, config, *args, PROBE_WITHOUT="transformers")
     assert len(resumed["gradients"]) == 12 - STOP
     assert_identical(resumed, stopped[1])
-
-
-def test_before_the_stop_a_missing_teacher_is_one_clear_error(tmp_path, stopped):
-    folder, config = without_teacher(tmp_path, stopped[0], 3)
-    result = jobs.run("let_plugin.train", config, *STEPS, *SAVE, "--let.stop-step", STOP, check=False)
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert "1 problem in the configuration" in result.stderr and "let.teacher.path" in result.stderr
-    assert [path.name for path in folder.iterdir()] == ["checkpoint"]
 
 
 def test_let_goes_on_from_a_checkpoint_of_plain_torchtitan(tmp_path, tiny_config, plain):

@@ -31,7 +31,6 @@ def assert_equal(probe, metrics, steps, weights, tolerance):
 def test_gradients_weights_and_metrics_equal_the_reference(tmp_path, tiny_config, tiny_teacher):
     probe = jobs.probe(tmp_path / "out", tiny_config)
     assert_equal(probe, jobs.metrics(tmp_path / "out"), *train_reference(probe, tiny_teacher[1]), 1e-6)
-    assert probe["teacher_modules_alive"] > 0  # the alignment ends with the run
 
 
 def test_code_that_is_compiled_and_checkpointed_does_the_same(tmp_path, tiny_config, tiny_teacher):

@@ -30,26 +30,17 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class Calls:
-    """Counts the calls of a method of a class, of those whose result `counts`."""
+@contextlib.contextmanager
+def calls_of(owner, name, counts=lambda result: True):
+    """A list of what `counts` says of each call of a method of a class, by its result."""
+    own, found = getattr(owner, name), []
 
-    def __init__(self, owner, name, counts=lambda result: True):
-        self.num = 0
-        own = getattr(owner, name)
+    def counted(*args, **kwargs):
+        found.append(counts(result := own(*args, **kwargs)))
+        return result
 
-        def counted(*args, **kwargs):
-            result = own(*args, **kwargs)
-            self.num += counts(result)
-            return result
-
-        self._patch = mock.patch.object(owner, name, counted)
-
-    def __enter__(self):
-        self._patch.start()
-        return self
-
-    def __exit__(self, *_):
-        self._patch.stop()
+    with mock.patch.object(owner, name, counted):
+        yield found
 
 
 def watch(trainer, *, compiled):
@@ -65,18 +56,15 @@ def watch(trainer, *, compiled):
 
 
 def _eager(step):
-    reads = [Calls(torch.Tensor, name) for name in READS]
     with Operations() as operations, contextlib.ExitStack() as stack:
-        for calls in reads:
-            stack.enter_context(calls)
+        reads = [stack.enter_context(calls_of(torch.Tensor, name)) for name in READS]
         step()
-    num_reads = operations.num_reads + sum(calls.num for calls in reads)
-    return {"reads": num_reads, "operations": operations.operations}
+    return {"reads": operations.num_reads + sum(map(len, reads)), "operations": operations.operations}
 
 
 def _compiled(step):
     before = counters["stats"]["unique_graphs"]
     # A size that is fixed is a number at once.
-    with Calls(ShapeEnv, "create_symbol", lambda size: not size.is_number) as symbols:
+    with calls_of(ShapeEnv, "create_symbol", lambda size: not size.is_number) as symbols:
         step()
-    return {"graphs": counters["stats"]["unique_graphs"] - before, "symbols": symbols.num}
+    return {"graphs": counters["stats"]["unique_graphs"] - before, "symbols": sum(symbols)}

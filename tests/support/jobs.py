@@ -49,23 +49,14 @@ _NO_ACCELERATOR = {"CUDA_VISIBLE_DEVICES": ""}
 _TIMEOUT = 900.0
 
 
-def run(module, *args, processes=1, check=True, fresh=False, torchrun=False, **env):
-    """Runs `python -m module args` from the root of the repository, and waits for it.
+def run(module, *args, processes=1, check=True, torchrun=False, **env):
+    """Runs `python -m module args` from the root of the repository, and waits for it: a `CompletedProcess`.
 
-    Args:
-        module: What to run.
-        *args: Its arguments.
-        processes: How many of them, with the environment that torchrun gives them. If one fails, the others are ended.
-        check: Whether a failure is one of the test.
-        fresh: In a new interpreter, and not in one that is forked off with all imported (tests/support/fork_server.py).
-            More than one start under torchrun. Implied by a variable that is read early.
-        torchrun: `fresh`, and under torchrun even if alone.
-        **env: Environment variables.
-
-    Returns:
-        A `subprocess.CompletedProcess`; of several processes, with the exit code of the first that failed.
+    In processes that are forked off with all imported (fork_server.py), with the environment that torchrun gives them;
+    if one fails, the others are ended, and its exit code is the job's. With `torchrun`, or an environment variable that
+    is read early, in new interpreters, several of them under torchrun. `check`: a failure is one of the test.
     """
-    if fresh or torchrun or env.keys() - _LATE:
+    if torchrun or env.keys() - _LATE:
         command = [sys.executable]
         if torchrun or processes > 1:
             # --standalone: torchrun itself takes a port that is free, and keeps it.
@@ -131,27 +122,15 @@ def kill(folder, config, *args, step):
     assert result.returncode == -signal.SIGKILL, result.stderr[-4000:]
 
 
-def train_many(folder, cases, processes, *, count=None, **env):
-    """Trains the configurations one after the other in one job (tests/support/matrix.py).
+def train_many(folder, cases, processes, *, check=True, count=None, **env):
+    """Trains `cases`, name -> (TOML file, arguments), one after the other in one job: name -> what the run did.
 
-    Args:
-        folder: For the files of the job.
-        cases: Name -> (TOML file, arguments).
-        processes: How many.
-        count: What to count in each step (tests/support/hot_path.py): nothing, "eager" or "compiled".
-        **env: Environment variables.
-
-    Returns:
-        Name -> what the run did.
+    See matrix.py; `folder` is for the files of the job, `count` what to count in each step (hot_path.py). With `check`,
+    a run that fails is a failure of the test; without it, it did an "error".
     """
     rows = [
-        {
-            "name": name,
-            "config": str(config),
-            "args": list(map(str, args)),
-            "count": count,
-            "out": str(folder / f"{processes}-{i}.pt"),
-        }
+        {"name": name, "config": str(config), "args": [*map(str, args)], "count": count}
+        | {"out": str(folder / f"{processes}-{i}.pt")}
         for i, (name, (config, args)) in enumerate(cases.items())
     ]
     listed = folder / f"{processes}.json"
@@ -165,7 +144,10 @@ def train_many(folder, cases, processes, *, count=None, **env):
             break
         print(f"a crash; the cases that are left are run again\n{_fatal_error(result)}")
     assert result.returncode == 0, _report(result)
-    return {row["name"]: torch.load(row["out"], weights_only=True, map_location="cpu") for row in rows}
+    runs = {row["name"]: torch.load(row["out"], weights_only=True, map_location="cpu") for row in rows}
+    for name, run_ in runs.items() if check else ():
+        assert "error" not in run_, f"{name}: {run_['error']}"
+    return runs
 
 
 def seed_checkpoint(folder, config, *args):
@@ -189,26 +171,19 @@ def metrics(folder):
 
 def make_teacher(folder, *, with_head=False):
     """Writes random weights of the tiny teacher as a torchtitan checkpoint (DCP), in fp32; returns them."""
-    from let_plugin.demo import config_registry  # noqa: F401
-    from tests.support import config_registry as tiny
+    from let_plugin.teacher.titan.source import TEACHER_SPECS
+    from tests.support import config_registry  # noqa: F401
 
     generator = torch.Generator().manual_seed(42)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator) * shape[-1] ** -0.5
-
-    E = tiny.TEACHER_DIM
-    weights = {"tok_embeddings.weight": normal(tiny.VOCAB_SIZE, E), "norm.weight": torch.ones(E) + normal(E)}
-    for i in range(tiny.TEACHER["num_layers"]):
-        for name in ("attention.qkv_linear.wq", "attention.qkv_linear.wk", "attention.qkv_linear.wv", "attention.wo"):
-            weights[f"layers.{i}.{name}.weight"] = normal(E, E)
-        for name, shape in (("w1", (64, E)), ("w2", (E, 64)), ("w3", (64, E))):
-            weights[f"layers.{i}.feed_forward.{name}.weight"] = normal(*shape)
-        for name in ("attention_norm", "ffn_norm"):
-            weights[f"layers.{i}.{name}.weight"] = torch.ones(E) + normal(E)
+    weights = TEACHER_SPECS.get("tiny_teacher").make_spec().model.build().state_dict()
+    for name, weight in weights.items():
+        weight.normal_(std=weight.shape[-1] ** -0.5, generator=generator)
+        if "norm" in name:
+            weight += 1
+    # Sure of what it says, and wrong: its loss is above that of a student that is untrained.
+    head = 3 * weights.pop("lm_head.weight")
     if with_head:
-        # Sure of what it says, and wrong: its loss is above that of a student that is untrained.
-        weights["lm_head.weight"] = 3 * normal(tiny.VOCAB_SIZE, E)
+        weights["lm_head.weight"] = head
     dcp.save(weights, checkpoint_id=str(folder), no_dist=True)
     return weights
 

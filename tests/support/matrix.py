@@ -17,6 +17,7 @@ import logging
 import os
 import sys
 import traceback
+from collections import ChainMap
 from pathlib import Path
 
 import torch
@@ -26,23 +27,11 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from let_plugin.config import load as toml_config
 from let_plugin.config import plan
 from let_plugin.runtime import data, host
-from tests.support.probe import full
-
-
-class Messages(logging.Handler):
-    """Collects what is logged."""
-
-    def __init__(self):
-        super().__init__()
-        self.messages = []
-
-    def emit(self, record):
-        self.messages.append(record.getMessage())
+from tests.support.probe import record
 
 
 def run(config_file, args, count):
     import torchtitan.trainer
-    from torchtitan.components.checkpointer.utils import canonical_fqn
     from torchtitan.observability import structured_logger
 
     from tests.support import hot_path
@@ -56,38 +45,24 @@ def run(config_file, args, count):
     _clear_sharding_prop_cache()  # it keeps device meshes, and torch asks whether a mesh is the same, not equal
     structured_logger.init_structured_logger(source="training", output_dir=config.dump_folder, enable=False)
     host.adapt_model_spec(config.model_spec)
-    logging.getLogger().addHandler(said := Messages())
+    handler, messages = logging.Handler(), []
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger().addHandler(handler)
     trainer = config.build()
     steps = hot_path.watch(trainer, compiled=count == "compiled") if count else []
-    leftovers = Leftovers(trainer)
-
-    def named():  # a projector comes with the first step
-        return [(canonical_fqn(name), p) for part in trainer.model_parts for name, p in part.named_parameters()]
-
-    initial = {name: full(p) for name, p in named() if plan.changes_the_start(config.let)}
-    gradients, logged = {}, []
-
-    def before_step(*_):
-        if gradients:
-            return
-        gradients.update({name: full(p.grad) for name, p in named() if p.grad is not None})
-
-    next(iter(trainer.optimizers)).register_step_pre_hook(before_step)
-    log = trainer.metrics_processor.logger.log
-
-    def record(metrics, step):
-        log(metrics, step)
-        if "grad_norm" not in metrics:
-            return  # a validation's
-        logged.append({"loss": metrics["loss_metrics/global_avg_loss"], "grad_norm": metrics["grad_norm"]})
-        logged[-1] |= trainer._logged_metrics
-
-    trainer.metrics_processor.logger.log = record
+    leftovers, noted = Leftovers(trainer), record(trainer, num_steps=1)
     trainer.train()
     trainer.close()
-    logging.getLogger().removeHandler(said)
-    own = {"initial": initial, "gradients": gradients, "logged": logged, "steps": steps, "messages": said.messages}
-    return own | {"watched": leftovers.watched, "leftovers": leftovers.alive}
+    logging.getLogger().removeHandler(handler)
+    return {
+        "gradients": noted["gradients"][0],
+        "initial": noted["initial"] if plan.changes_the_start(config.let) else {},
+        "logged": noted["logged"],
+        "messages": messages,
+        "watched": leftovers.watched,
+        "leftovers": leftovers.alive,
+        "steps": steps,
+    }
 
 
 def main():
@@ -105,22 +80,14 @@ def main():
         everybody = [None] * dist.get_world_size()
         dist.all_gather_object(everybody, own)
         errors = [rank["error"] for rank in everybody if "error" in rank]
-        # A pipeline's stages have the parameters among them; the one that sees the loss logs last.
-        result = (
-            {"error": errors[0]}
-            if errors
-            else {
-                **{
-                    tensors: {name: tensor for rank in everybody for name, tensor in rank[tensors].items()}
-                    for tensors in ("initial", "gradients")
-                },
-                "logged": max((rank["logged"] for rank in everybody), key=lambda steps: steps[0]["loss"]),
-                "steps": everybody[0]["steps"],
-                "messages": everybody[0]["messages"],
-                "watched": [rank["watched"] for rank in everybody],
-                "leftovers": [rank["leftovers"] for rank in everybody],
-            }
-        )
+        if errors:
+            result = {"error": errors[0]}
+        else:
+            # A pipeline's stages have the parameters among them; the one that sees the loss logs last.
+            result = {key: dict(ChainMap(*(rank[key] for rank in everybody))) for key in ("initial", "gradients")}
+            result["logged"] = max((rank["logged"] for rank in everybody), key=lambda steps: steps[0]["loss"])
+            result |= {key: everybody[0][key] for key in ("steps", "messages")}
+            result |= {key: [rank[key] for rank in everybody] for key in ("watched", "leftovers")}
         if dist.get_rank() == 0:
             torch.save(result, case["out"])
             print(f"{case['name']}: {'failed' if errors else 'done'}", flush=True)

@@ -3,9 +3,7 @@
     python -m tests.support.probe OUT.pt CONFIG.toml ...         let-train
     python -m tests.support.probe OUT.pt --plain ...             torchtitan's own Trainer on tests.support.tiny
 
-Rank 0 writes: initial and final parameters, the gradients of every step as the optimizer gets them, the batches, the
-learning rates, what torchtitan logged, and what is left at the end of the hooks on the model and its blocks and of the
-teacher's modules.
+Rank 0 writes what `record` notes, and the final parameters.
 PROBE_KILL_AT_STEP kills the process (SIGKILL) before that step. PROBE_DEVICE=auto takes the accelerator.
 PROBE_WITHOUT names a package that is as good as not installed.
 """
@@ -13,7 +11,6 @@ PROBE_WITHOUT names a package that is as good as not installed.
 import os
 import signal
 import sys
-import weakref
 from importlib.machinery import PathFinder
 
 import torch
@@ -28,114 +25,90 @@ def full(tensor):
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
 
 
-def record(trainer, out):
+def parameters_of(trainer):
     from torchtitan.components.checkpointer.utils import canonical_fqn
 
-    named = {canonical_fqn(n): p for part in trainer.model_parts for n, p in part.named_parameters()}
-    log = {"initial": {n: full(p) for n, p in named.items()}, "gradients": [], "lrs": [], "batches": [], "logged": []}
+    return {canonical_fqn(name): p for part in trainer.model_parts for name, p in part.named_parameters()}
 
+
+def record(trainer, num_steps=sys.maxsize):
+    """Watches a trainer that has been built; returns a dict of what grows as it trains.
+
+    `initial` parameters; of the first `num_steps` steps the `batches`, the `gradients` as the optimizer gets them, and
+    the learning rates (`lrs`); and the numbers that are `logged` in each step.
+    """
+    initial = {name: full(p) for name, p in parameters_of(trainer).items()}
+    noted = {"initial": initial, "gradients": [], "lrs": [], "batches": [], "logged": []}
     in_train_step = False
 
     def before_optimizer_step(optimizer, *_):
-        if not in_train_step:
-            return  # torchtitan takes an empty step before it loads an optimizer's state
-        log["gradients"].append({n: full(p.grad) for n, p in named.items()})
-        log["lrs"].append(optimizer.param_groups[0]["lr"])
+        # torchtitan takes an empty step before it loads an optimizer's state.
+        if in_train_step and len(noted["gradients"]) < num_steps:
+            named = parameters_of(trainer)  # a projector comes with the first step
+            noted["gradients"].append({name: full(p.grad) for name, p in named.items() if p.grad is not None})
+            noted["lrs"].append(optimizer.param_groups[0]["lr"])
 
-    for optimizer in trainer.optimizers:
-        optimizer.register_step_pre_hook(before_optimizer_step)
-
-    record_batches(trainer, log)
-    log_metrics = trainer.metrics_processor.log
-
-    def record_metrics(step, loss, max_loss, grad_norm, **kwargs):
-        log["logged"].append({"step": step, "loss": loss, "grad_norm": grad_norm})
-        log_metrics(step, loss, max_loss, grad_norm, **kwargs)
-
-    trainer.metrics_processor.log = record_metrics
-
-    teachers = []
-    train_step = trainer.train_step
+    next(iter(trainer.optimizers)).register_step_pre_hook(before_optimizer_step)
+    train_step, process = trainer.train_step, trainer.post_dataloading_process
+    log = trainer.metrics_processor.logger.log
 
     def train_step_or_die(data_iterator):
+        nonlocal in_train_step
         if str(trainer.step) == os.environ.get("PROBE_KILL_AT_STEP"):
             os.kill(os.getpid(), signal.SIGKILL)
-        nonlocal in_train_step
         in_train_step = True
         train_step(data_iterator)
         in_train_step = False
-        guidance = getattr(trainer, "guidance", None)
-        if guidance is not None and guidance.teacher is not None and not teachers:
-            teachers.extend(weakref.ref(module) for module in guidance.teacher.modules())
 
-    trainer.train_step = train_step_or_die
+    def note_batch(input_dict, labels):
+        if len(noted["gradients"]) < num_steps:
+            batch = (input_dict["input"], input_dict["positions"], labels)
+            # Through numpy: the tensors themselves get torchtitan's annotations, which are not data.
+            noted["batches"].append(tuple(torch.from_numpy(t.cpu().numpy().copy()) for t in batch))
+        return process(input_dict, labels)
 
-    before = num_hooks(trainer)
-    close = trainer.close
+    def note_metrics(metrics, step):
+        log(metrics, step)
+        if "grad_norm" in metrics:  # not a validation's
+            own = {"loss": metrics["loss_metrics/global_avg_loss"], "grad_norm": metrics["grad_norm"]}
+            noted["logged"].append(own | getattr(trainer, "_logged_metrics", {}))
 
-    def write_and_close():
-        log["final"] = {n: full(p) for n, p in named.items()}
-        log["added_hooks"] = num_hooks(trainer) - before
-        log["teacher_modules_alive"] = sum(ref() is not None for ref in teachers)
-        if torch.distributed.get_rank() == 0:
-            torch.save(log, out)
-        close()
-
-    trainer.close = write_and_close
-
-
-def record_batches(trainer, log):
-    post_dataloading_process = trainer.post_dataloading_process
-
-    def record_batch(input_dict, labels):
-        batch = (input_dict["input"], input_dict["positions"], labels)
-        # Through numpy: the tensors themselves get torchtitan's annotations, which are not data.
-        log["batches"].append(tuple(torch.from_numpy(t.cpu().numpy().copy()) for t in batch))
-        return post_dataloading_process(input_dict, labels)
-
-    trainer.post_dataloading_process = record_batch
-
-
-def num_hooks(trainer):
-    modules = [module for part in trainer.model_parts for module in (part, *part.layers.values())]
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
-
-
-class Without(PathFinder):
-    """Finds modules as Python does, but for those of one package."""
-
-    def __init__(self, package):
-        self._package = package
-
-    def find_spec(self, name, path=None, target=None):
-        return None if name.partition(".")[0] == self._package else PathFinder.find_spec(name, path, target)
+    trainer.train_step, trainer.post_dataloading_process = train_step_or_die, note_batch
+    trainer.metrics_processor.logger.log = note_metrics
+    return noted
 
 
 def main():
     out, *argv = sys.argv[1:]
     if without := os.environ.get("PROBE_WITHOUT"):
-        sys.meta_path[sys.meta_path.index(PathFinder)] = Without(without)
+        find = PathFinder.find_spec
+        PathFinder.find_spec = lambda name, *args: None if name.partition(".")[0] == without else find(name, *args)
     host.set_up(os.environ.get("PROBE_DEVICE", "cpu"))
-    from torchtitan.trainer import Trainer
 
-    init = Trainer.__init__
+    def watch(trainer):
+        noted, close = record(trainer), trainer.close
 
-    def recording_init(self, config):
-        init(self, config)
-        record(self, out)
+        def write_and_close():
+            final = {name: full(p) for name, p in parameters_of(trainer).items()}
+            if torch.distributed.get_rank() == 0:
+                torch.save(noted | {"final": final}, out)
+            close()
 
-    Trainer.__init__ = recording_init
+        trainer.close = write_and_close
+
     if argv[0] != "--plain":
-        train.main(argv)
+        train.main(argv, on_built=watch)
         return
 
     from torchtitan.config import ConfigManager
+    from torchtitan.trainer import Trainer
 
     data.register()
     config = ConfigManager().parse_args(["--module", "tests.support", "--config", "tiny", *argv[1:]])
     host.adapt_model_spec(config.model_spec)
     trainer = config.build()
     assert type(trainer) is Trainer
+    watch(trainer)
     trainer.train()
     trainer.close()
 

@@ -15,16 +15,16 @@ Shape legend: B batch, L sequence.
 
 import argparse
 import dataclasses
-import gzip
 import json
-import lzma
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
-from typing import IO, Any
+from typing import Any
+
+import fsspec
 
 from let_plugin.config import TeacherConfig
 from let_plugin.config.errors import ConfigError, Problem, exit_with
@@ -32,7 +32,6 @@ from let_plugin.config.errors import ConfigError, Problem, exit_with
 # torchtitan is imported in the functions: the command line sets the host up first.
 
 _PROGRAM = "data_selection"
-_OPENERS: dict[str, Callable[..., IO[str]]] = {".xz": lzma.open, ".gz": gzip.open, ".jsonl": open}
 _BATCH_TOKENS = 2**14  # that go through a model at a time, about
 
 
@@ -73,7 +72,7 @@ def select(config: Any, reference: TeacherConfig, out: Path, keep: float) -> dic
         raise ConfigError(Problem("dataloader.dataset", "there are no documents", config.dataloader.dataset))
     numbers = kept(scores, keep)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with _OPENERS[out.suffix](out, "wt", encoding="utf-8") as file:
+    with fsspec.open(str(out), "wt", encoding="utf-8", compression="infer") as file:
         for number, text in enumerate(_texts(config)):
             if number in numbers:
                 file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
@@ -139,7 +138,7 @@ def _check(config: Any, out: Path, keep: float) -> None:
         problems.append(Problem("--keep", "must be between 0 and 1, a share of the documents", keep))
     if out.exists():
         problems.append(Problem("--out", "is there already; give a new file", str(out)))
-    elif out.suffix not in _OPENERS or ".jsonl" not in out.suffixes[-2:]:
+    elif not out.name.endswith((".jsonl", ".jsonl.xz", ".jsonl.gz")):
         problems.append(Problem("--out", "must end in .jsonl, .jsonl.xz or .jsonl.gz", str(out)))
     dataset = getattr(config.dataloader, "dataset", None)
     if dataset not in DATASETS:

@@ -38,42 +38,34 @@ class Observer:
         self._trainer, self._out = cast(Any, trainer), out
         self._device_module: Any = utils.device_module
         self._peaks: dict[str, int] = {}
-        self._seconds, self._active_steps, self._is_evaluating = 0.0, 0, False
+        self._seconds, self._active_steps = 0.0, 0
         self._curve: list[dict[str, float]] = []
 
     def start(self) -> None:
         trainer = self._trainer
         self._train_step, trainer.train_step = trainer.train_step, self._count
         self._validate, trainer.validator.validate = trainer.validator.validate, self._evaluate
-        # torchtitan resets the peak whenever it logs.
-        monitor = trainer.metrics_processor.device_memory_monitor
-        self._reset, monitor.reset_peak_stats = monitor.reset_peak_stats, self._note_peak
-        self._reset()
+        # torchtitan resets the peak whenever it logs. Here it is that of all steps between two evaluations.
+        trainer.metrics_processor.device_memory_monitor.reset_peak_stats = lambda: None
+        self._device_module.reset_peak_memory_stats()
         self._created = self._started = time.perf_counter()
 
     def _count(self, data_iterator: Iterator[Any]) -> None:
         self._train_step(data_iterator)
         self._active_steps += getattr(self._trainer, "guidance", None) is not None
 
-    def _note_peak(self) -> None:
-        if not self._is_evaluating:
-            found = measure.local_peak_memory(self._trainer.device)
-            self._peaks = {name: max(value, self._peaks.get(name, 0)) for name, value in found.items()}
-        self._reset()
-
     def _evaluate(self, model_parts: list[nn.Module], step: int) -> None:
         self._device_module.synchronize()
         self._seconds += time.perf_counter() - self._started
-        self._note_peak()
-        self._is_evaluating = True
+        found = measure.local_peak_memory(self._trainer.device)
+        self._peaks = {name: max(value, self._peaks.get(name, 0)) for name, value in found.items()}
         self._validate(model_parts, step)
         validation, test = self._trainer.validator.losses
         point = {"step": step, "active_steps": self._active_steps, "seconds": self._seconds}
         self._curve.append(point | {"validation_loss": validation, "test_loss": test})
         if step == self._trainer.config.training.steps:
             self._write()
-        self._reset()
-        self._is_evaluating = False
+        self._device_module.reset_peak_memory_stats()
         self._started = time.perf_counter()
 
     def _write(self) -> None:

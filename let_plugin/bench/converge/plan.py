@@ -38,6 +38,8 @@ class Planner:
         self._check()
         self._dims = self.setup.dims()
         self.cell = cache(self._cell)
+        for method in self.methods:
+            self.cell(method, ())
 
     def tuned(self) -> list[Method]:
         """The methods whose settings are chosen out of the grid. A control takes those of the method it is like."""
@@ -132,11 +134,6 @@ class Planner:
             problems += [Problem(option, f"missing; {name} needs it: see benchmarks/README.md") for option in absent]
         if problems:
             raise ConfigError(problems)
-        for method in self.methods:
-            if method.name == "gstack":
-                self.setup.load(self._options(method), self._args.gstack_blocks)
-            if method.name == "miniplm":
-                data_selection.read_costs(self._args.selected_text)
         cells: list[tuple[Method, Point]] = [(method, ()) for method in [*self.methods, *self.tuned()]]
         for method in self.tuned():  # each value of a grid once, not each combination
             own = method.tuned_over(self._grid)

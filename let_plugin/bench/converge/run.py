@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from tqdm import tqdm
 
 from let_plugin.bench import rows, runs, tables
 from let_plugin.bench.converge import stacking
 from let_plugin.bench.converge.methods import WEIGHT, Method
 from let_plugin.bench.converge.plan import Planner, Point
-from let_plugin.bench.processes import Progress, RunFailedError, slug
+from let_plugin.bench.processes import RunFailedError, slug
 from let_plugin.bench.rows import BASELINE, CHOICE, CONVERGE, DIVERGED
 from let_plugin.bench.runs import Run
 from let_plugin.config import load as toml_config
@@ -46,18 +47,16 @@ class Suite(runs.Suite):
         self._planner = planner
         self._tuned = {method: planner.points(method) for method in planner.tuned()}
         self._chosen: dict[Method, Point] = {}
-        self._progress = Progress(0)
 
     def tune(self) -> None:
         """Runs the grids, and chooses by the validation split."""
         seeds = self._args.tuning_seeds
         cells = [(method, point) for method, points in self._tuned.items() for point in points]
         planned = {(*cell, seed): self._planner.run(*cell, seed) for seed in seeds for cell in cells}
-        self._run(list(planned.values()), "tuning", len(self._args.seeds) * len(self._planner.methods))
-        # Infinite for a run that has diverged.
-        loss = {id_: row.get("final_validation_loss", math.inf) for id_, row in self._found().items()}
+        made = dict(zip(planned, self._run(list(planned.values()), "tuning"), strict=True))
+        loss = {key: row.get("final_validation_loss", math.inf) for key, row in made.items()}  # infinite: it diverged
         for method, points in self._tuned.items():
-            losses = [fmean(loss[self._id(planned[method, point, seed])] for seed in seeds) for point in points]
+            losses = [fmean(loss[method, point, seed] for seed in seeds) for point in points]
             best = min(range(len(points)), key=losses.__getitem__)
             if not math.isfinite(losses[best]):
                 raise RunFailedError(f"{method.name!r} has diverged at each point of the grid; take smaller values")
@@ -68,32 +67,36 @@ class Suite(runs.Suite):
         """Runs the methods with each seed."""
         cells = [(method, self._planner.chosen(method, self._chosen)) for method in self._planner.methods]
         planned = [self._planner.run(*cell, seed) for seed in self._args.seeds for cell in cells]
-        found = self._found()
-        for own in planned:
-            if known := found.get(self._id(own)):
-                _refuse_without_baseline(known)
-        self._run(planned, "result")
-        found = self._found()
-        for known in (found[self._id(own)] for own in planned):
-            if known["role"] != "result":  # it was run to tune, and is a result as well
-                rows.append(self._args.out, known | {"role": "result"})
+        for made in self._run(planned, "result"):
+            if made["role"] != "result":  # it was run to tune, and is a result as well
+                rows.append(self._args.out, made | {"role": "result"})
 
-    def _run(self, planned: Sequence[Run], role: str, num_later: int = 0) -> None:
-        found = self._found()
-        missing = [own for own in planned if self._id(own) not in found]
-        if known := len(planned) - len(missing):
-            print(f"{self._args.out} has {known} of {len(planned)} {role} runs already", flush=True)
-        self._progress.num_left = len(missing) + num_later
-        for own in missing:
-            origin = self._origin_now()
-            details = {"suite": self.id, "run": self._id(own), "role": role, "num_processes": self._args.processes}
-            new = row(own, self._execute(own), origin, self._command, details)
-            rows.append(self._args.out, new)
-            _refuse_without_baseline(new)
-            text = f"diverged, by step {new['values'][0]}"
-            if new["kind"] == CONVERGE:
-                text = f"validation {new['final_validation_loss']:.4f}, test {new['final_test_loss']:.4f}"
-            self._progress.after(f"{role}, {own.label}, seed {own.details['seed']}: {text}")
+    def _run(self, planned: Sequence[Run], role: str) -> list[dict[str, Any]]:
+        """The rows of all of them; runs those that the file does not have."""
+        found, made = self._found(), []
+        progress = tqdm(total=len(planned), initial=sum(self._id(own) in found for own in planned), desc=role)
+        for own in planned:
+            id_ = self._id(own)
+            if id_ not in found:
+                found[id_] = self._make(own, role)
+                progress.update()
+            made.append(found[id_])
+            if role == "result" and made[-1]["kind"] == DIVERGED and made[-1]["method"] == BASELINE:
+                what = f"{BASELINE!r} has diverged with seed {made[-1]['seed']}"
+                raise RunFailedError(f"{what}: there is nothing to compare with. Change the configuration or the seeds")
+        progress.close()
+        return made
+
+    def _make(self, own: Run, role: str) -> dict[str, Any]:
+        origin = self._origin_now()
+        details = {"suite": self.id, "run": self._id(own), "role": role, "num_processes": self._args.processes}
+        new = row(own, self._execute(own), origin, self._command, details)
+        rows.append(self._args.out, new)
+        text = f"diverged, by step {new['values'][0]}"
+        if new["kind"] == CONVERGE:
+            text = f"validation {new['final_validation_loss']:.4f}, test {new['final_test_loss']:.4f}"
+        tqdm.write(f"{role}, {own.label}, seed {own.details['seed']}: {text}")
+        return new
 
     def _execute(self, own: Run) -> dict[str, Any]:
         """What was observed in a run, and its `preparation`. RunFailedError if it fails."""
@@ -176,9 +179,3 @@ def _point_name(point: Point) -> float | str:
     if [key for key, _ in point] == [WEIGHT]:
         return float(point[0][1])
     return ", ".join(f"{key} {value}" for key, value in point)
-
-
-def _refuse_without_baseline(own: Mapping[str, Any]) -> None:
-    if own["kind"] == DIVERGED and own["method"] == BASELINE:
-        what = f"{BASELINE!r} has diverged with seed {own['seed']}"
-        raise RunFailedError(f"{what}: there is nothing to compare with. Change the configuration or the seeds")

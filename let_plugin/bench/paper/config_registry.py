@@ -9,21 +9,11 @@ size and a vocabulary, since the student is trained on its teacher's tokenizer.
 from functools import partial
 from typing import Any
 
-from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
-from torchtitan.components.metrics import MetricsProcessor
-from torchtitan.components.validate import Validator
-from torchtitan.config import CompileConfig, DebugConfig, TrainingConfig
+from torchtitan.config import CompileConfig
 from torchtitan.distributed.activation_checkpoint import SelectiveAC
-from torchtitan.models.common.config_utils import decoder_vocab_size
 from torchtitan.trainer import Trainer
 
-from let_plugin.runtime.models import llama_spec
-from let_plugin.runtime.upstream import (
-    CheckpointManager,
-    HuggingFaceTextDataLoader,
-    LRSchedulersContainer,
-    default_adamw,
-)
+from let_plugin.runtime.models import llama_spec, text_training
 
 # Depth and width of Pythia-1.4B (arXiv 2304.01373, table 1) with LLaMA's SwiGLU, its width 8/3 of the model's, rounded
 # up to a multiple of 128.
@@ -42,36 +32,15 @@ _SEQ_LEN = 2048
 
 def _config(flavor: str, dimensions: dict[str, Any], vocab_size: int) -> Trainer.Config:
     """What all runs have in common. Batch, steps and learning rate are in the TOML files."""
-    model_spec = llama_spec(
-        flavor,
-        **dimensions,
-        vocab_size=vocab_size,
-        max_seq_len=_SEQ_LEN,
-        # As Hugging Face's Llama. The alignment's gradient scales as 1/|h|, and torchtitan's 1.0 makes h large.
-        embedding_init_std=0.02,
-    )
-    return Trainer.Config(
-        model_spec=model_spec,
-        loss=ChunkedLossWrapper.Config(
-            loss_fn=CrossEntropyLoss.Config(global_vocab_size=decoder_vocab_size(model_spec))
-        ),
-        optimizer=default_adamw(),
-        lr_scheduler=LRSchedulersContainer.Config(decay_type="cosine", min_lr_factor=0.1),
-        # Without CUDA graphs also where LET is off: a run and its baseline are to differ in LET alone.
-        training=TrainingConfig(seq_len=_SEQ_LEN, disable_cuda_graphs=True),
-        activation_checkpoint=SelectiveAC.Config(),
-        compile=CompileConfig(enable=True),
-        dataloader=HuggingFaceTextDataLoader.Config(dataset="pile_train"),
-        validator=Validator.Config(
-            enable=True,
-            freq=500,
-            steps=20,
-            dataloader=HuggingFaceTextDataLoader.Config(dataset="pile_validation", infinite=False),
-        ),
-        metrics=MetricsProcessor.Config(log_freq=10, enable_tensorboard=True),
-        checkpoint=CheckpointManager.Config(enable=True, interval=1000),
-        debug=DebugConfig(seed=0),
-    )
+    # As Hugging Face's Llama. The alignment's gradient scales as 1/|h|, and torchtitan's 1.0 makes h large.
+    size = {**dimensions, "vocab_size": vocab_size, "max_seq_len": _SEQ_LEN, "embedding_init_std": 0.02}
+    config: Any = text_training(llama_spec(flavor, **size), "pile_train", "pile_validation")
+    config.training.seq_len = _SEQ_LEN
+    config.activation_checkpoint = SelectiveAC.Config()
+    config.compile = CompileConfig(enable=True)
+    config.validator.freq, config.validator.steps = 500, 20
+    config.checkpoint.enable, config.checkpoint.interval = True, 1000
+    return config
 
 
 # A size and a vocabulary each.

@@ -1,4 +1,4 @@
-"""What a run of a throughput suite measures: the times of whole steps, and memory.
+"""What a run of a throughput suite measures: the times of whole steps, memory and, in a run of its own, their parts.
 
 The host waits for the device before the first measured step and after the last, and never between them, unless the run
 takes turns with others.
@@ -7,6 +7,7 @@ takes turns with others.
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,23 @@ from typing import Any
 import torch
 from torchtitan.tools import utils
 
-from let_plugin.bench.throughput.profiling import StepProfiler
+from let_plugin.alignment.tap import ALIGNMENT_RANGE, INJECTION_RANGE
 from let_plugin.bench.throughput.turns import Turn
 from let_plugin.config import plan
+from let_plugin.guidance.guidance import TARGET_RANGE
 from let_plugin.runtime import host
+from let_plugin.teacher.base import MASK_RANGE
+from let_plugin.teacher.sharding import DELIVERY_RANGE, TEACHER_RANGE
+
+_RANGES = (TARGET_RANGE, TEACHER_RANGE, DELIVERY_RANGE, ALIGNMENT_RANGE, INJECTION_RANGE)
+_COLLECTIVE, _PRODUCT, _ATTENTION, _MASK = "collective", "matrix products", "attention", "attention mask"
+# How the names of events begin. Attention that is compiled (FlexAttention) has no name of its own.
+_KINDS = {
+    _COLLECTIVE: ("c10d::", "gloo:", "nccl:"),
+    _PRODUCT: ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_mm", "aten::_int_mm"),
+    _ATTENTION: ("aten::_scaled_dot_product", "aten::scaled_dot_product", "torch_attn::"),
+    _MASK: (MASK_RANGE,),
+}
 
 
 @dataclass
@@ -41,7 +55,6 @@ class Watch:
         self._train_step, self.trainer.train_step = self.trainer.train_step, self._step
         self._device_module: Any = utils.device_module
         self._marks: list[Any] = []  # start and end of each measured step
-        self._profiler: StepProfiler | None = None
         self._turn = Turn(self.turns) if self.turns is not None and os.environ["RANK"] == "0" else None
 
     def _step(self, data_iterator: Iterator[Any]) -> None:
@@ -79,7 +92,8 @@ class Watch:
 
     def _begin(self) -> None:
         if self.profile:
-            self._profiler = StepProfiler(self.trainer)
+            self._profiler = torch.profiler.profile()  # of the host, and of an accelerator that is there
+            self._profiler.start()
         self._device_module.synchronize()
         self._device_module.reset_peak_memory_stats()
         self._started = time.perf_counter()
@@ -110,8 +124,9 @@ class Watch:
             "tokens_per_step": plan.tokens_per_step(self.trainer.config, dims.dp_replicate * dims.dp_shard),
             "peak_is_of_measured_steps": peak_is_resettable(),
         }
-        if self._profiler is not None:
-            result["parts"] = self._profiler.finish(num_steps=self.total - self.warmup)
+        if self.profile:
+            self._profiler.stop()
+            result["parts"] = parts_of_steps(self._profiler.events(), self.trainer, self.total - self.warmup)
         write(self.out, result, memory, self.trainer.device)
         if self._turn is not None:
             self._turn.end()
@@ -138,3 +153,53 @@ def write(out: str, result: Mapping[str, Any], memory: Mapping[str, int], device
     where = {"device_name": utils.device_module.get_device_name(), "num_threads": torch.get_num_threads()}
     if os.environ["RANK"] == "0":
         Path(out).write_text(json.dumps({**where, **result, "peak_memory_bytes": peaks}))
+
+
+def parts_of_steps(events: Any, trainer: Any, num_steps: int) -> dict[str, float]:
+    """Part of LET -> seconds per step on this rank, of the device.
+
+    A collective that overlaps with other work counts as long as it takes, not as long as it is waited for.
+    """
+    ranges, inside = range_seconds(events, on_device=trainer.device.type != "cpu")
+    seconds = {name: ranges[name] / num_steps for name in _RANGES}
+    parts = {kind: inside[TEACHER_RANGE, kind] / num_steps for kind in _KINDS}
+    communication = parts.pop(_COLLECTIVE)
+    rest = seconds[TEACHER_RANGE] - communication
+    if trainer.config.let.teacher.features:
+        teacher = {"reading the states": rest}
+    else:
+        teacher = {f"teacher: {kind}": part for kind, part in parts.items()}
+        teacher["teacher: all else"] = rest - sum(parts.values())
+    return teacher | {
+        "communication": seconds[DELIVERY_RANGE] + communication,
+        "masking the target": seconds[TARGET_RANGE] - seconds[TEACHER_RANGE] - seconds[DELIVERY_RANGE],
+        # With torch.compile they are one function.
+        "dimension match, loss, its gradient": seconds[ALIGNMENT_RANGE],
+        "gradient injection": seconds[INJECTION_RANGE],
+    }
+
+
+def range_seconds(events: Any, *, on_device: bool) -> tuple[Mapping[str, float], Mapping[tuple[str, str], float]]:
+    """Seconds of LET's ranges in a profile; and of what is directly in them, by range and kind of `_KINDS`.
+
+    `on_device`: an accelerator's time counts, instead of the host's.
+    """
+    ranges: Counter[str] = Counter()
+    inside: Counter[tuple[str, str]] = Counter()
+    for event in events:
+        if event.device_type != torch.autograd.DeviceType.CPU:
+            continue  # an accelerator's own events are counted with the calls that have started them
+        seconds = (event.device_time_total if on_device else event.cpu_time_total) / 1e6
+        if event.name in _RANGES:
+            ranges[event.name] += seconds
+        elif kind := _kind(event.name):
+            parent = event.cpu_parent
+            while parent is not None and parent.name not in _RANGES and not _kind(parent.name):
+                parent = parent.cpu_parent
+            if parent is not None and parent.name in _RANGES:
+                inside[parent.name, kind] += seconds
+    return ranges, inside
+
+
+def _kind(name: str) -> str | None:
+    return next((kind for kind, begins in _KINDS.items() if name.startswith(begins)), None)

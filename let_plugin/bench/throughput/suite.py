@@ -7,23 +7,99 @@ again, under a new number.
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from torchtitan.trainer import Trainer
+from tqdm import tqdm
 
 from let_plugin.bench import rows, runs, tables
-from let_plugin.bench.processes import Progress, Running, slug
+from let_plugin.bench.converge.methods import METHODS
+from let_plugin.bench.processes import Running, slug
 from let_plugin.bench.rows import PROFILE, THROUGHPUT
-from let_plugin.bench.runs import Run, Setup, active_cost
-from let_plugin.bench.throughput import cases, random_teacher
-from let_plugin.bench.throughput.cases import CASES, PLAIN, WARMUP_STEPS, Variant
+from let_plugin.bench.runs import QUIET, Run, Setup, active_cost
+from let_plugin.bench.throughput import random_teacher
 from let_plugin.bench.throughput.turns import take_turns
 from let_plugin.config import plan
 from let_plugin.preflight.report import Student
+
+PLAIN = "plain"
+
+# Steps before the measured ones: those with a teacher, in a run that stops it, and those after its stop. They compile,
+# and fill caches and the optimizer's state. All cases measure the same steps, so the same batches.
+ACTIVE_STEPS, SETTLING_STEPS = 2, 2
+WARMUP_STEPS = ACTIVE_STEPS + SETTLING_STEPS
+
+_TURN_SECONDS = str(24 * 3600)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something to measure: options of let-train, beside those of all cases."""
+
+    options: tuple[str, ...] = ()
+    is_active: bool = False  # the teacher is there in the measured steps; a run where it is not so is an error
+    has_teacher: bool = True  # it runs with LET, and once for each size of teacher
+    is_throughout: bool = False  # the teacher would stay for a whole run, whatever the configuration's stop
+
+
+CASES = {
+    PLAIN: Case(has_teacher=False),
+    "control": Case(has_teacher=False),
+    "active": Case(is_active=True),
+    "stopped": Case(),
+    "rkd": Case((*METHODS["rkd"].defaults, *METHODS["rkd"].options), is_active=True, is_throughout=True),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A case with one size of teacher, with its name in the suite."""
+
+    case: str
+    teacher_share: float | None  # size of a random teacher, as a share of the student's; None: the configured teacher
+    label: str
+
+
+def variants(cases: Sequence[str], shares: Sequence[float]) -> list[Variant]:
+    """All cases, in the order of a round: what is compared is close in time. The plain case comes first.
+
+    `shares` are the sizes of random teachers; none: the configured teacher.
+    """
+    return [
+        Variant(name, share, name if share is None else f"{name} {100 * share:g}%")
+        for name in dict.fromkeys([PLAIN, *cases])
+        for share in (shares if CASES[name].has_teacher else ()) or (None,)
+    ]
+
+
+def case_options(variant: Variant, measured: int, work: Path, teacher: Path | None, *, interleave: bool) -> list[str]:
+    """The options of let-train for a variant of so many measured steps, with nothing that disturbs a measurement.
+
+    `work` is the folder for what runs write, `teacher` that of the random teacher (None: the configured one);
+    `interleave`: the runs make their steps in turn.
+    """
+    total = WARMUP_STEPS + measured
+    found = [*QUIET, "--validator.no-enable", "--dump_folder", str(work / "dump"), "--training.steps", str(total)]
+    found += ["--metrics.log_freq", str(total + 1)]  # the first step is logged, which nobody measures, and then none
+    if interleave:  # a process waits for its turn in a collective while others compile
+        found += ["--comm.init-timeout-seconds", _TURN_SECONDS, "--comm.train-timeout-seconds", _TURN_SECONDS]
+    case = CASES[variant.case]
+    if not case.has_teacher:
+        return [*found, "--let.no-enable"]
+    found += ["--let.enable", "--let.warmup-steps", "0", "--let.adaptive-stop.criterion", "none"]
+    if teacher is not None:
+        found += ["--let.teacher.path", str(teacher), "--let.teacher.spec", "", "--let.teacher.features", ""]
+        found += ["--let.teacher.tokenizer_path", "", "--let.teacher.no-check-vocabulary"]
+        found += ["--let.teacher.final-norm", "--let.teacher.no-center", "--let.token-alignment.no-enable"]
+    stop = total if case.is_active else ACTIVE_STEPS
+    return [
+        *(*found, *case.options),
+        *("--let.stop-tokens", "None", "--let.stop-fraction", "None", "--let.stop-step", str(stop)),
+    ]
 
 
 def run(args: argparse.Namespace, options: Sequence[str], command: str) -> str:
@@ -47,20 +123,20 @@ def plan_runs(args: argparse.Namespace, options: Sequence[str]) -> list[Run]:
 
     def own(variant: Variant) -> list[str]:
         teacher = teachers.get(variant.teacher_share)
-        return cases.options(variant, args.steps, args.work_dir, teacher, interleave=args.interleave)
+        return case_options(variant, args.steps, args.work_dir, teacher, interleave=args.interleave)
 
-    variants = cases.variants(args.cases, [share / 100 for share in args.teacher_share])
-    setup.check([own(variant) for variant in variants if variant.case == PLAIN])
+    planned_variants = variants(args.cases, [share / 100 for share in args.teacher_share])
+    setup.check([own(variant) for variant in planned_variants if variant.case == PLAIN])
     for share in args.teacher_share:
         size = random_teacher.shape(Student(base), share / 100)
         folder = args.work_dir / "teachers"
         teachers[share / 100] = random_teacher.write(size, base.model_spec.model.vocab_size, folder)
-    setup.check([own(variant) for variant in variants])
+    setup.check([own(variant) for variant in planned_variants])
     dims = setup.dims()
     # The stop of a whole run; LET may be off in the configuration, but not what it says of the stop.
     stop_step = plan.stop_step(base, dims.dp_replicate * dims.dp_shard)
     planned = []
-    for variant in variants:
+    for variant in planned_variants:
         chosen, case = own(variant), CASES[variant.case]
         config: Trainer.Config = setup.load(chosen).config
         student = Student(config)
@@ -107,11 +183,10 @@ class Suite(runs.Suite):
             profiled = {row["label"] for row in found if row["kind"] == PROFILE}
             active = [run for run in self._runs if run.settings["is_active"]]
             groups += [(None, [run]) for run in active if run.label not in profiled]
-        progress = Progress(sum(len(group) for _, group in groups))
-        for number, group in groups:
-            self._measure_group(number, group, progress)
+        for number, group in tqdm(groups, desc="throughput"):
+            self._measure_group(number, group)
 
-    def _measure_group(self, number: int | None, group: Sequence[Run], progress: Progress) -> None:
+    def _measure_group(self, number: int | None, group: Sequence[Run]) -> None:
         what = f"pair {number + 1}" if number is not None else "profile"
         origin = self._origin_now()
         starts = [partial(self._start_run, run, what) for run in group]
@@ -125,7 +200,7 @@ class Suite(runs.Suite):
             kind = THROUGHPUT if number is not None else PROFILE
             more = {"tokens_per_second": speed, **result, **common}
             rows.append(self._args.out, run.row(kind, origin, self._command, "s/step", seconds, **more))
-            progress.after(f"{what}, {run.label}: {speed:,.0f} tokens/s, {median(seconds):.3f} s/step")
+            tqdm.write(f"{what}, {run.label}: {speed:,.0f} tokens/s, {median(seconds):.3f} s/step")
 
     def _start_run(self, run: Run, what: str, turns: str | None) -> Running:
         """`turns`: where it gets its turns, if it takes any."""

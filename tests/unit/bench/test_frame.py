@@ -24,18 +24,6 @@ def test_the_intervals_are_those_of_a_paired_t_test():
     assert back[:3] == (pytest.approx(1 / forth.value), pytest.approx(1 / forth.high), pytest.approx(1 / forth.low))
 
 
-def test_one_pair_has_no_interval():
-    estimate = ratio([2.0], [1.0])
-    assert estimate == (pytest.approx(2.0), None, None, 1)
-    assert not estimate.contains(2.0) and estimate.text(".1f") == "2.0"
-
-
-@pytest.mark.parametrize(("values", "baselines"), [([1.0, 2.0], [1.0]), ([], []), ([1.0, 0.0], [1.0, 1.0])])
-def test_refused(values, baselines):
-    with pytest.raises(ValueError):
-        ratio(values, baselines)
-
-
 def test_coverage():
     """Of 1,000 suites with a true ratio of 1.05, a drift and log-normal noise, about 950 intervals contain it."""
     rng = np.random.default_rng(0)

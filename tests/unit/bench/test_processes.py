@@ -1,4 +1,4 @@
-"""How long the rest will take, what a run finds in its environment, and how it is ended."""
+"""What a run finds in its environment, and how it is ended."""
 
 import os
 import signal
@@ -9,8 +9,7 @@ import time
 
 import pytest
 
-from let_plugin.bench import processes
-from let_plugin.bench.processes import Progress, RunFailedError, Running
+from let_plugin.bench.processes import RunFailedError, Running
 
 
 @pytest.fixture
@@ -85,15 +84,3 @@ def test_the_environment_of_a_run(start, monkeypatch):
     assert environment["THP_MEM_ALLOC_ENABLE"] == "1" and "RANK" not in environment
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
     assert start(write).result()["THP_MEM_ALLOC_ENABLE"] == "0"
-
-
-def test_the_rest_takes_as_long_as_what_was_there(monkeypatch, capsys):
-    now = [0.0]
-    monkeypatch.setattr(processes.time, "monotonic", lambda: now[0])
-    progress = Progress(4)
-    for now[0], message in ((10.0, "first"), (40.0, "second")):
-        progress.after(message)
-    progress.num_left, now[0] = 3, 90.0
-    progress.after("third")
-    expected = ["[1/4] first (0:00:30 left)", "[2/4] second (0:00:40 left)", "[3/5] third (0:01:00 left)"]
-    assert capsys.readouterr().out.splitlines() == expected

@@ -5,8 +5,8 @@ import shlex
 import pytest
 import tomli
 
-from let_plugin.bench.throughput import cases, suite
-from let_plugin.bench.throughput.cases import WARMUP_STEPS
+from let_plugin.bench.throughput import suite
+from let_plugin.bench.throughput.suite import WARMUP_STEPS
 from let_plugin.config.errors import ConfigError
 from let_plugin.config.load import load
 from tests.unit.preflight.test_report import STUDENT_BLOCKS, STUDENT_EMBEDDING, TEACHER_BLOCKS, TEACHER_EMBEDDING
@@ -14,7 +14,7 @@ from tests.unit.preflight.test_report import STUDENT_BLOCKS, STUDENT_EMBEDDING, 
 
 def test_all_cases_plain_once_and_first():
     def labels(names, shares=()):
-        return [variant.label for variant in cases.variants(names, shares)]
+        return [variant.label for variant in suite.variants(names, shares)]
 
     assert labels(["stopped", "plain", "stopped"]) == ["plain", "stopped"]
     # A case without a teacher is there once.

@@ -1,6 +1,8 @@
 """A run under the watch, in this process; the profile of one."""
 
 import json
+import socket
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -8,8 +10,7 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, record_function
 from torchtitan.tools import utils
 
-from let_plugin.bench.throughput.measure import Watch
-from let_plugin.bench.throughput.profiling import range_seconds
+from let_plugin.bench.throughput.measure import Watch, range_seconds
 from let_plugin.guidance.guidance import TARGET_RANGE
 from let_plugin.teacher.base import MASK_RANGE
 from let_plugin.teacher.sharding import TEACHER_RANGE
@@ -40,6 +41,24 @@ def test_the_steps_after_the_warm_up_are_measured(watched, request, monkeypatch)
     assert result["tokens_per_step"] == 4 * 64
     assert result["peak_memory_bytes"].keys() == {"resident"} and result["peak_memory_bytes"]["resident"] > 2**20
     assert "parts" not in result
+
+
+def test_a_run_that_takes_turns_makes_a_step_in_each(watched):
+    """Four steps; between them, it gives its turn back."""
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor() as pool:
+
+        def give_turns():
+            connection, num_turns = server.accept()[0], 0
+            with connection:
+                connection.sendall(b".")
+                while connection.recv(1):
+                    num_turns += 1
+                    connection.sendall(b".")
+            return num_turns
+
+        turns = pool.submit(give_turns)
+        result = watched(is_active=False, turns=f"127.0.0.1:{server.getsockname()[1]}")
+        assert turns.result() == 3 and result["wall_seconds"] == sum(result["step_seconds"])
 
 
 @pytest.mark.slow

@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
-import sys
+from types import SimpleNamespace
 
 import pytest
 
-from let_plugin.bench import processes, rows
+from let_plugin.bench import rows
+from let_plugin.bench.processes import RunFailedError
 from let_plugin.bench.runs import Run
 from let_plugin.bench.throughput import suite
 from let_plugin.bench.throughput.suite import missing_rounds
@@ -49,53 +50,44 @@ def test_what_makes_another_suite(parsed, monkeypatch):
     assert len({same, *others}) == 1 + len(others)
 
 
-FAKE_RUN = """\
-import json, os, sys
-request = json.load(open(sys.argv[-1]))
-with open({order!r}, "a") as file:
-    file.write(os.path.basename(request["out"]) + "\\n")
-if os.path.exists({fail!r}):
-    sys.exit("out of luck")
-json.dump({{"device_name": "d", "num_threads": 1, "wall_seconds": 1.0, "step_seconds": [0.5, 0.5], "tokens_per_step": 8,
-           "peak_memory_bytes": {{"resident": 1}}, "peak_is_of_measured_steps": True}}, open(request["out"], "w"))
-"""
+RESULT = {"device_name": "d", "wall_seconds": 1.0, "step_seconds": [0.5, 0.5], "tokens_per_step": 8}
 
 
 @pytest.fixture
 def measure(tmp_path, monkeypatch, parsed):
     """`Suite.measure` with runs that take no time; returns the order in which they ran."""
-    order, fail, script = tmp_path / "order", tmp_path / "fail", tmp_path / "fake_run.py"
-    script.write_text(FAKE_RUN.format(order=str(order), fail=str(fail)))
-    real_popen = processes.subprocess.Popen
 
-    def popen(command, **kwargs):
-        if "let_plugin.bench.child" in command:
-            command = [sys.executable, str(script), command[-1]]
-        return real_popen(command, **kwargs)
+    def result():
+        if measure.fails:
+            raise RunFailedError("out of luck")
+        return dict(RESULT)
 
-    monkeypatch.setattr(processes.subprocess, "Popen", popen)
+    def start(suite, run, what, turns):
+        measure.order.append(f"{run.label}, {what}")
+        return SimpleNamespace(result=result)
+
+    monkeypatch.setattr(suite.Suite, "_start_run", start)
     runs = [dataclasses.replace(RUN, label=label) for label in ("plain", "active")]
-    out = tmp_path / "rows.jsonl"
 
     def measure(pairs):
-        order.write_text("")
+        measure.order = []
         args, _ = parsed("throughput")
         args.pairs = pairs
         suite.Suite(runs, args, "x").measure()
-        return order.read_text().split()
+        return measure.order
 
-    measure.fail, measure.out = fail, out
+    measure.fails, measure.out = False, tmp_path / "rows.jsonl"
     return measure
 
 
 def test_cases_run_in_turn_and_only_what_is_missing(measure, capsys):
-    assert measure(2) == ["plain-pair-1.json", "active-pair-1.json", "plain-pair-2.json", "active-pair-2.json"]
-    assert "[4/4] pair 2, active: 16 tokens/s, 0.500 s/step" in capsys.readouterr().out
+    assert measure(2) == ["plain, pair 1", "active, pair 1", "plain, pair 2", "active, pair 2"]
+    assert "pair 2, active: 16 tokens/s, 0.500 s/step" in capsys.readouterr().out
     found = rows.read(measure.out)
     assert [(row["label"], row["pair"]) for row in found] == [("plain", 0), ("active", 0), ("plain", 1), ("active", 1)]
     # Killed before the last row was written.
     measure.out.write_text("".join(json.dumps(row) + "\n" for row in found[:3]))
-    assert measure(2) == ["plain-pair-3.json", "active-pair-3.json"]
+    assert measure(2) == ["plain, pair 3", "active, pair 3"]
     assert rows.read(measure.out)[:3] == found[:3]
     assert measure(2) == []
     assert "has 2 of 2 pairs already" in capsys.readouterr().out
@@ -103,7 +95,7 @@ def test_cases_run_in_turn_and_only_what_is_missing(measure, capsys):
 
 def test_a_run_that_fails_leaves_what_was_measured(measure):
     measure(1)
-    measure.fail.touch()
-    with pytest.raises(processes.RunFailedError, match="'plain' failed with exit code 1"):
+    measure.fails = True
+    with pytest.raises(RunFailedError):
         measure(2)
     assert len(rows.read(measure.out)) == 2

@@ -1,4 +1,4 @@
-"""The Slurm script. Slurm itself is not here: two lines of shell take its place, and the rest is real."""
+"""How let-train is started: under torchrun, by the Slurm script, and from a wheel in another folder."""
 
 import os
 import shutil
@@ -10,6 +10,27 @@ import pytest
 from tests.support import jobs
 
 SCRIPT = jobs.ROOT / "train_configs/slurm/let_train.sbatch"
+CONFIG = """\
+base = "let_plugin.demo.student"
+dump_folder = "run"
+runtime.device = "cpu"
+
+[let]
+teacher.spec = "demo_teacher"
+
+[training]
+local_batch_size = 2
+seq_len = 32
+steps = 2
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_say_what_is_wrong(tmp_path, tiny_config):
+    result = jobs.run("let_plugin.train", tiny_config, "--let.weight", "-1", torchrun=True, processes=2, check=False)
+    assert result.returncode != 0
+    assert "let.weight = -1: must be at least 0" in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def shellcheck():
@@ -18,7 +39,7 @@ def shellcheck():
 
 
 def sbatch(tmp_path, *args):
-    """Runs the script as Slurm would on one node of one GPU; srun drops its options and runs the command."""
+    """Runs the script as Slurm would on one node of one GPU. Slurm is not here: lines of shell take its place."""
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
     programs = {
@@ -51,3 +72,27 @@ def test_its_torchrun_starts_the_configuration(tmp_path, tiny_config):
     result = sbatch(tmp_path, tiny_config, "--check", "--training.steps", "17")
     assert result.returncode == 0, result.stderr[-4000:]
     assert "to 0 at step 4 of 17" in result.stdout
+
+
+@pytest.mark.slow
+def test_a_wheel_installs_and_trains_elsewhere(tmp_path):
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    wheels, site = tmp_path / "wheels", tmp_path / "site"
+    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", str(wheels), str(jobs.ROOT)], check=True)
+    (wheel,) = wheels.glob("let_plugin-*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True)
+    (tmp_path / "run.toml").write_text(CONFIG)
+
+    # Before the editable installation on the path, so that the wheel's own files are the ones that run.
+    result = subprocess.run(
+        [sys.executable, "-c", "import let_plugin.train as t; print(t.__file__); t.main(['run.toml'])"],
+        cwd=tmp_path,
+        env=jobs.environment(PYTHONPATH=str(site)),
+        capture_output=True,
+        text=True,
+    )
+
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert str(site) in result.stdout.splitlines()[0]
+    assert (site / "let_plugin/bench/report.html.jinja").is_file()
+    assert jobs.metrics(tmp_path / "run")[0]["let/active"] == 1
