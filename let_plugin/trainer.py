@@ -73,7 +73,7 @@ class LetTrainerMixin(_Base):
             elif self.guidance is not None:
                 self._end_alignment()
 
-        super().train_step(data_iterator)
+        super().train_step(data_iterator if self.guidance is None else self.guidance.counted(data_iterator))
 
         if self.guidance is not None:
             self.guidance.finish_step()

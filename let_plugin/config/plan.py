@@ -1,5 +1,6 @@
 """From the `[let]` table to what the run will do: which schedule, which layers, which maths."""
 
+import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from operator import attrgetter
@@ -63,6 +64,24 @@ def tokens_per_step(config: "Trainer.Config", num_data_parallel: int) -> int:
     training = config.training
     rows = training.global_batch_size
     return (rows if rows > 0 else training.local_batch_size * num_data_parallel) * training.seq_len
+
+
+def microbatch_rows(config: "Trainer.Config") -> int:
+    """Rows of a forward pass of this data-parallel rank."""
+    has_pipeline = config.parallelism.pipeline_parallel_degree > 1
+    return config.parallelism.pipeline_parallel_microbatch_size if has_pipeline else config.training.local_batch_size
+
+
+def num_teacher_rows(let: LetConfig, num_rows: int) -> int:
+    """On how many of a microbatch's rows the teacher runs: `let.teacher.rows` of them, rounded up."""
+    return math.ceil(Fraction(str(let.teacher.rows)) * num_rows)
+
+
+def teacher_rows(let: LetConfig, step: int, num_rows: int) -> slice:
+    """Which of a microbatch's rows the teacher runs on in a step (0-based): as many in each, and all rows in turn."""
+    num = num_teacher_rows(let, num_rows)
+    start = step % -(-num_rows // num) * num
+    return slice(min(start, num_rows - num), min(start + num, num_rows))
 
 
 def teacher_dtype(config: "Trainer.Config") -> torch.dtype:

@@ -46,6 +46,12 @@ class TeacherConfig:
     tensor_parallel: bool = False
     """Cut the teacher among the tensor-parallel ranks, by the plan of its `spec`. Off: each runs the whole teacher."""
 
+    rows: Annotated[float, Interval(gt=0, le=1)] = 1.0
+    """
+    Share of each microbatch's rows that it runs on, rounded up to a row; other rows in each step. The rest has no
+    target, and does not count in the alignment loss.
+    """
+
     final_norm: bool = True
     """Whether the state of its last block is taken after the final norm (what `transformers` returns last)."""
 

@@ -15,6 +15,8 @@ import spmd_types as spmd
 import torch
 from torch import nn
 from torch.profiler import record_function
+from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.distributed import utils as dist_utils
 from torchtitan.trainer import Trainer
 
 from let_plugin.alignment.gradient_weight import GradientWeight
@@ -37,6 +39,7 @@ from let_plugin.teacher.stored.features import Features
 TARGET_RANGE = "let: target"  # in a profile; the teacher and the tap have their own
 CENTER = "let_center"  # the running mean's state in a checkpoint
 GRADIENT_WEIGHT = "let_gradient_weight"  # and that of a weight that is measured
+_Batch = tuple[dict[str, torch.Tensor], torch.Tensor]  # inputs, labels
 # What is logged of the loss, by `let.target`.
 METRIC_OF_TARGET = {"teacher": "let/cosine", "labels": "let/auxiliary_loss", "logits": "let/distillation_loss"}
 
@@ -66,7 +69,8 @@ class Guidance:
         self._num_accumulations_left = 0
         self._lambda = torch.zeros((), device=device)
         self._measures = False
-        self._valid_tokens = torch.ones((), device=device)
+        self._valid_tokens = torch.ones((), device=device)  # of the step, of the rows that have a target
+        self._num_targets: torch.Tensor | None = None  # of them, this data-parallel rank's, until they are reduced
         self._timer = DeviceTimer(device)
         # Ranks that align the same part of the same rows: tensor-parallel ones without sequence parallelism.
         self._num_replicas = dims.cp * dims.tp // sequence_shards(config, dims)
@@ -111,7 +115,12 @@ class Guidance:
         places = self._channels(source.info, plan.teacher_layers(self.pairs))
         channels_E = torch.cat([torch.arange(places[i].start, places[i].stop, device=device) for i in layers])
         self._provider = TargetProvider(
-            states, self._share, center=self._center, center_channels_E=channels_E, timer=self._timer
+            states,
+            self._share,
+            center=self._center,
+            center_channels_E=channels_E,
+            timer=self._timer,
+            let=config.let,
         )
         if states.make_extras is not None:
             self._extras = BatchExtras(self._trainer.dataloader, states.make_extras)
@@ -140,12 +149,31 @@ class Guidance:
             if part is not None:
                 part.start_step(self._trainer.step - 1)
 
+    def counted(self, batches: Iterator[_Batch]) -> Iterator[_Batch]:
+        """The batches of a step, of which the tokens of the rows that have a target are counted on the way."""
+        return batches if self._trainer.config.let.teacher.rows == 1 else self._counted(batches)
+
+    def _counted(self, batches: Iterator[_Batch]) -> Iterator[_Batch]:
+        let = self._trainer.config.let
+        self._num_targets = torch.zeros((), dtype=torch.int64)
+        for input_dict, labels_BL in batches:
+            rows = plan.teacher_rows(let, self._trainer.step - 1, len(labels_BL))
+            self._num_targets += (labels_BL[rows] != IGNORE_INDEX).sum()
+            yield input_dict, labels_BL
+
     @contextmanager
     def microbatches(self, global_valid_tokens: torch.Tensor) -> Iterator[None]:
         """Around a forward and backward pass; the number, 0-dim, is of all ranks' tokens that count in the step."""
-        self._valid_tokens = global_valid_tokens
+        if self._trainer.config.let.teacher.rows == 1:
+            self._valid_tokens = global_valid_tokens
+        elif self._num_targets is not None:  # of all microbatches of the step, before the first
+            self._valid_tokens, self._num_targets = self._num_targets.to(self._trainer.device), None
+            if self._trainer.parallel_dims.dp_enabled:
+                mesh = self._trainer.parallel_dims.get_mesh("batch")
+                self._valid_tokens = dist_utils.dist_sum_tensor(self._valid_tokens, mesh)
+            self._valid_tokens = self._valid_tokens.clamp_min(1)
         for tap in self.taps:
-            tap.coefficient.copy_(self._lambda).div_(global_valid_tokens)
+            tap.coefficient.copy_(self._lambda).div_(self._valid_tokens)
         yield
         self._num_accumulations_left -= 1
         if self._num_accumulations_left == 0:

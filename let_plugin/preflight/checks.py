@@ -257,6 +257,7 @@ TEACHER_CHECKS = [
     check_pairs,
     teacher_checks.check_dimension_match,
     teacher_checks.check_tensor_parallel,
+    teacher_checks.check_rows,
     teacher_checks.check_sequence_length,
     teacher_checks.check_stored_states,
     teacher_checks.check_token_alignment,

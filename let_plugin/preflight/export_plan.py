@@ -36,9 +36,7 @@ class Plan:
         degree = _data_parallel_degree(config, args.data_parallel_degree, num_processes)
         if problems := _problems(config, args, out):
             raise ConfigError(problems)
-        batch_size = config.training.local_batch_size
-        if config.parallelism.pipeline_parallel_degree > 1:
-            batch_size = config.parallelism.pipeline_parallel_microbatch_size
+        batch_size = plan.microbatch_rows(config)
         teacher = dataclasses.replace(config.let.teacher, features="")
         config = dataclasses.replace(
             config,

@@ -144,7 +144,8 @@ def cost(
         num_kept = teacher.num_params_to(layers)  # blocks above the highest layer that is asked for are not there
         num_teacher = num_kept - teacher.num_embedding_params
         seq_len = teacher_seq_len(config, teacher) if let.token_alignment.enable else training.seq_len
-        ratio = seq_len / training.seq_len
+        num_rows = plan.microbatch_rows(config)
+        ratio = seq_len / training.seq_len * plan.num_teacher_rows(let, num_rows) / num_rows
         weights = {"teacher": num_kept * dtype.itemsize // num_shards}
         if not teacher.is_native:
             num_rows, peers = training.local_batch_size, num_peers(config, parallel_dims)
@@ -252,6 +253,9 @@ def _describe_overhead(facts: Facts, student: Student, costs: Cost) -> str:
     text = f"N_T / (3 N_S) = {costs.num_teacher_params:,} / (3 x {student.num_matmul_params:,})"
     if config.let.token_alignment.enable:
         text += f" x {teacher_seq_len(config, source.info)} / {config.training.seq_len} tokens"
+    if config.let.teacher.rows != 1:
+        num_rows = plan.microbatch_rows(config)
+        text += f" x {plan.num_teacher_rows(config.let, num_rows)} / {num_rows} rows"
     if config.let.target == "logits":
         text += ", and the student's head once more"
     return f"{text}, embeddings not counted"

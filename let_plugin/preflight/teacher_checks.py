@@ -56,6 +56,20 @@ def check_tensor_parallel(facts: Facts) -> None:
         facts.refuse("let.teacher.tensor_parallel", f"{message}; leave this off", True)
 
 
+def check_rows(facts: Facts) -> None:
+    """Whether a teacher on a share of the rows saves anything."""
+    let, num_rows = facts.config.let, plan.microbatch_rows(facts.config)
+    if let.teacher.rows == 1:
+        return
+    message = ""
+    if let.teacher.features or let.target == "labels":
+        message = "no teacher runs"
+    elif plan.num_teacher_rows(let, num_rows) == num_rows:
+        message = f"a microbatch has {num_rows} rows, and this share of them rounds up to all"
+    if message:
+        facts.refuse("let.teacher.rows", f"{message}; leave this at 1", let.teacher.rows)
+
+
 def check_stored_states(facts: Facts) -> None:
     """Whether the stored states are this run's. A field that is wrong in itself is not reported twice."""
     features, let = facts.source, facts.config.let

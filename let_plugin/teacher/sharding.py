@@ -23,6 +23,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.trainer import Trainer
 
 from let_plugin.alignment.running_mean import RunningMean
+from let_plugin.config import LetConfig, plan
 from let_plugin.config.errors import ConfigError, Problem
 from let_plugin.runtime import upstream
 from let_plugin.teacher.base import StateProvider
@@ -204,6 +205,7 @@ class TargetProvider:
     center: RunningMean | None  # is subtracted from the states
     center_channels_E: torch.Tensor  # which channels of the mean the states have
     timer: AbstractContextManager[Any]  # entered around the teacher's forward pass
+    let: LetConfig  # says which rows of a microbatch have a target
     num_tokens: int = 0  # tokens that the teacher has run on since this was last set to 0
 
     def __post_init__(self) -> None:
@@ -213,6 +215,7 @@ class TargetProvider:
 
     def start_step(self, step: int) -> None:
         """Before the first microbatch of step `step` (0-based)."""
+        self._step = step
         self.coverage.zero_()
         self.states.start_step(step)
 
@@ -225,6 +228,16 @@ class TargetProvider:
         cosine and a gradient of 0, so no mask has to travel. Arguments as in StateProvider.states, but with all rows,
         and the labels of the whole sequences.
         """
+        if self.let.teacher.rows == 1:
+            return self._target(batch, labels_BL, student_masks)
+        rows = plan.teacher_rows(self.let, self._step, len(labels_BL))
+        # The student's masks are those of all rows.
+        states_BSE = self._target({name: tensor[rows] for name, tensor in batch.items()}, labels_BL[rows], None)
+        target_BSE = states_BSE.new_zeros(len(labels_BL), *states_BSE.shape[1:])
+        target_BSE[rows] = states_BSE
+        return target_BSE
+
+    def _target(self, batch: Mapping[str, torch.Tensor], labels_BL: torch.Tensor, student_masks: Any) -> torch.Tensor:
         share, num_rows = self.share, len(labels_BL)
         with self.timer, record_function(TEACHER_RANGE):
             states_BLE, known_BL, num_tokens = self.states.states(

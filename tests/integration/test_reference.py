@@ -1,6 +1,9 @@
 """The single-process run against plain PyTorch: explicit formulas and autograd."""
 
+import itertools
+
 import pytest
+import torch
 
 from let_plugin.demo import TOKENIZER
 from let_plugin.tokens.alignment import Retokenizer
@@ -48,6 +51,28 @@ def test_the_comparison_would_notice_a_missing_alignment(tmp_path, tiny_config, 
     probe = jobs.probe(tmp_path / "out", tiny_config, "--let.weight", "0")
     steps, _ = train_reference(probe, tiny_teacher[1])
     assert jobs.relative_difference(probe["gradients"][0], steps[0]["gradients"]) > 1e-3
+
+
+# Rows of a global batch of 4 that ranks of their own rows choose: the first half of each, then the second.
+@pytest.mark.parametrize(("processes", "chosen"), [(1, [[0, 1], [2, 3]]), (2, [[0, 2], [1, 3]])])
+def test_a_teacher_on_half_of_the_rows_equals_the_reference(tmp_path, tiny_config, tiny_teacher, processes, chosen):
+    """As if the loss were over these rows alone: lambda keeps its meaning."""
+    args = ["--let.teacher.rows", 0.5]
+    probe = jobs.probe(tmp_path / "one", tiny_config, *args)
+    batches = probe["batches"]  # of a rank
+    if processes == 2:
+        layout = ["--parallelism.data_parallel_shard_degree", 2, "--training.local_batch_size", 2]
+        probe = jobs.probe(tmp_path / "two", tiny_config, *args, *layout, processes=2) | {"batches": batches}
+    steps = itertools.cycle(chosen)
+
+    def half(batch):
+        tokens_BL, positions_BL, _ = batch
+        index_BL = torch.full_like(tokens_BL, -1)
+        index_BL[next(steps)] = torch.arange(tokens_BL.shape[1])
+        return tokens_BL, positions_BL, index_BL
+
+    expected = train_reference(probe, tiny_teacher[1], retokenize=half, per_target=True)
+    assert_equal(probe, jobs.metrics(tmp_path / {1: "one", 2: "two"}[processes]), *expected, 1e-6 * processes**3)
 
 
 def test_a_teacher_with_another_tokenizer_equals_the_reference(tmp_path, tiny_config, tiny_teacher):

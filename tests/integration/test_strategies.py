@@ -120,6 +120,7 @@ ANOTHER_TOKENIZER = "another tokenizer"
 CONTROLS = {
     "logits": 'target = "logits"\ntemperature = 2.0\nschedule = "constant"\nstop_fraction = 1',
     "random teacher": 'control = "random_teacher"',
+    "half of the rows": "teacher.rows = 0.5\nstop_step = 3",
     "shuffled targets": 'control = "shuffled_targets"\nteacher.tensor_parallel = true',
     "labels, two blocks": """\
 target = "labels"
@@ -140,6 +141,8 @@ def cases_of(name):
     if name == "shuffled targets":
         # Among the rows that a rank runs the teacher on: those of a single process where ranks run it together.
         return ["TP", "TP without SP"]
+    if name == "half of the rows":
+        return ["TP", "TP without SP", "CP"]  # others have microbatches of fewer rows
     if name == "random teacher":
         return ["FSDP2"]
     return list(LAYOUTS) if name in CONTROLS else ["FSDP2", "pipeline"]

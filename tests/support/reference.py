@@ -63,12 +63,23 @@ def rotate(x_BLNH, positions_BL, theta):
 
 
 def let_loss(
-    student, teacher, batch, *, student_shape, teacher_shape, block, weight, projector_DE=None, retokenize=None
+    student,
+    teacher,
+    batch,
+    *,
+    student_shape,
+    teacher_shape,
+    block,
+    weight,
+    projector_DE=None,
+    retokenize=None,
+    per_target=False,
 ):
     """L_NLL, L_NLL + lambda * L_align and the mean cosine of a batch [B, L], each over its number of valid tokens.
 
     `retokenize`, for a teacher with another tokenizer: batch -> the teacher's tokens and positions [B, T], and which of
-    them each token meets [B, L], -1: none. The mean cosine is then that of the tokens that meet one.
+    them each token meets [B, L], -1: none. The mean cosine is then that of the tokens that meet one, and with
+    `per_target` L_align is over their number too.
 
     And how the gradients of the two losses with respect to the block's output agree: (cosine, ratio of norms).
     """
@@ -92,7 +103,7 @@ def let_loss(
     else:
         target_BLD = target_BLE @ projector_DE.T
     cosine_BL = F.cosine_similarity(a_BLD, target_BLD, dim=-1)
-    nll, align = nll / valid_BL.sum(), -(cosine_BL * counts_BL).sum() / valid_BL.sum()
+    nll, align = nll / valid_BL.sum(), -(cosine_BL * counts_BL).sum() / (counts_BL if per_target else valid_BL).sum()
     own, added = (torch.autograd.grad(loss, a_BLD, retain_graph=True)[0].flatten() for loss in (nll, weight * align))
     agreement = (F.cosine_similarity(own, added, dim=0).item(), (added.norm() / own.norm()).item())
     return nll, nll + weight * align, (cosine_BL * counts_BL).sum() / counts_BL.sum(), agreement

@@ -1,12 +1,16 @@
 """What a `[let]` table makes the run do."""
 
 import functools
+import math
+from fractions import Fraction
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from let_plugin.alignment.layer_mapping import LayerPair
-from let_plugin.config import LetConfig, PairConfig, ProjectorConfig, plan
+from let_plugin.config import LetConfig, PairConfig, ProjectorConfig, TeacherConfig, plan
 from let_plugin.config.errors import ConfigError
 from let_plugin.trainer import with_let
 from tests.support.config_registry import tiny
@@ -130,3 +134,12 @@ def test_with_labels_for_a_target_each_block_occurs_once_and_no_teacher_layer_is
     chosen = [PairConfig(student=-2, weight=0.5), PairConfig(student=2, teacher=11), PairConfig(student=0)]
     got = plan.pairs(config_of(target="labels", pairs=chosen), None)
     assert [(pair.student, pair.weight) for pair in got] == [(2, 0.5), (0, 1.0)]
+
+
+@given(st.integers(1, 64), st.integers(1, 64), st.integers(0, 100))
+def test_the_teacher_takes_as_many_rows_in_each_step_and_all_in_turn(num_rows, percent, step):
+    let = LetConfig(teacher=TeacherConfig(rows=percent / 100))
+    num = math.ceil(Fraction(percent, 100) * num_rows)
+    steps = [range(num_rows)[plan.teacher_rows(let, i, num_rows)] for i in range(step, step + -(-num_rows // num))]
+    assert {len(rows) for rows in steps} == {num}
+    assert set().union(*steps) == set(range(num_rows))

@@ -99,6 +99,8 @@ MISTAKES = [
     # The folder with the weights has no tokenizer.
     ({"let__teacher__tokenizer_path": ""}, "let.teacher.tokenizer_path = ''", "no vocabulary .*_vocabulary = false"),
     ({**TP_3, **CUT_TEACHER}, "let.teacher.tensor_parallel = True", "2 heads do not divide by .* = 3; leave this off"),
+    ({"let__teacher__rows": 0.8}, "let.teacher.rows = 0.8", "a microbatch has 4 rows.*leave this at 1"),
+    ({"let__teacher__rows": 0.5, "let__target": "labels"}, "let.teacher.rows = 0.5", "no teacher runs; leave"),
     (PTRR, "parallelism.context_parallel_load_balancer = 'ptrr'", 'choose "headtail" or "none"'),
     *(({**cut, **RELATIONAL}, "let.loss = 'relational'", "take a loss per token") for cut in (CUT_SEQUENCE, TP)),
     ({**VALIDATION, "let__target": "labels"}, "let.adaptive_stop.teacher_loss", "no teacher to measure: give"),
