@@ -28,8 +28,8 @@ class PairAlignment:
     Attributes:
         weights: Name -> whole weight of a match that is trained, fp32; empty otherwise.
         weight_gradients: Name -> sum of its gradients over microbatches and this rank's tokens, fp32.
-        products: For a match that is fitted: sum over this rank's tokens of the outer products wanted x given, fp32;
-            None: they are not summed.
+        products: For a match that is fitted: sum over this rank's tokens of the outer products wanted x given, fp32,
+            and of given x given below them if it has rows for them; None: they are not summed.
     """
 
     def __init__(
@@ -67,7 +67,8 @@ class PairAlignment:
         if self.products is not None:
             student, teacher = (x.flatten(0, 1).float() for x in (student_BLD, teacher_BLE[..., self._channels]))
             given, wanted = (teacher, student) if self._matches_teacher else (student, teacher)
-            self.products.addmm_(wanted.T, given)
+            left = wanted if len(self.products) == wanted.shape[1] else torch.cat([wanted, given], dim=1)
+            self.products.addmm_(left.T, given)
         return alignment
 
     def _gradients(

@@ -168,14 +168,34 @@ class Orthogonal(nn.Module):
 
 
 class FittedMatch(nn.Module, ABC):
-    """A match without gradients, whose weight [D, E] is refitted in closed form every `refit_every` steps."""
+    """A linear match without gradients, which is fitted in closed form to the tokens of some steps.
 
-    weight: nn.Parameter
-    refit_every: int
+    It starts as the interpolation. Its state_dict is what a resumed run needs.
+
+    Attributes:
+        weight: [D, E]. Written in place.
+        wants_squares: Whether a fit needs the outer products given x given as well.
+    """
+
+    wants_squares = False
+
+    def __init__(self, in_width: int, out_width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(_interpolation(in_width, out_width), requires_grad=False)
+
+    def forward(self, hidden_BLE: torch.Tensor) -> torch.Tensor:
+        return F.linear(hidden_BLE, self.weight.to(hidden_BLE.dtype))
 
     @abstractmethod
-    def fit(self, products_DE: torch.Tensor) -> torch.Tensor:
-        """The weight for states whose outer products, wanted x given, add up to `products_DE`; fp32."""
+    def is_fitted_in(self, step: int) -> bool:
+        """Whether it is fitted at the end of a step (0-based), to that step's tokens."""
+
+    @abstractmethod
+    def fit(self, products: torch.Tensor) -> None:
+        """Fits the weight, given the sum over tokens of the outer products wanted x given, [D, E], fp32.
+
+        If it `wants_squares`, those of given x given are below them, [D + E, E].
+        """
 
 
 class Procrustes(FittedMatch):
@@ -187,18 +207,50 @@ class Procrustes(FittedMatch):
     """
 
     def __init__(self, in_width: int, out_width: int, *, refit_every: int = 100) -> None:
-        super().__init__()
+        super().__init__(in_width, out_width)
         if refit_every < 1:
             raise ValueError("refit_every must be at least 1")
-        self.refit_every = refit_every
-        self.weight = nn.Parameter(_interpolation(in_width, out_width), requires_grad=False)
+        self._refit_every = refit_every
 
-    def forward(self, hidden_BLE: torch.Tensor) -> torch.Tensor:
-        return F.linear(hidden_BLE, self.weight.to(hidden_BLE.dtype))
+    def is_fitted_in(self, step: int) -> bool:
+        return step % self._refit_every == 0
 
-    def fit(self, products_DE: torch.Tensor) -> torch.Tensor:
-        left, _, right = torch.linalg.svd(products_DE, full_matrices=False)
-        return left @ right
+    def fit(self, products: torch.Tensor) -> None:
+        left, _, right = torch.linalg.svd(products, full_matrices=False)
+        self.weight.copy_(left @ right)
+
+
+class LeastSquares(FittedMatch):
+    """The linear map with the least sum of |y - W x|^2 over the tokens of the first `fit_steps` steps, then frozen.
+
+    W = (sum of y x^T) (sum of x x^T + ridge * m I)^-1, with m the mean square of a channel of x times the number of
+    tokens. It is fitted after each of these steps to all tokens so far.
+    """
+
+    wants_squares = True
+    sums: torch.Tensor
+
+    def __init__(self, in_width: int, out_width: int, *, fit_steps: int = 100, ridge: float = 1e-3) -> None:
+        super().__init__(in_width, out_width)
+        if fit_steps < 1:
+            raise ValueError("fit_steps must be at least 1")
+        if not ridge > 0:
+            raise ValueError("ridge must be more than 0")
+        self._fit_steps, self._ridge = fit_steps, ridge
+        self.register_buffer("sums", torch.zeros(out_width + in_width, in_width, device="cpu"))
+
+    def is_fitted_in(self, step: int) -> bool:
+        return step < self._fit_steps
+
+    def fit(self, products: torch.Tensor) -> None:
+        self.sums += products
+        cross_DE, squares_EE = self.sums.split(self.weight.shape)
+        mean_square = squares_EE.diagonal().mean()
+        identity_EE = torch.eye(len(squares_EE), device=squares_EE.device)
+        # Without a token that counts it stays as it is.
+        regular_EE = squares_EE + torch.where(mean_square > 0, self._ridge * mean_square, 1.0) * identity_EE
+        fitted_DE = torch.linalg.solve_ex(regular_EE, cross_DE.T)[0].T
+        self.weight.copy_(torch.where(mean_square > 0, fitted_DE, self.weight))
 
 
 def _interpolation(in_width: int, out_width: int, *, align_corners: bool = False) -> torch.Tensor:
@@ -220,6 +272,7 @@ def _linear(in_width: int, out_width: int, generator: torch.Generator) -> nn.Lin
 
 
 register_dimension_match("interpolate", Interpolate)
+register_dimension_match("least_squares", LeastSquares)
 register_dimension_match("linear", LearnedLinear)
 register_dimension_match("mlp", MLP)
 register_dimension_match("orthogonal", Orthogonal)

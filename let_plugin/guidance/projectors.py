@@ -103,7 +103,7 @@ class LearnedProjector(Stateful):
 
 
 class FittedProjector:
-    """Refits the match of a pair on the tokens of every `refit_every`-th step, for the steps after it.
+    """Fits the match of a pair to the tokens of the steps that it asks for, for the steps after them.
 
     The sum over tokens of the outer products of the two states is all that such a fit needs: it adds up over
     microbatches and ranks, and every rank fits the same weight. Arguments as those of LearnedProjector.
@@ -117,13 +117,14 @@ class FittedProjector:
         self._part = part
         self._like = _dense_parameter(part.get_submodule(f"layers.{block}"))
         self._sum_placements = sum_placements(self._like, config.parallelism.enable_sequence_parallel)
-        self._products = torch.zeros_like(pair.match.weight)
+        width, in_width = pair.match.weight.shape
+        num_products = width + in_width if pair.match.wants_squares else width
+        self._products = pair.match.weight.new_zeros(num_products, in_width)
         # A buffer of the part: a pipeline's trial run puts it back (see AlignmentTap).
         part.register_buffer(self.name, self._products, persistent=False)
 
     def start_step(self, step: int) -> None:
-        refits = step % self._match.refit_every == 0
-        self._pair.products = self._products.zero_() if refits else None
+        self._pair.products = self._products.zero_() if self._match.is_fitted_in(step) else None
 
     def reduce(self) -> None:
         """After the last microbatch: sums over the ranks."""
@@ -134,16 +135,16 @@ class FittedProjector:
     def finish_step(self) -> None:
         """Fits the weight, for the next step on."""
         if self._pair.products is not None:
-            self._match.weight.copy_(self._match.fit(self._products))
+            self._match.fit(self._products)
 
     def remove(self) -> None:
         delattr(self._part, self.name)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"weight": self._match.weight.detach()}
+        return self._match.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._match.weight.detach().copy_(state_dict["weight"])
+        self._match.load_state_dict(state_dict)
 
 
 def _hide(part: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from let_plugin.alignment.projectors import DIMENSION_MATCHES, MLP, LearnedLinea
 CASES = [
     ("interpolate", {}),
     ("interpolate", {"align_corners": True}),
+    ("least_squares", {}),
     ("linear", {}),
     ("linear", {"init": "random"}),
     ("mlp", {"hidden_width": 7}),
@@ -62,7 +63,7 @@ def reference(name, hidden_BLE, weights, width, options):
             # The centre of output channel i lies at (i + 0.5) * E / D - 0.5 of the input.
             place_D = ((channel_D + 0.5) * in_width / width - 0.5).clamp(0, in_width - 1)
         matrix_DE = (1 - (place_D[:, None] - torch.arange(in_width)).abs()).clamp_min(0)
-    elif name in ("linear", "procrustes"):
+    elif name in ("least_squares", "linear", "procrustes"):
         matrix_DE = weights["weight"]
     elif name == "orthogonal":
         matrix_DE = torch.matrix_exp(weights["weight"] - weights["weight"].T)[:, :in_width]
@@ -168,10 +169,31 @@ def test_procrustes_starts_as_the_interpolation_and_no_orthogonal_map_does_bette
     given = torch.randn(40, in_width, generator=generator)
     wanted = torch.randn(40, out_width, generator=generator)
     torch.testing.assert_close(match(given[None]), interpolate(given[None], out_width))
-    assert match.refit_every == 7 and not any(p.requires_grad for p in match.parameters())
+    assert [step for step in range(15) if match.is_fitted_in(step)] == [0, 7, 14]
 
-    weight = match.fit(wanted.T @ given)
+    match.fit(wanted.T @ given)
+    weight = match.weight
+    assert not weight.requires_grad
     gram = weight.T @ weight if out_width >= in_width else weight @ weight.T
     torch.testing.assert_close(gram, torch.eye(min(in_width, out_width)), rtol=0, atol=1e-5)
     best = torch.linalg.svdvals(wanted.T @ given).sum()  # of any orthogonal map
     torch.testing.assert_close((wanted * (given @ weight.T)).sum(), best)
+
+
+def test_least_squares_is_ridge_regression_on_all_tokens_so_far():
+    match = DIMENSION_MATCHES.get("least_squares")(5, 8, fit_steps=3, ridge=0.01)
+    start = match.weight.clone()
+    match.fit(torch.zeros(13, 5))  # a step without a token that counts
+    assert torch.equal(match.weight, start)
+    assert [step for step in range(9) if match.is_fitted_in(step)] == [0, 1, 2]
+    given, wanted = torch.randn(2, 20, 5), torch.randn(2, 20, 8)
+    for x, y in zip(given, wanted, strict=True):
+        match.fit(torch.cat([y, x], dim=1).T @ x)
+    # Ridge regression is least squares with further rows of sqrt(ridge m) I, whose wanted states are zero.
+    x, y = given.flatten(0, 1).double(), wanted.flatten(0, 1).double()
+    rows = (0.01 * x.square().sum(dim=0).mean()).sqrt() * torch.eye(5, dtype=torch.float64)
+    expected = torch.linalg.lstsq(torch.cat([x, rows]), torch.cat([y, torch.zeros(5, 8, dtype=torch.float64)])).solution
+    torch.testing.assert_close(match.weight.double(), expected.T, rtol=0, atol=1e-5)
+    again = DIMENSION_MATCHES.get("least_squares")(5, 8)
+    again.load_state_dict(match.state_dict())
+    assert torch.equal(again.weight, match.weight) and torch.equal(again.sums, match.sums)

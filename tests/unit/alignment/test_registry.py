@@ -30,7 +30,7 @@ def test_names_are_sorted_unique_and_can_be_taken_back():
         (
             DIMENSION_MATCHES,
             register_dimension_match,
-            "interpolate linear mlp orthogonal procrustes random truncate_or_pad",
+            "interpolate least_squares linear mlp orthogonal procrustes random truncate_or_pad",
         ),
     ],
 )

@@ -45,6 +45,8 @@ WRONG = [
     ({"loss": "relational", "loss_options": {"stride": 0}}, {"loss_options.stride": "must be"}),
     ({"dimension_match": "mlp", "dimension_match_options": {"hidden_width": 0}},
      {"dimension_match_options.hidden_width": "at least 1"}),
+    ({"dimension_match": "least_squares", "dimension_match_options": {"fit_steps": 0}},
+     {"dimension_match_options.fit_steps": "at least 1"}),
     ({"dimension_match": "procrustes", "dimension_match_options": {"refit_every": 0}},
      {"dimension_match_options.refit_every": "at least 1"}),
     ({"dimension_match": "orthogonal", "projector": ProjectorConfig(side="student")},
