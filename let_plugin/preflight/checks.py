@@ -251,13 +251,12 @@ GENERAL_CHECKS = [
     check_dump_folder,
     find_resumption,
 ]
-LET_CHECKS = [check_strategies, check_validation, check_let_parallelism, find_end]
+LET_CHECKS = [check_strategies, check_validation, check_let_parallelism, teacher_checks.check_rows, find_end]
 TEACHER_CHECKS = [
     teacher_checks.find_source,
     check_pairs,
     teacher_checks.check_dimension_match,
     teacher_checks.check_tensor_parallel,
-    teacher_checks.check_rows,
     teacher_checks.check_sequence_length,
     teacher_checks.check_stored_states,
     teacher_checks.check_token_alignment,
