@@ -3,8 +3,8 @@ from hypothesis import HealthCheck, settings
 
 from let_plugin.runtime import host
 
-# However busy the machine is.
-settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# However busy the machine is; and the same examples each time, so that a change is judged by what it changes.
+settings.register_profile("any machine", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 
 # Unit tests build torchtitan's parts in this process: it has to be set up before they are imported.
