@@ -1,5 +1,6 @@
 """What a run finds in its environment, and how it is ended."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -65,8 +66,12 @@ def test_ctrl_c_does_not_wait_for_a_run_that_hangs(tmp_path, monkeypatch):
     waits = subprocess.Popen([sys.executable, str(tmp_path / "waits.py")], stderr=subprocess.DEVNULL)
     pids = tmp_path / "out.json.pids"
     wait_until(lambda: pids.exists() and pids.read_text())
-    waits.send_signal(signal.SIGINT)
-    assert waits.wait(60) != 0
+    for _ in range(30):  # Python may lose an interruption, for example in a destructor: then one presses again
+        waits.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            waits.wait(2)
+            break
+    assert waits.poll()
     wait_until(lambda: not any(map(is_running, pids.read_text().split())))
 
 
