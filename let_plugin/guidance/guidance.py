@@ -86,6 +86,7 @@ class Guidance:
         self._gradient_weight: GradientWeight | None = None
         if config.let.weight_by == "gradient":
             self._gradient_weight = GradientWeight(momentum=config.let.weight_momentum, device=device)
+            self._lambda = self._gradient_weight.value
             self._keep(GRADIENT_WEIGHT, self._gradient_weight, [int(self._deepest_block)])
 
         # All ranks of the job communicate here, in this order. Only then a rank without an aligned block may skip the
@@ -140,7 +141,6 @@ class Guidance:
             self._lambda.fill_(weight)
         else:
             self._gradient_weight.start_step(weight)
-            self._lambda.copy_(self._gradient_weight.value)
         self._num_accumulations_left = self._trainer.gradient_accumulation_steps
         for tap in self.taps:
             tap.reset()
@@ -266,7 +266,7 @@ class Guidance:
             if num_counted:
                 metrics["let/aligned_fraction"] = num_aligned / num_counted
         if self._gradient_weight is not None:
-            metrics["let/lambda"] = self._gradient_weight.value.item()
+            metrics["let/lambda"] = self._lambda.item()
         if self._measures and own > 0 and added > 0:
             metrics |= {"let/grad_cosine": dot / math.sqrt(own * added), "let/grad_ratio": math.sqrt(added / own)}
         return metrics

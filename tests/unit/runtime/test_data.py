@@ -103,7 +103,7 @@ def test_torchtitans_loader_reads_text_files_and_the_demos_text(tmp_path):
 
 
 def test_the_pile_is_streamed_from_a_local_copy(tmp_path):
-    zstandard = pytest.importorskip("zstandard")
+    zstandard = pytest.importorskip("zstandard", reason="pip install let-plugin[pile]")
     (tmp_path / "pile/train").mkdir(parents=True)
     for name in ("train/00", "train/01", "val", "test"):
         lines = "".join(json.dumps({"text": f"{name} {i}"}) + "\n" for i in range(3))
