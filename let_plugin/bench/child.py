@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from let_plugin import train
 
@@ -19,10 +19,18 @@ if TYPE_CHECKING:
 
 def main(argv: list[str]) -> None:
     request = json.loads(Path(argv[0]).read_text())
+
+    def watch(trainer: "Trainer") -> None:
+        from let_plugin.bench.converge.observe import Observer
+        from let_plugin.bench.throughput.measure import Watch
+
+        out, settings = request["out"], request["settings"]
+        (Watch(trainer, out, **settings) if settings else Observer(trainer, out)).start()
+
     train.main(
         request["argv"],
         on_loaded=lambda config: adapt(config, request.get("num_blocks"), request.get("test")),
-        on_built=lambda trainer: _watch(trainer, request["out"], request["settings"]),
+        on_built=watch,
     )
 
 
@@ -37,13 +45,6 @@ def adapt(config: "Trainer.Config", num_blocks: int | None, test: Sequence[str] 
         stacking.shorten(config, num_blocks)
     if test is not None:
         observe.add_test_split(config, *test)
-
-
-def _watch(trainer: "Trainer", out: str, settings: dict[str, Any]) -> None:
-    from let_plugin.bench.converge.observe import Observer
-    from let_plugin.bench.throughput.measure import Watch
-
-    (Watch(trainer, out, **settings) if settings else Observer(trainer, out)).start()
 
 
 if __name__ == "__main__":

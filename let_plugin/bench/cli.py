@@ -2,6 +2,8 @@
 
 import argparse
 import logging
+import math
+import os
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -53,12 +55,12 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     for suite, name in ((throughput, "throughput"), (converge, "converge")):
         out = Path("outputs/bench")
         suite.add_argument("config", type=Path, metavar="CONFIG.toml")
-        suite.add_argument("--processes", type=_integer(1), default=1, help="processes of a run, by torchrun (1)")
-        suite.add_argument("--out", type=Path, default=out / f"{name}.jsonl", help="file of rows")
-        suite.add_argument("--work-dir", type=Path, default=out / name, help="for logs and what runs write")
+        suite.add_argument("--processes", type=_number(int, 1), default=1, help="processes of a run, by torchrun (1)")
+        suite.add_argument("--out", type=_file, default=out / f"{name}.jsonl", help="file of rows")
+        suite.add_argument("--work-dir", type=_folder, default=out / name, help="for logs and what runs write")
     table = command("table", "the tables of rows that are there, as their suites print them")
     report = command("report", "one page of what the rows say, that needs nothing beside it")
-    report.add_argument("--out", type=Path, required=True, metavar="PAGE.html", help="an older page is replaced")
+    report.add_argument("--out", type=_file, required=True, metavar="PAGE.html", help="an older page is replaced")
     for reader in (table, report):
         reader.add_argument("rows", type=Path, nargs="+", metavar="ROWS.jsonl")
     plot = command("plot", "curves of runs (metrics.jsonl), or held-out losses of convergence rows, side by side")
@@ -68,13 +70,17 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     export.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a torchtitan checkpoint (.../step-N)")
     export.add_argument("--config", type=Path, required=True, metavar="CONFIG.toml", help="what it was trained with")
     export.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new folder for the model")
+    select = command("select", f"the training documents that the teacher finds easier (MiniPLM). {_OF_LET_TRAIN}")
+    select.add_argument("config", type=Path, metavar="CONFIG.toml", help="its documents, and let.teacher")
+    help_ = "path, or options of let-train ('--let.teacher.spec x --let.teacher.path y'), for the reference"
+    select.add_argument("--reference", required=True, metavar="MODEL", help=help_)
+    select.add_argument("--out", required=True, type=_file, metavar="FILE", help="new: .jsonl, .jsonl.xz, .jsonl.gz")
+    select.add_argument("--keep", type=_number(float, 0, 1), default=0.5, help="share of the documents (0.5)")
     args, options = parser.parse_known_args(argv)
     if options and "config" not in args:
         parser.error(f"unrecognized arguments: {' '.join(options)}")
     if args.command == "converge" and args.tuning_seeds is None:
         args.tuning_seeds = [max(args.seeds) + 1]
-    for name in {"seeds", "tuning_seeds", "teacher_share"} & vars(args).keys():
-        setattr(args, name, list(dict.fromkeys(getattr(args, name))))  # without what is given twice
     return args, options
 
 
@@ -84,10 +90,10 @@ def _add_throughput(parser: argparse.ArgumentParser) -> None:
     help_ = "beside plain: active, stopped, rkd, control (active stopped)"
     add("--cases", nargs="+", default=["active", "stopped"], choices=cases, metavar="CASE", help=help_)
     # Without a spread there is no interval: two of each.
-    add("--pairs", type=_integer(2), default=7, help="how often each case is measured (7)")
-    add("--steps", type=_integer(2), default=8, help="measured steps of a run, after 4 that are not (8)")
+    add("--pairs", type=_number(int, 2), default=7, help="how often each case is measured (7)")
+    add("--steps", type=_number(int, 2), default=8, help="measured steps of a run, after 4 that are not (8)")
     help_ = "random teachers of P %% of the student's size, instead of the configured one"
-    add("--teacher-share", type=_percentage, nargs="+", default=[], metavar="P", help=help_)
+    add("--teacher-share", type=_number(float, 0.01, 100), nargs="+", default=[], metavar="P", help=help_)
     add("--profile", action="store_true", help="one more run per case: where the overhead goes")
     help_ = "the cases make their steps in turn: for noisy machines, with memory for all of them at once"
     add("--interleave", action="store_true", help=help_)
@@ -97,37 +103,43 @@ def _add_converge(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     methods = ["let", "rkd", "salt", "labels", "random_teacher", "shuffled_targets"]
     help_ = (
-        "beside standard: let, rkd, salt, labels, random_teacher, shuffled_targets, gstack, miniplm, or of "
+        "beside standard: let, rkd, salt, labels, random_teacher, shuffled_targets, gstack, or of "
         "--methods-file; let@0.1 is LET at that weight; 'NAME = let --section.key VALUE ...' is a method of your own "
         "(let rkd salt and the three controls)"
     )
     add("--methods", nargs="+", default=methods, metavar="M", help=help_)
     add("--methods-file", type=Path, metavar="FILE.toml", help="methods as NAME = [options of let-train]")
-    seeds: dict[str, Any] = {"type": _integer(0), "nargs": "+", "metavar": "S"}
+    seeds: dict[str, Any] = {"type": _number(int, 0), "nargs": "+", "metavar": "S"}
     add("--seeds", default=[0, 1, 2, 3, 4], help="of the results (0 1 2 3 4)", **seeds)
     add("--tuning-seeds", help="of the runs that choose (the one after --seeds)", **seeds)
     help_ = "an option of let-train and values to choose from for each method; several: all combinations"
     add("--grid", nargs="+", action="append", default=[], metavar=("KEY", "VALUE"), help=help_)
     add("--test-dataset", default="", metavar="NAME", help="dataset that the result is read on")
     add("--test-path", default="", metavar="PATH", help="its files, if the name does not say so")
-    add("--selected-text", type=Path, metavar="FILE", help="of miniplm: see its data_selection")
-    add("--gstack-blocks", type=_integer(1), metavar="N", help="of gstack: blocks of the shallow model")
-    add("--gstack-steps", type=_integer(1), metavar="N", help="of gstack: steps of the shallow model")
+    add("--gstack-blocks", type=_number(int, 1), metavar="N", help="of gstack: blocks of the shallow model")
+    add("--gstack-steps", type=_number(int, 1), metavar="N", help="of gstack: steps of the shallow model")
 
 
-def _integer(least: int) -> Callable[[str], int]:
-    def integer(text: str) -> int:
-        if (value := int(text)) < least:
-            raise argparse.ArgumentTypeError(f"expected an integer, at least {least}, not {text}")
+def _number(kind: type[float], least: float, most: float = math.inf) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        if not least <= (value := kind(text)) <= most:
+            limit = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"expected a number {limit}, not {text}")
         return value
 
-    return integer
+    return number
 
 
-def _percentage(text: str) -> float:
-    if not 0 < (value := float(text)) <= 100:
-        raise argparse.ArgumentTypeError(f"expected a percentage above 0, at most 100, not {text}")
-    return value
+def _file(text: str) -> Path:
+    if (path := Path(text)).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder; expected a file")
+    return path
+
+
+def _folder(text: str) -> Path:
+    if (path := Path(text)).is_file():
+        raise argparse.ArgumentTypeError(f"{text} is a file; expected a folder")
+    return path
 
 
 def _show(args: argparse.Namespace) -> str:
@@ -136,15 +148,13 @@ def _show(args: argparse.Namespace) -> str:
 
     if args.command == "table":
         return tables.text(args.rows)
-    if args.command == "report":
-        report.write(args.rows, args.out)
-    else:
-        report.plot(args.runs, args.out)
+    write, inputs = (report.write, args.rows) if args.command == "report" else (report.plot, args.runs)
+    write(inputs, args.out)
     return str(args.out)
 
 
 def _of_configuration(args: argparse.Namespace, options: list[str], command: str) -> str:
-    """Runs a suite and returns its table, or exports. SystemExit with code 1 if a run fails."""
+    """Runs a suite and returns its table, selects or exports. SystemExit with code 1 if a run fails."""
     from let_plugin.runtime import data, host
 
     host.set_up(toml_config.read([str(args.config), *options]).runtime.device)  # before torchtitan is imported
@@ -153,6 +163,7 @@ def _of_configuration(args: argparse.Namespace, options: list[str], command: str
     from torchtitan.tools.logging import logger
 
     from let_plugin.bench import export_hf, processes
+    from let_plugin.bench.converge import data_selection
     from let_plugin.bench.converge import run as converge
     from let_plugin.bench.throughput import suite as throughput
 
@@ -160,7 +171,10 @@ def _of_configuration(args: argparse.Namespace, options: list[str], command: str
     if args.command == "export":
         export_hf.export(toml_config.load(args.config, options).config, args.checkpoint, args.out)
         return f"wrote {args.out}"
-    processes.check_launch(args.out, args.work_dir)
+    if args.command == "select":
+        return data_selection.run(args, options)
+    if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(Problem("--processes", "started under torchrun; start let-bench alone, and it starts them"))
     suite = throughput if args.command == "throughput" else converge
     try:
         return f"\n{suite.run(args, options, command)}"

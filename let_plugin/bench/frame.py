@@ -93,26 +93,15 @@ class Suite:
         """The question that it answers: the rows' own `name`, or that of their file."""
         return self.rows[0]["name"]
 
-    @property
-    def time(self) -> str:
-        return max(row["time"] for row in self.rows)
-
 
 def read(files: Sequence[Path]) -> list[Row]:
     """The rows of the files, each with a `name`: its own, or that of its file.
 
-    ConfigError lists missing files, and lines that are no rows.
+    ConfigError lists missing files, or the lines of a file that are no rows.
     """
-    problems = [Problem("ROWS.jsonl", "no such file", str(file)) for file in files if not file.is_file()]
-    found: list[Row] = []
-    for file in dict.fromkeys(files):
-        try:
-            found += [{"name": file.stem.replace("_", " "), **row} for row in rows.read(file)]
-        except ConfigError as error:
-            problems += error.problems
-    if problems:
-        raise ConfigError(problems)
-    return found
+    if missing := [file for file in files if not file.is_file()]:
+        raise ConfigError(Problem("ROWS.jsonl", "no such file", str(file)) for file in missing)
+    return [{"name": file.stem.replace("_", " "), **row} for file in dict.fromkeys(files) for row in rows.read(file)]
 
 
 def suites(found: Sequence[Row]) -> list[Suite]:
@@ -129,12 +118,6 @@ def suites(found: Sequence[Row]) -> list[Suite]:
     return shown
 
 
-def newest(made: Sequence[Suite]) -> list[Suite]:
-    """Without those that a later suite of the same name and kind replaces."""
-    latest = {(suite.name, suite.kind): suite for suite in sorted(made, key=lambda suite: suite.time)}
-    return [suite for suite in made if latest[suite.name, suite.kind] is suite]
-
-
 def costs(own: Sequence[Row]) -> Suite | None:
     """A suite's throughput rows, complete rounds only: a line per label. Bytes, seconds per step, ratios to plain."""
     rounds = _complete([row for row in own if row["kind"] == THROUGHPUT], "pair")
@@ -146,7 +129,8 @@ def costs(own: Sequence[Row]) -> Suite | None:
         step_time, steps = ratio(ratios, [1.0] * len(ratios)), first["run_steps"]
         # As in the preflight report, which imports torchtitan: a table shall not wait for that. None: it never pays.
         affordable_steps = steps - (step_time.value - 1) * first["stop_step"]
-        kinds = list(first["peak_memory_bytes"])  # the first of them is what a bound is compared with
+        peaks, base = (pd.DataFrame([row["peak_memory_bytes"] for row in some]) for some in (measured, plain))
+        kind = peaks.columns[0]  # what a bound is compared with
         line = {
             "label": label,
             "case": first["case"],
@@ -158,15 +142,14 @@ def costs(own: Sequence[Row]) -> Suite | None:
             "step_time": step_time,
             "flop_bound": 1 + first["flop_bound"],
             "memory_bound": first["memory_bound_bytes"],
-            "memory_kind": kinds[0],
+            "memory_kind": kind,
+            "memory": ratio(peaks[kind], base[kind]),
+            "more_memory": peaks[kind].median() - base[kind].median(),
+            "memory_bound_ratio": 1 + first["memory_bound_bytes"] / base[kind].median(),
             "break_even": steps / affordable_steps if affordable_steps > 0 else None,
         }
-        for kind in kinds:
-            line |= {kind: median(_peaks(measured, kind))}
-            line |= {f"{kind} / plain": ratio(_peaks(measured, kind), _peaks(plain, kind))}
-        line["memory"] = line[f"{kinds[0]} / plain"]
-        line["more_memory"] = line[kinds[0]] - median(_peaks(plain, kinds[0]))
-        line["memory_bound_ratio"] = 1 + first["memory_bound_bytes"] / median(_peaks(plain, kinds[0]))
+        for name in peaks:
+            line |= {name: peaks[name].median(), f"{name} / plain": ratio(peaks[name], base[name])}
         lines.append(line)
     if not lines:
         return None
@@ -251,10 +234,6 @@ def _complete(found: Sequence[Row], index: str) -> dict[str, list[Row]]:
         by_label.setdefault(row["label"], {})[row[index]] = row
     complete = [key for key in next(iter(by_label.values()), ()) if all(key in own for own in by_label.values())]
     return {label: [own[key] for key in complete] for label, own in by_label.items()} if complete else {}
-
-
-def _peaks(measured: Sequence[Row], kind: str) -> list[float]:
-    return [row["peak_memory_bytes"][kind] for row in measured]
 
 
 def _step_time_ratio(row: Row, plain: Row) -> float:

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from let_plugin.config.errors import ConfigError, Problem
-
 # What torchrun and host.set_up put into the environment: a run gets its own.
 _JOB_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Puts large CPU tensors into huge pages, where the kernel has them (torch reads this). With small pages, one of two
@@ -76,19 +74,6 @@ class Running:
         how = f"failed with exit code {code}" if code else "ended before its last step; is there enough data?"
         last_lines = "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
         raise RunFailedError(f"{self._what!r} {how}\n{last_lines}\nall of it: {self._log}")
-
-
-def check_launch(out: Path, work: Path) -> None:
-    """ConfigError for what is wrong with where a suite writes (--out, --work-dir), and with where it was started."""
-    problems = []
-    if out.is_dir():
-        problems.append(Problem("--out", "a folder; expected a file", str(out)))
-    if work.is_file():
-        problems.append(Problem("--work-dir", "a file", str(work)))
-    if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        problems.append(Problem("--processes", "started under torchrun; start let-bench alone, and it starts them"))
-    if problems:
-        raise ConfigError(problems)
 
 
 def slug(label: str) -> str:

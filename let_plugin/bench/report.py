@@ -1,6 +1,5 @@
 """`let-bench report`: one page of what rows say. `let-bench plot`: curves of runs or rows."""
 
-import difflib
 import json
 import math
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from let_plugin.bench.rows import BASELINE, CONVERGE, THROUGHPUT, Row
 from let_plugin.config.errors import ConfigError, Problem
 
 METRICS = ("loss_metrics/global_avg_loss", "validation_metrics/loss", "let/cosine", "let/lambda", "throughput(tps)")
+_BRINGS = [f"less {BASELINE}", "speed-up, tokens"]  # columns of the overview
 _TEACHER_SHARE = 0.1  # the paper's: of several teachers the overview shows the one nearest to it
 
 
@@ -24,9 +24,7 @@ def write(files: Sequence[Path], out: Path) -> None:
 
     ConfigError if a file is missing, or holds no rows or nothing to compare.
     """
-    if out.is_dir():
-        raise ConfigError(Problem("--out", "is a folder; expected a file, page.html", str(out)))
-    suites = frame.newest(frame.suites(frame.read(files)))
+    suites = frame.suites(frame.read(files))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(render(suites), encoding="utf-8")
 
@@ -59,43 +57,30 @@ def plot(paths: Sequence[Path], out: Path) -> None:
 
 def render(suites: Sequence[Suite]) -> str:
     """The page as HTML. Everything in it that comes from rows is escaped."""
-    gains = sorted((suite for suite in suites if suite.kind == CONVERGE), key=lambda suite: suite.time)[-1:]
+    gains = [suite for suite in suites if suite.kind == CONVERGE][-1:]
     costs = [suite for suite in suites if suite.kind == THROUGHPUT]
     return _page(
         title="LET: what it brings and what it costs",
         figures=[charts.losses(frame.curves(suite)) for suite in gains],
-        gains=[(_html(gain_overview(suite)), tables.verdicts(suite)) for suite in gains],
-        costs=_html(cost_overview(costs)) if costs else "",
+        gains=[(_html(tables.table(suite)[_BRINGS].drop(index=BASELINE)), tables.verdicts(suite)) for suite in gains],
+        costs=_html(_cost_overview(costs)) if costs else "",
         suites=[_section(suite, number, suite in gains) for number, suite in enumerate(suites)],
     )
 
 
-def gain_overview(suite: Suite) -> pd.DataFrame:
-    """What LET brings, as cells of text: the difference to the baseline of each method, and its speed-up."""
-    return tables.table(suite)[[f"less {BASELINE}", "speed-up, tokens"]].drop(index=BASELINE)
-
-
-def cost_overview(suites: Sequence[Suite]) -> pd.DataFrame:
-    """What LET costs, as cells of text: a line per suite, with the teacher nearest to a tenth of the student."""
-    lines = {}
+def _cost_overview(suites: Sequence[Suite]) -> pd.DataFrame:
+    """What LET costs, as cells of text: of each suite the teacher nearest to a tenth of the student, and its stop."""
+    found = []
     for suite in suites:
-        cells = {"device": suite.rows[0]["device_name"]}
-        for line in _nearest(suite, "active"):
-            cells |= {"teacher / student": f"{line['share']:.0%}", "step time / plain": line["step_time"].text(".3f")}
-            cells |= {"its bound": f"{line['flop_bound']:.3f}", "memory / plain": line["memory"].text(".3f")}
-            cells["its bound "] = f"{line['memory_bound_ratio']:.3f}"
-        for line in _nearest(suite, "stopped"):
-            cells |= {"step time after the stop": line["step_time"].text(".3f")}
-            cells |= {"memory after the stop": line["memory"].text(".3f")}
-        if len(cells) > 1:
-            lines[suite.name] = cells
-    return pd.DataFrame.from_dict(lines, orient="index").fillna("").rename_axis(columns="question")
-
-
-def _nearest(suite: Suite, case: str) -> list[pd.Series]:
-    """The line of a case with the teacher nearest to the paper's, if there is any."""
-    lines = [line for _, line in suite.frame[suite.frame["case"] == case].iterrows()]
-    return sorted(lines, key=lambda line: abs(line["share"] - _TEACHER_SHARE))[:1]
+        lines = suite.frame[suite.frame["case"].isin(["active", "stopped"])]
+        nearest = (lines["share"] - _TEACHER_SHARE).abs().groupby(lines["case"]).idxmin()
+        memory = f"{suite.frame['memory_kind'].iloc[0]} / plain"
+        cells = tables.table(suite).loc[nearest, ["step time / plain", "FLOP bound", memory]]
+        cells.insert(0, "teacher / student", lines["share"].map("{:.0%}".format))
+        cells.insert(0, "device", suite.rows[0]["device_name"])
+        cells.index = [f"{suite.name}: {label}" for label in cells.index]
+        found.append(cells.rename(columns={memory: "memory / plain"}))
+    return pd.concat(found)
 
 
 def _section(suite: Suite, number: int, is_above: bool) -> dict[str, Any]:
@@ -108,8 +93,6 @@ def _section(suite: Suite, number: int, is_above: bool) -> dict[str, Any]:
         figures.append(charts.ratios(others, "memory", "memory_bound_ratio", memory))
     elif not is_above:
         figures.append(charts.losses(frame.curves(suite)))
-    configs = {row["label"]: row["config"] for row in suite.rows}
-    (first, config), *rest = configs.items()
     return {
         "kind": suite.kind,
         "anchor": f"suite-{number}",
@@ -120,7 +103,7 @@ def _section(suite: Suite, number: int, is_above: bool) -> dict[str, Any]:
         "notes": [*tables.notes(suite), *tables.choices(suite)],
         "profiles": [(caption, _html(cells)) for caption, cells in map(tables.profile_table, suite.profiles)],
         "sources": _sources(suite.rows),
-        "configs": [(first, config), *((label, _changes(config, own, first, label)) for label, own in rest)],
+        "configs": {row["label"]: row["config"] for row in suite.rows},
     }
 
 
@@ -130,12 +113,6 @@ def _sources(rows: Sequence[Row]) -> list[str]:
     versions = {", ".join(f"{name} {version}" for name, version in row["versions"].items()) for row in rows}
     when = f"{len(rows)} runs from {times[0]} to {times[-1]}, commit {', '.join(commits)}"
     return [f"{when}, with {'; '.join(sorted(versions))}.", *dict.fromkeys(row["command"] for row in rows)]
-
-
-def _changes(config: str, own: str, first: str, label: str) -> str:
-    """What `own` has that `config` has not, as a diff."""
-    lines = difflib.unified_diff(config.splitlines(), own.splitlines(), first, label, lineterm="", n=1)
-    return "\n".join(lines) or f"that of {first}"
 
 
 def _metric_charts(logs: Sequence[Path]) -> list[Spec]:

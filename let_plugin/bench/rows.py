@@ -5,7 +5,6 @@ A row is one measured quantity of one run. Reports are made of rows alone.
 
 import hashlib
 import json
-import math
 import os
 import platform
 import shlex
@@ -85,20 +84,18 @@ def row(
     origin: Mapping[str, Any],
     **details: Any,
 ) -> dict[str, Any]:
-    """A row: `values`, finite, at least one (ValueError for others), of what a `command` has measured.
+    """A row: `values`, at least one, of what a `command` has measured.
 
     `config` is the run's full effective configuration as TOML, `seed` its seed (None: not fixed), `origin` the
     `provenance()` of before the run; `details` are the fields of this kind of row.
     """
-    if not values or not all(map(math.isfinite, values)):
-        raise ValueError(f"expected finite numbers, at least one: {values}")
     fields = {"kind": kind, "command": command, **origin, "config": without_checkout(config), "seed": seed}
     quantiles = {f"{p:g}": float(np.quantile(values, p)) for p in (0, 0.25, 0.5, 0.75, 1)}
     return {**fields, "unit": unit, "quantiles": quantiles, "values": list(values), **details}
 
 
 def append(path: Path, new: Mapping[str, Any]) -> None:
-    """Adds a row to a file, which is made if it is missing. What is there is left as it is."""
+    """Adds a row to a file, which is made if it is missing. What is there is left as it is. ValueError for NaN."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(new, allow_nan=False) + "\n")  # in one piece: a killed suite leaves no part of a row
@@ -110,20 +107,15 @@ def read(path: Path) -> list[dict[str, Any]]:
     """The rows of a file, in order; none if there is no such file. ConfigError lists every line that is no row."""
     if not path.exists():
         return []
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(Problem(str(path), f"cannot be read: {error}")) from error
     found: list[dict[str, Any]] = []
     problems: list[Problem] = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
         try:
             found.append(json.loads(line))
             if missing := _REQUIRED - found[-1].keys():
                 problems.append(Problem(f"{path}:{number}", f"not a row: it has no {', '.join(sorted(missing))}"))
         except (json.JSONDecodeError, AttributeError):
-            message = "not a JSON object; if a write was cut off, remove the line"
-            problems.append(Problem(f"{path}:{number}", message))
+            problems.append(Problem(f"{path}:{number}", "not a JSON object; if a write was cut off, remove the line"))
     if problems:
         raise ConfigError(problems)
     return found

@@ -93,10 +93,6 @@ class Setup:
         """The arguments of let-train for a run with more options. A later one overrides an earlier one."""
         return [str(self._toml), *self._options, *options]
 
-    def resolve(self, options: Sequence[str]) -> Loaded:
-        """The configuration of such a run without what is wrong with it, which `check` tells. It has no test split."""
-        return toml_config.resolve(toml_config.read(self.argv(options)))
-
     def load(self, options: Sequence[str], num_blocks: int | None = None) -> Loaded:
         """The configuration of such a run. ConfigError for mistakes in it."""
         loaded = toml_config.load(self._toml, self.argv(options)[1:])
@@ -108,7 +104,7 @@ class Setup:
         problems: list[Problem] = []
         for options in variants:
             try:
-                loaded = self.resolve(options)
+                loaded = toml_config.resolve(toml_config.read(self.argv(options)))
                 child.adapt(loaded.config, None, self.test)
                 loaded.apply(preflight.run)
             except ConfigError as error:

@@ -31,7 +31,7 @@ def suite_text(suite: Suite) -> str:
 
 def lines(cells: pd.DataFrame) -> str:
     """Cells in columns: the index to the left, and the others to the right."""
-    return "\n".join(line.rstrip() for line in cells.add_prefix(" ").to_string().splitlines())
+    return "\n".join(line.rstrip() for line in cells.to_string().splitlines())
 
 
 def table(suite: Suite) -> pd.DataFrame:

@@ -28,16 +28,14 @@ def main() -> None:
     out: Path = args.out / time.strftime("%Y%m%d-%H%M%S")
     started = time.monotonic()
     let_train = [sys.executable, "-m", "let_plugin.train", args.config]
-    runs = {}
     for name, switch in (("plain", "--let.no-enable"), ("let", "--let.enable")):
         command = [*let_train, switch, *options, "--dump_folder", str(out / name)]
         print(f"\n=== {name}: let-train {' '.join(command[3:])}", flush=True)
         code = subprocess.run(command).returncode
         if code != 0:
             raise SystemExit(code)
-        runs[name] = compare.read(out / name)
 
-    result = compare.compare(runs["plain"], runs["let"])
+    result = compare.compare(out / "plain", out / "let")
     seconds = round(time.monotonic() - started, 1)
     # The configuration of the run with LET; the plain one has `let.enable = false`.
     show = [*let_train, "--let.enable", *options, "--print-config"]

@@ -64,7 +64,7 @@ def test_converge(bench, tmp_path):
     own = "--methods gstack --seeds 0 --gstack-blocks 2 --gstack-steps 2 --test-dataset let_demo_test"
     own += " --training.steps 2 --validator.freq 2 --validator.steps 1"
     table, (plain, grown) = bench(converge, "converge", own)
-    assert [plain["label"], grown["label"]] == ["standard", "gstack [2 blocks, 2 steps]"]
+    assert [plain["label"], grown["label"]] == ["standard", "gstack [gstack_blocks 2, gstack_steps 2]"]
     for row in (plain, grown):
         assert row["curve"]["step"] == [1, 2] and row["curve"]["tokens"] == [256, 512]
         assert row["peak_memory_bytes"]["resident"] > 0 and row["wall_seconds"] > 0

@@ -33,6 +33,7 @@ class Method:
     like: str = ""  # the method whose tuned settings it takes; empty: it is tuned by itself
     grid: Grid | None = field(default=None, hash=False)  # what it is tuned over; None: the grid of the command line
     asked: str = ""  # its name as it was asked for, with a weight (let@0.1)
+    needs: tuple[str, ...] = ()  # arguments of let-bench that it cannot be run without
 
     def tuned_over(self, grid: Grid) -> dict[str, Sequence[str]]:
         """What of the grid applies: no key that its options set, and no key of LET without LET."""
@@ -65,8 +66,8 @@ METHODS = {
         Method(name="labels", options=(*_LET, "--let.target", "labels"), like="let"),
         Method(name="random_teacher", options=(*_LET, "--let.control", "random_teacher"), like="let"),
         Method(name="shuffled_targets", options=(*_LET, "--let.control", "shuffled_targets"), like="let"),
-        Method(name="gstack", options=(_OFF,)),  # arXiv 2405.15319; see `stacking`
-        Method(name="miniplm", options=(_OFF, "--dataloader.dataset", "text_files")),  # see `data_selection`
+        # arXiv 2405.15319; see `stacking`.
+        Method(name="gstack", options=(_OFF,), needs=("gstack_blocks", "gstack_steps")),
     )
 }
 

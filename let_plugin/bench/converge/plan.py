@@ -1,8 +1,9 @@
 """The runs of `let-bench converge`: which there are, each with its options of let-train and what it costs."""
 
 import argparse
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from itertools import product
@@ -61,8 +62,8 @@ class Planner:
         label, details = self.cell(method, point)
         folder = self._args.work_dir / "dump" / f"{slug(label)}-seed-{seed}"
         own = ["--debug.seed", str(seed), "--dump_folder", str(folder)]
-        fields = {"settings": {}, "details": {"seed": seed, **details}}
-        return self.setup.run(label, [*self._options(method, point), *own], **fields)
+        options = [*self._options(method, point), *own]
+        return self.setup.run(label, options, settings={}, details={"seed": seed, **details})
 
     def _cell(self, method: Method, point: Point) -> tuple[str, dict[str, Any]]:
         """The label of a method at a point, and what its rows say besides."""
@@ -72,37 +73,31 @@ class Planner:
         flops = 6.0 * student.num_matmul_params * tokens_per_step  # attention between tokens is not counted
         costs = active_cost(config, student, self._dims)
         weight = config.let.weight if config.let.enable else None
-        text = method.name if not weight else f"{method.name}@{weight:g}"
-        needs = [f"{key} {value}" for key, value in point if key != WEIGHT]
-        if method.name == "gstack":
-            needs = [f"{self._args.gstack_blocks} blocks", f"{self._args.gstack_steps} steps", *needs]
-        elif method.name == "miniplm":
-            needs = [str(self._args.selected_text), *needs]
+        name = method.name if not weight else f"{method.name}@{weight:g}"
+        settings = [(need, getattr(self._args, need)) for need in method.needs]
+        settings += [(key, value) for key, value in point if key != WEIGHT]
         details = {
             "method": method.name,
             "weight": weight,
             "like": method.like,
             "num_student_params": student.num_matmul_params,
             "num_teacher_params": costs.num_teacher_params,
-            "splits": {"validation": split(config.validator.dataloader), "test": split(config.validator.test)},
+            "splits": {"validation": _split(config.validator.dataloader), "test": _split(config.validator.test)},
             "tokens_per_step": tokens_per_step,
             "step_flops": flops,
             "active_flops": costs.overhead * flops,
             "preparation": self._preparation(method, config, tokens_per_step),
         }
-        return f"{text} [{', '.join(needs)}]" if needs else text, details
+        return f"{name} [{settings_text(settings)}]" if settings else name, details
 
     def _options(self, method: Method, point: Point = ()) -> list[str]:
-        own = [*method.defaults, *method.options]
-        if method.name == "miniplm":
-            own += ["--dataloader.dataset_path", str(self._args.selected_text)]
-        return own + [part for key, value in point for part in (f"--{key}", value)]
+        return [*method.defaults, *method.options, *(part for key, value in point for part in (f"--{key}", value))]
 
     def _preparation(self, method: Method, config: Any, tokens_per_step: int) -> dict[str, Any]:
         """What had to be done before the run: its FLOPs, the tokens that went through a model, and its seconds."""
-        if method.name == "miniplm":
-            return {"what": "selection of documents", **data_selection.read_costs(self._args.selected_text)}
-        if method.name == "gstack":
+        if (selection := data_selection.costs_file(getattr(config.dataloader, "dataset_path", None))).is_file():
+            return {"what": "selection of documents", **json.loads(selection.read_text())}
+        if "gstack_blocks" in method.needs:
             shallow = Student(self.setup.load(self._options(method), self._args.gstack_blocks).config)
             tokens = tokens_per_step * self._args.gstack_steps
             flops = 6.0 * shallow.num_matmul_params * tokens
@@ -120,18 +115,28 @@ class Planner:
         return {"what": "nothing", "flops": 0.0, "tokens": 0, "seconds": 0.0}
 
     def _check(self) -> None:
-        """ConfigError lists all that is wrong with the configuration of any run."""
+        """ConfigError lists what keeps the runs from being compared, or else what is wrong with any of them."""
         config: Any = self.setup.load([]).config
-        problems = _incomparable(config, self._args)
+        if not isinstance(config.validator, TwoSplitValidator.Config):
+            message = 'missing; name the dataset that results are read on ("text_files" with --test-path, for your own)'
+            raise ConfigError(Problem("--test-dataset", message))
+        problems, steps = [], config.training.steps
+        if config.checkpoint.initial_load_path:
+            message = "a suite starts from the initial weights of each seed, not from a checkpoint; leave it out"
+            problems.append(Problem("checkpoint.initial_load_path", message, config.checkpoint.initial_load_path))
+        if steps % max(config.validator.freq, 1):
+            message = f"training.steps = {steps} must be a multiple of it: the last step is to be evaluated"
+            problems.append(Problem("validator.freq", message, config.validator.freq))
+        if _split(config.validator.dataloader) == _split(config.validator.test):
+            message = "is also the split that choices are made on, validator.dataloader; name another"
+            problems.append(Problem("--test-dataset", message, self._args.test_dataset))
         found = f"target = {config.let.target!r}, control = {config.let.control!r}"
         names = {name for method in self.methods for name in (method.name, method.like)}
         if "let" in names and found != "target = 'teacher', control = 'none'":
-            message = f"must be LET itself, which the others are compared with, not {found}"
-            problems.append(Problem("let", message))
-        needed = {"gstack": ("gstack_blocks", "gstack_steps"), "miniplm": ("selected_text",)}
-        for name in names & needed.keys():
-            absent = [f"--{key.replace('_', '-')}" for key in needed[name] if getattr(self._args, key) is None]
-            problems += [Problem(option, f"missing; {name} needs it: see benchmarks/README.md") for option in absent]
+            problems.append(Problem("let", f"must be LET itself, which the others are compared with, not {found}"))
+        for method in self.methods:
+            absent = [f"--{need.replace('_', '-')}" for need in method.needs if getattr(self._args, need) is None]
+            problems += [Problem(option, f"missing; {method.name} needs it") for option in absent]
         if problems:
             raise ConfigError(problems)
         cells: list[tuple[Method, Point]] = [(method, ()) for method in [*self.methods, *self.tuned()]]
@@ -141,11 +146,14 @@ class Planner:
         self.setup.check(list(dict.fromkeys(tuple(self._options(*cell)) for cell in cells)))
 
 
-def split(loader: Any) -> dict[str, Any]:
+def settings_text(settings: Iterable[tuple[str, Any]]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in settings)
+
+
+def _split(loader: Any) -> dict[str, Any]:
     """What a data loader reads, as JSON values."""
-    plain = (bool, int, float, str, type(None))
     values = {key: value for key, value in asdict(loader).items() if key != "infinite"}
-    return {key: value if isinstance(value, plain) else str(value) for key, value in values.items()}
+    return json.loads(json.dumps(values, default=str))
 
 
 def _asked(args: argparse.Namespace) -> tuple[dict[str, Method], list[Method]]:
@@ -164,21 +172,3 @@ def _asked(args: argparse.Namespace) -> tuple[dict[str, Method], list[Method]]:
     if problems:
         raise ConfigError(problems)
     return known, list(dict.fromkeys(found))
-
-
-def _incomparable(config: Any, args: argparse.Namespace) -> list[Problem]:
-    """What keeps the runs of this configuration from being compared."""
-    problems = []
-    if not isinstance(config.validator, TwoSplitValidator.Config):
-        message = 'missing; name the dataset that results are read on ("text_files" with --test-path, for your own)'
-        raise ConfigError(Problem("--test-dataset", message))
-    if config.checkpoint.initial_load_path:
-        message = "a suite starts from the initial weights of each seed, not from a checkpoint; leave it out"
-        problems.append(Problem("checkpoint.initial_load_path", message, config.checkpoint.initial_load_path))
-    if config.training.steps % max(config.validator.freq, 1):
-        message = f"training.steps = {config.training.steps} must be a multiple of it: the last step is to be evaluated"
-        problems.append(Problem("validator.freq", message, config.validator.freq))
-    if split(config.validator.dataloader) == split(config.validator.test):
-        message = "is also the split that choices are made on, validator.dataloader; name another"
-        problems.append(Problem("--test-dataset", message, args.test_dataset))
-    return problems

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from let_plugin.bench import rows, runs, tables
 from let_plugin.bench.converge import stacking
 from let_plugin.bench.converge.methods import WEIGHT, Method
-from let_plugin.bench.converge.plan import Planner, Point
+from let_plugin.bench.converge.plan import Planner, Point, settings_text
 from let_plugin.bench.processes import RunFailedError, slug
 from let_plugin.bench.rows import BASELINE, CHOICE, CONVERGE, DIVERGED
 from let_plugin.bench.runs import Run
@@ -73,7 +73,8 @@ class Suite(runs.Suite):
 
     def _run(self, planned: Sequence[Run], role: str) -> list[dict[str, Any]]:
         """The rows of all of them; runs those that the file does not have."""
-        found, made = self._found(), []
+        found = {row["run"]: row for row in rows.read(self._args.out) if row["kind"] in (CONVERGE, DIVERGED)}
+        made = []
         progress = tqdm(total=len(planned), initial=sum(self._id(own) in found for own in planned), desc=role)
         for own in planned:
             id_ = self._id(own)
@@ -151,9 +152,6 @@ class Suite(runs.Suite):
         """The same for the same run of the same code on the same device."""
         return rows.fingerprint(self._origin, asdict(own), self._args.processes, self._planner.setup.test)
 
-    def _found(self) -> dict[str, dict[str, Any]]:
-        return {row["run"]: row for row in rows.read(self._args.out) if row["kind"] in (CONVERGE, DIVERGED)}
-
 
 def row(own: Run, result: Mapping[str, Any], origin: Any, command: str, details: Mapping[str, Any]) -> dict[str, Any]:
     """The row of a run, of the kind DIVERGED if its loss was not finite at some evaluation.
@@ -178,4 +176,4 @@ def _point_name(point: Point) -> float | str:
     """The weight, if that is all that is tuned."""
     if [key for key, _ in point] == [WEIGHT]:
         return float(point[0][1])
-    return ", ".join(f"{key} {value}" for key, value in point)
+    return settings_text(point)

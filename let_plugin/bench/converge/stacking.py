@@ -46,12 +46,9 @@ def shorten(config: Trainer.Config, num_blocks: int) -> None:
     """Keeps the student's first `num_blocks` blocks, in place. ConfigError if its depth is not a multiple of it."""
     spec = config.model_spec
     assert spec is not None
-    blocks = getattr(spec.model, "layers", None)
-    if not isinstance(blocks, list):
-        raise ConfigError(Problem("model_spec", f"{spec.name} does not list its blocks: it cannot be made shallower"))
-    if not 0 < num_blocks < len(blocks) or len(blocks) % num_blocks:
-        message = f"the student's depth, {len(blocks)}, must be a multiple of it"
-        raise ConfigError(Problem("--gstack-blocks", message, num_blocks))
     model: Any = copy.deepcopy(spec.model)
+    depth = len(model.layers)
+    if not 0 < num_blocks < depth or depth % num_blocks:
+        raise ConfigError(Problem("--gstack-blocks", f"the student's depth, {depth}, must be a multiple", num_blocks))
     model.layers = model.layers[:num_blocks]
     config.model_spec = dataclasses.replace(spec, model=model)

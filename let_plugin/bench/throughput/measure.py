@@ -25,13 +25,12 @@ from let_plugin.teacher.base import MASK_RANGE
 from let_plugin.teacher.sharding import DELIVERY_RANGE, TEACHER_RANGE
 
 _RANGES = (TARGET_RANGE, TEACHER_RANGE, DELIVERY_RANGE, ALIGNMENT_RANGE, INJECTION_RANGE)
-_COLLECTIVE, _PRODUCT, _ATTENTION, _MASK = "collective", "matrix products", "attention", "attention mask"
 # How the names of events begin. Attention that is compiled (FlexAttention) has no name of its own.
 _KINDS = {
-    _COLLECTIVE: ("c10d::", "gloo:", "nccl:"),
-    _PRODUCT: ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_mm", "aten::_int_mm"),
-    _ATTENTION: ("aten::_scaled_dot_product", "aten::scaled_dot_product", "torch_attn::"),
-    _MASK: (MASK_RANGE,),
+    "collective": ("c10d::", "gloo:", "nccl:"),
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_mm", "aten::_int_mm"),
+    "attention": ("aten::_scaled_dot_product", "aten::scaled_dot_product", "torch_attn::"),
+    "attention mask": (MASK_RANGE,),
 }
 
 
@@ -63,7 +62,7 @@ class Watch:
         if number > self.warmup + 1:
             self._mark()
         if self.turns is not None:
-            self._next_turn(is_first=number == 1)
+            self._next_turn()
         if number == max(self.warmup, 1):
             # LET does so at its stop, a run without it never; what the allocator keeps is not to be compared.
             self._device_module.empty_cache()
@@ -81,12 +80,10 @@ class Watch:
             self._mark()
             self._end()
 
-    def _next_turn(self, *, is_first: bool) -> None:
+    def _next_turn(self) -> None:
         """Lets the others make their steps. Rank 0 waits, and the other ranks for rank 0."""
         self._device_module.synchronize()
         if self._turn is not None:
-            if not is_first:
-                self._turn.give_back()
             self._turn.take()
         torch.distributed.barrier()
 
@@ -163,7 +160,7 @@ def parts_of_steps(events: Any, trainer: Any, num_steps: int) -> dict[str, float
     ranges, inside = range_seconds(events, on_device=trainer.device.type != "cpu")
     seconds = {name: ranges[name] / num_steps for name in _RANGES}
     parts = {kind: inside[TEACHER_RANGE, kind] / num_steps for kind in _KINDS}
-    communication = parts.pop(_COLLECTIVE)
+    communication = parts.pop("collective")
     rest = seconds[TEACHER_RANGE] - communication
     if trainer.config.let.teacher.features:
         teacher = {"reading the states": rest}

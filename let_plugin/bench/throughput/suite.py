@@ -13,7 +13,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from torchtitan.trainer import Trainer
 from tqdm import tqdm
 
 from let_plugin.bench import rows, runs, tables
@@ -55,39 +54,17 @@ CASES = {
 }
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A case with one size of teacher, with its name in the suite."""
+def case_options(case: Case, teacher: Path | None, args: argparse.Namespace) -> list[str]:
+    """The options of let-train for a case, with nothing that disturbs a measurement.
 
-    case: str
-    teacher_share: float | None  # size of a random teacher, as a share of the student's; None: the configured teacher
-    label: str
-
-
-def variants(cases: Sequence[str], shares: Sequence[float]) -> list[Variant]:
-    """All cases, in the order of a round: what is compared is close in time. The plain case comes first.
-
-    `shares` are the sizes of random teachers; none: the configured teacher.
+    `teacher` is the folder of a random teacher; None: the configured one.
     """
-    return [
-        Variant(name, share, name if share is None else f"{name} {100 * share:g}%")
-        for name in dict.fromkeys([PLAIN, *cases])
-        for share in (shares if CASES[name].has_teacher else ()) or (None,)
-    ]
-
-
-def case_options(variant: Variant, measured: int, work: Path, teacher: Path | None, *, interleave: bool) -> list[str]:
-    """The options of let-train for a variant of so many measured steps, with nothing that disturbs a measurement.
-
-    `work` is the folder for what runs write, `teacher` that of the random teacher (None: the configured one);
-    `interleave`: the runs make their steps in turn.
-    """
-    total = WARMUP_STEPS + measured
-    found = [*QUIET, "--validator.no-enable", "--dump_folder", str(work / "dump"), "--training.steps", str(total)]
-    found += ["--metrics.log_freq", str(total + 1)]  # the first step is logged, which nobody measures, and then none
-    if interleave:  # a process waits for its turn in a collective while others compile
+    total = WARMUP_STEPS + args.steps
+    found = [*QUIET, "--validator.no-enable", "--dump_folder", str(args.work_dir / "dump")]
+    # The first step is logged, which nobody measures, and then none.
+    found += ["--training.steps", str(total), "--metrics.log_freq", str(total + 1)]
+    if args.interleave:  # a process waits for its turn in a collective while others compile
         found += ["--comm.init-timeout-seconds", _TURN_SECONDS, "--comm.train-timeout-seconds", _TURN_SECONDS]
-    case = CASES[variant.case]
     if not case.has_teacher:
         return [*found, "--let.no-enable"]
     found += ["--let.enable", "--let.warmup-steps", "0", "--let.adaptive-stop.criterion", "none"]
@@ -95,11 +72,9 @@ def case_options(variant: Variant, measured: int, work: Path, teacher: Path | No
         found += ["--let.teacher.path", str(teacher), "--let.teacher.spec", "", "--let.teacher.features", ""]
         found += ["--let.teacher.tokenizer_path", "", "--let.teacher.no-check-vocabulary"]
         found += ["--let.teacher.final-norm", "--let.teacher.no-center", "--let.token-alignment.no-enable"]
-    stop = total if case.is_active else ACTIVE_STEPS
-    return [
-        *(*found, *case.options),
-        *("--let.stop-tokens", "None", "--let.stop-fraction", "None", "--let.stop-step", str(stop)),
-    ]
+    stop = ["--let.stop-tokens", "None", "--let.stop-fraction", "None"]
+    stop += ["--let.stop-step", str(total if case.is_active else ACTIVE_STEPS)]
+    return [*found, *case.options, *stop]
 
 
 def run(args: argparse.Namespace, options: Sequence[str], command: str) -> str:
@@ -113,38 +88,36 @@ def run(args: argparse.Namespace, options: Sequence[str], command: str) -> str:
 
 
 def plan_runs(args: argparse.Namespace, options: Sequence[str]) -> list[Run]:
-    """The checked runs of a round. ConfigError lists all that is wrong with any of them.
+    """The checked runs of a round, the plain one first. ConfigError lists all that is wrong with any of them.
 
     Writes the weights of random teachers once the plain run has passed its checks.
     """
     setup = Setup(args.config, options, args.processes)
-    base: Any = setup.resolve([]).config
-    teachers: dict[float | None, Path] = {}
-
-    def own(variant: Variant) -> list[str]:
-        teacher = teachers.get(variant.teacher_share)
-        return case_options(variant, args.steps, args.work_dir, teacher, interleave=args.interleave)
-
-    planned_variants = variants(args.cases, [share / 100 for share in args.teacher_share])
-    setup.check([own(variant) for variant in planned_variants if variant.case == PLAIN])
+    setup.check([case_options(CASES[PLAIN], None, args)])
+    base: Any = setup.load([]).config
+    teachers: dict[float | None, Path | None] = {}  # by their share of the student's size; None: the configured one
     for share in args.teacher_share:
         size = random_teacher.shape(Student(base), share / 100)
         folder = args.work_dir / "teachers"
         teachers[share / 100] = random_teacher.write(size, base.model_spec.model.vocab_size, folder)
-    setup.check([own(variant) for variant in planned_variants])
+    cells = [
+        (name, share, case_options(CASES[name], teacher, args))
+        for name in dict.fromkeys([PLAIN, *args.cases])
+        for share, teacher in ((teachers if CASES[name].has_teacher else {}) or {None: None}).items()
+    ]
+    setup.check([own for *_, own in cells])
     dims = setup.dims()
     # The stop of a whole run; LET may be off in the configuration, but not what it says of the stop.
     stop_step = plan.stop_step(base, dims.dp_replicate * dims.dp_shard)
     planned = []
-    for variant in planned_variants:
-        chosen, case = own(variant), CASES[variant.case]
-        config: Trainer.Config = setup.load(chosen).config
+    for name, share, own in cells:
+        case, config = CASES[name], setup.load(own).config
         student = Student(config)
         costs = active_cost(config, student, dims)
-        held = sum(size for name, size in costs.memory.items() if name.startswith(("teacher", "gradient")))
+        held = sum(size for what, size in costs.memory.items() if what.startswith(("teacher", "gradient")))
         details = {
-            "case": variant.case,
-            "teacher_share": variant.teacher_share,
+            "case": name,
+            "teacher_share": share,
             "baseline": PLAIN,
             "seed": config.debug.seed,
             # N_T and N_S of the bound: parameters that are multiplied.
@@ -157,7 +130,8 @@ def plan_runs(args: argparse.Namespace, options: Sequence[str]) -> list[Run]:
             "warmup_steps": WARMUP_STEPS,
         }
         settings = {"warmup": WARMUP_STEPS, "total": WARMUP_STEPS + args.steps, "is_active": case.is_active}
-        planned.append(setup.run(variant.label, chosen, settings=settings, details=details))
+        label = name if share is None else f"{name} {100 * share:g}%"
+        planned.append(setup.run(label, own, settings=settings, details=details))
     return planned
 
 
@@ -173,10 +147,9 @@ class Suite(runs.Suite):
         args, labels = self._args, [run.label for run in self._runs]
         found = [row for row in rows.read(args.out) if row.get("suite") == self.id]
         # What is started together, under which number; profiles have none.
-        groups: list[tuple[int | None, Sequence[Run]]] = []
         missing = missing_rounds(found, labels, args.pairs)
-        for pair in missing:
-            groups += [(pair, self._runs)] if args.interleave else [(pair, [run]) for run in self._runs]
+        together = [self._runs] if args.interleave else [[run] for run in self._runs]
+        groups: list[tuple[int | None, Sequence[Run]]] = [(pair, group) for pair in missing for group in together]
         if num_known := args.pairs - len(missing):
             print(f"{args.out} has {num_known} of {args.pairs} pairs already; another --out measures anew", flush=True)
         if args.profile:

@@ -29,17 +29,14 @@ def take_turns(starts: Sequence[Callable[[str], Running]], seed: int = 0) -> lis
         # A server for each run: they all start at the same time, and it does not matter which is ready first.
         servers = [stack.enter_context(socket.create_server((_HOST, 0))) for _ in starts]
 
-        def close() -> None:
-            for connection in connections.values():
-                connection.close()
-
-        stack.callback(close)  # after the runs have been stopped: a run takes the end of its connection for an error
+        # Closed after the runs have been stopped: a run takes the end of its connection for an error.
+        open_connections = stack.enter_context(ExitStack())
         for start, server in zip(starts, servers, strict=True):
             runs.append(start(f"{_HOST}:{server.getsockname()[1]}"))
             stack.callback(runs[-1].stop)
         for number, (server, run) in enumerate(zip(servers, runs, strict=True)):
             server.settimeout(_POLL_SECONDS)
-            connections[number] = _wait(server.accept, run)[0]
+            connections[number] = open_connections.enter_context(_wait(server.accept, run)[0])
             connections[number].settimeout(_POLL_SECONDS)
         shuffle = random.Random(seed).shuffle
         while connections:
@@ -58,15 +55,14 @@ class Turn:
 
     def __init__(self, address: str) -> None:
         host, port = address.rsplit(":", 1)
-        self._connection = socket.create_connection((host, int(port)))
+        self._connection, self._own = socket.create_connection((host, int(port))), b""  # no turn yet
 
     def take(self) -> None:
-        """Waits for the turn. RuntimeError if there will be none."""
-        if not self._connection.recv(1):
+        """Gives the turn back, if it has it, and waits for the next one. RuntimeError if there will be none."""
+        self._connection.sendall(self._own)
+        if not (own := self._connection.recv(1)):
             raise RuntimeError("the benchmark that this run belongs to has ended")
-
-    def give_back(self) -> None:
-        self._connection.sendall(b".")
+        self._own = own
 
     def end(self) -> None:
         """There will be no more steps."""

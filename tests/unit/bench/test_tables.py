@@ -45,7 +45,7 @@ def test_what_limits_a_measurement_is_said(path):
 
 
 def test_gains(path):
-    methods = {"standard": 1.0, "let@1": 2.0, "rkd@1": 1.0, "labels@1": 1.5, "gstack": 0.5}
+    methods = {"standard": 1.0, "let@0.1": 1.0, "let@1": 2.0, "rkd@1": 1.0, "labels@1": 1.5, "gstack": 0.5}
     before = {"what": "shallow model", "tokens": 2000, "flops": 500.0, "seconds": None}
     synthetic_rows.converge(path, methods=methods)
     own = [row | {"preparation": before} if row["label"] == "gstack" else row for row in frame.read([path])]
@@ -61,7 +61,7 @@ def test_gains(path):
     assert lines_of(text, "rkd@1 and standard: no difference is resolved, ")
     assert lines_of(text, "gstack is worse than standard, significantly: +0.3010")
     assert lines_of(text, "let@1 is better than labels@1, significantly: -0.1249")
-    assert lines_of(text, "5 comparisons, each at 95 %")
+    assert lines_of(text, "6 comparisons, each at 95 %")  # a control says nothing about another weight
     assert lines_of(text, "5 seeds (0, 1, 2, 3, 4) of each method on a CPU")
     assert lines_of(text, "rkd: weight 1, by the validation loss (seed 5) of 0.1: 4.5000, 1: 4.4000; at the end of the")
     assert lines_of(text, "gstack: shallow model, 2,000 tokens, 500 FLOPs, an unknown time.")

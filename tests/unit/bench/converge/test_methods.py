@@ -7,6 +7,7 @@ import pytest
 import tomli
 
 from let_plugin.bench import rows
+from let_plugin.bench.converge import data_selection
 from let_plugin.bench.converge.methods import METHODS, parse, read_file
 from let_plugin.bench.converge.plan import Planner
 from let_plugin.config import plan
@@ -119,11 +120,12 @@ def test_a_run_is_the_users_configuration_but_for_the_method(planned):
 
 def test_costs(planned, tmp_path):
     kept = tmp_path / "kept.jsonl"
-    kept.write_text("")
-    (tmp_path / "kept.jsonl.costs.json").write_text(json.dumps({"flops": 7.0, "tokens": 8, "seconds": 9.0}))
+    kept.write_text("{}")
+    before = {"flops": 7.0, "tokens": 8, "seconds": 9.0}
+    data_selection.costs_file(kept).write_text(json.dumps(before))
+    selected = f"miniplm = standard --dataloader.dataset text_files --dataloader.dataset_path {kept}"
     large = f"--let.teacher.spec '' --let.teacher.path {TEACHER} --let.teacher.tokenizer_path {TOKENIZER}"
-    resources = f"--gstack-blocks 2 --gstack-steps 2 --selected-text {kept}"
-    planner = planned(f"{resources} --methods let rkd gstack miniplm", f"large=rkd {large}")
+    planner = planned("--gstack-blocks 2 --gstack-steps 2 --methods let rkd gstack", selected, f"large=rkd {large}")
     runs = {method.name: planner.run(method, (), 0).details for method in planner.methods}
     assert {details["step_flops"] for details in runs.values()} == {6 * NUM_STUDENT * TOKENS}
     active = {name: details["active_flops"] for name, details in runs.items()}
@@ -136,8 +138,7 @@ def test_costs(planned, tmp_path):
     shallow = runs["gstack"]["preparation"]
     assert shallow["flops"] == pytest.approx(6 * num_shallow * TOKENS * 2, rel=1e-3)  # the final norm is in neither
     assert (shallow["tokens"], shallow["seconds"]) == (2 * TOKENS, None)
-    before = {"what": "selection of documents", "flops": 7.0, "tokens": 8, "seconds": 9.0}
-    assert runs["miniplm"]["preparation"] == before
+    assert runs["miniplm"]["preparation"] == {"what": "selection of documents", **before}
 
 
 def test_states_that_are_stored_were_made_before(config, planned, parallel_dims, tmp_path):
@@ -158,7 +159,7 @@ def test_states_that_are_stored_were_made_before(config, planned, parallel_dims,
         ("--test-dataset let_demo_validation --validator.freq 3", ["--test-dataset", "validator.freq"]),
         ("--test-dataset let_demo_tset", ["validator.test.dataset"]),
         ("--let.target logits", ["let"]),
-        ("--methods miniplm gstack", ["--selected-text", "--gstack-blocks", "--gstack-steps"]),
+        ("--methods gstack", ["--gstack-blocks", "--gstack-steps"]),
         ("--methods gstack --gstack-blocks 3 --gstack-steps 1", ["--gstack-blocks"]),
         ("--methods lett rkd rkd", ["--methods"]),
         ("--methods let@x let@-1", ["let.weight", "let.weight"]),

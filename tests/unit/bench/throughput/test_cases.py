@@ -12,15 +12,6 @@ from let_plugin.config.load import load
 from tests.unit.preflight.test_report import STUDENT_BLOCKS, STUDENT_EMBEDDING, TEACHER_BLOCKS, TEACHER_EMBEDDING
 
 
-def test_all_cases_plain_once_and_first():
-    def labels(names, shares=()):
-        return [variant.label for variant in suite.variants(names, shares)]
-
-    assert labels(["stopped", "plain", "stopped"]) == ["plain", "stopped"]
-    # A case without a teacher is there once.
-    assert labels(["control", "stopped"], [0.02, 0.1]) == ["plain", "control", "stopped 2%", "stopped 10%"]
-
-
 @pytest.fixture
 def planned(parsed, tiny_config):
     """Label -> run, of a command line."""
@@ -71,8 +62,8 @@ def test_a_run_is_what_its_line_of_let_train_says(planned, tiny_config):
 
 
 def test_random_teachers_of_a_configuration_without_let(planned):
-    runs = planned("--let.no-enable --teacher-share 5 20 --cases active")
-    assert list(runs) == ["plain", "active 5%", "active 20%"]
+    runs = planned("--let.no-enable --teacher-share 5 20 5 --cases active control plain")
+    assert list(runs) == ["plain", "active 5%", "active 20%", "control"]  # a case without a teacher is there once
     for label, share in (("active 5%", 0.05), ("active 20%", 0.2)):
         assert 3 * runs[label].details["flop_bound"] == pytest.approx(share, rel=0.05)
         assert runs[label].details["teacher_share"] == share

@@ -1,7 +1,6 @@
 """What a suite still has to measure, from what is in its file; and the runs themselves in tests/integration."""
 
 import dataclasses
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -10,26 +9,11 @@ from let_plugin.bench import rows
 from let_plugin.bench.processes import RunFailedError
 from let_plugin.bench.runs import Run
 from let_plugin.bench.throughput import suite
-from let_plugin.bench.throughput.suite import missing_rounds
 
-LABELS = ["plain", "active", "stopped"]
 ORIGIN = rows.provenance()
 SETTINGS = {"warmup": 2, "total": 4, "is_active": False}
 DETAILS = {"seed": 0, "baseline": "plain"}
 RUN = Run(label="plain", argv=("run.json",), config='base = "x"\n', settings=SETTINGS, details=DETAILS)
-
-
-def measured(*rounds):
-    return [{"kind": "throughput", "pair": n, "label": label} for n, labels in rounds for label in labels]
-
-
-def test_a_suite_that_was_killed_goes_on_with_the_round_after():
-    """The round that was broken off is measured anew: what is compared is close in time."""
-    assert missing_rounds([{"kind": "profile", "label": "plain"}], LABELS, 3) == [0, 1, 2]
-    found = measured((0, LABELS), (1, LABELS), (2, LABELS[:2]))
-    assert missing_rounds(found, LABELS, 4) == [3, 4]
-    found += measured((3, LABELS), (4, LABELS))
-    assert [missing_rounds(found, LABELS, pairs) for pairs in (2, 4, 5)] == [[], [], [5]]
 
 
 def test_what_makes_another_suite(parsed, monkeypatch):
@@ -57,26 +41,23 @@ RESULT = {"device_name": "d", "wall_seconds": 1.0, "step_seconds": [0.5, 0.5], "
 def measure(tmp_path, monkeypatch, parsed):
     """`Suite.measure` with runs that take no time; returns the order in which they ran."""
 
-    def result():
-        if measure.fails:
-            raise RunFailedError("out of luck")
-        return dict(RESULT)
-
     def start(suite, run, what, turns):
         measure.order.append(f"{run.label}, {what}")
-        return SimpleNamespace(result=result)
+        if len(measure.order) == measure.fails_at:
+            raise RunFailedError("out of luck")
+        return SimpleNamespace(result=lambda: dict(RESULT))
 
     monkeypatch.setattr(suite.Suite, "_start_run", start)
     runs = [dataclasses.replace(RUN, label=label) for label in ("plain", "active")]
 
-    def measure(pairs):
-        measure.order = []
+    def measure(pairs, fails_at=None):
+        measure.order, measure.fails_at = [], fails_at
         args, _ = parsed("throughput")
         args.pairs = pairs
         suite.Suite(runs, args, "x").measure()
         return measure.order
 
-    measure.fails, measure.out = False, tmp_path / "rows.jsonl"
+    measure.out = tmp_path / "rows.jsonl"
     return measure
 
 
@@ -85,17 +66,10 @@ def test_cases_run_in_turn_and_only_what_is_missing(measure, capsys):
     assert "pair 2, active: 16 tokens/s, 0.500 s/step" in capsys.readouterr().out
     found = rows.read(measure.out)
     assert [(row["label"], row["pair"]) for row in found] == [("plain", 0), ("active", 0), ("plain", 1), ("active", 1)]
-    # Killed before the last row was written.
-    measure.out.write_text("".join(json.dumps(row) + "\n" for row in found[:3]))
-    assert measure(2) == ["plain, pair 3", "active, pair 3"]
-    assert rows.read(measure.out)[:3] == found[:3]
-    assert measure(2) == []
-    assert "has 2 of 2 pairs already" in capsys.readouterr().out
-
-
-def test_a_run_that_fails_leaves_what_was_measured(measure):
-    measure(1)
-    measure.fails = True
     with pytest.raises(RunFailedError):
-        measure(2)
-    assert len(rows.read(measure.out)) == 2
+        measure(3, fails_at=2)
+    # The round that was broken off is measured anew: what is compared is close in time.
+    assert measure(4) == ["plain, pair 4", "active, pair 4", "plain, pair 5", "active, pair 5"]
+    assert rows.read(measure.out)[:4] == found
+    assert measure(2) == measure(4) == []
+    assert "has 4 of 4 pairs already" in capsys.readouterr().out

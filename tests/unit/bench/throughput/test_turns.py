@@ -18,8 +18,6 @@ if request["steps"] == 0:
     sys.exit("out of luck")
 turn = Turn(request["turns"])
 for step in range(request["steps"]):
-    if step > 0:
-        turn.give_back()
     turn.take()
     time.sleep(0.05)  # if another one had the turn as well, it would be in between
     with open(request["order"], "a") as file:
