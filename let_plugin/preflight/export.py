@@ -27,7 +27,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("config", metavar="CONFIG.toml", help="the training configuration, as let-train takes it")
     parser.add_argument("--out", metavar="DIR", help="where to; let.teacher.features if that is set")
     parser.add_argument("--check", action="store_true", help="print the storage needed, and run nothing")
-    parser.add_argument("--encoding", metavar="NAME", default="bfloat16", help="bfloat16 or int8 (bfloat16)")
+    encoding_help = "how the states are stored (bfloat16)"
+    parser.add_argument("--encoding", choices=("bfloat16", "int8"), default="bfloat16", help=encoding_help)
     parser.add_argument("--data-parallel-degree", type=int, metavar="N", help=_DEGREE_HELP)
     parser.set_defaults(run=run)
 

@@ -11,14 +11,14 @@ from torchtitan.config import ParallelismConfig
 from torchtitan.trainer import Trainer
 
 from let_plugin.config import plan
-from let_plugin.config.errors import ConfigError, Problem, suggest
+from let_plugin.config.errors import ConfigError, Problem
 from let_plugin.preflight import checks as preflight
 from let_plugin.preflight.report import mib
 from let_plugin.teacher.base import TeacherInfo
 from let_plugin.teacher.open import open_source
 from let_plugin.teacher.stored import fingerprints
 from let_plugin.teacher.stored.features import MANIFEST, Manifest, rows_per_step
-from let_plugin.teacher.stored.shards import ENCODINGS, KEY_BYTES, bytes_per_token, shard_paths
+from let_plugin.teacher.stored.shards import KEY_BYTES, bytes_per_token, shard_paths
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,8 +103,6 @@ class Plan:
 
 def _problems(config: Trainer.Config, args: argparse.Namespace, out: str) -> list[Problem]:
     problems = []
-    if args.encoding not in ENCODINGS:
-        problems.append(Problem("--encoding", f"unknown encoding; {suggest(args.encoding, ENCODINGS)}", args.encoding))
     if not out:
         problems.append(Problem("--out", "give the folder to write to, here or as let.teacher.features"))
     if not config.let.enable or config.let.target != "teacher":

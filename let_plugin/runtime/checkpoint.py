@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.stateful import Stateful
 from torchtitan.tools import filesystem
 from torchtitan.tools.logging import logger
@@ -71,7 +70,7 @@ def read(name: str, stateful: Any, path: str) -> bool:
         # By this process alone: in a pipeline, the other stages may have no such state, and do not take part.
         dcp_files.load(state, reader)
         stateful.load_state_dict(state[name])
-    except (ValueError, CheckpointException) as error:  # the latter is no Exception, only a BaseException
+    except ValueError as error:
         first = str(error).strip().splitlines()[0]
         message = f"the checkpoint {path} has a {name} of other settings ({first}); resume with those, or start afresh"
         raise ConfigError(Problem("let", message)) from error
@@ -128,8 +127,8 @@ def find(config: Trainer.Config) -> Resumption | None:
         if is_titans and "dataloader.world_size" in names and "dataloader" not in settings.exclude_from_loading:
             state["dataloader"] = {"world_size": None}
         dcp_files.load(state, reader)
-    except (Exception, CheckpointException) as error:  # the latter is no Exception, only a BaseException
-        message = f"the checkpoint {path} cannot be read: {type(error).__name__}: {str(error).strip()}".splitlines()[0]
+    except Exception as error:
+        message = f"the checkpoint {path} cannot be read: {type(error).__name__}: {error}".splitlines()[0]
         raise ConfigError(Problem(f"checkpoint.{key}", message, getattr(settings, key))) from error
     return Resumption(path, state[TRAIN_STATE]["step"], state.get("dataloader", {}).get("world_size"))
 

@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import DefaultLoadPlanner, metadata
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
@@ -40,7 +41,6 @@ _KNOWN: dict[tuple[str, str], Any] = {
     ("torch.serialization", "_get_layout"): _LAYOUTS.__getitem__,
     # The path where the checkpoint was written; Python 3.13 has another name for the module.
     **{(module, "PosixPath"): pathlib.PurePosixPath for module in ("pathlib", "pathlib._local")},
-    **{(module, "WindowsPath"): pathlib.PureWindowsPath for module in ("pathlib", "pathlib._local")},
 }
 
 
@@ -56,9 +56,13 @@ def open_checkpoint(path: str) -> dcp.FileSystemReader:
 def load(state_dict: dict[str, Any], reader: dcp.StorageReader) -> None:
     """Fills `state_dict` in place from `reader`, in this process alone; runs no code from the files.
 
-    Raises CheckpointException (a BaseException, not an Exception) for what is missing or of another kind or shape.
+    ValueError for what cannot be read, is missing or of another kind or shape.
     """
-    dcp.load(state_dict, storage_reader=reader, planner=_SafePlanner(), no_dist=True)
+    try:
+        dcp.load(state_dict, storage_reader=reader, planner=_SafePlanner(), no_dist=True)
+    except CheckpointException as error:  # a BaseException, which holds what each rank has caught
+        cause = next(iter(error.failures.values()))[0]
+        raise ValueError(f"{type(cause).__name__}: {cause}") from error
 
 
 def incomplete(described: Metadata, names: Iterable[str], folder: Path) -> dict[str, str]:

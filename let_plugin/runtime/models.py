@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch.nn as nn
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
@@ -11,22 +10,20 @@ from torchtitan.components.validate import Validator
 from torchtitan.config import DebugConfig, TrainingConfig
 from torchtitan.distributed.pipeline_parallel import pipeline_llm
 from torchtitan.models.common import ComplexRoPE, Embedding, Linear, RMSNorm
-from torchtitan.models.common.config_utils import (
-    decoder_vocab_size,
-    get_attention_config,
-    make_ffn_config,
-    make_gqa_config,
-)
-from torchtitan.models.common.param_init import depth_scaled_std, skip_param_init
+from torchtitan.models.common.config_utils import decoder_vocab_size
+from torchtitan.models.common.param_init import skip_param_init
 from torchtitan.models.llama3 import Llama3Model, parallelize_llama
-from torchtitan.models.llama3.model import Llama3TransformerBlock
 from torchtitan.models.llama3.state_dict_adapter import Llama3StateDictAdapter
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.trainer import Trainer
 
-from let_plugin.runtime.upstream import HuggingFaceTextDataLoader, LRSchedulersContainer, default_adamw
-
-_INIT_STD = 0.02
+from let_plugin.runtime.upstream import (
+    HuggingFaceTextDataLoader,
+    LRSchedulersContainer,
+    default_adamw,
+    llama3_head_init,
+    llama3_layers,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +69,7 @@ def llama_spec(
         rope.scaling, rope.scaling_factor = "llama", rope_scaling.factor
         rope.low_freq_factor, rope.high_freq_factor = rope_scaling.low_freq_factor, rope_scaling.high_freq_factor
         rope.original_max_position_embeddings = rope_scaling.original_max_position_embeddings
-    attention = {"n_heads": num_heads, "n_kv_heads": num_kv_heads, "rope": rope}  # copies of it, one for each block
     embedding_init = skip_param_init if tie_embeddings else partial(nn.init.normal_, std=embedding_init_std)
-    head_std = dim**-0.5
     model = Llama3Model.Config(
         dim=dim,
         vocab_size=vocab_size,
@@ -82,12 +77,20 @@ def llama_spec(
         tok_embeddings=Embedding.Config(
             num_embeddings=vocab_size, embedding_dim=dim, param_init={"weight": embedding_init}
         ),
-        norm=_norm(dim, norm_eps),
-        lm_head=Linear.Config(
-            in_features=dim, out_features=vocab_size, param_init=_init(head_std, a=-3 * head_std, b=3 * head_std)
+        norm=RMSNorm.Config(normalized_shape=dim, param_init={"weight": nn.init.ones_}),
+        lm_head=Linear.Config(in_features=dim, out_features=vocab_size, param_init=llama3_head_init(dim)),
+        layers=llama3_layers(
+            n_layers=num_layers,
+            dim=dim,
+            n_heads=num_heads,
+            n_kv_heads=num_kv_heads,
+            hidden_dim=hidden_dim,
+            rope=rope,
+            attn_backend=attn_backend,
         ),
-        layers=[_block(i, dim, hidden_dim, norm_eps, attn_backend, attention) for i in range(num_layers)],
     )
+    for _, norm, _, _ in model.traverse(RMSNorm.Config):
+        norm.eps = norm_eps
     return ModelSpec(
         name="llama3",
         flavor=flavor,
@@ -97,35 +100,6 @@ def llama_spec(
         post_optimizer_build_fn=None,
         state_dict_adapter=Llama3StateDictAdapter,
     )
-
-
-def _block(
-    layer_id: int, dim: int, hidden_dim: int, norm_eps: float, attn_backend: str, attention: dict[str, Any]
-) -> Llama3TransformerBlock.Config:
-    linear_init, depth_init = _init(_INIT_STD), _init(depth_scaled_std(_INIT_STD, layer_id))
-    return Llama3TransformerBlock.Config(
-        attention_norm=_norm(dim, norm_eps),
-        ffn_norm=_norm(dim, norm_eps),
-        attention=make_gqa_config(
-            dim=dim,
-            wqkv_param_init=linear_init,
-            wo_param_init=depth_init,
-            inner_attention=get_attention_config(attn_backend),
-            fuse_qkv=True,
-            **attention,
-        ),
-        feed_forward=make_ffn_config(
-            dim=dim, hidden_dim=hidden_dim, w1_param_init=linear_init, w2w3_param_init=depth_init
-        ),
-    )
-
-
-def _norm(dim: int, eps: float) -> RMSNorm.Config:
-    return RMSNorm.Config(normalized_shape=dim, eps=eps, param_init={"weight": nn.init.ones_})
-
-
-def _init(std: float, **bounds: Any) -> dict[str, Any]:
-    return {"weight": partial(nn.init.trunc_normal_, std=std, **bounds), "bias": nn.init.zeros_}
 
 
 def text_training(model_spec: ModelSpec, dataset: str, validation: str) -> Trainer.Config:

@@ -26,7 +26,10 @@ from torchtitan.hf_datasets import DatasetConfig as DatasetConfig
 from torchtitan.hf_datasets.text_datasets import DATASETS as DATASETS
 from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader as HuggingFaceTextDataLoader
 from torchtitan.models import _supported_models
+from torchtitan.models.llama3 import _build_llama3_layers, _output_linear_init
 from torchtitan.trainer import Trainer
+
+llama3_layers, llama3_head_init = _build_llama3_layers, _output_linear_init
 
 MODELS: frozenset[str] = _supported_models
 """Packages of torchtitan.models."""

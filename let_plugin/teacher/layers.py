@@ -14,12 +14,10 @@ from let_plugin.alignment.layer_mapping import EMBEDDING
 
 
 class LayerStates:
-    """The states of some layers of a model, concatenated along channels. Its hooks live as long as the blocks.
+    """The states of some `layers` of a model (see TeacherSource.build), concatenated along channels.
 
-    Args:
-        blocks: The blocks that run, as the model calls them: compiled and wrapped; FSDP2 may come later.
-        layers: As in TeacherSource.build.
-        output_layer: The layer whose state the model returns. None if what it returns is none of the layers.
+    Its hooks live as long as `blocks`, those that run, as the model calls them: compiled and wrapped; FSDP2 may come
+    later. `output_layer` is the one whose state the model returns, None if that is none of the layers.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], layers: Sequence[int | str], *, output_layer: int | None) -> None:

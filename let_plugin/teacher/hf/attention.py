@@ -26,11 +26,7 @@ _UNSUPPORTED_ARGUMENTS = ("s_aux", "indices", "block_mask")
 
 
 class DocumentMask:
-    """The boolean attention masks of one forward, made on first use, one for each window.
-
-    Args:
-        positions_BL: Position of each token within its document, int64; 0 starts a document. None: one per row.
-    """
+    """The boolean attention masks of one forward, made on first use, one for each window; positions as in Teacher."""
 
     def __init__(self, positions_BL: torch.Tensor | None) -> None:
         self._documents_BL = None if positions_BL is None else (positions_BL == 0).cumsum(-1)

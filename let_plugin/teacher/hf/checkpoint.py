@@ -5,7 +5,6 @@ which compares the files' headers with the configuration and reads no weights.
 """
 
 import dataclasses
-import logging
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator
@@ -23,7 +22,7 @@ from let_plugin.config.errors import ConfigError, Problem
 from let_plugin.teacher.base import bad_path
 from let_plugin.teacher.hf import gguf, hub
 from let_plugin.teacher.hf.checks import check_is_decoder, check_isolates_documents, find_layers
-from let_plugin.teacher.hf.files import check_names, linked, read_headers, some_names, weight_files
+from let_plugin.teacher.hf.files import check_finite, check_names, linked, read_headers, some_names, weight_files
 from let_plugin.tokens.vocabulary import open_tokenizer
 
 _HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
@@ -101,10 +100,7 @@ class Checkpoint:
         """
         auto_class = AutoModelForCausalLM if head else AutoModel
         model = self._from_pretrained(auto_class, dtype=dtype, attn_implementation=attention)
-        not_finite = [n for n, t in model.state_dict().items() if t.is_floating_point() and not t.isfinite().all()]
-        if not_finite:
-            message = f"these tensors hold NaN or infinite values: {some_names(not_finite)}; fetch the files again"
-            raise bad_path(self.config.path, message)
+        check_finite(model.state_dict(), self.config.path)
         return model
 
     def tokenizer(self) -> Any | None:
@@ -175,18 +171,12 @@ class Checkpoint:
 @contextmanager
 def quiet_transformers() -> Iterator[list[str]]:
     """No progress bars and no messages of `transformers`, which are collected instead: Checkpoint reports."""
-    said: list[str] = []
-    logger = logging.getLogger("transformers")
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    handlers, propagate = logger.handlers, logger.propagate
     had_progress_bar = transformers_logging.is_progress_bar_enabled()
-    logger.handlers, logger.propagate = [handler], False
     transformers_logging.disable_progress_bar()
     try:
-        yield said
+        with hub.collected_log("transformers") as said:
+            yield said
     finally:
-        logger.handlers, logger.propagate = handlers, propagate
         if had_progress_bar:
             transformers_logging.enable_progress_bar()
 

@@ -4,8 +4,7 @@ Shape legend: B batch, L sequence, E teacher width.
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -14,8 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from let_plugin.config import TeacherConfig
 from let_plugin.config.errors import ConfigError, Problem
-from let_plugin.teacher.base import Teacher, TeacherInfo, bad_path, num_blocks_to
-from let_plugin.teacher.hf.attention import model_inputs
+from let_plugin.teacher.base import Teacher, TeacherInfo, bad_path
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}  # as `transformers` names them
 _LENGTH = 6  # tokens of a document in the trial
@@ -74,47 +72,34 @@ def find_layers(trunk: nn.Module, num_layers: int) -> nn.ModuleList:
 
 
 @torch.no_grad()
-def cut(trunk: nn.Module, blocks: nn.ModuleList, info: TeacherInfo, layers: Sequence[int | str]) -> None:
-    """Takes away the blocks behind the deepest layer of a trunk on the meta device.
-
-    ConfigError unless each block runs once, in order: where blocks run in loops, states depend on those behind them.
-    """
-    num_blocks = num_blocks_to(layers)
-    if num_blocks == info.num_layers:
-        return
-    with _order_of(blocks) as order:
-        try:
-            with torch.device("meta"):
-                trunk(**model_inputs(*_two_documents(info, torch.device("meta"))))
-        except Exception:  # a few families ask for a value, and there is none; `try_out` sees to them
-            order.clear()
-    if order and order != list(range(info.num_layers)):
-        raise _loops(info, layers)
-    del blocks[num_blocks:]
-
-
-@torch.no_grad()
 def try_out(
     teacher: Teacher, blocks: nn.ModuleList, info: TeacherInfo, *, layers: Sequence[int | str], width: int, path: str
 ) -> None:
     """Runs a loaded teacher over short documents. Collective over the ranks that it is sharded over.
 
     ConfigError if it does not run, its states have another width E than `width`, a teacher that was cut does not run
-    each of its blocks once, in order, or a document's states depend on the one before it: a family may pass
-    `check_isolates_documents` but have other ways from token to token (a convolution, say).
+    each of its blocks once, in order (where blocks run in loops, states depend on those behind them), or a document's
+    states depend on the one before it: a family may pass `check_isolates_documents` but have other ways from token to
+    token (a convolution, say).
     """
-    tokens_BL, positions_BL = _two_documents(info, next(blocks.parameters()).device)
+    device = next(blocks.parameters()).device
+    tokens_BL = torch.arange(2 * _LENGTH, device=device).repeat(2, 1) % info.vocab_size
+    positions_BL = torch.arange(_LENGTH, device=device).repeat(2, 2)  # two documents in each row
     changed_BL = tokens_BL.clone()
     changed_BL[0, :_LENGTH] = (changed_BL[0, :_LENGTH] + 1) % info.vocab_size
+    order: list[int] = []  # the blocks that run, call by call
+    handles = [block.register_forward_hook(lambda *_, i=i: order.append(i)) for i, block in enumerate(blocks)]
     try:
-        with _order_of(blocks) as order:
-            states_BLE = teacher(tokens_BL, positions_BL)
-        changed_BLE = teacher(changed_BL, positions_BL)
+        states_BLE, changed_BLE = teacher(tokens_BL, positions_BL), teacher(changed_BL, positions_BL)
     except Exception as error:  # whatever this family's code raises when it is given our arguments
         message = f"{info.description} cannot run over packed documents: {error}"
         raise bad_path(path, message) from error
-    if len(blocks) < info.num_layers and order != list(range(len(blocks))):
-        raise _loops(info, layers)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len(blocks) < info.num_layers and order != 2 * list(range(len(blocks))):
+        message = f"{info.description}: its blocks do not run once each, in order; choose its last layer"
+        raise ConfigError(Problem("let.pairs", message, list(layers)))
     # A masked token contributes exactly 0, but a mixture-of-experts layer groups tokens differently: hence a tolerance
     # relative to the effect that the change has where it may have one.
     effect = (changed_BLE - states_BLE)[0, :_LENGTH].float().norm()
@@ -126,26 +111,3 @@ def try_out(
         message = f"{info.description}: a document's states depend on the document before it; choose another teacher"
     if message:
         raise bad_path(path, message)
-
-
-@contextmanager
-def _order_of(blocks: nn.ModuleList) -> Iterator[list[int]]:
-    """The numbers of the blocks that run inside, call by call."""
-    order: list[int] = []
-    handles = [block.register_forward_hook(lambda *_, i=i: order.append(i)) for i, block in enumerate(blocks)]
-    try:
-        yield order
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _two_documents(info: TeacherInfo, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """tokens_BL and positions_BL of two documents in each of 2 rows."""
-    tokens_BL = torch.arange(2 * _LENGTH, device=device).repeat(2, 1) % info.vocab_size
-    return tokens_BL, torch.arange(_LENGTH, device=device).repeat(2, 2)
-
-
-def _loops(info: TeacherInfo, layers: Sequence[int | str]) -> ConfigError:
-    message = f"{info.description}: its blocks do not run once each, in order; choose its last layer"
-    return ConfigError(Problem("let.pairs", message, list(layers)))

@@ -1,13 +1,15 @@
-"""The files of a checkpoint in Hugging Face format: which ones make it up, and what their headers say."""
+"""The files of a checkpoint in Hugging Face format: which ones make it up, what their headers say, what is wrong."""
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch.distributed.tensor import DTensor
 
 from let_plugin.config.errors import ConfigError, Problem
 from let_plugin.teacher.base import bad_path
@@ -69,9 +71,7 @@ def weight_files(folder: Path, *, any_name: bool = False) -> list[Path]:
     if outside := [name for name, file in files.items() if not file.parent.resolve().is_relative_to(root)]:
         message = f"its {INDEX} names files outside the folder: {some_names(outside)}"
     elif absent := [name for name, file in files.items() if not file.is_file()]:
-        message = f"its {INDEX} names files that are not there: {some_names(absent)}; fetch them"
-        if others := [file.name for file in folder.glob("*.safetensors") if file not in files.values()]:
-            message += f". The folder has {some_names(others)}: if the index is of another checkpoint, delete it"
+        message = f"its {INDEX} names files that are not there: {some_names(absent)}; fetch them, or delete the index"
     else:
         return list(files.values())
     raise bad_path(str(folder), message)
@@ -102,6 +102,15 @@ def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
     if problems:
         raise ConfigError(problems)
     return tensors
+
+
+def check_finite(tensors: Mapping[str, torch.Tensor], path: str) -> None:
+    """ConfigError that names those of a checkpoint's tensors, or of a rank's shards of them, that are not finite."""
+    local = {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
+    not_finite = [name for name, t in local.items() if t.is_floating_point() and not t.isfinite().all()]
+    if not_finite:
+        message = f"these tensors hold NaN or infinite values: {some_names(not_finite)}; fetch the files again"
+        raise bad_path(path, message)
 
 
 def some_names(names: Iterable[str]) -> str:

@@ -1,16 +1,9 @@
-"""What is particular to a .gguf file: its checks, and its tokenizer.
+"""What is particular to a .gguf file: its checks, and its tokenizer."""
 
-`python -m let_plugin.teacher.gguf FILE.gguf --tokenizer OUT_DIR` writes the tokenizer in the form that torchtitan
-reads, so that a student can be trained on it.
-"""
-
-import argparse
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
-from let_plugin.config.errors import ConfigError
 from let_plugin.teacher.base import bad_path, require
 from let_plugin.teacher.hf.files import linked
 
@@ -35,21 +28,3 @@ def load_tokenizer(path: str) -> Any:
     except Exception as error:  # a damaged file fails in numpy, struct or the reader: any type of error
         message = f"its tokenizer cannot be read: the file is truncated, damaged or of an unknown kind; {error}"
         raise bad_path(path, message) from error
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m let_plugin.teacher.gguf", description=__doc__.split("\n")[0])
-    parser.add_argument("file", metavar="FILE.gguf", help="the .gguf file")
-    parser.add_argument("--tokenizer", metavar="OUT_DIR", required=True, help="folder to write its tokenizer to")
-    options = parser.parse_args(arguments)
-    try:
-        tokenizer = load_tokenizer(options.file)
-        if tokenizer.eos_token is None:  # torchtitan puts one between documents
-            raise bad_path(options.file, "its tokenizer has no end-of-sequence token")
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    tokenizer.save_pretrained(options.tokenizer)
-    print(f"wrote {Path(options.tokenizer) / 'tokenizer.json'}")
-    return 0

@@ -25,7 +25,7 @@ def find(config: TeacherConfig) -> str | None:
     if constants.HF_HUB_OFFLINE:
         return None
     try:
-        with _quiet():
+        with collected_log("huggingface_hub"):  # what it says of its retries
             info = HfApi().model_info(config.path, revision=config.revision or None, timeout=_TIMEOUT)
     except HfHubHTTPError as error:  # it was reached, and said no
         message = f"there is no such folder, and the hub refuses it: {str(error).splitlines()[0]}"
@@ -61,12 +61,14 @@ def fetch(config: TeacherConfig, commit: str | None, *, weights: bool) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the client's messages about its retries."""
-    client = logging.getLogger("huggingface_hub")
-    level = client.level
-    client.setLevel(logging.CRITICAL)
+def collected_log(library: str) -> Iterator[list[str]]:
+    """Keeps a library's messages out of the log; they are collected instead."""
+    said: list[str] = []
+    logger, handler = logging.getLogger(library), logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    handlers, propagate = logger.handlers, logger.propagate
+    logger.handlers, logger.propagate = [handler], False
     try:
-        yield
+        yield said
     finally:
-        client.setLevel(level)
+        logger.handlers, logger.propagate = handlers, propagate

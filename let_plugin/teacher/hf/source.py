@@ -15,7 +15,15 @@ import torch
 from torch import nn
 
 from let_plugin.alignment.layer_mapping import EMBEDDING
-from let_plugin.teacher.base import LanguageModel, Teacher, TeacherInfo, TeacherSource, freeze, keep_rng_state
+from let_plugin.teacher.base import (
+    LanguageModel,
+    Teacher,
+    TeacherInfo,
+    TeacherSource,
+    freeze,
+    keep_rng_state,
+    num_blocks_to,
+)
 from let_plugin.teacher.hf import checks
 from let_plugin.teacher.hf.attention import ATTENTION, model_inputs
 from let_plugin.teacher.hf.checkpoint import Checkpoint, quiet_transformers, tensors_of
@@ -73,7 +81,7 @@ class HFTeacherSource(TeacherSource):
             for name, parameter in trunk.named_parameters():  # some families keep some weights in fp32
                 parameter.data = parameter.data.to(dtypes[name])
             blocks = checks.find_layers(trunk, self.info.num_layers)
-            checks.cut(trunk, blocks, self.info, layers)
+            del blocks[num_blocks_to(layers) :]
             states = LayerStates(list(blocks), layers, output_layer=self.info.num_layers - 1 if final_norm else None)
             teacher = HFTeacher(trunk, states)
             freeze(teacher)

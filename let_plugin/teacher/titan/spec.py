@@ -85,12 +85,9 @@ def read_hf_config(folder: str) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("it is no JSON object")
-    except (OSError, ValueError) as error:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise bad_path(folder, f"its config.json cannot be read: {error}") from error
-    return content
 
 
 def check_agrees(hf_config: dict[str, Any], spec: ModelSpec, *, name: str) -> None:

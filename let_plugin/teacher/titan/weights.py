@@ -12,18 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.tensor import DTensor
 from torchtitan.distributed import ParallelDims
 from torchtitan.protocols.model_spec import ModelSpec
 
 from let_plugin.config.errors import ConfigError, Problem
 from let_plugin.runtime import dcp_files
 from let_plugin.teacher.base import bad_path
-from let_plugin.teacher.hf.files import StoredTensor, linked, read_headers, some_names, weight_files
+from let_plugin.teacher.hf.files import StoredTensor, check_finite, linked, read_headers, some_names, weight_files
 from let_plugin.teacher.sharding import hand_out, raise_together, read_once
 
 if TYPE_CHECKING:
@@ -34,15 +31,10 @@ _KINDS = {True: "floating-point numbers", False: "integers"}
 
 
 class TitanWeights:
-    """The weights of a torchtitan model in a folder, not read yet. ConfigError if there are none.
+    """The weights of a torchtitan model in the folder `path`, not read yet. ConfigError if there are none.
 
-    Args:
-        path: The folder.
-        spec: The model, called `name` in messages; its adapter translates safetensors.
-        checkpoint: The checkpoint that the specification was made from, if it was; it has been checked already.
-
-    Attributes:
-        format: "DCP", "safetensors" or "GGUF".
+    `spec` is the model, called `name` in messages, and `checkpoint` what it was made from, if it was; that has been
+    checked already. `format` is "DCP", "safetensors" or "GGUF".
     """
 
     def __init__(self, path: str, spec: ModelSpec, name: str, checkpoint: "Checkpoint | None" = None) -> None:
@@ -112,16 +104,15 @@ class TitanWeights:
                 hf_state_dict = adapter.to_hf(state_dict)
                 files = weight_files(Path(self._checkpoint.folder if self._checkpoint else self._path), any_name=True)
                 with linked(files) as folder:  # torch's reader takes all that lie side by side
-                    dcp.load(hf_state_dict, storage_reader=adapter.get_hf_storage_reader(folder), no_dist=True)
+                    dcp_files.load(hf_state_dict, adapter.get_hf_storage_reader(folder))
                 read = adapter.from_hf(hf_state_dict)
                 state_dict |= {name: read[name] for name in state_dict}
+            check_finite(state_dict, self._path)
         except ConfigError as error:
             return error.problems
-        except (Exception, CheckpointException) as error:  # the latter is no Exception, only a BaseException
-            return self._unfit(_first_cause(error)).problems
-        not_finite = [name for name, tensor in state_dict.items() if not _is_finite(tensor)]
-        message = f"these tensors hold NaN or infinite values: {some_names(not_finite)}; fetch the files again"
-        return bad_path(self._path, message).problems if not_finite else []
+        except Exception as error:
+            return self._unfit(error).problems
+        return []
 
     def _read_gguf(self, dtype: torch.dtype, *, head: bool) -> dict[str, torch.Tensor]:
         assert self._checkpoint is not None
@@ -135,7 +126,7 @@ class TitanWeights:
         config.enable_weight_tying = False  # a tied head is the embedding, and no part of what is read
         return self._spec.state_dict_adapter(config, None)
 
-    def _unfit(self, error: BaseException) -> ConfigError:
+    def _unfit(self, error: Exception) -> ConfigError:
         cause = f"{type(error).__name__}: {error}".splitlines()[0]
         return bad_path(self._path, f"the weights do not fit the spec {self._name!r} or cannot be read: {cause}")
 
@@ -151,11 +142,6 @@ def _weights_format(path: str, spec: ModelSpec) -> str:
     else:
         return "safetensors"
     raise bad_path(path, message)
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return not local.is_floating_point() or bool(local.isfinite().all())
 
 
 def _differences(stored: Mapping[str, StoredTensor], wanted: Mapping[str, torch.Tensor], num_blocks: int) -> list[str]:
@@ -183,11 +169,3 @@ def _differences(stored: Mapping[str, StoredTensor], wanted: Mapping[str, torch.
     elif surplus:
         messages.append(f"the checkpoint has tensors that the spec knows nothing of: {some_names(surplus)}")
     return messages
-
-
-def _first_cause(error: BaseException) -> BaseException:
-    if isinstance(error, CheckpointException):  # holds, for each rank, what it caught
-        error = next(iter(error.failures.values()))[0]
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    return error

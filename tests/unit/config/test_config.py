@@ -1,12 +1,18 @@
 """The `[let]` and `[runtime]` tables, their reference, and what a user reads after a mistake."""
 
+import re
+import sys
 from operator import attrgetter
+from pathlib import Path
 
 import pytest
+from torchtitan.models.llama3.config_registry import llama3_debugmodel
 
 from let_plugin.config import LetConfig, PairConfig, RuntimeConfig, reference
 from let_plugin.config.errors import ConfigError, Problem
-from let_plugin.config.schema import check_bounds
+from let_plugin.config.legacy_keys import OLD_KEYS
+from let_plugin.config.load import load
+from let_plugin.config.schema import check_bounds, walk
 from tests.support.jobs import ROOT
 
 
@@ -50,3 +56,53 @@ def test_config_error_names_source_field_value_and_remedy_of_all_problems():
     assert str(error) == "x.toml: a.b = 3: too big\na = None: wrong\nc: missing"
     with pytest.raises(AssertionError):
         ConfigError([])
+
+
+def test_old_keys_are_gone_and_what_they_are_called_now_exists():
+    keys = {key for key, _, _ in walk(llama3_debugmodel())}
+    assert not keys & set(OLD_KEYS)
+    new = {key for text in OLD_KEYS.values() for key in re.findall(r"[a-z_]+(?:\.[a-z_0-9]+)+", text)}
+    new |= {table for text in OLD_KEYS.values() for table in re.findall(r"\[([a-z_.]+)\]", text)}
+    assert len(new) > 15
+    assert new - keys == {"activation_checkpoint.type"}
+
+
+# What a user reads if `base` names no configuration
+
+MODULE = """
+def fails():
+    return helper({})
+
+def helper(sizes):
+    return sizes["width"]
+
+def wrong():
+    return 3
+"""
+
+
+@pytest.mark.parametrize(
+    ("base", "messages"),
+    [
+        ("", ["base = '': expected \"module.function\""]),
+        ('base = "llama.llama3_debugmodel"\n', ["did you mean 'llama3'?"]),
+        ('base = "llama3.llama3_debug"\n', ["no function 'llama3_debug'", "did you mean 'llama3_debugmodel'?"]),
+        ('base = "no_such.module.f"\n', ["no module 'no_such.module'"]),
+        ('base = "deepseek_v3.enable_fused_swiglu"\n', ["missing 1 required positional argument"]),
+        ('base = "my_configs.fails"\n', ["KeyError: 'width'", "line 3, in fails", "return helper({})", "sizes["]),
+        ('base = "my_configs.wrong"\n', ["returns a int"]),
+        ('base = "my_configs.mine"\n', ["valid names: fails, helper, wrong"]),
+        ('base = "package.f"\n', ["cannot import name 'NoSuchName'"]),
+    ],
+)
+def test_wrong_base(tmp_path, monkeypatch, base, messages):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "my_configs.py").write_text(MODULE)
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package/config_registry.py").write_text("from torchtitan.trainer import NoSuchName\n")
+    (tmp_path / "run.toml").write_text(base)
+    with pytest.raises(ConfigError) as info:
+        load(Path("run.toml"), [])
+    assert [(problem.key, problem.source) for problem in info.value.problems] == [("base", "run.toml")]
+    assert all(message in str(info.value) for message in messages), info.value

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import shutil
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from let_plugin.demo import TEACHER, TOKENIZER
 from let_plugin.preflight import teacher_cli as cli
 from tests.support import hf_models
 
+DEMO = [TEACHER, "--tokenizer", TOKENIZER]
 TEXTS = ["A late train.", "The early bird catches the worm, or so they say in the north of England.", "É" * 40]
 
 
@@ -47,7 +47,7 @@ def test_the_loss_is_that_of_plain_transformers(inspect, text_file, spec):
     transformers = pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
     from tokenizers import Tokenizer
 
-    said = inspect(TEACHER, *spec, "--tokenizer", TOKENIZER, "--text", text_file)
+    said = inspect(*DEMO, *spec, "--text", text_file)
     tokenizer = Tokenizer.from_file(f"{TOKENIZER}/tokenizer.json")
     model = transformers.AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32).eval()
     loss, num_tokens = 0.0, 0
@@ -69,7 +69,7 @@ def test_the_loss_is_that_of_plain_transformers(inspect, text_file, spec):
 
 def test_a_limit_on_the_tokens_and_the_demos_text(inspect):
     pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
-    said = inspect(TEACHER, "--tokenizer", TOKENIZER, "--max-tokens", 500)
+    said = inspect(*DEMO, "--max-tokens", 500)
     loss, _, _, num_tokens, num_bytes = measured(said)
     assert num_tokens == 500
     assert 1500 < num_bytes < 2100  # 3.54 bytes per token, by the demo's README
@@ -79,6 +79,7 @@ def test_a_limit_on_the_tokens_and_the_demos_text(inspect):
 def test_what_a_spec_alone_and_a_checkpoint_without_a_tokenizer_say(inspect, tiny_teacher, text_file, capsys):
     said = inspect("--spec", "llama3:1B")
     assert said["blocks"] == "16 of width 2048, 32 heads (8 key-value)"
+    assert said["trunk"].startswith("1,235,814,400 parameters: 262,668,288 in embeddings")  # Llama 3.2 1B's, tied
     assert said["weights"].startswith("none given") and "loss" not in said
     said = inspect(tiny_teacher[0], "--spec", "tiny_teacher")
     assert said["tokenizer"].startswith("none there") and "loss" not in said
@@ -87,29 +88,34 @@ def test_what_a_spec_alone_and_a_checkpoint_without_a_tokenizer_say(inspect, tin
     assert "--tokenizer = '': the teacher comes without a tokenizer" in capsys.readouterr().err
 
 
-def test_a_tokenizer_of_another_model(inspect, tmp_path, capsys):
-    pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
-    hf_models.save(tmp_path, hf_models.config_of("phi"))
-    shutil.copy(f"{TOKENIZER}/tokenizer.json", tmp_path)
-    with pytest.raises(SystemExit, match="2"):
-        inspect(tmp_path)
-    assert "it has ids up to 4095, the teacher 61 rows" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("arguments", "message"),
     [
-        ("none.txt", None, "no such file"),
-        ("empty.txt", "", "cannot be read"),
-        ("blank.txt", "\n", "there is nothing in it to predict"),
-        ("damaged.jsonl", "{", "cannot be read"),
-        ("other.jsonl", '{"other": 1}', 'no field "text"'),
+        (["/nowhere"], "PATH = '/nowhere': there is no such folder"),
+        (["--import", "let_plugin.demo.config_registry", "--spec", "demo_teachr"], "did you mean 'demo_teacher'?"),
+        ([TEACHER, "--tokenizer", "/nowhere"], "--tokenizer = '/nowhere'"),
+        ([TEACHER, "--max-tokens", "0"], "--max-tokens = 0"),
+        (["--spec", "llama3:1B", "--import", "no_such_module"], "--import = 'no_such_module'"),
+        (["{0}/phi", "--tokenizer", TOKENIZER], "it has ids up to 4095, the teacher 61 rows"),
+        ([*DEMO, "--text", "{0}/none.txt"], "--text = '{0}/none.txt': no such file"),
+        ([*DEMO, "--text", "{0}/blank.txt"], "--text = '{0}/blank.txt': there is nothing in it to predict"),
+        ([*DEMO, "--text", "{0}/damaged.jsonl"], "--text = '{0}/damaged.jsonl': cannot be read"),
     ],
 )
-def test_a_text_that_cannot_be_read(inspect, tmp_path, capsys, name, content, message):
+def test_bad_input_is_one_error(inspect, tmp_path, capsys, arguments, message):
     pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
-    if content is not None:
-        (tmp_path / name).write_text(content)
+    if "{0}/phi" in arguments:
+        hf_models.save(tmp_path / "phi", hf_models.config_of("phi"))
+    (tmp_path / "blank.txt").write_text("\n")
+    (tmp_path / "damaged.jsonl").write_text("{")
     with pytest.raises(SystemExit, match="2"):
-        inspect(TEACHER, "--tokenizer", TOKENIZER, "--text", tmp_path / name)
-    assert re.search(f"--text = .*{name}.*{message}", capsys.readouterr().err)
+        inspect(*(argument.format(tmp_path) for argument in arguments))
+    heading, problem = capsys.readouterr().err.splitlines()
+    assert heading == "let-teacher inspect: 1 problem in the configuration"
+    assert message.format(tmp_path) in problem
+
+
+@pytest.mark.parametrize("arguments", [[], ["inspct"], ["inspect", "--nonsense"]])
+def test_an_unknown_command_or_option(arguments):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(arguments)

@@ -30,12 +30,6 @@ class Model(nn.Module):
         return x + 10
 
 
-def test_of_blocks_that_take_keywords_and_return_tuples():
-    model = Model()
-    states = LayerStates(model.blocks, [2, EMBEDDING, 0], output_layer=None)
-    assert states.collect(lambda: model(torch.zeros(1, 1, 1))).flatten().tolist() == [3, 0, 1]
-
-
 def test_the_models_own_output_is_not_copied():
     output = torch.zeros(1)
     assert LayerStates(Model().blocks, [2], output_layer=2).collect(lambda: output) is output

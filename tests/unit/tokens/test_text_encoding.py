@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from let_plugin.tokens.encoding import TextEncoder, Tokens, match_bytes
+from let_plugin.tokens.encoding import TextEncoder, Tokens, match_bytes, teacher_pieces
+from let_plugin.tokens.token_bytes import token_bytes
 from tests.support import tokenizer_kinds as kinds
 
 # No lone surrogates, which have no bytes; no U+2581, which SentencePiece takes for a space; no special tokens.
@@ -53,3 +54,18 @@ def test_a_token_of_a_character_that_a_normalizer_has_composed_has_read_all_of_i
 
 def test_tokens_of_the_same_bytes():
     assert match_bytes([None, b"a", b"b", b"c"], [b"b", b"a", None, b"b"]).tolist() == [-1, 1, 3, -1]
+
+
+@pytest.mark.parametrize("teacher", ["byte-level", "Llama-2", "Unigram", "tiktoken"])
+@pytest.mark.parametrize("student", kinds.KINDS)
+def test_the_teachers_tokens_of_a_token_have_its_bytes_and_are_as_few_as_it_has(student, teacher):
+    own, others = kinds.KINDS[student](), kinds.KINDS[teacher]()
+    values, other_values = token_bytes(own), token_bytes(others)
+    pieces = teacher_pieces(own, others)
+    assert len(pieces) == len(values)
+    for token, value in enumerate(values):
+        if value is not None:
+            assert b"".join(other_values[i] or b"" for i in pieces[token]) == value, value
+            assert len(pieces[token]) == 1 or value not in other_values, value
+        if student == teacher:  # control tokens too
+            assert pieces[token] == [token]
