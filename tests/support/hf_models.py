@@ -1,14 +1,17 @@
 """Small random models of many families of `transformers`, saved as checkpoints, and teachers made of them."""
 
+import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torchtitan.distributed import ParallelDims
 
 from let_plugin.config import TeacherConfig
 from let_plugin.teacher.base import Teacher, TeacherSource
 from let_plugin.teacher.open import open_teacher
 
+FILE = "model.safetensors"
 VOCAB_SIZE = 61
 SEQ_LEN = 24
 LENGTHS = [[7, 12, 5], [1, 3, 20]]  # of the packed documents
@@ -65,6 +68,29 @@ def save(folder: Path, config) -> Path:
             torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(folder)
     return folder
+
+
+# Damage: functions of a checkpoint's folder
+
+
+def config_with(**fields):
+    def edit(folder):
+        file = folder / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+    return edit
+
+
+def weights(edit):
+    return lambda folder: save_file(edit(load_file(folder / FILE)), folder / FILE, metadata={"format": "pt"})
+
+
+def without(part):
+    return weights(lambda tensors: {name: tensor for name, tensor in tensors.items() if part not in name})
+
+
+def content(damaged, name=FILE):
+    return lambda folder: (folder / name).write_bytes(damaged)
 
 
 def reference_of(folder: Path):

@@ -15,13 +15,9 @@ from let_plugin.guidance.projectors import LearnedProjector
 from let_plugin.teacher.base import Teacher
 
 # What the alignment makes, wherever it is kept.
-OURS = "let_plugin.alignment.projectors", "let_plugin.alignment.running_mean", "let_plugin.alignment.tap"
-OURS += (
-    "let_plugin.guidance.guidance",
-    "let_plugin.guidance.projectors",
-    "let_plugin.guidance.heads",
-)
-OURS += "let_plugin.alignment.pair", "let_plugin.teacher.sharding", "let_plugin.teacher.retokenized"
+OURS = [f"let_plugin.alignment.{name}" for name in ("projectors", "running_mean", "tap", "pair")]
+OURS += [f"let_plugin.guidance.{name}" for name in ("guidance", "projectors", "heads")]
+OURS += ["let_plugin.teacher.sharding", "let_plugin.teacher.retokenized"]
 
 
 class Leftovers:
@@ -82,14 +78,10 @@ def _parts_of_teacher(teacher: Teacher) -> Iterator[tuple[str, Any]]:
     yield "teacher states", teacher._states
     yield from _parts_of_module("teacher", teacher)
     for name, module in teacher.named_modules():
-        if not hasattr(module, "_get_fsdp_state"):
-            continue
-        yield f"teacher FSDP {name}", module._get_fsdp_state()
-        for group in module._get_fsdp_state()._fsdp_param_groups:
-            for i, parameter in enumerate(group.fsdp_params):
-                yield f"teacher FSDP {name} {i}", parameter
-                for j, gathered in enumerate(parameter.all_gather_outputs):
-                    yield f"teacher FSDP {name} {i} gathered {j}", gathered
+        if hasattr(module, "_get_fsdp_state"):
+            for group in module._get_fsdp_state()._fsdp_param_groups:
+                gathered = [tensor for parameter in group.fsdp_params for tensor in parameter.all_gather_outputs]
+                yield from ((f"teacher FSDP {name} gathered {i}", tensor) for i, tensor in enumerate(gathered))
 
 
 def _parts_of_module(name: str, module: torch.nn.Module) -> Iterator[tuple[str, Any]]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import os
 import sys
 from pathlib import Path
 
@@ -109,6 +110,9 @@ TIKTOKEN = '[tokenizer]\ntype = "TikTokenTokenizer"\n[tokenizer.special_tokens]\
         ("[let]\nweight = 0.2\n", "let.enable", True),
         ("[let]\nenable = false\nweight = 0.2\n", "let.enable", False),
         ('[let]\nteacher = "some/path"\n', "let.teacher.path", "some/path"),
+        ('dump_folder = "~/out"\n', "dump_folder", os.path.expanduser("~/out")),
+        ('[let]\nteacher = "~/teacher"\n', "let.teacher.path", os.path.expanduser("~/teacher")),
+        ('[compile]\nbackend = "~"\n', "compile.backend", "~"),
         # Options of the command line.
         (["--training.steps=3"], "training.steps", 3),
         (["--let.weight", ".5"], "let.weight", 0.5),
@@ -141,14 +145,6 @@ def test_command_line_over_toml_over_base_and_the_next_load_starts_anew():
     assert not config.let.enable
     config = config_of()
     assert (config.optimizer.param_groups[0].optimizer_kwargs["lr"], config.training.steps) == (8e-4, 10)
-
-
-def test_the_home_folder_in_paths(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
-    text = 'dump_folder = "~/out"\n[let]\nteacher = "~/teacher"\n[compile]\nbackend = "~"\n'
-    config = config_of(text, "--hf_assets_path=~/tokenizer")
-    assert (config.dump_folder, config.let.teacher.path) == ("/home/me/out", "/home/me/teacher")
-    assert (config.hf_assets_path, config.compile.backend) == ("/home/me/tokenizer", "~")
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def test_bad_input_is_one_error(inspect, tmp_path, capsys, arguments, message):
     (tmp_path / "damaged.jsonl").write_text("{")
     with pytest.raises(SystemExit, match="2"):
         inspect(*(argument.format(tmp_path) for argument in arguments))
-    heading, problem = capsys.readouterr().err.splitlines()
+    *_, heading, problem = capsys.readouterr().err.splitlines()
     assert heading == "let-teacher inspect: 1 problem in the configuration"
     assert message.format(tmp_path) in problem
 

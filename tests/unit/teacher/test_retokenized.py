@@ -62,23 +62,6 @@ def test_each_token_gets_the_state_that_it_meets(other, trainer):
     assert not target_BLE[~has_state_BL].any()
 
 
-def test_metrics_are_of_the_tokens_that_have_a_state(other, trainer):
-    guidance = trainer.guidance = Guidance(trainer, 0)
-    trainer.step = 1
-    input_dict, labels_BL = next(iter(trainer.dataloader))
-    counts_BL = labels_BL != IGNORE_INDEX
-    for _ in range(2):  # of each step anew
-        guidance.start_step(0.5)
-        step = {"labels": labels_BL, "global_valid_tokens": counts_BL.sum()}
-        trainer.forward_backward_step(input_dict=dict(input_dict), **step)
-    metrics = guidance.metrics()
-    has_state_BL = counts_BL & (take_extras(input_dict)["teacher_index"] >= 0)
-    assert metrics["let/aligned_fraction"] == pytest.approx((has_state_BL.sum() / counts_BL.sum()).item())
-    assert 0.3 < metrics["let/aligned_fraction"] < 0.9
-    (tap,) = guidance.taps
-    assert metrics["let/cosine"] == pytest.approx((tap.metric_sums.sum() / has_state_BL.sum()).item())
-
-
 def test_the_report(other, short_teacher):
     lines = preflight.run(other)
     assert "two tokenizers, matched by bytes of text; of 256 rows of the data" in lines

@@ -166,13 +166,6 @@ def test_control_tokens(special, roles, expected):
     assert extras["teacher_index"].tolist() == [[0, 1, 2, 3] if expected else [-1, 0, -1, 1]]
 
 
-def test_text_that_looks_like_a_control_token_is_text():
-    teacher = kinds.llama2()
-    assert teacher.encode("a <s> b").ids.count(1) == 1
-    extras = retokenize(small(), teacher, documents(small(), "x", "a <s> b"))
-    assert 1 not in extras["teacher_tokens"].tolist()[0]
-
-
 def test_a_character_that_the_row_cuts():
     """Its tokens are kept if they are the teacher's too, whatever the words around them are encoded as."""
     teacher = kinds.metaspace()
@@ -193,7 +186,7 @@ def test_without_positions_a_row_is_one_document():
     assert extras["teacher_tokens"].equal(input_dict["input"])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["Llama-2", "Unigram", "tiktoken"])
 def test_a_copy_in_another_process_does_the_same(kind):
     retokenize = Retokenizer(kinds.demo(), KINDS[kind](), teacher_seq_len=1500)
     batch = kinds.batch(kinds.row(kinds.demo(), [*MULTILINGUAL, *kinds.documents(3)], 600, 3))

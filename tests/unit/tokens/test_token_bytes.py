@@ -1,19 +1,12 @@
 """The bytes of tokens. That those of a text's tokens are the text: see `test_text_encoding.py`."""
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 from let_plugin.demo import TOKENIZER
-from let_plugin.tokens.token_bytes import byte_level, token_bytes
+from let_plugin.tokens.token_bytes import token_bytes
 from tests.support import tokenizer_kinds as kinds
-
-
-def test_the_alphabet_of_byte_level_bpe_is_that_of_the_library():
-    assert set(byte_level(bytes(range(256)))) == set(pre_tokenizers.ByteLevel.alphabet())
-    text = bytes(range(1, 128)).decode() + "\u00e9\u4f60\U0001f600"
-    ((whole, _),) = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)
-    assert byte_level(text.encode()) == whole
 
 
 @pytest.mark.parametrize("make", [kinds.demo, kinds.llama2, kinds.metaspace])

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from let_plugin.demo import TEACHER, TOKENIZER
 from let_plugin.teacher.hf.files import INDEX, SINGLE_FILE
-from tests.support.hf_models import language_model, opened
+from tests.support.hf_models import config_with, language_model, opened
 from tests.support.problems import problem_of
 
 
@@ -145,8 +145,7 @@ def test_a_hub_teacher_is_fetched_once_and_read_from_the_cache_without_a_network
 
 
 def test_what_cannot_be_a_teacher_is_refused_before_its_weights_are_fetched(hub):
-    config = json.loads((hub / "config.json").read_text())
-    (hub / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    config_with(quantization_config={"quant_method": "gptq"})(hub)
     assert "its weights are quantized" in message_of("org/name")
     (hub / SINGLE_FILE).rename(hub / "pytorch_model.bin")
     message = message_of("org/name")

@@ -1,6 +1,5 @@
 """Every mistake in a checkpoint in Hugging Face format is one error that names the key, the value and the cause."""
 
-import json
 import math
 import shutil
 import sys
@@ -8,29 +7,11 @@ import sys
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 
 from let_plugin.config.errors import ConfigError
-from tests.support.hf_models import build, opened, source_of
+from tests.support.hf_models import FILE, build, config_with, content, opened, source_of, weights, without
 
-FILE = "model.safetensors"
 DOWN, QUERY, NORM = "model.layers.0.mlp.down_proj.weight", "model.layers.1.self_attn.q_proj.weight", "model.norm.weight"
-
-
-def config(**fields):
-    def edit(folder):
-        file = folder / "config.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
-
-    return edit
-
-
-def weights(edit):
-    return lambda folder: save_file(edit(load_file(folder / FILE)), folder / FILE, metadata={"format": "pt"})
-
-
-def without(part):
-    return weights(lambda tensors: {name: tensor for name, tensor in tensors.items() if part not in name})
 
 
 def spoiled(value):
@@ -40,10 +21,6 @@ def spoiled(value):
         return tensors
 
     return weights(edit)
-
-
-def content(damaged, name=FILE):
-    return lambda folder: (folder / name).write_bytes(damaged)
 
 
 def nothing(folder):
@@ -70,19 +47,19 @@ OPENED = [  # damage to a folder, part of the error
     (nothing, "no model.safetensors"),
     (content(b"{", "config.json"), "its configuration cannot be read"),
     (pickled, "convert them, if you trust them: AutoModelForCausalLM.from_pretrained(path).save_pretrained("),
-    (config(model_type="my_own"), "update Transformers"),
+    (config_with(model_type="my_own"), "update Transformers"),
     (
-        config(model_type="my_own", auto_map={"AutoConfig": "my_own.MyConfig"}),
+        config_with(model_type="my_own", auto_map={"AutoConfig": "my_own.MyConfig"}),
         "let.teacher.trust_remote_code = False",
     ),
-    (config(quantization_config={"quant_method": "gptq"}), "quantized; give a checkpoint in bfloat16"),
+    (config_with(quantization_config={"quant_method": "gptq"}), "quantized; give a checkpoint in bfloat16"),
     (without("1.mlp.up_proj"), "lacks tensors that its configuration asks for: layers.1.mlp.up_proj.weight"),
-    (config(intermediate_size=56), "layers.0.mlp.down_proj.weight (file (32, 48), configuration (32, 56))"),
+    (config_with(intermediate_size=56), "layers.0.mlp.down_proj.weight (file (32, 48), configuration (32, 56))"),
     (
         weights(lambda tensors: {**tensors, DOWN: tensors[DOWN].to(torch.int8)}),
         "layers.0.mlp.down_proj.weight (file integers, configuration floating-point numbers)",
     ),
-    (config(num_hidden_layers=2), "more layers than its configuration (2): model.layers.2."),
+    (config_with(num_hidden_layers=2), "more layers than its configuration (2): model.layers.2."),
     (lambda f: (pickled(f), content(b"{}", f"{FILE}.index.json")(f)), "index.json cannot be read"),
     (content(b"x" * 100), "model.safetensors is truncated or not a safetensors file"),
 ]

@@ -6,12 +6,12 @@ Shape legend: B batch, L sequence, E teacher width.
 import dataclasses
 import functools
 import importlib
+import shutil
 import sys
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file, save_file
 from torchtitan.config import CompileConfig
 from torchtitan.models.common.attention import ScaledDotProductAttention, VarlenAttention
 
@@ -21,7 +21,7 @@ from let_plugin.runtime import host
 from let_plugin.teacher import open as teacher_open
 from let_plugin.teacher.titan import source as titan
 from tests.support import config_registry as tiny
-from tests.support import reference
+from tests.support import hf_models, reference
 from tests.support.hf_models import opened, packed_batch
 from tests.support.problems import problem_of
 
@@ -110,11 +110,9 @@ def test_weights_that_are_not_finite_are_named_and_those_of_blocks_behind_the_la
     assert "NaN or infinite values: layers.1.attention.wo.weight, norm.weight" in problem.message
     batch = packed_batch(tiny.VOCAB_SIZE)
     assert torch.equal(build(source, layers=[0])(*batch), build(tiny_source(tiny_teacher[0]), layers=[0])(*batch))
-    weights = load_file(f"{TEACHER}/model.safetensors")
-    weights["model.layers.1.self_attn.q_proj.weight"][3, 5] = torch.nan
-    (tmp_path / "safetensors").mkdir()
-    save_file(weights, tmp_path / "safetensors/model.safetensors", metadata={"format": "pt"})
-    problem = problem_of(build, opened(tmp_path / "safetensors", spec="demo_teacher"))
+    folder, name = shutil.copytree(TEACHER, tmp_path / "safetensors"), "model.layers.1.self_attn.q_proj.weight"
+    hf_models.weights(lambda tensors: tensors | {name: torch.full_like(tensors[name], torch.nan)})(folder)
+    problem = problem_of(build, opened(folder, spec="demo_teacher"))
     assert "NaN or infinite values: layers.1.attention.qkv_linear.wq.weight" in problem.message  # as in torchtitan
 
 
