@@ -1,7 +1,8 @@
 """What keys and tables of torchtitan's own TOML files (up to version 0.2) are called in torchtitan 0.3.
 
 Only for error messages: an old key is never translated silently, because many of them mean something slightly
-different now. Keys that have only moved to another table are not listed: every unknown key is looked for elsewhere.
+different now. Not listed are keys that have moved to another table, where every unknown key is looked for, or whose new
+name is so much like the old one that it is suggested.
 """
 
 _CONVERTERS = "gone; float8, MX and LoRA are part of the model: choose a `base` that has them"
@@ -22,12 +23,8 @@ OLD_KEYS = {
     "optimizer.beta2": "optimizer.param_groups.0.optimizer_kwargs.betas = [beta1, beta2]",
     "optimizer.fused": 'optimizer.implementation = "fused", "foreach" or "for-loop"',
     "lr_scheduler.lr_min": "lr_scheduler.min_lr_factor",
-    "training.batch_size": "training.local_batch_size",
     "training.compile": "compile.enable",
     "checkpoint.enable_checkpoint": "checkpoint.enable",
-    "checkpoint.model_weights_only": "checkpoint.last_save_model_only",
-    "checkpoint.last_save_model_weights_only": "checkpoint.last_save_model_only",
-    "checkpoint.initial_load_model_weights_only": "checkpoint.initial_load_model_only",
     "activation_checkpoint.mode": 'activation_checkpoint.type = "selective", "full", "memory-budget" or "none"',
     "activation_checkpoint.selective_ac_option": 'gone; type = "selective" is what "op" was',
 }

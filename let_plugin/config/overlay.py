@@ -139,9 +139,8 @@ class Overlay:
             if name in valid:
                 result[int(name)] = self.value(f"{key}.{name}", value, hint, result[int(name)])
             else:
-                self._add(
-                    f"{key}.{name}", f"no such element; {suggest(name, valid)}. [[{key}]] replaces the whole list"
-                )
+                message = f"no such element; {suggest(name, valid)}. [[{key}]] replaces the whole list"
+                self._add(f"{key}.{name}", message)
         return result
 
     def _config(self, key: str, table: dict[str, Any], alternatives: list[Arm], current: Any) -> Any:

@@ -62,9 +62,8 @@ def load_text_files(path: str) -> "Dataset":
     try:
         dataset = load_dataset(_loader(found[0]), data_files=files, split="train")
     except Exception as error:  # the library has types of its own for a damaged file
-        raise ConfigError(
-            Problem("dataloader.dataset_path", f"cannot be read: {error.__cause__ or error}", path)
-        ) from error
+        message = f"cannot be read: {error.__cause__ or error}"
+        raise ConfigError(Problem("dataloader.dataset_path", message, path)) from error
     if "text" not in dataset.column_names:
         columns = ", ".join(dataset.column_names)
         message = f'the documents have no field "text", only {columns}'

@@ -4,11 +4,12 @@ So a student can be trained on it.
 """
 
 import argparse
+import os
 from pathlib import Path
 
+from let_plugin.config import TeacherConfig
 from let_plugin.config.errors import ConfigError, exit_with
-from let_plugin.teacher.base import bad_path
-from let_plugin.teacher.hf.gguf import load_tokenizer
+from let_plugin.teacher.base import bad_path, require
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -18,7 +19,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokenizer", metavar="DIR", required=True, help="folder to write its tokenizer to")
     options = parser.parse_args(arguments)
     try:
-        tokenizer = load_tokenizer(options.file)
+        require("transformers")
+        from let_plugin.teacher.hf.checkpoint import Checkpoint
+
+        if not os.path.isfile(options.file):
+            raise bad_path(options.file, "no such file; give the path of a .gguf file")
+        tokenizer = Checkpoint(TeacherConfig(path=options.file)).tokenizer()
         if tokenizer.eos_token is None:  # torchtitan puts one between documents
             raise bad_path(options.file, "its tokenizer has no end-of-sequence token")
     except ConfigError as error:

@@ -93,6 +93,7 @@ def metaspace(vocab_size=500, prepend_scheme="always"):
     return tokenizer
 
 
+@functools.cache
 def demo():
     return Tokenizer.from_file(f"{TOKENIZER}/tokenizer.json")
 

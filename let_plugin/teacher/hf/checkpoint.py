@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from let_plugin.config import TeacherConfig
 from let_plugin.config.errors import ConfigError, Problem
-from let_plugin.teacher.base import bad_path
-from let_plugin.teacher.hf import gguf, hub
+from let_plugin.teacher.base import bad_path, require
+from let_plugin.teacher.hf import hub
 from let_plugin.teacher.hf.checks import check_is_decoder, check_isolates_documents, find_layers
 from let_plugin.teacher.hf.files import check_finite, check_names, linked, read_headers, some_names, weight_files
 from let_plugin.tokens.vocabulary import open_tokenizer
@@ -36,11 +36,8 @@ class Checkpoint:
     teacher never touches the network. ConfigError if there is no such checkpoint, it is not a decoder that can be a
     teacher, or its weights are not those that its configuration asks for.
 
-    Attributes:
-        folder: Where its files are, on this machine.
-        where: What and where it is, for people.
-        model_config: Its configuration.
-        trunk: The model without a head, whole, on the meta device.
+    `folder` is where its files are, on this machine, `where` what and where it is, for people; `model_config` is its
+    configuration, `trunk` the model without a head, whole, on the meta device.
     """
 
     def __init__(self, config: TeacherConfig) -> None:
@@ -53,7 +50,9 @@ class Checkpoint:
             raise ConfigError(Problem("let.teacher.revision", "only a teacher on the hub has one", config.revision))
         self._options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": config.trust_remote_code}
         if self.is_gguf:
-            gguf.check_file(config.path)
+            require("gguf", "accelerate")
+            if not os.path.isfile(config.path):  # a pipe would be waited for
+                raise bad_path(config.path, "no such file (or it is a folder or a pipe); give a .gguf file's path")
             self._alone = linked([Path(config.path)])  # transformers would prefer a config.json that lies beside it
             self.folder = self._alone.name
             self._options["gguf_file"] = os.listdir(self.folder)[0]
@@ -106,7 +105,11 @@ class Checkpoint:
     def tokenizer(self) -> Any | None:
         """That of `tokenizer_path` if given, or else the checkpoint's own; None if it comes without one."""
         if self.is_gguf and not self.config.tokenizer_path:
-            return gguf.load_tokenizer(self.config.path)
+            try:
+                with quiet_transformers():
+                    return AutoTokenizer.from_pretrained(self.folder, **self._options)
+            except Exception as error:  # a damaged file fails in numpy, struct or the reader: any type of error
+                raise self._unreadable("tokenizer", error) from error
         return open_tokenizer(dataclasses.replace(self.config, path=self.folder))
 
     def _load_config(self) -> PreTrainedConfig:

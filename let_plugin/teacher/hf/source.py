@@ -57,7 +57,7 @@ class HFTeacher(Teacher):
 class HFTeacherSource(TeacherSource):
     """A checkpoint run by `transformers`; for the report, the reason why it is not run by torchtitan."""
 
-    def __init__(self, checkpoint: Checkpoint, reason: str = "") -> None:
+    def __init__(self, checkpoint: Checkpoint, reason: str) -> None:
         self._checkpoint = checkpoint
         self.info = _describe(checkpoint, reason)
 
@@ -139,9 +139,8 @@ def _describe(checkpoint: Checkpoint, reason: str) -> TeacherInfo:
     trunk, config = checkpoint.trunk, checkpoint.model_config
     blocks = checks.find_layers(trunk, config.num_hidden_layers)
     embeddings = [module for module in trunk.modules() if isinstance(module, nn.Embedding)]
-    route = f"run by transformers ({reason})" if reason else "run by transformers"
     return TeacherInfo(
-        description=f"{config.model_type} ({type(trunk).__name__}), {checkpoint.where}, {route}",
+        description=f"{config.model_type} ({type(trunk).__name__}), {checkpoint.where}, run by transformers ({reason})",
         # OPT-350m alone projects its last hidden state back to the width of its embedding.
         hidden_size=getattr(config, "word_embed_proj_dim", None) or config.hidden_size,
         num_layers=config.num_hidden_layers,

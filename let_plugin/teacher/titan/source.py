@@ -66,9 +66,8 @@ def register_teacher_spec(
 class TitanTeacherSource(TeacherSource):
     """A torchtitan ModelSpec and its weights. ConfigError if they cannot be found, or do not fit each other.
 
-    Args:
-        config: The `[let.teacher]` table: the name of a ModelSpec, and a folder with DCP or safetensors.
-        checkpoint: A checkpoint without an `obstacle` (see spec.py), whose config.json takes the place of the name.
+    The `[let.teacher]` table has the name of the spec, and a folder with DCP or safetensors. Or else the config.json of
+    `checkpoint`, for which there is no `obstacle` (see spec.py), is the spec.
     """
 
     def __init__(self, config: TeacherConfig, checkpoint: "Checkpoint | None" = None) -> None:

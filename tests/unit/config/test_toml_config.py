@@ -275,10 +275,6 @@ class MyLoss(CrossEntropyLoss):
     class Config(CrossEntropyLoss.Config):
         temperature: float = 1.0
 
-@dataclass(kw_only=True, slots=True)
-class WarmLoss(CrossEntropyLoss.Config):
-    temperature: float = 1.0
-
 def mine():
     config = debugmodel()
     config.training.steps = 77
@@ -296,10 +292,6 @@ def test_own_configurations_and_classes(folder):
             loaded = load_text(f'[loss]\ntype = "{module}.MyLoss"\ntemperature = 2\n', base=base)
             assert (type(loaded.config.loss).__module__, loaded.config.loss.temperature) == (module, 2.0)
             assert_round_trip(loaded)
-            if module == "mine_a":
-                loaded = load_text('[loss]\ntype = "WarmLoss"\ntemperature = 2\n', base=base)
-                assert type(loaded.config.loss) is sys.modules[module].WarmLoss
-                assert_round_trip(loaded)
         finally:
             gc.enable()
     # The name of two classes says nothing.

@@ -3,7 +3,6 @@
 Shape legend: B batch, L sequence, E teacher width.
 """
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -103,8 +102,6 @@ def test_a_gguf_llama_is_native(tmp_path, build):
     assert source.info.is_native
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf").eval()
     assert_states_are_those_of(build(source), model.model, [9, 20, 4])
-    gguf_files.write_llama(tmp_path / "tiny.gguf", width=64, hidden=96, blk_0_ffn_down=np.full((64, 96), np.nan, "f4"))
-    assert "NaN or infinite values: layers.0.mlp.down_proj.weight" in problem_of(build, source).message
 
 
 def test_a_named_spec_agrees_with_the_config_it_is_made_of_in_its_old_form_too_and_with_no_other():
