@@ -64,11 +64,6 @@ def llama_spec(
         embedding_init_std: Standard deviation of the token embedding at initialization (1: torchtitan's).
         attn_backend: torchtitan's name of the attention implementation.
     """
-    rope = ComplexRoPE.Config(dim=dim // num_heads, max_seq_len=max_seq_len, theta=rope_theta)
-    if rope_scaling is not None:
-        rope.scaling, rope.scaling_factor = "llama", rope_scaling.factor
-        rope.low_freq_factor, rope.high_freq_factor = rope_scaling.low_freq_factor, rope_scaling.high_freq_factor
-        rope.original_max_position_embeddings = rope_scaling.original_max_position_embeddings
     embedding_init = skip_param_init if tie_embeddings else partial(nn.init.normal_, std=embedding_init_std)
     model = Llama3Model.Config(
         dim=dim,
@@ -85,7 +80,7 @@ def llama_spec(
             n_heads=num_heads,
             n_kv_heads=num_kv_heads,
             hidden_dim=hidden_dim,
-            rope=rope,
+            rope=_rope(dim // num_heads, max_seq_len, rope_theta, rope_scaling),
             attn_backend=attn_backend,
         ),
     )
@@ -100,6 +95,15 @@ def llama_spec(
         post_optimizer_build_fn=None,
         state_dict_adapter=Llama3StateDictAdapter,
     )
+
+
+def _rope(head_width: int, max_seq_len: int, theta: float, scaling: Llama3RopeScaling | None) -> ComplexRoPE.Config:
+    rope = ComplexRoPE.Config(dim=head_width, max_seq_len=max_seq_len, theta=theta)
+    if scaling is not None:
+        rope.scaling, rope.scaling_factor = "llama", scaling.factor
+        rope.low_freq_factor, rope.high_freq_factor = scaling.low_freq_factor, scaling.high_freq_factor
+        rope.original_max_position_embeddings = scaling.original_max_position_embeddings
+    return rope
 
 
 def text_training(model_spec: ModelSpec, dataset: str, validation: str) -> Trainer.Config:

@@ -45,13 +45,10 @@ class Leftovers:
 
         def end() -> None:
             end_alignment()
-            self.alive = self.alive_now()
+            self.alive = [name for name, is_alive in self._references.items() if is_alive()]
+            self.alive += [repr(type(o)) for o in _instances() if id(o) not in self._before]
 
         trainer.train_step, trainer._end_alignment = watch, end
-
-    def alive_now(self) -> list[str]:
-        names = [name for name, is_alive in self._references.items() if is_alive()]
-        return names + [repr(type(o)) for o in _instances() if id(o) not in self._before]
 
 
 def _parts(guidance: Guidance) -> Iterator[tuple[str, Any]]:

@@ -2,10 +2,8 @@
 
 from typing import Literal
 
-import pytest
-
 from let_plugin.config import options
-from let_plugin.config.errors import ConfigError
+from tests.support.problems import problem_of, problems_of
 
 IDS: dict[str, int] = {}
 
@@ -25,12 +23,6 @@ class Match:
         self.args = in_width, out_width, seed
 
 
-def problems_of(call, *args, **kwargs):
-    with pytest.raises(ConfigError) as info:
-        call(*args, **kwargs)
-    return [str(problem) for problem in info.value.problems]
-
-
 def test_options_are_bound():
     bound = options.bind(function, {"power": 3, "mode": "b"}, key="let.x")
     assert bound(1, stop_step=2) == (1, 2, 3.0, "b", 1)
@@ -40,14 +32,14 @@ def test_options_are_bound():
 
 def test_all_mistakes_at_once_each_with_its_key():
     given = {"powr": 3, "mode": "c", "count": True, "stop_step": 3, "ids": {"a": 0, "b": "1"}}  # not the caller's step
-    problems = problems_of(options.bind, function, given, key="let.x")
+    problems = problems_of(options.bind, function, given, key="let.x").values()
     starts = ["powr = 3: no such option; did you mean 'power'?", "mode = 'c': ", "count = True: "]
     starts += ["stop_step = 3: no such", "ids = {'a': 0, 'b': '1'}: "]
-    assert all(problem.startswith(f"let.x.{start}") for problem, start in zip(problems, starts, strict=True))
+    assert all(str(problem).startswith(f"let.x.{start}") for problem, start in zip(problems, starts, strict=True))
 
 
 def test_a_value_that_the_function_refuses():
     bound = options.bind(function, {"power": -1.0}, key="let.x")
-    assert problems_of(bound, 0, stop_step=1) == ["let.x.power = -1.0: must be greater than 0"]
+    assert str(problem_of(bound, 0, stop_step=1)) == "let.x.power = -1.0: must be greater than 0"
     bound = options.bind(function, {"count": 3}, key="let.x")
-    assert problems_of(bound, 0, stop_step=1) == ["let.x: the run is too short"]
+    assert str(problem_of(bound, 0, stop_step=1)) == "let.x: the run is too short"

@@ -13,6 +13,7 @@ from let_plugin.config.errors import ConfigError
 from let_plugin.preflight import checks as preflight
 from tests.support import jobs
 from tests.support.fields import set_all
+from tests.support.problems import problems_of
 
 
 @pytest.fixture
@@ -22,10 +23,9 @@ def fake_ranks(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(torchtitan.trainer.time, "sleep", lambda seconds: None)  # "for other ranks to complete"
     _clear_sharding_prop_cache()  # it keeps device meshes of earlier groups
-    handlers, level = logger.handlers[:], logger.level
+    handlers = logger.handlers[:]
     yield
     logger.handlers[:] = handlers  # torchtitan's writes to the output that pytest has captured, and closes
-    logger.setLevel(level)
     _clear_sharding_prop_cache()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -52,10 +52,8 @@ def test_a_student_of_the_paper_shrunk_trains_under_the_plan(fake_ranks, tmp_pat
 def test_an_environment_that_makes_no_sense(config, monkeypatch, num_ranks):
     monkeypatch.setenv("NGPU", num_ranks)
     set_all(config, comm__mode="fake_backend", let__weight=-1.0)
-    with pytest.raises(ConfigError) as info:
-        preflight.run(config)
-    problems = {problem.key: problem.message for problem in info.value.problems}
-    assert problems.keys() == {"comm.mode", "let.weight"} and "NGPU=32 let-train" in problems["comm.mode"]
+    problems = problems_of(preflight.run, config)
+    assert problems.keys() == {"comm.mode", "let.weight"} and "NGPU=32 let-train" in problems["comm.mode"].message
 
 
 def test_preflight_takes_the_ranks_of_the_dry_run(config, fake_ranks):

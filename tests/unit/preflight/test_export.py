@@ -1,16 +1,17 @@
 """An export: what it is going to write, what is wrong with it before anything runs, and what it writes."""
 
+import functools
 import shutil
 
 import pytest
 
 from let_plugin.config import LetConfig
-from let_plugin.config.errors import ConfigError
 from let_plugin.preflight import teacher_cli
 from let_plugin.teacher.stored.features import Manifest
 from tests.support import exports
 from tests.support.exports import plan_of
 from tests.support.fields import set_all
+from tests.support.problems import problem_of, problems_of
 
 
 @pytest.fixture
@@ -18,10 +19,7 @@ def folder(tmp_path):
     return tmp_path / "features"
 
 
-def problems(config, *argv, **kwargs):
-    with pytest.raises(ConfigError) as info:
-        plan_of(config, *argv, **kwargs)
-    return {problem.key: problem.message for problem in info.value.problems}
+problems = functools.partial(problems_of, plan_of)
 
 
 def export(*argv):
@@ -93,7 +91,7 @@ def test_the_streams_are_those_of_the_run_to_come(config, folder, degrees, given
     if isinstance(expected, int):
         assert plan_of(config, *argv, num_processes=num_processes).settings["data_parallel_degree"] == expected
     else:
-        assert expected in problems(config, *argv, num_processes=num_processes)["--data-parallel-degree"]
+        assert expected in problems(config, *argv, num_processes=num_processes)["--data-parallel-degree"].message
 
 
 def test_what_cannot_be_exported_is_refused(config):
@@ -101,17 +99,14 @@ def test_what_cannot_be_exported_is_refused(config):
     assert {"let.weight", "let.teacher.path"} <= set(problems(config, "--out", "x"))  # the run's own mistakes
     set_all(config, let__target="labels", let__control="shuffled_targets")
     found = problems(config, "--out", "x")
-    assert "no teacher" in found["let.target"] and "export without it" in found["let.control"]
+    assert "no teacher" in found["let.target"].message and "export without it" in found["let.control"].message
     config.let = LetConfig()
-    assert "no teacher" in problems(config, "--out", "x")["let.enable"]
+    assert "no teacher" in problems(config, "--out", "x")["let.enable"].message
 
 
 def test_a_folder_with_something_else_in_it_is_left_alone(config, tmp_path, monkeypatch):
     def refused(argv=()):
-        with pytest.raises(ConfigError) as info:
-            plan_of(config, "--out", folder, *argv).check_folder()
-        (problem,) = info.value.problems
-        return problem.message
+        return problem_of(lambda: plan_of(config, "--out", folder, *argv).check_folder()).message
 
     folder = tmp_path / "file"
     folder.write_text("")

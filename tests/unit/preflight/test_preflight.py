@@ -1,5 +1,6 @@
 """Every mistake that is found before anything is built."""
 
+import functools
 import json
 import os
 import re
@@ -11,32 +12,18 @@ import torch.distributed.checkpoint as dcp
 
 from let_plugin.alignment.adaptive_stop import AdaptiveStop
 from let_plugin.config import AdaptiveStopConfig, LetConfig, PairConfig, TeacherConfig
-from let_plugin.config.errors import ConfigError
 from let_plugin.demo import TEACHER, TOKENIZER
 from let_plugin.preflight import checks as preflight
 from let_plugin.runtime.models import llama_spec
+from tests.support import problems
 from tests.support.fields import set_all
+
+problem_of, problems_of = (functools.partial(f, preflight.run) for f in (problems.problem_of, problems.problems_of))
 
 
 def student(num_heads=2, vocab_size=4096, **fields):
     shape = {"dim": 48, "num_layers": 4, "hidden_dim": 96}
     return llama_spec("student", **shape, num_heads=num_heads, vocab_size=vocab_size, **fields)
-
-
-def problems_of(config, world_size=1):
-    """Dotted key -> problem."""
-    with pytest.raises(ConfigError) as info:
-        preflight.run(config, world_size)
-    problems = {problem.key: problem for problem in info.value.problems}
-    assert len(problems) == len(info.value.problems), "a field is complained about twice"
-    return problems
-
-
-def problem_of(config, key, world_size=1):
-    """The one problem that there must be."""
-    problems = problems_of(config, world_size)
-    assert list(problems) == [key]
-    return problems[key]
 
 
 def test_nothing_is_written_and_the_configuration_stays_as_it_is(config, tmp_path):
@@ -165,7 +152,7 @@ def apply(config, changes, files):
 def test_a_mistake_is_refused_with_its_key_its_value_and_the_remedy(
     config, files, short_teacher, changes, start, message
 ):
-    (problem,) = problems_of(config, apply(config, changes, files)).values()
+    problem = problem_of(config, apply(config, changes, files))
     assert re.match(f"{start}: .*{message}".replace("{files}", files), str(problem))
 
 
@@ -196,18 +183,18 @@ def test_a_teacher_of_transformers_cannot_be_cut_and_one_with_two_widths_gives_n
     from tests.support import hf_models
 
     set_all(config, let__teacher__spec="transformers", let__teacher__path=TEACHER, **CUT_TEACHER)
-    message = problem_of(config, "let.teacher.tensor_parallel").message
+    message = problem_of(config).message
     assert "transformers runs this teacher; leave this off" in message
     folder = hf_models.save(tmp_path, hf_models.config_of("opt_350m_like"))
     set_all(config, **INIT, let__weight=0.0, let__teacher=TeacherConfig(path=str(folder)))
-    assert "another width than its blocks" in problem_of(config, "let.teacher.path").message
+    assert "another width than its blocks" in problem_of(config).message
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_dump_folder_that_is_not_writable(config, tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
     config.dump_folder = str(tmp_path / "locked" / "out")
-    assert "not writable" in problem_of(config, "dump_folder").message
+    assert "not writable" in problem_of(config).message
 
 
 # A run that resumes after the end of the alignment
@@ -269,14 +256,14 @@ def test_after_the_end_of_the_alignment_nothing_of_the_teacher_is_looked_at(resu
     config.let.pairs = [PairConfig(student=0, teacher=99)]
     assert "the alignment has ended at step 4; the teacher is not needed" in preflight.run(config)
     config.let.weight = -1.0  # the rest is checked
-    problem_of(config, "let.weight")
+    assert problem_of(config).key == "let.weight"
 
 
 def test_a_checkpoint_of_weights_alone_says_nothing_of_the_end_and_a_damaged_one_is_refused(resumed):
     config = resumed(6)
     folder = f"{config.dump_folder}/checkpoint/step-6"
     dcp.save({"weight": torch.ones(2)}, checkpoint_id=folder, no_dist=True)
-    problem_of(config, "let.teacher.path")
+    assert problem_of(config).key == "let.teacher.path"
     with open(f"{folder}/.metadata", "wb") as file:
         file.write(b"nothing")
     assert "cannot be read" in problems_of(config)["checkpoint.load_step"].message

@@ -62,21 +62,16 @@ def test_each_token_gets_the_state_that_it_meets(other, trainer):
     assert not target_BLE[~has_state_BL].any()
 
 
-def test_the_report(other, short_teacher):
+def test_the_report_and_a_warning_if_little_is_aligned(other, short_teacher, caplog, monkeypatch):
+    # Data loader workers of a trial would be forked, and read ahead, for nothing.
+    monkeypatch.setattr(stateful_dataloader, "_StatefulMultiProcessingDataLoaderIter", None)
+    other.dataloader.num_workers = 2
     lines = preflight.run(other)
     assert "two tokenizers, matched by bytes of text; of 256 rows of the data" in lines
     assert "64 tokens are" in lines and "with room for 80 (let.token_alignment.teacher_seq_len)" in lines
-    assert "x 80 / 64 tokens" in lines
+    assert "x 80 / 64 tokens" in lines and "have a state" not in caplog.text
     other.let.teacher.spec = short_teacher  # for shorter sequences than the student's
     assert "with room for 32" in preflight.run(other)
-
-
-def test_a_warning_if_little_is_aligned_and_no_process_for_the_trial(other, caplog, monkeypatch):
-    """Data loader workers of a trial would be forked, and read ahead, for nothing."""
-    monkeypatch.setattr(stateful_dataloader, "_StatefulMultiProcessingDataLoaderIter", None)
-    other.dataloader.num_workers = 2
-    preflight.run(other)
-    assert "have a state" not in caplog.text
     other.let.token_alignment.teacher_seq_len = 16
     preflight.run(other)
     assert "of the tokens of the first 256 rows have a state" in caplog.text and "teacher_seq_len is 16" in caplog.text

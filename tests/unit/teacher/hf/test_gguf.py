@@ -37,7 +37,6 @@ def test_smollm2_equals_transformers_and_predicts_english(config, build, monkeyp
     info = source.info
     assert (info.hidden_size, info.num_layers, info.vocab_size, info.max_seq_len) == (576, 30, 49152, 8192)
     assert (info.num_trunk_params, info.num_embedding_params) == (134_515_008, 49152 * 576)
-    assert info.is_native
     # "The Thames is a river in southern England. It flows through London and into the North Sea."
     document = [504, 30674, 314, 253, 4626, 281, 5677, 3996, 30, 657, 8634, 738, 4528, 284, 618, 260, 2601, 6427, 30]
     reference = checkpoint.load(torch.float32, head=False)
