@@ -31,6 +31,4 @@ def tiny_teacher(tmp_path_factory):
 @pytest.fixture
 def tiny_config(tmp_path, tiny_teacher):
     """Path of a TOML file that trains the tiny student with the tiny teacher."""
-    path = tmp_path / "tiny.toml"
-    path.write_text(jobs.TINY.format(folder=tmp_path / "out", teacher=tiny_teacher[0]))
-    return path
+    return jobs.tiny(tmp_path, tiny_teacher[0])

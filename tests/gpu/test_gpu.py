@@ -19,8 +19,7 @@ MATCHES = ("interpolate", "linear")
 def runs(tmp_path_factory, tiny_teacher):
     """Name -> what the run did."""
     folder = tmp_path_factory.mktemp("gpu")
-    config = folder / "tiny.toml"
-    config.write_text(jobs.TINY.format(folder=folder / "out", teacher=tiny_teacher[0]))
+    config = jobs.tiny(folder, tiny_teacher[0])
     start = jobs.seed_checkpoint(folder / "seed", config)
     cases = {"gpu": start, "compiled": COMPILED}
     for match in MATCHES:

@@ -12,8 +12,6 @@ VALIDATION = ["--let.adaptive-stop.criterion", "validation", "--let.adaptive-sto
 VALIDATION += ["--let.stop-step", "4", "--validator.enable", "--validator.freq", "2", "--validator.steps", "1"]
 SAVE = ["--checkpoint.enable", "--checkpoint.interval", "1", "--checkpoint.keep-latest-k", "0"]
 SAVE += ["--checkpoint.no-last-save-model-only"]
-FSDP2 = ["--parallelism.data_parallel_shard_degree", "2", "--training.local_batch_size", "2"]
-PIPELINE = ["--parallelism.pipeline_parallel_degree", "2"]
 PAIRED = ["--let.dimension-match", "linear", "--let.loss", "smooth_l1", "--let.adaptive-stop.smoothing", "0.5"]
 
 
@@ -27,11 +25,8 @@ def headed(tmp_path_factory):
 
 def write_config(folder, teacher):
     """The tiny run, validated on global batches that are the same in every layout."""
-    path = folder / "tiny.toml"
     loader = 'type = "tests.support.data_loaders.GlobalOrderDataLoader"\ndataset = "let_demo_validation"'
-    text = jobs.TINY.format(folder=folder / "out", teacher=teacher)
-    path.write_text(f"{text}\n[validator.dataloader]\n{loader}\nignore_every = 7\n")
-    return path
+    return jobs.tiny(folder, teacher, f"\n[validator.dataloader]\n{loader}\nignore_every = 7\n")
 
 
 def measured_losses(text):
@@ -41,7 +36,7 @@ def measured_losses(text):
 def test_it_stops_when_the_held_out_loss_passes_the_teachers(tmp_path, headed):
     config = write_config(tmp_path, headed)
     one = {"alone": [], "given a low one": ["--let.adaptive-stop.teacher-loss", "2"]}
-    two = {"FSDP2": FSDP2, "pipeline, paired": [*PIPELINE, *PAIRED]}
+    two = {"FSDP2": jobs.LAYOUTS["FSDP2"], "pipeline, paired": [*jobs.LAYOUTS["pipeline"], *PAIRED]}
     runs = {}
     for processes, cases in ((1, one), (2, two)):
         cases = {name: (config, [*VALIDATION, *args]) for name, args in cases.items()}

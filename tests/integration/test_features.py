@@ -11,10 +11,6 @@ pytestmark = pytest.mark.slow
 STOP, STEPS = 3, 5
 # States of a bf16 teacher are stored as they are.
 RUN = ["--let.teacher.dtype", "bfloat16", "--let.stop-step", STOP, "--training.steps", STEPS]
-FSDP2 = ["--parallelism.data_parallel_shard_degree", "2", "--training.local_batch_size", "2"]
-PIPELINE = ["--parallelism.pipeline_parallel_degree", "2"]
-PIPELINE += ["--parallelism.pipeline_parallel_first_stage_less_layers", "0"]
-PIPELINE += ["--parallelism.pipeline_parallel_last_stage_less_layers", "0"]
 # Two layers, one on each stage of a pipeline: each stage reads its own.
 PAIRS = "\n[[let.pairs]]\nstudent = 0\nteacher = 0\n[[let.pairs]]\nstudent = 3\nteacher = 1\n"
 
@@ -26,9 +22,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(folder, tiny_teacher):
-    path = folder / "tiny.toml"
-    path.write_text(jobs.TINY.format(folder=folder / "out", teacher=tiny_teacher[0]) + PAIRS)
-    return path
+    return jobs.tiny(folder, tiny_teacher[0], PAIRS)
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +96,8 @@ def test_so_they_are_with_a_teacher_of_another_tokenizer(runs):
 def test_so_they_are_on_two_processes(tmp_path, config, exported, features_of_two_ranks):
     one, two = reading(exported["same"]), reading(features_of_two_ranks)
     cases = {
-        f"{name}, {what}": (config, [*RUN, *layout, *source, "--dump_folder", tmp_path / name / what])
-        for name, layout, states in (("FSDP2", FSDP2, two), ("pipeline", PIPELINE, one))
+        f"{name}, {what}": (config, [*RUN, *jobs.LAYOUTS[name], *source, "--dump_folder", tmp_path / name / what])
+        for name, states in (("FSDP2", two), ("pipeline", one))
         for what, source in (("teacher", []), ("features", states))
     }
     runs = jobs.train_many(tmp_path, cases, processes=2)

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from let_plugin.alignment.projectors import Interpolate, RandomOrthonormal
-from tests.integration.test_strategies import LAYOUTS
 from tests.support import jobs
 
 pytestmark = pytest.mark.slow
@@ -17,9 +16,9 @@ weight = 0.0
 dimension_match = "random"
 init = {parts = "both", embedding_scale = 0.5, upper_blocks = "zero"}"""
 LABELS = 'target = "labels"\nprojector.side = "student"\ninit = {parts = "head", head_scale = 2.0}'
-LAYOUTS = LAYOUTS | {
+LAYOUTS = jobs.LAYOUTS | {
     "HSDP": ["--parallelism.data_parallel_replicate_degree", 2, "--training.local_batch_size", 2],
-    **{b: [*LAYOUTS["TP"], "--parallelism.spmd_backend", b] for b in ("spmd_types", "full_dtensor")},
+    **{b: [*jobs.LAYOUTS["TP"], "--parallelism.spmd_backend", b] for b in ("spmd_types", "full_dtensor")},
 }
 ONE_STEP = ["--training.steps", 1, "--let.stop_step", 1]
 

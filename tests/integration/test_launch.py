@@ -1,4 +1,4 @@
-"""How let-train is started: under torchrun, by the Slurm script, and from a wheel in another folder."""
+"""How let-train is started: by the Slurm script, under torchrun, and from a wheel in another folder."""
 
 import os
 import shutil
@@ -25,21 +25,13 @@ steps = 2
 """
 
 
-@pytest.mark.slow
-def test_two_processes_say_what_is_wrong(tmp_path, tiny_config):
-    result = jobs.run("let_plugin.train", tiny_config, "--let.weight", "-1", torchrun=True, processes=2, check=False)
-    assert result.returncode != 0
-    assert "let.weight = -1: must be at least 0" in result.stderr
-    assert not (tmp_path / "out").exists()
-
-
 def shellcheck():
     beside_python = os.path.join(os.path.dirname(sys.executable), "shellcheck")
     return shutil.which("shellcheck") or (beside_python if os.path.exists(beside_python) else None)
 
 
 def sbatch(tmp_path, *args):
-    """Runs the script as Slurm would on one node of one GPU. Slurm is not here: lines of shell take its place."""
+    """Runs the script as Slurm would on one node of two GPUs. Slurm is not here: lines of shell take its place."""
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
     programs = {
@@ -50,7 +42,7 @@ def sbatch(tmp_path, *args):
     for name, text in programs.items():
         (bin_folder / name).write_text(f"#!/bin/bash\n{text}\n")
         (bin_folder / name).chmod(0o755)
-    slurm = {"SLURM_JOB_NODELIST": "localhost,other", "SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "1"}
+    slurm = {"SLURM_JOB_NODELIST": "localhost,other", "SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "2"}
     env = jobs.environment(**slurm, SLURM_JOB_ID=str(os.getpid()), PATH=f"{bin_folder}:{os.environ['PATH']}")
     return subprocess.run(["bash", SCRIPT, *map(str, args)], cwd=jobs.ROOT, env=env, capture_output=True, text=True)
 
@@ -68,17 +60,20 @@ def test_without_a_configuration(tmp_path):
 
 
 @pytest.mark.slow
-def test_its_torchrun_starts_the_configuration(tmp_path, tiny_config):
-    result = sbatch(tmp_path, tiny_config, "--check", "--training.steps", "17")
-    assert result.returncode == 0, result.stderr[-4000:]
-    assert "to 0 at step 4 of 17" in result.stdout
+def test_its_two_processes_say_what_is_wrong(tmp_path, tiny_config):
+    result = sbatch(tmp_path, tiny_config, "--let.weight", "-1")
+    assert result.returncode != 0
+    assert "let.weight = -1: must be at least 0" in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
 def test_a_wheel_installs_and_trains_elsewhere(tmp_path):
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     wheels, site = tmp_path / "wheels", tmp_path / "site"
-    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", str(wheels), str(jobs.ROOT)], check=True)
+    subprocess.run(
+        [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(wheels), str(jobs.ROOT)], check=True
+    )
     (wheel,) = wheels.glob("let_plugin-*.whl")
     subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True)
     (tmp_path / "run.toml").write_text(CONFIG)

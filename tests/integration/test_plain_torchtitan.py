@@ -34,8 +34,7 @@ def plain(tmp_path_factory):
 def stopped(tmp_path_factory, tiny_teacher):
     """The same of a run with LET, which stops half-way."""
     folder = tmp_path_factory.mktemp("stopped")
-    config = folder / "tiny.toml"
-    config.write_text(jobs.TINY.format(folder=folder, teacher=tiny_teacher[0]))
+    config = jobs.tiny(folder, tiny_teacher[0])
     return folder, jobs.probe(folder, config, *STEPS, *SAVE, "--let.stop-step", STOP)
 
 
@@ -61,9 +60,8 @@ def test_after_the_stop_nothing_of_let_is_left(tmp_path, stopped):
 
 
 def test_after_the_stop_neither_teacher_nor_its_library_is_needed(tmp_path, stopped):
-    folder, config = tmp_path / "out", tmp_path / "tiny.toml"
+    folder, config = tmp_path / "out", jobs.tiny(tmp_path, tmp_path / "deleted")
     shutil.copytree(stopped[0] / f"checkpoint/step-{STOP}", folder / f"checkpoint/step-{STOP}")
-    config.write_text(jobs.TINY.format(folder=folder, teacher=tmp_path / "deleted"))
     hf = ["--let.teacher.spec", ""]  # a folder that `transformers` would read
     args = [*STEPS, *SAVE, "--let.stop-step", STOP, *hf]
     resumed = jobs.probe(folder, config, *args, PROBE_WITHOUT="transformers")

@@ -21,6 +21,7 @@ from let_plugin.teacher.base import Teacher
 from let_plugin.teacher.open import open_teacher
 from let_plugin.teacher.titan.source import register_teacher_spec
 from tests.support import jobs
+from tests.support.gguf_files import write_llama
 
 pytestmark = pytest.mark.slow
 
@@ -31,6 +32,7 @@ ON_TWO = [
     ("opt", {"dp_shard": 2}, [0], 2),
     ("opt", {"tp": 2}, [1], 2),  # over the ranks of a pipeline stage, whatever they do for the student
     ("gpt2", {"dp_replicate": 2}, [1, "embedding"], 1),
+    ("tiny.gguf", {"dp_shard": 2}, [0], 2),
 ]
 ON_FOUR = [(name, {"pp": 2, "dp_shard": 2}, ["embedding", 1, 0], 2) for name in ("llama", "opt")]
 
@@ -44,7 +46,7 @@ def _large_spec():
 
 def _batch(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """tokens_BL and positions_BL of a data-parallel rank: packed documents, other ones on each rank."""
-    tokens_BL = torch.randint(61, (2, 16), generator=torch.Generator().manual_seed(rank))
+    tokens_BL = torch.randint(32, (2, 16), generator=torch.Generator().manual_seed(rank))
     boundary = 5 + rank
     positions_L = torch.cat([torch.arange(boundary), torch.arange(16 - boundary)])
     return tokens_BL, positions_L.repeat(2, 1)
@@ -149,6 +151,7 @@ def folder(tmp_path_factory):
     weights = load_file(folder / "spoiled/model.safetensors")
     weights["model.decoder.layers.1.fc2.weight"][-1, -1] = math.nan
     save_file(weights, folder / "spoiled/model.safetensors", metadata={"format": "pt"})
+    write_llama(folder / "tiny.gguf")
     return folder
 
 

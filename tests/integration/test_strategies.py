@@ -1,4 +1,8 @@
-"""Every strategy, from a TOML file, in real runs: in one process and in every layout, the same gradients."""
+"""Every strategy, from a TOML file, in real runs: the same gradients in one process and in others.
+
+pytest -m exhaustive    each strategy in FSDP2 and in a pipeline, beside all else that is left out otherwise
+pytest                  in one of them; controls and baselines in every layout
+"""
 
 import os
 import shutil
@@ -12,17 +16,6 @@ from tests.support import jobs, tokenizer_kinds
 pytestmark = pytest.mark.slow
 
 STEPS = 3
-LAYOUTS = {
-    "FSDP2": ["--parallelism.data_parallel_shard_degree", 2, "--training.local_batch_size", 2],
-    "pipeline": [
-        *("--parallelism.pipeline_parallel_degree", 2, "--parallelism.pipeline_parallel_schedule", "1F1B"),
-        *("--parallelism.pipeline_parallel_first_stage_less_layers", 0),
-        *("--parallelism.pipeline_parallel_last_stage_less_layers", 0),
-    ],
-    "TP": ["--parallelism.tensor_parallel_degree", 2],
-    "TP without SP": ["--parallelism.tensor_parallel_degree", 2, "--parallelism.no-enable_sequence_parallel"],
-    "CP": ["--parallelism.context_parallel_degree", 2],
-}
 # Name -> lines of the `[let]` table; every strategy and option is in one. The student has 4 blocks of width 48, the
 # teacher 2 of width 32.
 BY_GRADIENT = "a share of the student's gradient"
@@ -151,10 +144,23 @@ def cases_of(name):
         return ["TP", "TP without SP", "CP"]  # others have microbatches of fewer rows
     if name == "random teacher":
         return ["FSDP2"]
-    return list(LAYOUTS) if name in CONTROLS else ["FSDP2", "pipeline"]
+    return list(jobs.LAYOUTS) if name in CONTROLS else ["FSDP2", "pipeline"]
 
 
-SEVERAL = [pytest.param(name, layout, id=f"{name}, {layout}") for name in ROWS for layout in cases_of(name)]
+def always_runs(name, layout):
+    """Several pairs in a pipeline, on whose stages they are, and the others where all is sharded."""
+    if name in CONTROLS:
+        return layout != "TP without SP" or name == "shuffled targets"
+    return layout == ("pipeline" if "pairs" in ROWS[name] else "FSDP2")
+
+
+SEVERAL = [
+    pytest.param(
+        name, layout, id=f"{name}, {layout}", marks=[] if always_runs(name, layout) else [pytest.mark.exhaustive]
+    )
+    for name in ROWS
+    for layout in cases_of(name)
+]
 
 
 @pytest.fixture(scope="module")
@@ -179,11 +185,11 @@ def runs(request, tmp_path_factory):
         tokenizer_kinds.write_for_teacher(folder / "tokenizer", configs[ANOTHER_TOKENIZER], 128)
     off = {("", "off"): (write(folder / "off.toml", "enable = false"), start)}
     one = off | {("", name): (config, start) for name, config in configs.items()}
-    two = {(layout, name): (configs[name], [*start, *LAYOUTS[layout]]) for layout, name in several}
+    two = {(layout, name): (configs[name], [*start, *jobs.LAYOUTS[layout]]) for layout, name in several}
     hf_teacher = jobs.make_hf_teacher(folder / "hf")
     for layout in ("FSDP2", "pipeline"):
         for name, (lines, args) in ENDS.items():
-            own = [*LAYOUTS[layout], *args, *(hf_teacher if name == "transformers" else ())]
+            own = [*jobs.LAYOUTS[layout], *args, *(hf_teacher if name == "transformers" else ())]
             two[layout, name] = (write(folder / f"{name}.toml", lines), [*start, *own])
     return jobs.train_many(folder, one, 1, check=False) | jobs.train_many(folder, two, 2, check=False)
 
@@ -210,7 +216,7 @@ def test_it_moves_the_student_and_is_the_same_in_every_layout(runs, name, layout
             assert got[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-5), key
 
 
-@pytest.mark.parametrize("layout", ["", *LAYOUTS])
+@pytest.mark.parametrize("layout", ["", *jobs.LAYOUTS])
 def test_nothing_is_left_of_an_alignment_that_has_ended(runs, layout):
     """On no rank, and with no further garbage collection: weak references to all that it brought along are dead."""
     num_ended = 0

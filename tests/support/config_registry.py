@@ -49,13 +49,6 @@ def tiny_paper():
     return config
 
 
-def tiny_smollm2():
-    """The tiny student with SmolLM2's vocabulary."""
-    config = tiny()
-    config.model_spec = llama_spec("tiny_smollm2", dim=STUDENT_DIM, hidden_dim=96, vocab_size=49_152, **STUDENT)
-    return config
-
-
 def tiny_float8():
     """The tiny student with torchtitan's Float8 linear layers, emulated: they run without the hardware."""
     from torchtitan.components.quantization.float8 import Float8LinearConverter

@@ -25,12 +25,14 @@ import socket
 import subprocess
 import sys
 import time
+import types
 import warnings
 
 PRELOADED = (
     "let_plugin.train",
     "let_plugin.trainer",
     "let_plugin.preflight.checks",
+    "scipy.io",  # by `datasets`
     "tests.support.config_registry",
     "tests.support.leftovers",
     "tests.support.matrix",
@@ -39,6 +41,7 @@ PRELOADED = (
     "torch._inductor.compile_fx",
     "torch.distributed.checkpoint",
     "torch.distributed.pipelining",
+    "torchtitan.models.llama3.sharding",
     "torchtitan.trainer",
 )
 
@@ -145,9 +148,18 @@ def _become_rank(request, rank, port):
         os.close(file)
 
 
+def end_at_once():
+    """No trainer of this process sleeps in the end "for other ranks to complete"."""
+    import torchtitan.trainer
+
+    torchtitan.trainer.time = types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
+
+
 def _run(request):
     import torch
 
+    if request["processes"] == 1:
+        end_at_once()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     sys.argv = [request["module"], *request["args"]]
     with warnings.catch_warnings():

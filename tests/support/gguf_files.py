@@ -11,11 +11,7 @@ from let_plugin.demo import TOKENIZER
 def write_llama(file: Path, *, width: int = 8, hidden: int = 16, **changed: np.ndarray | None) -> str:
     """Writes one with random weights, one block of two heads and a vocabulary of 32; returns the path.
 
-    Args:
-        file: Where to.
-        width: Of its residual stream.
-        hidden: Of its feed-forward network.
-        **changed: Tensors instead, "blk_0_attn_q" for instance; None leaves one out.
+    `changed` has tensors that take the place of others, "blk_0_attn_q" for instance; None leaves one out.
     """
     from gguf import GGUFWriter
 

@@ -32,6 +32,25 @@ teacher.path = "{teacher}"
 teacher.spec = "tiny_teacher"
 teacher.tokenizer_path = "let_plugin/demo/assets/tokenizer"
 """
+# Options for two processes that see the same global batches as one.
+LAYOUTS = {
+    "FSDP2": ["--parallelism.data_parallel_shard_degree", 2, "--training.local_batch_size", 2],
+    "pipeline": [
+        *("--parallelism.pipeline_parallel_degree", 2, "--parallelism.pipeline_parallel_schedule", "1F1B"),
+        *("--parallelism.pipeline_parallel_first_stage_less_layers", 0),
+        *("--parallelism.pipeline_parallel_last_stage_less_layers", 0),
+    ],
+    "TP": ["--parallelism.tensor_parallel_degree", 2],
+    "TP without SP": ["--parallelism.tensor_parallel_degree", 2, "--parallelism.no-enable_sequence_parallel"],
+    "CP": ["--parallelism.context_parallel_degree", 2],
+}
+
+
+def tiny(folder, teacher, more=""):
+    """Writes a TOML file that trains the tiny student with the tiny teacher, with `more` in its last table, `[let]`."""
+    path = folder / "tiny.toml"
+    path.write_text(TINY.format(folder=folder / "out", teacher=teacher) + more)
+    return path
 
 
 def environment(**extra):
@@ -46,37 +65,38 @@ _OF_TORCHRUN = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_A
 _LATE = {"OMP_NUM_THREADS", "PROBE_KILL_AT_STEP"}
 # The fork server and what it forks off: a driver that has been called once is of no use after a fork.
 _NO_ACCELERATOR = {"CUDA_VISIBLE_DEVICES": ""}
-_TIMEOUT = 900.0
+# Seconds on a slow machine: of a job, and of each of the many runs of one.
+_JOB, _RUN = 600.0, 60.0
 
 
-def run(module, *args, processes=1, check=True, torchrun=False, **env):
+def run(module, *args, processes=1, check=True, timeout=_JOB, **env):
     """Runs `python -m module args` from the root of the repository, and waits for it: a `CompletedProcess`.
 
     In processes that are forked off with all imported (fork_server.py), with the environment that torchrun gives them;
-    if one fails, the others are ended, and its exit code is the job's. With `torchrun`, or an environment variable that
-    is read early, in new interpreters, several of them under torchrun. `check`: a failure is one of the test.
+    if one fails, the others are ended, and its exit code is the job's. With an environment variable that is read early,
+    in new interpreters, several of them under torchrun. `check`: a failure is one of the test.
     """
-    if torchrun or env.keys() - _LATE:
+    if env.keys() - _LATE:
         command = [sys.executable]
-        if torchrun or processes > 1:
+        if processes > 1:
             # --standalone: torchrun itself takes a port that is free, and keeps it.
             command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         command += ["-m", module, *map(str, args)]
         result = subprocess.run(
-            command, cwd=ROOT, env=environment(**env), capture_output=True, text=True, timeout=_TIMEOUT
+            command, cwd=ROOT, env=environment(**env), capture_output=True, text=True, timeout=timeout
         )
     else:
-        result = _run_forked(module, [*map(str, args)], processes, environment(**env, **_NO_ACCELERATOR))
+        result = _run_forked(module, [*map(str, args)], processes, environment(**env, **_NO_ACCELERATOR), timeout)
     if check:
         assert result.returncode == 0, _report(result)
     return result
 
 
-def _run_forked(module, args, processes, env):
+def _run_forked(module, args, processes, env, timeout):
     with tempfile.TemporaryDirectory() as folder:
         files = {name: f"{folder}/{name}" for name in ("stdout", "stderr")}
         request = {"module": module, "args": args, "processes": processes, "env": env, "cwd": str(ROOT)}
-        answer = _fork_server().run({**request, **files, "timeout": _TIMEOUT})
+        answer = _fork_server().run({**request, **files, "timeout": timeout})
         stdout, stderr = (Path(file).read_text(errors="replace") for file in files.values())
     codes = answer["codes"]
     if answer["code"] < 0 or (processes > 1 and any(codes)):
@@ -138,7 +158,8 @@ def train_many(folder, cases, processes, *, check=True, count=None, **env):
     for can_run_again in (True, False):
         left = [row for row in rows if not Path(row["out"]).exists()]
         listed.write_text(json.dumps(left))
-        result = run("tests.support.matrix", listed, processes=processes, check=False, **threads, **env)
+        limits = {"timeout": _JOB + _RUN * len(left), **threads}
+        result = run("tests.support.matrix", listed, processes=processes, check=False, **limits, **env)
         # As the Makefile's RERUN, without those that have been run.
         if not (can_run_again and _CRASH.search(result.stderr)):
             break

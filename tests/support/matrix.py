@@ -27,18 +27,18 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from let_plugin.config import load as toml_config
 from let_plugin.config import plan
 from let_plugin.runtime import data, host
+from tests.support.fork_server import end_at_once
 from tests.support.probe import record
 
 
 def run(config_file, args, count):
-    import torchtitan.trainer
     from torchtitan.observability import structured_logger
 
     from tests.support import hot_path
     from tests.support.leftovers import Leftovers
 
     config = toml_config.load(Path(config_file), args).config
-    torchtitan.trainer.time.sleep = lambda seconds: None  # "for other ranks to complete"
+    end_at_once()
     # torch refuses it where a graph is kept for a second backward pass, as zero-bubble schedules do, LET or not.
     torch._functorch.config.donated_buffer = "ZeroBubble" not in config.parallelism.pipeline_parallel_schedule
     torch._dynamo.reset()

@@ -13,6 +13,9 @@ from let_plugin.runtime.models import llama_spec
 from let_plugin.teacher.titan.source import TEACHER_SPECS, register_teacher_spec
 from let_plugin.trainer import with_let
 from tests.support.config_registry import tiny
+from tests.support.fork_server import end_at_once
+
+end_at_once()
 
 
 @pytest.fixture(autouse=True)

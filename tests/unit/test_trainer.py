@@ -4,10 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torchtitan.trainer
 from torchtitan.models.common.decoder import Decoder
 
-from let_plugin.alignment.tap import TARGET_KWARG
+from let_plugin.alignment.tap import TARGET_KWARG, AlignmentTap
 from let_plugin.config import PairConfig
 from let_plugin.guidance.guidance import Guidance
 from let_plugin.guidance.metrics import Disagreement
@@ -40,9 +39,8 @@ ENDS = {
 
 
 @pytest.fixture
-def ends(request, config, monkeypatch):
+def ends(request, config):
     """Three steps, of which the last is without a teacher; and the settings that the test asks for."""
-    monkeypatch.setattr(torchtitan.trainer.time, "sleep", lambda seconds: None)
     set_all(config, training__steps=3, **ENDS[request.param][0])
     return ENDS[request.param][1]
 
@@ -57,7 +55,6 @@ def test_at_the_end_of_the_alignment_all_that_it_brought_is_gone(ends, trainer):
 
 def test_a_teacher_that_works_against_the_student_is_spoken_of(request, config, monkeypatch, caplog):
     """Once, as soon as the gradients have pointed apart for as long as it takes; here, for one step."""
-    monkeypatch.setattr(torchtitan.trainer.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(Disagreement, "PATIENCE", 1)
     caplog.set_level("WARNING")
     set_all(config, training__steps=8, let__stop_step=8, metrics__log_freq=1)
@@ -66,6 +63,14 @@ def test_a_teacher_that_works_against_the_student_is_spoken_of(request, config, 
     against = [line["step"] for line in jobs.metrics(Path(config.dump_folder)) if line["let/grad_cosine"] < 0]
     said = [record.getMessage() for record in caplog.records if "works against the student" in record.getMessage()]
     assert len(said) == 1 and said[0].startswith(f"LET: step {against[0]}: the teacher works against the student")
+
+
+def test_a_hook_that_is_lost_is_an_error_in_the_first_step(trainer, monkeypatch):
+    """As one inside a compiled region would be."""
+    monkeypatch.setattr(AlignmentTap, "_inject", lambda *_: None)
+    with pytest.raises(RuntimeError, match="the tap was not reached"):
+        trainer.train()
+    assert trainer.step == 1
 
 
 def test_masks_that_are_the_same_are_made_once(trainer, batch, monkeypatch):
