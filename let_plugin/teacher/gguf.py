@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not os.path.isfile(options.file):
             raise bad_path(options.file, "no such file; give the path of a .gguf file")
         tokenizer = Checkpoint(TeacherConfig(path=options.file)).tokenizer()
-        if tokenizer.eos_token is None:  # torchtitan puts one between documents
+        if tokenizer is None or tokenizer.eos_token is None:  # torchtitan puts one between documents
             raise bad_path(options.file, "its tokenizer has no end-of-sequence token")
     except ConfigError as error:
         exit_with(error, parser.prog)
