@@ -1,5 +1,10 @@
+import os
+
 import pytest
 from hypothesis import HealthCheck, settings
+
+# Before torch is imported: its threads would wait for those of pytest-xdist's other workers.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from let_plugin.runtime import host
 
