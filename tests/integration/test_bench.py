@@ -39,22 +39,15 @@ def bench(tmp_path, tiny_config, monkeypatch):
 
 
 def test_throughput(bench, capsys):
-    """A pair of runs of two processes each, a profile of the one with the teacher; then the same again."""
-    own = "--cases active --steps 3 --teacher-share 10 --training.seq_len 32 --processes 2 --profile"
+    """A pair of runs of two processes each; then the same again."""
+    own = "--cases active --steps 2 --teacher-share 10 --training.seq_len 32 --processes 2"
     table, found = bench(throughput, "throughput", own, pairs=1)  # an interval needs two
-    assert [row["label"] for row in found] == ["plain", "active 10%", "active 10%"]
+    assert [row["label"] for row in found] == ["plain", "active 10%"]
     for row in found:
         assert row["let_train"].startswith("let-train ") and row["tokens_per_second"] > 0
         assert row["tokens_per_step"] == 2 * 4 * 32 and "seq_len = 32" in row["config"]
-        assert len(row["values"]) == 3 and row["peak_memory_bytes"]["resident"] > 0
+        assert len(row["values"]) == 2 and row["peak_memory_bytes"]["resident"] > 0
     assert "1 pairs on CPU" in table and "pair 1, active 10%: " in capsys.readouterr().out
-    parts = found[-1]["parts"]
-    assert {name for name, seconds in parts.items() if seconds > 0} == {  # the attention mask is the student's
-        *(f"teacher: {part}" for part in ("matrix products", "attention", "all else")),
-        *("masking the target", "dimension match, loss, its gradient", "gradient injection"),
-        "communication",  # the teacher is sharded
-    }
-    assert sum(parts.values()) < max(found[-1]["values"])
     assert bench(throughput, "throughput", own, pairs=1) == (table, found)
     assert "has 1 of 1 pairs already" in capsys.readouterr().out
 

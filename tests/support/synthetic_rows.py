@@ -34,11 +34,8 @@ def profile(path, **details):
 def converge(path, *, seeds=5, methods=None, **details):
     """Losses that fall as 6 - log10(tokens x speed-up): a method with speed-up 2 is where the baseline is, at half.
 
-    Args:
-        path: File of rows.
-        seeds: How many. Each has an offset of its own, which all its methods share.
-        methods: Label -> speed-up in tokens. It costs a tenth more FLOPs and time per token, and 1.5 x the memory.
-        details: Fields of all rows.
+    Each of `seeds` has an offset of its own, which its methods share. `methods`: label -> speed-up in tokens; a method
+    costs a tenth more FLOPs and time per token, and 1.5 x the memory. `details` are fields of all rows.
     """
     generator = random.Random(1)
     for seed in range(seeds):

@@ -11,8 +11,6 @@ from let_plugin.preflight.report import Student
 from let_plugin.runtime.models import llama_spec
 from let_plugin.teacher.base import keep_rng_state
 
-_HEAD_WIDTHS = (128, 64, 32, 16)
-
 
 def shape(student: Student, share: float) -> dict[str, int]:
     """A llama of a share of the student's size: its depth and width scaled by one factor.
@@ -28,7 +26,7 @@ def shape(student: Student, share: float) -> dict[str, int]:
     if dim > 256:
         dim = 64 * round(dim / 64)
     hidden_dim = max(16, 16 * round((target / num_layers - 4 * dim * dim) / (3 * dim) / 16))
-    head_width = next(width for width in _HEAD_WIDTHS if dim % width == 0 and (dim > width or width == 16))
+    head_width = next(width for width in (128, 64, 32, 16) if dim % width == 0 and (dim > width or width == 16))
     return {"dim": dim, "num_layers": num_layers, "num_heads": dim // head_width, "hidden_dim": hidden_dim}
 
 

@@ -61,6 +61,17 @@ def test_a_run_that_takes_turns_makes_a_step_in_each(watched):
         assert turns.result() == 3 and result["wall_seconds"] == sum(result["step_seconds"])
 
 
+def test_the_parts_of_a_profiled_step(config, watched):
+    config.let.stop_step = 4
+    result = watched(is_active=True, profile=True)
+    parts = result["parts"]
+    assert {name for name, seconds in parts.items() if seconds > 0} == {  # the attention mask is the student's
+        *(f"teacher: {part}" for part in ("matrix products", "attention", "all else")),
+        *("masking the target", "communication", "dimension match, loss, its gradient", "gradient injection"),
+    }
+    assert sum(parts.values()) < max(result["step_seconds"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("warmup", "is_active"), [(2, True), (0, False)])
 def test_a_step_in_the_wrong_state_is_an_error(watched, warmup, is_active):

@@ -17,12 +17,6 @@ def num_params(dim, num_layers, hidden_dim, **_):
     return num_layers * (4 * dim * dim + 3 * dim * hidden_dim + 2 * dim) + dim
 
 
-def student(**shape):
-    config = with_let(tiny())
-    config.model_spec = llama_spec("student", vocab_size=4096, **shape)
-    return Student(config)
-
-
 @pytest.mark.parametrize(
     "shape",
     [
@@ -31,7 +25,9 @@ def student(**shape):
     ],
 )
 def test_shares(shape):
-    each = student(**shape)
+    config = with_let(tiny())
+    config.model_spec = llama_spec("student", vocab_size=4096, **shape)
+    each = Student(config)
     for share in (0.02, 0.1, 1.0):
         size = random_teacher.shape(each, share)
         assert num_params(**size) / each.num_matmul_params == pytest.approx(share, rel=0.05)

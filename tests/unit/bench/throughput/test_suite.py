@@ -48,11 +48,11 @@ def measure(tmp_path, monkeypatch, parsed):
         return SimpleNamespace(result=lambda: dict(RESULT))
 
     monkeypatch.setattr(suite.Suite, "_start_run", start)
-    runs = [dataclasses.replace(RUN, label=label) for label in ("plain", "active")]
+    runs = [RUN, dataclasses.replace(RUN, label="active", settings=SETTINGS | {"is_active": True})]
 
-    def measure(pairs, fails_at=None):
+    def measure(pairs, fails_at=None, text=""):
         measure.order, measure.fails_at = [], fails_at
-        args, _ = parsed("throughput")
+        args, _ = parsed("throughput", text)
         args.pairs = pairs
         suite.Suite(runs, args, "x").measure()
         return measure.order
@@ -71,5 +71,6 @@ def test_cases_run_in_turn_and_only_what_is_missing(measure, capsys):
     # The round that was broken off is measured anew: what is compared is close in time.
     assert measure(4) == ["plain, pair 4", "active, pair 4", "plain, pair 5", "active, pair 5"]
     assert rows.read(measure.out)[:4] == found
-    assert measure(2) == measure(4) == []
+    assert measure(4, text="--profile") == ["active, profile"]
+    assert measure(2) == measure(4, text="--profile") == []
     assert "has 4 of 4 pairs already" in capsys.readouterr().out
