@@ -144,11 +144,7 @@ CASES = [
         compiled,
         checkpointing,
         id=f"{layout}, {'compiled' if compiled else 'eager'}, {checkpointing}",
-        marks=[
-            # One job for all of one number of processes.
-            pytest.mark.xdist_group(f"matrix on {LAYOUTS[layout][0]}"),
-            *([] if always_runs(i, layout, compiled, checkpointing) else [pytest.mark.exhaustive]),
-        ],
+        marks=[] if always_runs(i, layout, compiled, checkpointing) else [pytest.mark.exhaustive],
     )
     for i, layout in enumerate(LAYOUTS)
     for compiled, checkpointing in MODES
