@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 
 import pytest
@@ -19,7 +18,7 @@ def start(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
     def start(code):
-        (tmp_path / "code_of_a_run.py").write_text(f"import json, os, sys, time\n{textwrap.dedent(code)}")
+        (tmp_path / "code_of_a_run.py").write_text(f"import json, os, sys, time\n{code}")
         out = tmp_path / "out.json"
         return Running("code_of_a_run", [str(out)], out, what="it", num_processes=1)
 

@@ -30,13 +30,8 @@ def plain(tmp_path):
     return write_run(tmp_path / "plain", {2: 5.0, 4: 4.0, 6: 3.0}, speed=100)
 
 
-@pytest.fixture
-def winning(tmp_path):
-    return write_run(tmp_path / "let", {2: 4.0, 4: 3.2, 6: 2.7}, speed=50, stop=4)
-
-
-def test_a_run_that_wins(plain, winning):
-    result = compare(plain, winning)
+def test_a_run_that_wins(plain, tmp_path):
+    result = compare(plain, write_run(tmp_path / "let", {2: 4.0, 4: 3.2, 6: 2.7}, speed=50, stop=4))
     assert result == {
         "steps": 6,
         "held_out_loss": {"plain": 3.0, "let": 2.7},
