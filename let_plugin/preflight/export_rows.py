@@ -19,7 +19,7 @@ from let_plugin.preflight.export_plan import Plan
 from let_plugin.runtime.batch_extras import BatchExtras, take_extras
 from let_plugin.teacher.base import StateProvider
 from let_plugin.teacher.open import make_provider, open_source
-from let_plugin.teacher.sharding import SPMD_BACKEND, teacher_parallel_dims
+from let_plugin.teacher.sharding import SPMD_BACKEND
 from let_plugin.teacher.stored.features import Manifest
 from let_plugin.teacher.stored.shards import Shard, ShardWriter, decode, encode, row_keys, shard_paths
 
@@ -56,7 +56,7 @@ def export(plan: Plan) -> Manifest:
 def _provider(plan: Plan) -> StateProvider:
     """The teacher, sharded over the processes of the export."""
     degrees = {"dp_replicate": 1, "dp_shard": dist.get_world_size(), "cp": 1, "tp": 1, "pp": 1, "ep": 1}
-    dims = teacher_parallel_dims(ParallelDims(**degrees, world_size=dist.get_world_size(), spmd_backend=SPMD_BACKEND))
+    dims = ParallelDims(**degrees, world_size=dist.get_world_size(), spmd_backend=SPMD_BACKEND)
     dims.build_mesh()
     return make_provider(
         open_source(plan.config.let.teacher),

@@ -44,11 +44,9 @@ class Retokenizer:
 
     Of the tokenizers it calls `encode` alone, which starts no threads. So it can run in forked processes.
 
-    Args:
-        student: The student's tokenizer, as `token_bytes` takes it; it raises ValueError for others.
-        teacher: The teacher's. If both name tokens that begin and end a document (`bos_id` or `bos_token_id`,
-            likewise eos), these are matched.
-        teacher_seq_len: T. What does not fit into a row is cut off at its end.
+    `student` and `teacher` are tokenizers as `token_bytes` takes them, which raises ValueError for others. If both name
+    tokens that begin and end a document (`bos_id` or `bos_token_id`, likewise eos), these are matched. What does not
+    fit into `teacher_seq_len`, T, is cut off at a row's end.
     """
 
     def __init__(self, student: Any, teacher: Any, *, teacher_seq_len: int) -> None:

@@ -30,7 +30,7 @@ def test_the_bytes_of_the_tokens_are_the_text_and_end_where_it_is_said(kind, at_
     encoder = TextEncoder(tokenizer, tokens)
     puts_space = at_start and kind in ("Llama-2", "Unigram", "Metaspace first")
 
-    @settings(deadline=None, max_examples=40)
+    @settings(deadline=None, max_examples=25)
     @given(TEXTS)
     def check(text):
         ids, read = encode(encoder, text, at_start=at_start)
