@@ -25,21 +25,13 @@ OPTIONS = ["-x", "-q", "-p", "no:cacheprovider", "--no-header", "-rf"]
 
 @dataclass(frozen=True)
 class Mutation:
-    """One broken line.
-
-    Attributes:
-        what: What breaks, in words.
-        file: Path in let_plugin/.
-        old: The code that is replaced; it occurs once in the file.
-        new: What takes its place.
-        tests: Arguments of pytest: the tests that are expected to notice.
-    """
+    """One broken line."""
 
     what: str
-    file: str
-    old: str
+    file: str  # in let_plugin/
+    old: str  # occurs once in the file
     new: str
-    tests: str
+    tests: str  # arguments of pytest: the tests that are expected to notice
 
 
 MUTATIONS = [Mutation(**entry) for entry in tomllib.loads((ROOT / "tests/mutations.toml").read_text())["mutation"]]

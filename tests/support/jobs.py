@@ -154,12 +154,11 @@ def train_many(folder, cases, processes, *, check=True, count=None, **env):
         for i, (name, (config, args)) in enumerate(cases.items())
     ]
     listed = folder / f"{processes}.json"
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
     for can_run_again in (True, False):
         left = [row for row in rows if not Path(row["out"]).exists()]
         listed.write_text(json.dumps(left))
-        limits = {"timeout": _JOB + _RUN * len(left), **threads}
-        result = run("tests.support.matrix", listed, processes=processes, check=False, **limits, **env)
+        timeout = _JOB + _RUN * len(left)
+        result = run("tests.support.matrix", listed, processes=processes, check=False, timeout=timeout, **env)
         # As the Makefile's RERUN, without those that have been run.
         if not (can_run_again and _CRASH.search(result.stderr)):
             break

@@ -1,8 +1,4 @@
-"""The command line, as users run it.
-
-A process that gets as far as importing torch takes seconds: those tests are slow ones, and `main` in this process
-stands for them in the quick ones.
-"""
+"""The command line, in this process; `test_launch.py` has real ones."""
 
 import time
 
@@ -11,11 +7,6 @@ import tomli
 
 from let_plugin import train
 from let_plugin.config.errors import ConfigError, Problem
-from tests.support import jobs
-
-
-def run(*args):
-    return jobs.run("let_plugin.train", *args, check=False)
 
 
 def main(capfd, *args):
@@ -45,13 +36,12 @@ def test_usage(capfd):
         assert all(option in usage for option in ("--check", "--print-config", "--section.key"))
 
 
-def test_bad_file(tmp_path):
+def test_bad_file(tmp_path, capfd):
     path = tmp_path / "run.toml"
     path.write_text("base = ")
-    result = run(path)
-    assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.startswith("let-train: 1 problem in the configuration\n")
-    assert f"{path}: not valid TOML" in result.stderr and "Traceback" not in result.stderr
+    result = main(capfd, path)
+    check_refused(result, tmp_path, f"{path}: not valid TOML")
+    assert result[2].startswith("let-train: 1 problem in the configuration\n")
     assert [file.name for file in tmp_path.iterdir()] == ["run.toml"]
 
 
