@@ -31,9 +31,8 @@ def find(config: TeacherConfig) -> str | None:
         message = f"there is no such folder, and the hub refuses it: {str(error).splitlines()[0]}"
         raise bad_path(config.path, message) from error
     except Exception as error:  # no network: of the HTTP library's many types
-        logger.warning(
-            f"LET: the hub cannot be reached ({type(error).__name__}): {config.path} is looked for in the cache"
-        )
+        reason = type(error).__name__
+        logger.warning(f"LET: the hub cannot be reached ({reason}): {config.path} is looked for in the cache")
         return None
     check_names((file.rfilename for file in info.siblings or []), config.path)
     return info.sha

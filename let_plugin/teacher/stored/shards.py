@@ -89,11 +89,8 @@ def shard_paths(folder: Path, stream: int | None = None) -> list[Path]:
 class Shard:
     """A file of rows, read through a memory map: no descriptor is kept, there may be thousands.
 
-    ConfigError if it is damaged, or no such file.
-
-    Attributes:
-        keys: The rows' keys, [N] of dtype S16, which numpy can sort.
-        fidelity: See Features.
+    ConfigError if it is damaged, or no such file. The rows' `keys`, [N], have dtype S16, which numpy can sort;
+    `fidelity`: see Features.
     """
 
     def __init__(self, path: Path) -> None:

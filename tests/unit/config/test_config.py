@@ -56,8 +56,6 @@ def test_old_keys_are_gone_and_what_they_are_called_now_exists():
     assert new - keys == {"activation_checkpoint.type"}
 
 
-# What a user reads if `base` names no configuration
-
 MODULE = """
 def fails():
     return helper({})

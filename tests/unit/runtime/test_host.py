@@ -21,9 +21,6 @@ POSITIONS_BL = torch.stack(
 )
 
 
-# torchtitan's device
-
-
 def test_every_copy_of_torchtitans_device_is_the_cpu():
     def patched():
         return utils.device_module, fsdp.disable_fsdp_gradient_division, attention._compiled_create_block_mask
