@@ -7,7 +7,7 @@ of LET, and a step runs the same code as plain torchtitan.
 import functools
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +16,12 @@ from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
-from let_plugin.alignment.tap import TARGET_KWARG
 from let_plugin.config import LetConfig, RuntimeConfig, plan
-from let_plugin.guidance.guidance import METRIC_OF_TARGET, Guidance
+from let_plugin.guidance.guidance import Guidance
 from let_plugin.guidance.initialization import initialize
 from let_plugin.guidance.metrics import Disagreement, JsonlLogger, Progress
-from let_plugin.guidance.stopping import Stopping
+from let_plugin.guidance.signals import METRIC_OF_SIGNAL
+from let_plugin.guidance.stopping import TermProgress
 from let_plugin.runtime import upstream
 from let_plugin.runtime.batch_extras import take_extras
 
@@ -32,7 +32,7 @@ _Base: Any = Trainer if TYPE_CHECKING else object
 class LetTrainerMixin(_Base):
     """Late-to-Early Training for any subclass of torchtitan's Trainer.
 
-    `guidance` is what exists only while the alignment is active; None before its first step and after its end.
+    `guidance` is what exists only while a term of the loss is active; None before the first step and after their end.
     """
 
     def __init__(self, config: Any) -> None:
@@ -41,37 +41,22 @@ class LetTrainerMixin(_Base):
             config.training.disable_cuda_graphs = True
         super().__init__(config)
         self.let: LetConfig = config.let
-        if self.let.enable:
-            self.schedule = plan.schedule(self.let)
-            self.stopping = Stopping(self)
+        self.terms = [TermProgress(self, term) for term in plan.terms(self.let)] if self.let.enable else []
         self.guidance: Guidance | None = None
-        self._lambda = 0.0
         self._logged_metrics: dict[str, float] = {}
         self._progress = Progress(config.training.steps)
-        self._disagreement = Disagreement()
+        self._disagreements = [Disagreement() for _ in self.terms]
 
         self.metrics_processor.logger = JsonlLogger(
             self.metrics_processor.logger,
             os.path.join(config.dump_folder, "metrics.jsonl") if upstream.logs_on_this_rank(self) else None,
             self._metrics,
-            lambda loss, step: self.stopping.after_validation(loss, step) if self.let.enable else None,
+            self._after_validation,
         )
         initialize(self)
 
     def train_step(self, data_iterator: Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]) -> None:
-        steps_taken = self.step - 1  # torchtitan counts the step that is about to be taken
-        if self.let.enable:
-            self.stopping.begin(steps_taken)
-            self._lambda = 0.0
-            if steps_taken < self.stopping.step:
-                self._lambda = self.let.weight * self.schedule(steps_taken, stop_step=self.stopping.step)
-                # Here rather than in __init__: only now is a restored step known, and a run that resumes after the
-                # stop step needs no teacher.
-                if self.guidance is None:
-                    self.guidance = Guidance(self, steps_taken)
-                self.guidance.start_step(self._lambda, measures=self._measures())
-            elif self.guidance is not None:
-                self._end_alignment()
+        self._start_step(steps_taken=self.step - 1)  # torchtitan counts the step that is about to be taken
 
         super().train_step(data_iterator if self.guidance is None else self.guidance.counted(data_iterator))
 
@@ -79,6 +64,19 @@ class LetTrainerMixin(_Base):
             self.guidance.finish_step()
         if self.metrics_processor.should_log(self.step):
             self._print_progress()
+
+    def _start_step(self, steps_taken: int) -> None:
+        active = [progress for progress in self.terms if progress.start_step(steps_taken)]
+        if self.guidance is None and active:
+            # Here rather than in __init__: only now is a restored step known, and a run that resumes after the stop
+            # step needs no teacher.
+            self.guidance = Guidance(self, active, steps_taken)
+        if self.guidance is None:
+            return
+        if ended := [s.term for s in self.guidance.signals if all(p.term.index != s.term.index for p in active)]:
+            self._end_alignment(ended)
+        if self.guidance is not None:
+            self.guidance.start_step(measures=self._measures())
 
     def forward_backward_step(self, *, global_valid_tokens: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         if self.guidance is None:
@@ -94,9 +92,7 @@ class LetTrainerMixin(_Base):
         inputs, own_labels, extra_kwargs = super().post_dataloading_process(input_dict, labels)
         if self.guidance is not None:
             # The whole sequences, as the data loader made them, and not what torchtitan has cut for this rank.
-            target_BLE = self.guidance.target(input_dict, labels, extras, extra_kwargs.get("attention_masks"))
-            if target_BLE is not None:
-                extra_kwargs[TARGET_KWARG] = target_BLE
+            extra_kwargs |= self.guidance.targets(input_dict, labels, extras, extra_kwargs.get("attention_masks"))
         return inputs, own_labels, extra_kwargs
 
     def _measures(self) -> bool:
@@ -106,39 +102,55 @@ class LetTrainerMixin(_Base):
             return freq > 0  # a captured step does the same each time
         return freq > 0 and self.metrics_processor.should_log(self.step) and (self.step == 1 or self.step % freq == 0)
 
-    def _end_alignment(self) -> None:
+    def _end_alignment(self, terms: Sequence[plan.Term]) -> None:
+        """Of these terms; of all, it takes the teacher along."""
         assert self.guidance is not None
-        self.guidance.remove()
-        self.guidance = None
+        is_last = len(terms) == len(self.guidance.signals)
+        if is_last:
+            self.guidance.remove()
+            self.guidance = None
+        else:
+            self.guidance.end(terms)
         if not self.config.training.disable_cuda_graphs:
             # The captured step has the tap in it, and an input that is no longer there.
             upstream.recapture_cuda_graph(self)
         gc.collect()  # torchtitan has switched off the automatic collection; FSDP's modules are in cycles
         utils.device_module.empty_cache()
-        logger.info(f"LET: step {self.step}: the alignment has ended and the teacher is freed")
+        text = f"{', '.join(term.name for term in terms)} has ended"
+        if is_last:
+            text = "the alignment has ended and the teacher is freed"
+        logger.info(f"LET: step {self.step}: {text}")
+
+    def _after_validation(self, loss: float, step: int) -> None:
+        for progress in self.terms:
+            progress.after_validation(loss, step)
 
     def _metrics(self) -> dict[str, float]:
         if not self.let.enable:
             return {}
-        metrics = {"let/active": float(self.guidance is not None), "let/lambda": self._lambda}
+        metrics = {progress.term.metric("lambda"): progress.weight for progress in self.terms}
+        metrics |= {"let/active": float(self.guidance is not None)}
         if self.guidance is not None:
             metrics |= self.guidance.metrics()
-            self.stopping.after_gradients(metrics.get("let/grad_cosine"), self.step)
-            if advice := self._disagreement.advice(metrics.get("let/grad_cosine")):
-                logger.warning(f"LET: step {self.step}: {advice}")
+            for progress, disagreement in zip(self.terms, self._disagreements, strict=True):
+                grad_cosine = metrics.get(progress.term.metric("grad_cosine"))
+                progress.after_gradients(grad_cosine, self.step)
+                if advice := disagreement.advice(grad_cosine):
+                    logger.warning(f"LET: step {self.step}: {advice}")
         self._logged_metrics = metrics
         return metrics
 
     def _print_progress(self) -> None:
         parts = [f"step {self.step}/{self.config.training.steps}", f"eta {self._progress.eta(self.step)}"]
         metrics = self._logged_metrics
-        if metrics.get("let/active"):
-            parts.append(f"lambda {metrics['let/lambda']:.4g}")
-            name = METRIC_OF_TARGET[self.let.target]
-            parts.append(f"{name.removeprefix('let/').replace('_', ' ')} {metrics[name]:.4f}")
-            if "let/teacher_tokens_per_second" in metrics:
-                parts.append(f"teacher {metrics['let/teacher_tokens_per_second']:,.0f} tokens/s")
-        elif self.let.enable:
+        for term in (progress.term for progress in self.terms):
+            name = METRIC_OF_SIGNAL[term.config.signal]
+            if (value := metrics.get(term.metric(name))) is not None:
+                weight = f"{metrics[term.metric('lambda')]:.4g}"
+                parts.append(f"{term.name or 'lambda'} {weight}  {name.replace('_', ' ')} {value:.4f}")
+        if "let/teacher_tokens_per_second" in metrics:
+            parts.append(f"teacher {metrics['let/teacher_tokens_per_second']:,.0f} tokens/s")
+        if self.let.enable and not metrics.get("let/active"):
             parts.append("alignment ended")
         logger.info(f"LET: {'  '.join(parts)}" if self.let.enable else "  ".join(parts))
 

@@ -1,85 +1,88 @@
-"""The tap: adds alignment gradients to the outputs of student blocks, from outside.
+"""Taps: add gradients to the outputs of parts of the student, from outside.
 
-A forward hook on a block computes the gradient at its output; a gradient hook on that output adds it in the backward
-pass. The student's loss and graph do not change. The targets travel as a keyword argument of the model, so that code
-that cuts a batch into microbatches cuts them too; a pre-hook on the model takes them out before `forward` is called.
+A forward hook on a block, or on the language-model head, computes the gradient at its output; a gradient hook on that
+output adds it in the backward pass. The student's loss and graph do not change. The targets travel as a keyword
+argument of the model, so that code that cuts a batch into microbatches cuts them too; a pre-hook on the model takes
+them out before `forward` is called.
 
-The hooks sit on the outermost wrapper of the block. Inside an activation-checkpoint wrapper they would run again in the
+The hooks sit on the outermost wrapper of a module. Inside an activation-checkpoint wrapper they would run again in the
 recomputation, inside a compiled region dynamo would drop them.
 
-Shape legend: B batch, L sequence (this rank's part of it), D student width, E width of the teacher's states.
+Shape legend: B batch, L sequence (this rank's part of it), D student width, E width of the teacher's states, C the
+part of the sequence whose logits are there at a time, V this rank's part of the vocabulary.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement
 from torch.profiler import record_function
 
 from let_plugin.alignment.losses import Alignment
 
-# Name of the keyword argument that carries the teacher's states, [B, L, E], through the model's forward.
+# Name of the keyword argument that carries a tap's target, [B, L, ...], through the model's forward; the tap's follows.
 TARGET_KWARG = "let_target"
 
 # Names of ranges in a profile: the maths in the forward pass, the addition in the backward pass.
 ALIGNMENT_RANGE, INJECTION_RANGE = "let: alignment", "let: injection"
 
-# (hidden state [B, L, D], the target [B, L, ...], coefficient 0-dim) -> what the pair contributes.
+# (hidden state [B, L, D] or logits [B, C, V], the target of these tokens, coefficient 0-dim) -> what it contributes.
 PairFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Alignment]
+Context = Callable[[], AbstractContextManager[Any]]
 
 
-class AlignmentTap:
-    """Adds the gradients of pairs to the outputs of `model.layers`; the target arrives as `TARGET_KWARG`.
-
-    Inert without a target and in evaluation.
+class Tap:
+    """What taps have in common. Inert without a target and in evaluation.
 
     Args:
-        model: The student, or a pipeline part of it; anything with a `layers` ModuleDict.
-        pairs: Name of a block in `model.layers` -> its pairs. If empty, the tap only takes the target out.
-        context: Makes the context in which the pairs are computed, inside the student's forward pass.
+        model: The student, or a pipeline part of it.
+        places: Names of where gradients are added. If empty, the tap only takes the target out.
+        num_sums: How many sums `metric_sums` has.
+        name: Makes the names on the model its own, if there are several taps.
+        context: Makes the context in which the functions are called, inside the student's forward pass.
 
     Attributes:
+        kwarg: The keyword argument that carries its target.
         coefficient: lambda / (number of valid tokens of the whole step), 0-dim fp32. Written in place.
-        metric_sums: Each pair's sum of cosines over this rank's tokens since `reset`; fp32.
-        measured_block: The block at which the two gradients are compared; None: they are not. It must be the deepest
-            aligned one: at the others, the arriving gradient contains the alignment of deeper ones.
+        own_share: By how much the student's own gradient is scaled where a token has a target, 0-dim; None: not at all.
+        metric_sums: Each function's sum over this rank's tokens since `reset`; fp32.
+        measured: The place at which the two gradients are compared; None: they are not.
         gradient_sums: Sums over this rank's tokens, since `reset`, of <g, a>, <g, g> and <a, a>, where g arrives at the
-            measured block's output, and a is what the tap adds; fp32.
-        num_calls: For each block, how many backward passes have taken its gradient along.
+            measured place, and a is what the tap adds; fp32.
+        num_calls: For each place, how many backward passes have taken its gradient along.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        pairs: Mapping[str, Sequence[PairFunction]],
+        places: Sequence[str],
+        num_sums: int,
         device: torch.device,
         *,
-        context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        name: str = "",
+        context: Context = nullcontext,
     ) -> None:
+        self.kwarg = TARGET_KWARG + name
         self.coefficient = torch.zeros((), dtype=torch.float32, device=device)
-        self.metric_sums = torch.zeros(sum(map(len, pairs.values())), dtype=torch.float32, device=device)
+        self.own_share: torch.Tensor | None = None
+        self.metric_sums = torch.zeros(num_sums, dtype=torch.float32, device=device)
         self.gradient_sums = torch.zeros(3, dtype=torch.float32, device=device)
         # Buffers: before its first step a pipeline runs a microbatch to learn the shapes, and then puts the buffers
         # of its stages back. That microbatch must not count.
-        model.register_buffer("let_metric_sums", self.metric_sums, persistent=False)
-        model.register_buffer("let_gradient_sums", self.gradient_sums, persistent=False)
-        self.measured_block: str | None = None
-        self.num_calls = dict.fromkeys(pairs, 0)
+        self._buffers = [f"let_metric_sums{name}", f"let_gradient_sums{name}"]
+        for buffer, sums in zip(self._buffers, (self.metric_sums, self.gradient_sums), strict=True):
+            model.register_buffer(buffer, sums, persistent=False)
+        self.measured: str | None = None
+        self.num_calls = dict.fromkeys(places, 0)
         self._model = model
         self._context = context
-        self._target_BLE: torch.Tensor | None = None
-        self._waiting: set[str] = set()  # blocks that have not seen the target yet
+        self._target: torch.Tensor | None = None
         self._handles = [model.register_forward_pre_hook(self._take_target, prepend=True, with_kwargs=True)]
-        first = 0
-        for block, functions in pairs.items():
-            sums = self.metric_sums[first : first + len(functions)]
-            first += len(functions)
-            hook = torch.compiler.disable(partial(self._tap_output, block, functions, sums))
-            self._handles.append(model.layers[block].register_forward_hook(hook))  # type: ignore[index, union-attr]
 
     def reset(self) -> None:
         self.metric_sums.zero_()
@@ -89,70 +92,169 @@ class AlignmentTap:
         """Leaves no trace on the model."""
         for handle in self._handles:
             handle.remove()
-        del self._model.let_metric_sums, self._model.let_gradient_sums
-        self._target_BLE = None
+        for buffer in self._buffers:
+            delattr(self._model, buffer)
+        self._target = None
 
     @torch.compiler.disable
     def _take_target(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        self._target = kwargs.get(self.kwarg) if self.num_calls else None
+        return args, {name: value for name, value in kwargs.items() if name != self.kwarg}
+
+    def _add(
+        self,
+        place: str,
+        output: torch.Tensor,
+        functions: Sequence[PairFunction],
+        target: torch.Tensor,
+        sums: torch.Tensor,
+    ) -> None:
+        """Has the gradients of the functions added to that of `output`, which the target is of."""
+        with self._context(), record_function(ALIGNMENT_RANGE):
+            with torch.no_grad():
+                local = output.to_local() if isinstance(output, DTensor) else output.detach()
+                alignments = [function(local, target, self.coefficient) for function in functions]
+                sums += torch.stack([alignment.metric_sum for alignment in alignments])
+                gradient = alignments[0].gradient_BLD
+                for alignment in alignments[1:]:
+                    gradient = gradient + alignment.gradient_BLD
+                scale = None
+                if self.own_share is not None:
+                    has_target = target.ne(0).any(dim=-1, keepdim=True)
+                    scale = torch.where(has_target, self.own_share, 1.0).to(output.dtype)
+            self._inject(place, output, gradient.to(output.dtype), scale)
+
+    def _inject(self, place: str, output: torch.Tensor, added: torch.Tensor, scale: torch.Tensor | None) -> None:
+        waiting = [added]
+        layout = _Layout.of(output)  # a hook that knew the output itself would keep it for ever
+
+        # A zero-bubble pipeline may run the backward of a node twice, for the inputs and later for the weights. The
+        # second one starts from the gradient that the first left behind, which has it already.
+        def add_once(grad: torch.Tensor) -> torch.Tensor | None:
+            if not waiting:
+                return None
+            self.num_calls[place] += 1
+            added = waiting.pop()
+            if place == self.measured:
+                self._measure(layout.local(grad), added)
+            with record_function(INJECTION_RANGE):
+                if scale is not None:
+                    return layout.whole(layout.local(grad) * scale + added)
+                return grad + layout.whole(added)
+
+        output.register_hook(add_once)
+
+    @torch.no_grad()
+    def _measure(self, grad: torch.Tensor, added: torch.Tensor) -> None:
+        g, a = grad.float().flatten(), added.float().flatten()
+        self.gradient_sums += torch.stack([g.dot(a), g.dot(g), a.dot(a)])
+
+
+class AlignmentTap(Tap):
+    """Adds the gradients of pairs to the outputs of `model.layers`.
+
+    Arguments as those of Tap, with `pairs`: name of a block -> its functions. `measured` must be the deepest aligned
+    block: at the others, the arriving gradient contains the alignment of deeper ones.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        pairs: Mapping[str, Sequence[PairFunction]],
+        device: torch.device,
+        *,
+        name: str = "",
+        context: Context = nullcontext,
+    ) -> None:
+        super().__init__(model, list(pairs), sum(map(len, pairs.values())), device, name=name, context=context)
+        self._waiting: set[str] = set()  # blocks that have not seen the target yet
+        first = 0
+        for block, functions in pairs.items():
+            sums = self.metric_sums[first : first + len(functions)]
+            first += len(functions)
+            hook = torch.compiler.disable(partial(self._tap_output, block, functions, sums))
+            self._handles.append(model.layers[block].register_forward_hook(hook))  # type: ignore[index, union-attr]
+
+    def _take_target(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         self._waiting = set(self.num_calls)
-        self._target_BLE = kwargs.get(TARGET_KWARG) if self._waiting else None
-        return args, {name: value for name, value in kwargs.items() if name != TARGET_KWARG}
+        return super()._take_target(module, args, kwargs)
 
     def _tap_output(
         self,
         block: str,
         functions: Sequence[PairFunction],
-        metric_sums: torch.Tensor,
+        sums: torch.Tensor,
         module: nn.Module,
         args: Any,
         output_BLD: torch.Tensor,
     ) -> None:
-        target_BLE = self._target_BLE
+        target_BLE = self._target
         self._waiting.discard(block)
         if not self._waiting:
-            self._target_BLE = None  # the last block frees it
-        if target_BLE is None or not output_BLD.requires_grad:
+            self._target = None  # the last block frees it
+        if target_BLE is not None and output_BLD.requires_grad:
+            self._add(block, output_BLD, functions, target_BLE, sums)
+
+
+class LogitTap(Tap):
+    """Adds a gradient to the logits of `model.lm_head`, if this part of the model has one.
+
+    A chunked loss calls the head for one part of the sequence after the other, after the model's forward pass.
+    Arguments as those of Tap.
+    """
+
+    PLACE = "lm_head"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        function: PairFunction,
+        device: torch.device,
+        *,
+        name: str = "",
+        context: Context = nullcontext,
+    ) -> None:
+        head: Any = model.lm_head
+        super().__init__(model, [self.PLACE] if head is not None else [], 1, device, name=name, context=context)
+        self._function = function
+        self._num_seen = 0  # positions whose logits have been made
+        if head is not None:
+            self._handles.append(head.register_forward_hook(torch.compiler.disable(self._tap_logits)))
+
+    def _take_target(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        self._num_seen = 0
+        return super()._take_target(module, args, kwargs)
+
+    def _tap_logits(self, module: nn.Module, args: Any, logits_BCV: torch.Tensor) -> None:
+        target_BLE = self._target
+        if target_BLE is None or not logits_BCV.requires_grad:
             return
-        with self._context(), record_function(ALIGNMENT_RANGE):
-            with torch.no_grad():
-                hidden_BLD = output_BLD.to_local() if isinstance(output_BLD, DTensor) else output_BLD.detach()
-                alignments = [function(hidden_BLD, target_BLE, self.coefficient) for function in functions]
-                metric_sums += torch.stack([alignment.metric_sum for alignment in alignments])
-                gradient_BLD = alignments[0].gradient_BLD
-                for alignment in alignments[1:]:
-                    gradient_BLD = gradient_BLD + alignment.gradient_BLD
-            self._inject(block, output_BLD, gradient_BLD.to(output_BLD.dtype))
+        first = self._num_seen
+        self._num_seen += (logits_BCV.to_local() if isinstance(logits_BCV, DTensor) else logits_BCV).shape[1]
+        if self._num_seen >= target_BLE.shape[1]:
+            self._target = None  # the last part frees it
+        target_BCE = target_BLE[:, first : self._num_seen]
+        self._add(self.PLACE, logits_BCV, [self._function], target_BCE, self.metric_sums)
 
-    def _inject(self, block: str, output_BLD: torch.Tensor, gradient_BLD: torch.Tensor) -> None:
-        if isinstance(output_BLD, DTensor):
-            gradient_BLD = DTensor.from_local(
-                gradient_BLD,
-                output_BLD.device_mesh,
-                output_BLD.placements,
-                run_check=False,
-                shape=output_BLD.shape,
-                stride=output_BLD.stride(),
-            )
-        waiting = [gradient_BLD]
 
-        # A zero-bubble pipeline may run the backward of a node twice, for the inputs and later for the weights. The
-        # second one starts from the gradient that the first left behind, which has it already.
-        def add_once(grad_BLD: torch.Tensor) -> torch.Tensor | None:
-            if not waiting:
-                return None
-            self.num_calls[block] += 1
-            added_BLD = waiting.pop()
-            if block == self.measured_block:
-                self._measure(grad_BLD, added_BLD)
-            with record_function(INJECTION_RANGE):
-                return grad_BLD + added_BLD
+class _Layout(NamedTuple):
+    """How an output lies on a device mesh, if it does: what makes a DTensor of this rank's part, and the other way."""
 
-        output_BLD.register_hook(add_once)
+    device_mesh: DeviceMesh | None
+    placements: tuple[Placement, ...] = ()
+    like: Any = None  # shape and stride
 
-    @torch.no_grad()
-    def _measure(self, grad_BLD: torch.Tensor, added_BLD: torch.Tensor) -> None:
-        if isinstance(grad_BLD, DTensor) and isinstance(added_BLD, DTensor):
-            grad_BLD = grad_BLD.redistribute(placements=added_BLD.placements).to_local()
-            added_BLD = added_BLD.to_local()
-        g, a = grad_BLD.float().flatten(), added_BLD.float().flatten()
-        self.gradient_sums += torch.stack([g.dot(a), g.dot(g), a.dot(a)])
+    @staticmethod
+    def of(output: torch.Tensor) -> "_Layout":
+        if not isinstance(output, DTensor):
+            return _Layout(None)
+        like = {"shape": output.shape, "stride": output.stride()}
+        return _Layout(output.device_mesh, output.placements, like)
+
+    def whole(self, local: torch.Tensor) -> torch.Tensor:
+        if self.device_mesh is None:
+            return local
+        return DTensor.from_local(local, self.device_mesh, self.placements, run_check=False, **self.like)
+
+    def local(self, whole: torch.Tensor) -> torch.Tensor:
+        return whole.redistribute(placements=self.placements).to_local() if isinstance(whole, DTensor) else whole

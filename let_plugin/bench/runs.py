@@ -122,5 +122,7 @@ def active_cost(config: Trainer.Config, student: Student, dims: ParallelDims) ->
     """What a step costs more while the teacher is there, or what takes its place; zero without LET."""
     if not config.let.enable:
         return Cost(0, 0.0, {})
-    source = None if config.let.target == "labels" else open_source(config.let.teacher)
-    return cost(config, student, source, plan.pairs(config, source.info.num_layers if source else None), dims)
+    terms = plan.terms(config.let)
+    source = open_source(config.let.teacher) if any(term.has_teacher for term in terms) else None
+    depth = source.info.num_layers if source else None
+    return cost(config, student, source, [(term, plan.pairs(config, term, depth)) for term in terms], dims)

@@ -10,4 +10,5 @@ from let_plugin.config.tables import PairConfig as PairConfig
 from let_plugin.config.tables import ProjectorConfig as ProjectorConfig
 from let_plugin.config.tables import RuntimeConfig as RuntimeConfig
 from let_plugin.config.tables import TeacherConfig as TeacherConfig
+from let_plugin.config.tables import TermConfig as TermConfig
 from let_plugin.config.tables import TokenAlignmentConfig as TokenAlignmentConfig

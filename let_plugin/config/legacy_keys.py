@@ -28,3 +28,8 @@ OLD_KEYS = {
     "activation_checkpoint.mode": 'activation_checkpoint.type = "selective", "full", "memory-budget" or "none"',
     "activation_checkpoint.selective_ac_option": 'gone; type = "selective" is what "op" was',
 }
+
+# And of `[let]`, up to version 0.1.
+OLD_LET_KEYS = {
+    "let.target": 'let.signal = "states" (once "teacher"), "labels" or "logits"; several of them are [[let.terms]]',
+}

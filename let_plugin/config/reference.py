@@ -62,7 +62,8 @@ def _texts(cls: Any) -> dict[str, str]:
     """Name -> the string below each field, in one line."""
     (node,) = ast.parse(inspect.getsource(cls)).body
     assert isinstance(node, ast.ClassDef)
-    return {
+    inherited = _texts(cls.__base__) if is_dataclass(cls.__base__) else {}
+    return inherited | {
         ast.unparse(item.target): " ".join(ast.literal_eval(after.value).split())
         for item, after in zip(node.body, node.body[1:], strict=False)
         if isinstance(item, ast.AnnAssign) and isinstance(after, ast.Expr)

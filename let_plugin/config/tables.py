@@ -152,31 +152,25 @@ STOPS = ("stop_step", "stop_tokens", "stop_fraction")
 
 
 @dataclass(kw_only=True, slots=True)
-class LetConfig:
-    """The `[let]` table. Its presence in a TOML file turns LET on; without it the run is plain torchtitan."""
+class TermConfig:
+    """A term of the loss: what of the teacher guides the student, how strongly, and until when."""
 
-    enable: bool = False
-    """Turns LET on or off. A `[let]` table in a TOML file sets it, unless the table says `enable = false`."""
-
-    target: Literal["teacher", "labels", "logits"] = "teacher"
+    signal: Literal["states", "logits", "labels"] = "states"
     """
-    What the blocks are drawn to. Two are for comparison: "labels" needs no teacher and takes the cross-entropy of each
-    block's output; "logits" is logit distillation.
+    "states" (the paper's): blocks are drawn to the teacher's states. "logits": logit distillation at the student's
+    head. "labels": the cross-entropy of each block's output through the student's own head; it needs no teacher.
     """
 
-    temperature: Annotated[float, Gt(0)] = 1.0
-    """Temperature of both models' predictions, for `target = "logits"`."""
-
-    control: Literal["none", "random_teacher", "shuffled_targets"] = "none"
-    """Takes the teacher's knowledge away and leaves all else: with random matrices, or with other tokens' states."""
+    name: str = ""
+    """Names the term in metrics, as in let/NAME/lambda. Empty: its signal, with a number if others have the same."""
 
     weight: Annotated[float, Ge(0)] = 0.1
-    """lambda0, the weight of the alignment loss at step 0 (0.1: best of the paper's grid 0.01 ... 3)."""
+    """lambda0, the weight of the term at step 0 (0.1: best of the paper's grid 0.01 ... 3)."""
 
     weight_by: Literal["loss", "gradient"] = "loss"
     """
-    What `weight` is a weight of. "loss": the alignment loss. "gradient": lambda is `weight` times the mean ratio of two
-    gradients' norms, the student's own and the alignment's: 0.3 pulls 0.3 times as hard as the student's own loss.
+    What `weight` is a weight of. "loss": the term's loss. "gradient": lambda is `weight` times the mean ratio of two
+    gradients' norms, the student's own and the term's: 0.3 pulls 0.3 times as hard as the student's own loss.
     """
 
     weight_momentum: Annotated[float, Interval(ge=0, lt=1)] = 0.9
@@ -192,7 +186,7 @@ class LetConfig:
     """Steps over which lambda first rises linearly to `weight`. The stop step stays."""
 
     stop_step: Annotated[int | None, Ge(0)] = None
-    """S_stop: from this step on (0-based) there is no teacher. At most one `stop_*` may be given."""
+    """S_stop: from this step on (0-based) the term is gone. At most one `stop_*` may be given."""
 
     stop_tokens: Annotated[int | None, Ge(0)] = None
     """S_stop in tokens of the whole job, rounded up to a step."""
@@ -231,11 +225,40 @@ class LetConfig:
     loss_options: dict[str, Any] = field(default_factory=dict)
     """Options of the loss, by name."""
 
+    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = "forward_kl"
+    """
+    For "logits": how the student's predictions q differ from the teacher's p. KL(p || q), KL(q || p), or the mean of
+    both's divergences from (p + q) / 2.
+    """
+
+    temperature: Annotated[float, Gt(0)] = 1.0
+    """For "logits": the temperature of both models' predictions."""
+
+    top_k: Annotated[int | None, Ge(1)] = None
+    """For "logits": how many of the teacher's likeliest tokens are told apart, with ties; the rest are one class."""
+
+    alpha: Annotated[float, Interval(ge=0, le=1)] = 0.0
+    """For "logits": the student's own loss counts 1 - alpha at first, and more as lambda falls: 1 at the stop step."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LetConfig(TermConfig):
+    """The `[let]` table. Its presence in a TOML file turns LET on; without it the run is plain torchtitan."""
+
+    enable: bool = False
+    """Turns LET on or off. A `[let]` table in a TOML file sets it, unless the table says `enable = false`."""
+
+    terms: Annotated[list[TermConfig], tyro.conf.Fixed] = field(default_factory=list)
+    """Several terms, in place of the one that `[let]` itself is: an array of tables. See docs/strategies.md."""
+
+    control: Literal["none", "random_teacher", "shuffled_targets"] = "none"
+    """Takes the teacher's knowledge away and leaves all else: with random matrices, or with other tokens' states."""
+
     diagnosis_freq: Annotated[int, Ge(0)] = 1
     """Every how many logged steps let/grad_cosine and let/grad_ratio are measured. 0: never."""
 
     math_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Data type of the alignment maths: resizing, normalizing, the loss and its gradient."""
+    """Data type of the maths of the states: resizing, normalizing, the loss and its gradient."""
 
     cuda_graphs: bool = False
     """Keep torchtitan's CUDA graphs while LET is on. Off: LET sets `training.disable_cuda_graphs`, and says so."""

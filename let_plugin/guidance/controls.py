@@ -58,6 +58,9 @@ class ShuffledStates(StateProvider):
     def teacher(self) -> Teacher | None:  # type: ignore[override]
         return self._inner.teacher
 
+    def replace_teacher(self, teacher: Teacher | None) -> None:
+        self._inner.replace_teacher(teacher)
+
     def start_step(self, step: int) -> None:
         self._step, self._microbatch = step, 0
         self._inner.start_step(step)

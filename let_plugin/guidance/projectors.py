@@ -17,6 +17,7 @@ from torchtitan.trainer import Trainer
 
 from let_plugin.alignment.pair import PairAlignment
 from let_plugin.alignment.projectors import FittedMatch
+from let_plugin.config import ProjectorConfig
 from let_plugin.runtime.upstream import OptimizersContainer
 
 # Name of the module on the student, and of the state in a checkpoint; that of a pair ends in its number.
@@ -35,10 +36,20 @@ class LearnedProjector(Stateful):
         part: The student, or the pipeline part of it that holds the aligned block.
         block: Name of that block in `part.layers`.
         config: The student's configuration.
-        index: Number of the pair.
+        settings: The term's `[let.projector]` table.
+        index: Number of the pair, among those of all terms.
     """
 
-    def __init__(self, pair: PairAlignment, part: nn.Module, block: str, config: Trainer.Config, *, index: int) -> None:
+    def __init__(
+        self,
+        pair: PairAlignment,
+        part: nn.Module,
+        block: str,
+        config: Trainer.Config,
+        *,
+        settings: ProjectorConfig,
+        index: int,
+    ) -> None:
         self.name = f"{PROJECTOR}_{index}"
         self.weights = pair.weights
         self._gradients = pair.weight_gradients
@@ -56,7 +67,7 @@ class LearnedProjector(Stateful):
             self._module.register_buffer(f"{self._names[name]}__gradient", self._gradients[name], persistent=False)
         part.register_module(self.name, self._module)
         self._hook = part.register_state_dict_post_hook(_hide)
-        self._optimizers = _optimizer_config(config).build(model_parts=[self._module])
+        self._optimizers = _optimizer_config(config, settings).build(model_parts=[self._module])
         self._lr_schedulers = config.lr_scheduler.build(
             optimizers=self._optimizers, training_steps=config.training.steps
         )
@@ -177,9 +188,8 @@ def sum_placements(like: torch.Tensor, sequence_parallel: bool) -> list[Placemen
     return [Replicate() if name == "tp" and not sequence_parallel else Partial() for name in names]
 
 
-def _optimizer_config(config: Trainer.Config) -> OptimizersContainer.Config:
+def _optimizer_config(config: Trainer.Config, projector: ProjectorConfig) -> OptimizersContainer.Config:
     """The settings that the student's optimizer has for a parameter of the projector's name, and `[let.projector]`."""
-    projector = config.let.projector
     for group in config.optimizer.param_groups:
         if re.search(group.pattern, f"{PROJECTOR}.weight"):
             kwargs = dict(group.optimizer_kwargs)

@@ -1,4 +1,4 @@
-"""When the alignment ends: at the step that was chosen, or before it, by what is measured on the way."""
+"""A term's weight, and when it ends: at the step that was chosen, or before it, by what is measured on the way."""
 
 import math
 from typing import Any
@@ -14,47 +14,73 @@ from let_plugin.runtime import checkpoint
 ADAPTIVE_STOP = "let_adaptive_stop"  # its state in a checkpoint
 
 
-def ended_at(config: Trainer.Config, stop_step: int, resumption: checkpoint.Resumption | None) -> int | None:
-    """The step at which the alignment has ended by the time the run starts; None if there is some of it left.
+def ended_at(
+    config: Trainer.Config, term: plan.Term, stop_step: int, resumption: checkpoint.Resumption | None
+) -> int | None:
+    """The step at which a term has ended by the time the run starts; None if there is some of it left.
 
     Needs no process group. An adaptive stop by validation may yet end it before its first step: torchtitan validates
     after it has saved, and what that measured is in no checkpoint. `stop_step` is the end that was chosen.
     """
-    adaptive = plan.adaptive_stop(config.let)
+    adaptive = plan.adaptive_stop(config.let, term)
     if resumption is not None and adaptive is not None:
-        checkpoint.read(ADAPTIVE_STOP, adaptive, resumption.path)
+        checkpoint.read(_state_name(term), adaptive, resumption.path)
         if adaptive.stop_step is not None:
             stop_step = min(stop_step, adaptive.stop_step)
     steps_taken = 0 if resumption is None else resumption.steps_taken
     return stop_step if steps_taken >= stop_step else None
 
 
-class Stopping:
-    """S_stop of a run, the same on every rank. A part of the run's checkpoints if the stop is adaptive.
+def _state_name(term: plan.Term) -> str:
+    return f"{ADAPTIVE_STOP}_{term.index}" if term.index else ADAPTIVE_STOP
 
-    `step` is the first one (0-based) without the alignment, as far as it is known by now; `teacher_loss` what the
-    student's held-out loss is compared with, in nats per token, None until it is known.
+
+class TermProgress:
+    """How far a term has come, from the first step of the run to the last, the same on every rank.
+
+    A part of the run's checkpoints if the stop is adaptive.
+
+    Attributes:
+        term: Which term.
+        step: S_stop, the first step (0-based) without it, as far as it is known by now.
+        fraction: lambda / `weight` in the current step; 0 after the end.
+        teacher_loss: What the student's held-out loss is compared with, in nats per token, None until it is known.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, term: plan.Term) -> None:
         dims = trainer.parallel_dims
-        self.step = plan.stop_step(trainer.config, dims.dp_replicate * dims.dp_shard)
-        self._adaptive = plan.adaptive_stop(trainer.config.let)
-        self._settings = trainer.config.let.adaptive_stop
+        self.term = term
+        self.step = plan.stop_step(trainer.config, term, dims.dp_replicate * dims.dp_shard)
+        self.fraction = 0.0
+        self._schedule = plan.schedule(term)
+        self._adaptive = plan.adaptive_stop(trainer.config.let, term)
+        self._settings = term.config.adaptive_stop
         self.teacher_loss = self._settings.teacher_loss
         self._trainer = trainer
         self._has_begun = False
 
-    def begin(self, steps_taken: int) -> None:
-        """Before each step. The first time, restores the state, and measures the teacher's loss if nobody knows it."""
+    @property
+    def weight(self) -> float:
+        """lambda of the current step, where it is one of the loss (`weight_by`)."""
+        return self.term.config.weight * self.fraction
+
+    def start_step(self, steps_taken: int) -> bool:
+        """Before each step: whether the term is active in it."""
+        self._begin(steps_taken)
+        is_active = steps_taken < self.step
+        self.fraction = self._schedule(steps_taken, stop_step=self.step) if is_active else 0.0
+        return is_active
+
+    def _begin(self, steps_taken: int) -> None:
+        """The first time, restores the state, and measures the teacher's loss if nobody knows it."""
         if self._has_begun or self._adaptive is None:
             return
         self._has_begun = True
         has_resumed = steps_taken > 0 and self._trainer.config.checkpoint.enable
         if self._trainer.config.checkpoint.enable:
-            self._trainer.checkpointer.states[ADAPTIVE_STOP] = self
+            self._trainer.checkpointer.states[_state_name(self.term)] = self
         if has_resumed:
-            checkpoint.restore(ADAPTIVE_STOP, self, self._trainer.config, steps_taken)
+            checkpoint.restore(_state_name(self.term), self, self._trainer.config, steps_taken)
             self._come_forward()
         if self._settings.criterion != "validation" or steps_taken >= self.step:
             return
@@ -98,7 +124,8 @@ class Stopping:
         assert self._adaptive is not None
         smoothed = self._adaptive.update(value, next_step=steps_taken)
         if self._adaptive.stop_step is not None:
-            logger.info(f"LET: step {steps_taken}: the alignment is to end, the measured value is {smoothed:.4f}")
+            name = self.term.name or "the alignment"
+            logger.info(f"LET: step {steps_taken}: {name} is to end, the measured value is {smoothed:.4f}")
         self._come_forward()
 
     def _come_forward(self) -> None:

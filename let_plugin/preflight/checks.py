@@ -17,7 +17,7 @@ from let_plugin.config.errors import ConfigError, Problem, suggest
 from let_plugin.config.schema import check_bounds
 from let_plugin.guidance import stopping, teacher_loss
 from let_plugin.preflight import start_checks, teacher_checks
-from let_plugin.preflight.report import Facts, Student, report
+from let_plugin.preflight.report import Facts, Student, TermFacts, report
 from let_plugin.runtime import checkpoint, data
 from let_plugin.runtime.held_out import TwoSplitValidator
 from let_plugin.runtime.upstream import DATASETS, HuggingFaceTextDataLoader
@@ -33,13 +33,11 @@ def run(config: Trainer.Config, world_size: int | None = None) -> str:
     for check in GENERAL_CHECKS:
         facts.attempt(check, facts)
     if config.let.enable and (facts.student is None or facts.student.is_decoder):
+        facts.terms = [TermFacts(term) for term in plan.terms(config.let)]
         for check in LET_CHECKS:
             facts.attempt(check, facts)
-        if config.let.target == "labels":
-            facts.attempt(check_pairs, facts)
-        elif facts.ended_at is None:
-            for check in TEACHER_CHECKS:
-                facts.attempt(check, facts)
+        for check in TEACHER_CHECKS if facts.needs_teacher else [check_pairs]:
+            facts.attempt(check, facts)
         if plan.changes_the_start(config.let):
             for check in start_checks.START_CHECKS:
                 facts.attempt(check, facts)
@@ -179,38 +177,49 @@ def find_resumption(facts: Facts) -> None:
 
 
 def find_end(facts: Facts) -> None:
-    """The stop step, and the step of the end if it is past."""
-    if any(problem.key.startswith("let.stop_") for problem in facts.problems):
+    """The stop step of each term, and the step of its end if that is past."""
+    for of_term in facts.terms:
+        facts.attempt(_find_end, facts, of_term)
+
+
+def _find_end(facts: Facts, of_term: TermFacts) -> None:
+    term = of_term.term
+    if any(problem.key.startswith(f"{term.key}.stop_") for problem in facts.problems):
         return
-    if facts.num_data_parallel is not None or facts.config.let.stop_tokens is None:  # only tokens depend on the degree
-        facts.stop_step = plan.stop_step(facts.config, facts.num_data_parallel or 1)
-    if facts.stop_step is not None and facts.config.let.target != "labels":
-        facts.ended_at = stopping.ended_at(facts.config, facts.stop_step, facts.resumption)
+    if facts.num_data_parallel is not None or term.config.stop_tokens is None:  # only tokens depend on the degree
+        of_term.stop_step = plan.stop_step(facts.config, term, facts.num_data_parallel or 1)
+        of_term.ended_at = stopping.ended_at(facts.config, term, of_term.stop_step, facts.resumption)
 
 
 def check_strategies(facts: Facts) -> None:
     """Names and options of what a name selects."""
-    for build in (plan.schedule, plan.adaptive_stop, plan.loss, plan.dimension_match):
-        facts.attempt(build, facts.config.let)
+    let: LetConfig = facts.config.let
+    facts.attempt(plan.check_terms, let)
+    for term in (of_term.term for of_term in facts.terms):
+        facts.attempt(plan.schedule, term)
+        facts.attempt(plan.adaptive_stop, let, term)
+        facts.attempt(plan.loss, term)
+        facts.attempt(plan.dimension_match, term.config, term.key)
 
 
 def check_let_parallelism(facts: Facts) -> None:
-    let: LetConfig = facts.config.let
     parallelism = facts.config.parallelism
     cp_is_on = parallelism.context_parallel_degree > 1
     if cp_is_on and parallelism.context_parallel_load_balancer == "ptrr":
         message = 'cuts each batch in another way, LET cuts the states once and for all; choose "headtail" or "none"'
         facts.refuse("parallelism.context_parallel_load_balancer", message, "ptrr")
     sequence_is_cut = cp_is_on or (parallelism.tensor_parallel_degree > 1 and parallelism.enable_sequence_parallel)
-    if let.target == "teacher" and sequence_is_cut and plan.loss_entry(let).needs_whole_sequence:
-        message = "compares the tokens of a sequence, which context or sequence parallelism cuts; take a loss per token"
-        facts.refuse("let.loss", message, let.loss)
+    message = "compares the tokens of a sequence, which context or sequence parallelism cuts; take a loss per token"
+    for term in (of_term.term for of_term in facts.terms):
+        if term.config.signal == "states" and sequence_is_cut and plan.loss_entry(term).needs_whole_sequence:
+            facts.refuse(f"{term.key}.loss", message, term.config.loss)
 
 
 def check_validation(facts: Facts) -> None:
     """What an adaptive stop by validation needs."""
     let, validator = facts.config.let, facts.config.validator
-    if let.adaptive_stop.criterion != "validation":
+    by_validation = [t.term for t in facts.terms if t.term.config.adaptive_stop.criterion == "validation"]
+    if not by_validation:
         return
     if not validator.enable:
         return facts.refuse("validator.enable", 'let.adaptive_stop.criterion = "validation" needs it', False)
@@ -220,20 +229,26 @@ def check_validation(facts: Facts) -> None:
         "this validator is of another kind than torchtitan's": not teacher_loss.is_measurable(validator),
     }
     reasons = [reason for reason, holds in not_measurable.items() if holds]
-    if reasons and let.adaptive_stop.teacher_loss is None:
-        facts.refuse("let.adaptive_stop.teacher_loss", f"must be given: {reasons[0]}", None)
+    for term in by_validation:
+        if reasons and term.config.adaptive_stop.teacher_loss is None:
+            facts.refuse(f"{term.key}.adaptive_stop.teacher_loss", f"must be given: {reasons[0]}", None)
 
 
 def check_pairs(facts: Facts) -> None:
     """Whether each block exists and is on a pipeline stage. torchtitan leaves out, silently, what no stage lists."""
-    if facts.config.let.target != "labels" and facts.source is None:
-        return
-    facts.pairs = plan.pairs(facts.config, None if facts.source is None else facts.source.info.num_layers)
+    depth = None if facts.source is None else facts.source.info.num_layers
+    for of_term in facts.active_terms:
+        if not (of_term.term.has_teacher and depth is None):
+            facts.attempt(_check_pairs, facts, of_term, depth)
+
+
+def _check_pairs(facts: Facts, of_term: TermFacts, depth: int | None) -> None:
+    of_term.pairs = pairs = plan.pairs(facts.config, of_term.term, depth)
     parallelism = facts.config.parallelism
     stages = parallelism.module_fqns_per_model_part
     if parallelism.pipeline_parallel_degree <= 1 or not stages:
         return
-    blocks = {f"layers.{pair.student}" for pair in facts.pairs}
+    blocks = {f"layers.{pair.student}" for pair in pairs}
     if missing := sorted(block for block in blocks if not any(block in stage for stage in stages)):
         message = f"no stage has {', '.join(missing)}, which is to be aligned"
         facts.refuse("parallelism.module_fqns_per_model_part", message)

@@ -105,8 +105,8 @@ def _problems(config: Trainer.Config, args: argparse.Namespace, out: str) -> lis
     problems = []
     if not out:
         problems.append(Problem("--out", "give the folder to write to, here or as let.teacher.features"))
-    if not config.let.enable or config.let.target != "teacher":
-        key, value = ("let.enable", False) if not config.let.enable else ("let.target", config.let.target)
+    if not config.let.enable or not any(term.has_teacher for term in plan.terms(config.let)):
+        key, value = ("let.enable", False) if not config.let.enable else ("let.signal", "labels")
         problems.append(Problem(key, "there is no teacher in this run whose states could be exported", value))
     if config.let.control != "none":
         message = "a control is made of the teacher's own states when they are read; export without it"
@@ -116,7 +116,7 @@ def _problems(config: Trainer.Config, args: argparse.Namespace, out: str) -> lis
 
 def _settings(config: Trainer.Config, info: TeacherInfo, encoding: str, batch_size: int, degree: int) -> dict[str, Any]:
     """All that the states depend on, for the manifest: JSON values, as they are when they have been read again."""
-    layers = plan.teacher_layers(plan.pairs(config, info.num_layers))
+    layers = plan.all_teacher_layers(config, info.num_layers)
     options = dataclasses.asdict(config.let.teacher)
     del options["features"]
     settings = {
@@ -132,7 +132,7 @@ def _settings(config: Trainer.Config, info: TeacherInfo, encoding: str, batch_si
         "seq_len": config.training.seq_len,
         "batch_size": batch_size,
         "data_parallel_degree": degree,
-        "rows_per_rank": plan.stop_step(config, degree) * rows_per_step(config, degree),
+        "rows_per_rank": plan.last_step(config, degree) * rows_per_step(config, degree),
     }
     return dict(json.loads(json.dumps(settings)))
 

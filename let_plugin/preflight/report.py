@@ -13,6 +13,8 @@ from torchtitan.trainer import Trainer
 from let_plugin.alignment.layer_mapping import EMBEDDING, LayerPair
 from let_plugin.config import LetConfig, plan
 from let_plugin.config.errors import ConfigError, Problem
+from let_plugin.config.tables import TermConfig
+from let_plugin.guidance.distillation import MAX_LOGITS
 from let_plugin.runtime import checkpoint, host
 from let_plugin.teacher.base import TeacherInfo, TeacherSource
 from let_plugin.teacher.retokenized import teacher_seq_len
@@ -27,7 +29,7 @@ class Student:
     other numbers but `num_params` are known of a decoder only.
     """
 
-    num_blocks = width = num_head_params = num_matmul_params = 0
+    num_blocks = width = vocab_size = num_head_params = num_matmul_params = 0
     is_tied = False
 
     def __init__(self, config: Trainer.Config) -> None:
@@ -46,6 +48,7 @@ class Student:
         if self.is_decoder:
             self.num_blocks = len(model.layers)
             self.width = spec.model.dim
+            self.vocab_size = model.lm_head.out_features
             self.is_tied = model.tok_embeddings.weight is model.lm_head.weight
             self.num_head_params = sum(p.numel() for p in model.lm_head.parameters())
             self.num_matmul_params = self.num_params - (0 if self.is_tied else model.tok_embeddings.weight.numel())
@@ -65,16 +68,23 @@ class Facts:
     parallel_dims: ParallelDims | None = None  # the student's device meshes
     student_vocabulary: dict[str, int] | None = None  # token -> id; empty if the tokenizer has none
     resumption: checkpoint.Resumption | None = None  # the checkpoint that the run goes on from
-    stop_step: int | None = None  # S_stop
-    ended_at: int | None = None  # the step at which the alignment has ended by the time the run starts
+    terms: list["TermFacts"] = field(default_factory=list)
     source: TeacherSource | Features | None = None
-    pairs: list[LayerPair] | None = None
     trial: list[str] | None = None  # what became of some rows with another tokenizer, on the rank that has tried
     vocabulary: str | None = None  # the result of comparing the two vocabularies
     start: TeacherSource | None = None  # the teacher that the student starts from
     pieces: list[list[int]] | None = None  # by the student's id, the rows of its that the token takes; on rank 0
     first_upper_block: int | None = None  # of the blocks whose output projections start at zero
     problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def active_terms(self) -> list["TermFacts"]:
+        """Those that have not ended by the time the run starts."""
+        return [term for term in self.terms if term.ended_at is None]
+
+    @property
+    def needs_teacher(self) -> bool:
+        return any(facts.term.has_teacher for facts in self.active_terms)
 
     @property
     def num_data_parallel(self) -> int | None:
@@ -96,13 +106,23 @@ class Facts:
             self.problems += [problem for problem in error.problems if problem not in self.problems]
 
 
+@dataclass
+class TermFacts:
+    """What the checks have found out about a term of the loss. None: not known yet, or not needed."""
+
+    term: plan.Term
+    stop_step: int | None = None  # S_stop
+    ended_at: int | None = None  # the step at which it has ended by the time the run starts
+    pairs: list[LayerPair] | None = None
+
+
 @dataclass(frozen=True)
 class Cost:
     """What LET costs while it is active, beside a plain step.
 
     With a teacher the overhead is the paper's bound, N_T / (3 N_S): its forward pass (2 N_T per token) beside a forward
     and a backward pass of the student (6 N_S), N being the parameters that are multiplied. In logit distillation N_T
-    has the teacher's head in it, and the student's is used twice.
+    has the teacher's head in it. The student's head runs once more for each block of a term of labels.
     """
 
     num_teacher_params: int  # N_T; 0 without a teacher
@@ -114,32 +134,47 @@ def cost(
     config: Trainer.Config,
     student: Student,
     source: TeacherSource | Features | None,
-    pairs: Sequence[LayerPair],
+    terms: Sequence[tuple[plan.Term, Sequence[LayerPair]]],
     parallel_dims: ParallelDims,
 ) -> Cost:
-    """The cost of a checked configuration; without a teacher, that of the control: the head once more for each block.
+    """The cost of terms of a checked configuration that are active together, each with its pairs.
 
     With states that were made beforehand no teacher runs.
     """
-    if source is None:
+    of_teacher = [(term, pairs) for term, pairs in terms if term.has_teacher]
+    total = Cost(0, 0.0, {})
+    if of_teacher:
+        assert source is not None
+        total = _teacher_cost(config, student, source, of_teacher, parallel_dims)
+    overhead, memory = total.overhead, dict(total.memory)
+    if num_blocks := sum(len(pairs) for term, pairs in terms if not term.has_teacher):
         # In fp32: the gathered norm and head, and their gradient.
-        memory = {"head": 2 * 4 * (student.num_head_params + student.width)}
-        return Cost(0, len(pairs) * student.num_head_params / student.num_matmul_params, memory)
+        memory["head"] = 2 * 4 * (student.num_head_params + student.width)
+        overhead += num_blocks * student.num_head_params / student.num_matmul_params
+    return Cost(total.num_teacher_params, overhead, memory)
+
+
+def _teacher_cost(
+    config: Trainer.Config,
+    student: Student,
+    source: TeacherSource | Features,
+    terms: Sequence[tuple[plan.Term, Sequence[LayerPair]]],
+    parallel_dims: ParallelDims,
+) -> Cost:
     let: LetConfig = config.let
     teacher, features = source.info, source if isinstance(source, Features) else None
     training, dtype = config.training, plan.teacher_dtype(config)
-    layers = plan.teacher_layers(pairs)
+    layers = plan.teacher_layers(pair for _, pairs in terms for pair in pairs)
     widths = {layer: teacher.width(layer, let.teacher.final_norm) for layer in layers}
     num_tokens = training.local_batch_size * training.seq_len
     # The ranks of a pipeline stage share the teacher; each holds the states of its part of the sequence.
     num_held = num_tokens // sequence_shards(config, parallel_dims)
     num_shards = teacher_parallel_dims(parallel_dims).dp_shard
-    student_itemsize = TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize
-    memory = {
-        "target": num_held * sum(widths.values()) * dtype.itemsize,
-        "gradient": num_held * len({pair.student for pair in pairs}) * student.width * student_itemsize,
-    }
-    num_teacher, overhead, ratio = 0, 0.0, 1.0
+    itemsize = TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize
+    blocks = [pair.student for term, pairs in terms if term.config.signal == "states" for pair in pairs]
+    num_teacher, ratio, weights = 0, 1.0, {}
+    memory = {"target": num_held * sum(widths.values()) * dtype.itemsize}
+    memory["gradient"] = num_held * len(set(blocks)) * student.width * itemsize
     if features is None:
         num_kept = teacher.num_params_to(layers)  # blocks above the highest layer that is asked for are not there
         num_teacher = num_kept - teacher.num_embedding_params
@@ -152,22 +187,26 @@ def cost(
             num_rows = num_rows // peers if num_rows % peers == 0 else num_rows
             # [B, 1, L, L]: boolean, and in the query's dtype while SDPA uses it.
             weights["teacher's dense attention mask"] = num_rows * seq_len**2 * (1 + dtype.itemsize)
-        memory = weights | memory
-    if let.target == "logits":
+    for _ in (term for term, _ in terms if term.config.signal == "logits"):
         num_head = teacher.vocab_size * teacher.hidden_size
         num_teacher += num_head
-        own_head = cost(config, student, None, pairs, parallel_dims)
-        overhead = own_head.overhead
-        memory |= {"teacher's head": num_head * dtype.itemsize, **own_head.memory}
-    else:
-        matches = [plan.dimension_match(let)(widths[pair.teacher], student.width) for pair in pairs]
-        if num_learned := sum(p.numel() for match in matches for p in match.parameters() if p.requires_grad):
-            # In fp32: the gathered weights and their gradient; the sharded ones, their gradient, the optimizer's state.
-            memory["projector"] = num_learned * 4 * 2 + num_learned * 4 * 4 // num_shards
+        num_chunks = getattr(config.loss, "num_chunks", 1)
+        num_logits = num_tokens // parallel_dims.cp // num_chunks * student.vocab_size // parallel_dims.tp
+        memory["teacher's head"] = num_head * dtype.itemsize // parallel_dims.tp
+        memory["gradient"] += num_logits * itemsize
+        # In fp32: the two models' predictions, their logarithms and the gradient, of some tokens at a time.
+        memory["predictions"] = 6 * 4 * min(num_logits, MAX_LOGITS)
+    num_learned = 0
+    for term, pairs in terms:
+        if term.config.signal == "states":
+            matches = [plan.dimension_match(term.config)(widths[pair.teacher], student.width) for pair in pairs]
+            num_learned += sum(p.numel() for match in matches for p in match.parameters() if p.requires_grad)
+    if num_learned:
+        # In fp32: the gathered weights and their gradient; the sharded ones, their gradient, the optimizer's state.
+        memory["projector"] = num_learned * 4 * 2 + num_learned * 4 * 4 // num_shards
     if features:
         memory["encoded states"] = num_tokens * features.bytes_per_token(layers)
-    overhead += num_teacher / (3 * student.num_matmul_params) * ratio
-    return Cost(num_teacher, overhead, memory)
+    return Cost(num_teacher, num_teacher / (3 * student.num_matmul_params) * ratio, weights | memory)
 
 
 def report(facts: Facts) -> str:
@@ -176,13 +215,14 @@ def report(facts: Facts) -> str:
     lines = [("student", str(facts.student))]
     if not let.enable:
         lines.append(("LET", "off: plain torchtitan"))
-    elif facts.ended_at is not None:
-        ended = f"the alignment has ended at step {facts.ended_at}; the teacher is not needed"
-        if let.weight == 0 and plan.changes_the_start(let):
+    elif facts.active_terms:
+        lines += _guidance_lines(facts)
+    else:
+        ended = f"the alignment has ended at step {max(term.ended_at or 0 for term in facts.terms)}"
+        ended += "; the teacher is not needed"
+        if plan.changes_the_start(let) and all(facts.term.config.weight == 0 for facts in facts.terms):
             ended = "none guides the run (let.weight = 0)"
         lines.append(("teacher", ended))
-    else:
-        lines += _guidance_lines(facts)
     if let.enable and plan.changes_the_start(let):
         lines += _start_lines(facts)
     heading = "LET preflight" if let.enable else "preflight"
@@ -194,9 +234,10 @@ def _start_lines(facts: Facts) -> list[tuple[str, str]]:
     lines = []
     if facts.start is not None:
         basis = plan.basis(facts.config, facts.start.info.hidden_size)
+        match = plan.start_term(let).config.dimension_match
         scales = {"embeddings": let.init.embedding_scale, "head": let.init.head_scale or basis.logit_scale}
         parts = [f"{name} times {scale:.4g}" for name, scale in scales.items() if let.init.parts in (name, "both")]
-        ends = f"width {basis.into_DE.shape[1]} to {basis.into_DE.shape[0]} by {let.dimension_match}"
+        ends = f"width {basis.into_DE.shape[1]} to {basis.into_DE.shape[0]} by {match}"
         lines.append(f"{' and '.join(parts)}, {ends}, of {facts.start.info.description}")
     if facts.pieces is not None:
         sizes = [min(len(piece), 2) for piece in facts.pieces]
@@ -208,35 +249,36 @@ def _start_lines(facts: Facts) -> list[tuple[str, str]]:
 
 
 def _guidance_lines(facts: Facts) -> list[tuple[str, str]]:
-    config, student, source, pairs = facts.config, facts.student, facts.source, facts.pairs
-    assert student and pairs and facts.parallel_dims and facts.stop_step is not None
-    costs = cost(config, student, source, pairs, facts.parallel_dims)
-    lines = [
-        ("teacher", "none: the labels are the target, through the student's own norm and head"),
-        ("blocks", f"{', '.join(str(pair.student) for pair in pairs)} (of 0 to {student.num_blocks - 1})"),
-    ]
+    config, student, source, dims = facts.config, facts.student, facts.source, facts.parallel_dims
+    assert student and dims
+    active = [(facts.term, facts.pairs or []) for facts in facts.active_terms]
+    costs = cost(config, student, source, active, dims)
+    lines = [("teacher", "none: the labels are the target, through the student's own norm and head")]
     if source is not None:
-        layers, dtype = plan.teacher_layers(pairs), str(plan.teacher_dtype(config)).removeprefix("torch.")
+        of_teacher = [pair for term, pairs in active if term.has_teacher for pair in pairs]
+        layers, dtype = plan.teacher_layers(of_teacher), str(plan.teacher_dtype(config)).removeprefix("torch.")
         blocks = f"{source.info.num_layers} blocks of width {source.info.hidden_size}"
         trunk = f"{source.info.num_params_to(layers):,} parameters in its trunk, {dtype}"
         if config.let.teacher.tensor_parallel:
-            trunk += f", cut over {facts.parallel_dims.tp} tensor-parallel ranks"
+            trunk += f", cut over {dims.tp} tensor-parallel ranks"
         states = source.describe(config, layers) if isinstance(source, Features) else ()
-        lines = [
-            ("teacher", f"{source.info.description}: {blocks}, {trunk}"),
-            *(("states", line) for line in states),
-            *(("alignment", _describe_pair(pair, student, source.info, config.let)) for pair in pairs),
-        ]
-    parts = ", ".join(f"{name} {mib(size)}" for name, size in costs.memory.items())
-    # n steps with LET cost as much as `steps` plain ones when n + overhead * stop_step = steps.
+        lines = [("teacher", f"{source.info.description}: {blocks}, {trunk}"), *(("states", line) for line in states)]
+    for term, pairs in active:
+        lines += [_named(term, line) for line in _term_lines(facts, term, pairs)]
+    for term_facts in facts.active_terms:
+        lines.append(_named(term_facts.term, ("lambda", _describe_schedule(facts, term_facts))))
+    if len(active) > 1:
+        alone = [(term, cost(config, student, source, [(term, pairs)], dims)) for term, pairs in active]
+        lines += [_named(term, ("overhead", f"+ {own.overhead:.1%} FLOPs by itself")) for term, own in alone]
+    # n steps with LET cost as much as `steps` plain ones when n + what the terms cost in theirs = steps.
     steps = config.training.steps
-    affordable_steps = steps - costs.overhead * facts.stop_step
+    affordable_steps = steps - _spent_steps(facts, active)
     break_even = "never: it costs more than the whole plain run"
     if affordable_steps > 0:
         break_even = f"at {steps / affordable_steps:.3f}x fewer steps" if costs.overhead else "at any saving of steps"
+    parts = ", ".join(f"{name} {mib(size)}" for name, size in costs.memory.items())
     return [
         *lines,
-        ("lambda", _describe_schedule(facts)),
         *(("vocabulary", line) for line in _describe_vocabularies(facts)),
         ("memory", f"+ {mib(sum(costs.memory.values()))} per rank while active: {parts}"),
         ("overhead", f"+ {costs.overhead:.1%} FLOPs while active: {_describe_overhead(facts, student, costs)}"),
@@ -244,41 +286,72 @@ def _guidance_lines(facts: Facts) -> list[tuple[str, str]]:
     ]
 
 
+def _named(term: plan.Term, line: tuple[str, str]) -> tuple[str, str]:
+    return (line[0], f"{term.name}: {line[1]}" if term.name else line[1])
+
+
+def _spent_steps(facts: Facts, active: Sequence[tuple[plan.Term, Sequence[LayerPair]]]) -> float:
+    """How many plain steps cost as much as what the terms cost beside theirs."""
+    assert facts.student and facts.parallel_dims
+    spent, start = 0.0, 0
+    stops = {term_facts.term.index: term_facts.stop_step or 0 for term_facts in facts.active_terms}
+    for stop in sorted(set(stops.values())):
+        left = [(term, pairs) for term, pairs in active if stops[term.index] >= stop]
+        overhead = cost(facts.config, facts.student, facts.source, left, facts.parallel_dims).overhead
+        spent, start = spent + overhead * (stop - start), stop
+    return spent
+
+
+def _term_lines(facts: Facts, term: plan.Term, pairs: Sequence[LayerPair]) -> list[tuple[str, str]]:
+    student, let = facts.student, term.config
+    assert student
+    if let.signal == "labels":
+        blocks = f"{', '.join(str(pair.student) for pair in pairs)} (of 0 to {student.num_blocks - 1})"
+        return [("blocks", blocks)]
+    assert facts.source is not None
+    if let.signal == "logits":
+        text = f"the student's predictions with the teacher's, {let.divergence} at temperature {let.temperature:g}"
+        text += f", the {let.top_k} likeliest tokens" if let.top_k else ""
+        text += f", the student's own loss times {1 - let.alpha:g} at first" if let.alpha else ""
+        return [("alignment", text)]
+    return [("alignment", _describe_pair(pair, student, facts.source.info, facts.config.let, let)) for pair in pairs]
+
+
 def _describe_overhead(facts: Facts, student: Student, costs: Cost) -> str:
     config, source = facts.config, facts.source
+    of_head = f"{student.num_head_params:,} parameters of the head, per block, beside {student.num_matmul_params:,}"
+    has_labels = any(not term_facts.term.has_teacher for term_facts in facts.active_terms)
     if source is None:
-        return f"{student.num_head_params:,} parameters of the head, per block, beside {student.num_matmul_params:,}"
-    if isinstance(source, Features):
-        return "the states are read, no teacher runs"
+        return of_head
     text = f"N_T / (3 N_S) = {costs.num_teacher_params:,} / (3 x {student.num_matmul_params:,})"
     if config.let.token_alignment.enable:
         text += f" x {teacher_seq_len(config, source.info)} / {config.training.seq_len} tokens"
     if config.let.teacher.rows != 1:
         num_rows = plan.microbatch_rows(config)
         text += f" x {plan.num_teacher_rows(config.let, num_rows)} / {num_rows} rows"
-    if config.let.target == "logits":
-        text += ", and the student's head once more"
-    return f"{text}, embeddings not counted"
+    text += ", embeddings not counted"
+    if isinstance(source, Features):
+        head = ", its head does" if costs.num_teacher_params else ""
+        text = f"the states are read, no teacher runs{head}"
+    return f"{text}, and {of_head}" if has_labels else text
 
 
-def _describe_pair(pair: LayerPair, student: Student, teacher: TeacherInfo, let: LetConfig) -> str:
-    if let.target == "logits":
-        return f"the student's predictions with the teacher's, at temperature {let.temperature:g}"
+def _describe_pair(pair: LayerPair, student: Student, teacher: TeacherInfo, let: LetConfig, term: TermConfig) -> str:
     layer = f"block {pair.teacher} (of 0 to {teacher.num_layers - 1})"
     if pair.teacher == EMBEDDING:
         layer = "embedding"
     elif pair.teacher == teacher.num_layers - 1:
         layer = f"last layer ({'after' if let.teacher.final_norm else 'before'} the final norm)"
     width = teacher.width(pair.teacher, let.teacher.final_norm)
-    if width == student.width and let.dimension_match == "interpolate":
+    if width == student.width and term.dimension_match == "interpolate":
         widths = f"both of width {width}"
     else:
-        ends = (width, student.width) if let.projector.side == "teacher" else (student.width, width)
-        widths = f"width {ends[0]} to {ends[1]} by {let.dimension_match}"
+        ends = (width, student.width) if term.projector.side == "teacher" else (student.width, width)
+        widths = f"width {ends[0]} to {ends[1]} by {term.dimension_match}"
     weight = "" if pair.weight == 1 else f", weight {pair.weight:g}"
     return (
         f"output of student block {pair.student} (layers.{pair.student}, of 0 to {student.num_blocks - 1}) with the "
-        f"teacher's {layer}, {widths}, {let.loss}{weight}"
+        f"teacher's {layer}, {widths}, {term.loss}{weight}"
     )
 
 
@@ -291,13 +364,13 @@ def _describe_vocabularies(facts: Facts) -> list[str]:
     return facts.trial or ["two tokenizers, matched by bytes of text"]
 
 
-def _describe_schedule(facts: Facts) -> str:
-    let: LetConfig = facts.config.let
+def _describe_schedule(facts: Facts, of_term: TermFacts) -> str:
+    let = of_term.term.config
     start = f"{let.weight:g} at step 0, {let.schedule}"
     if let.warmup_steps > 0:
         start = f"up to {let.weight:g} at step {let.warmup_steps}, then {let.schedule}"
     of = " of the student's own gradient" if let.weight_by == "gradient" else ""
-    return f"{start} to 0 at step {facts.stop_step} of {facts.config.training.steps}{of}"
+    return f"{start} to 0 at step {of_term.stop_step} of {facts.config.training.steps}{of}"
 
 
 def mib(num_bytes: float) -> str:

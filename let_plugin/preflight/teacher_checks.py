@@ -7,7 +7,7 @@ from let_plugin.config import plan
 from let_plugin.config.errors import ConfigError
 from let_plugin.preflight.report import Facts
 from let_plugin.teacher.base import TeacherSource
-from let_plugin.teacher.open import open_source
+from let_plugin.teacher.open import open_source, open_teacher
 from let_plugin.teacher.retokenized import retokenizer, teacher_seq_len, try_out
 from let_plugin.teacher.stored.features import Features
 from let_plugin.tokens.vocabulary import compare_vocabularies
@@ -20,13 +20,16 @@ def find_source(facts: Facts) -> None:
 def check_dimension_match(facts: Facts) -> None:
     """A match may refuse the two widths."""
     let, spec = facts.config.let, facts.config.model_spec
-    if facts.source is None or facts.pairs is None or let.target != "teacher":
+    if facts.source is None:
         return
     assert spec is not None
-    for width in {facts.source.info.width(pair.teacher, let.teacher.final_norm) for pair in facts.pairs}:
-        match = plan.dimension_match(let)(width, spec.model.dim)
-        if isinstance(match, FittedMatch) and let.cuda_graphs:
-            facts.refuse("let.cuda_graphs", f"a captured step cannot refit: not with {let.dimension_match!r}", True)
+    for of_term in (t for t in facts.active_terms if t.term.config.signal == "states"):
+        table, key = of_term.term.config, of_term.term.key
+        for width in {facts.source.info.width(p.teacher, let.teacher.final_norm) for p in of_term.pairs or ()}:
+            match = plan.dimension_match(table, key)(width, spec.model.dim)
+            if isinstance(match, FittedMatch) and let.cuda_graphs:
+                message = f"a captured step cannot refit: not with {table.dimension_match!r}"
+                facts.refuse("let.cuda_graphs", message, True)
 
 
 def check_sequence_length(facts: Facts) -> None:
@@ -62,7 +65,7 @@ def check_rows(facts: Facts) -> None:
     if let.teacher.rows == 1:
         return
     message = ""
-    if let.teacher.features or let.target == "labels":
+    if let.teacher.features or not any(term.has_teacher for term in plan.terms(let)):
         message = "no teacher runs"
     elif plan.num_teacher_rows(let, num_rows) == num_rows:
         message = f"a microbatch has {num_rows} rows, and this share of them rounds up to all"
@@ -75,17 +78,23 @@ def check_stored_states(facts: Facts) -> None:
     features, let = facts.source, facts.config.let
     if not isinstance(features, Features):
         return
-    only_states = "it needs the teacher itself, and let.teacher.features has its states only"
-    if let.target == "logits":
-        facts.refuse("let.target", only_states, let.target)
     if let.control == "random_teacher":
-        facts.refuse("let.control", only_states, let.control)
-    if facts.pairs is not None and facts.num_data_parallel is not None and facts.stop_step is not None:
+        message = "it needs the teacher itself, and let.teacher.features has its states only"
+        facts.refuse("let.control", message, let.control)
+    if _distils(facts):
+        facts.attempt(open_teacher, let.teacher)  # its head is read
+    is_known = all(of_term.pairs is not None and of_term.stop_step is not None for of_term in facts.active_terms)
+    if is_known and facts.num_data_parallel is not None:
         known = {problem.key for problem in facts.problems}
         try:
-            features.check(facts.config, plan.teacher_layers(facts.pairs), facts.num_data_parallel)
+            layers = plan.all_teacher_layers(facts.config, features.info.num_layers)
+            features.check(facts.config, layers, facts.num_data_parallel)
         except ConfigError as error:
             facts.problems += [problem for problem in error.problems if problem.key not in known]
+
+
+def _distils(facts: Facts) -> bool:
+    return any(of_term.term.config.signal == "logits" for of_term in facts.active_terms)
 
 
 def check_token_alignment(facts: Facts) -> None:
@@ -93,7 +102,7 @@ def check_token_alignment(facts: Facts) -> None:
     config, source = facts.config, facts.source
     if not isinstance(source, TeacherSource) or not config.let.token_alignment.enable:
         return
-    if config.let.target == "logits":
+    if _distils(facts):
         message = "the predictions of two tokenizers cannot be compared; take a teacher with the student's"
         return facts.refuse("let.token_alignment.enable", message, True)
     teacher_seq_len(config, source.info)

@@ -152,6 +152,14 @@ class TeacherSource(ABC):
         head, or if the family does more than these layers say: see `outer_layers.py`.
         """
 
+    @abstractmethod
+    def head(self) -> dict[str, torch.Tensor]:
+        """Reads the map from its last state, after the final norm, to its logits: "weight" [V, E], perhaps "bias" [V].
+
+        fp32, in CPU memory, in the process that calls it alone. ConfigError as for `build`, if there is no head, or if
+        the family makes logits in another way: scales or caps them, say.
+        """
+
 
 class States(NamedTuple):
     """The teacher's states of the student's tokens."""
@@ -169,6 +177,10 @@ class StateProvider(ABC):
 
     def start_step(self, step: int) -> None:  # noqa: B027
         """Before the first microbatch of step `step` (0-based)."""
+
+    def replace_teacher(self, teacher: Teacher | None) -> None:
+        """Takes another teacher, whose states are the first channels of this one's, or none until the next call."""
+        self.teacher = teacher
 
     @abstractmethod
     def states(self, batch: Mapping[str, torch.Tensor], student_masks: Any = None) -> States:

@@ -5,6 +5,8 @@ compared with what is taken from it. Shape legend: T tokens, V vocabulary, E tea
 """
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from let_plugin.config.errors import ConfigError, Problem
 
@@ -49,3 +51,17 @@ def folded_head(
         'choose another teacher, or "embeddings", which take neither'
     )
     raise ConfigError(Problem("let.init.parts", message))
+
+
+def plain_head(
+    head: nn.Module, last_TE: torch.Tensor, given_TE: torch.Tensor, logits_TV: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Weight and, if there is one, bias of a head. ConfigError if the logits of the trial tokens, `logits_TV`, are not
+    just its product with their last states, `last_TE`; `given_TE` is what it has been given."""
+    weight_VE, bias_V = head.get_parameter("weight"), getattr(head, "bias", None)
+    product_TV = F.linear(last_TE, weight_VE, bias_V)
+    pairs = ((last_TE, given_TE), (product_TV, logits_TV))
+    if not all((got - expected).norm() <= _TOLERANCE * expected.norm() for got, expected in pairs):
+        message = "the teacher's logits are not just the product of its last state and its head; choose another teacher"
+        raise ConfigError(Problem("let.teacher.path", message))
+    return {"weight": weight_VE.detach()} | ({} if bias_V is None else {"bias": bias_V.detach()})

@@ -137,14 +137,22 @@ class TeacherShare:
     itself tensor-parallel run the same rows together, and are no peers.
 
     `student` are the student's device meshes. Every rank of the job must make one: its mesh is made together.
+    `of_head`: what is delivered is for the student's head, whose input sequence parallelism does not cut; `block_part`
+    cuts that of the blocks out of it.
     """
 
-    def __init__(self, config: Trainer.Config, student: ParallelDims, device: torch.device) -> None:
+    def __init__(
+        self, config: Trainer.Config, student: ParallelDims, device: torch.device, *, of_head: bool = False
+    ) -> None:
+        cuts_blocks = student.tp_enabled and config.parallelism.enable_sequence_parallel
+        # The tensor-parallel mesh that has yet to cut what is delivered.
+        self._block_mesh = student.get_mesh("tp") if of_head and cuts_blocks else None
         self._cuts_masks = student.cp_enabled
         self._num_peers = num_peers(config, student)
         self._mesh: DeviceMesh | None = None
         # Indices into L; None: the whole sequence.
-        self._part_S = _sequence_part(config, student, device) if sequence_shards(config, student) > 1 else None
+        is_cut = student.cp_enabled or (cuts_blocks and not of_head)
+        self._part_S = _sequence_part(config, student, device, of_head=of_head) if is_cut else None
         if self._num_peers == 1:
             return
         # The two innermost axes of torchtitan's meshes are context and tensor parallelism.
@@ -176,6 +184,12 @@ class TeacherShare:
     def part(self, tensor_BL: torch.Tensor) -> torch.Tensor:
         """This rank's part of the sequence: [B, L, ...] to [B, S, ...]."""
         return tensor_BL if self._part_S is None else tensor_BL.index_select(1, self._part_S)
+
+    def block_part(self, delivered_BSE: torch.Tensor) -> torch.Tensor:
+        """Of what has been delivered, the part of the sequence that this rank's block output covers."""
+        if self._block_mesh is None:
+            return delivered_BSE
+        return delivered_BSE.chunk(self._block_mesh.size(), dim=1)[self._block_mesh.get_local_rank()]
 
     def deliver(self, states_BLE: torch.Tensor, num_rows: int) -> torch.Tensor:
         """The states of this rank's part of the sequence, [num_rows, S, E], from those of its rows, [rows, L, E]."""
@@ -257,12 +271,14 @@ class TargetProvider:
             return share.deliver(states_BLE, num_rows)
 
 
-def _sequence_part(config: Trainer.Config, student: ParallelDims, device: torch.device) -> torch.Tensor:
-    """Indices of the positions that this rank's block output covers, cut as torchtitan cuts the student's inputs."""
+def _sequence_part(
+    config: Trainer.Config, student: ParallelDims, device: torch.device, *, of_head: bool
+) -> torch.Tensor:
+    """Indices of the positions of this rank's block output, or its head's input, cut as torchtitan cuts those."""
     index_L = torch.arange(config.training.seq_len, device=device)
     if student.cp_enabled:
         load_balancer = config.parallelism.context_parallel_load_balancer
         index_L = upstream.context_parallel_part(index_L, student.get_mesh("cp"), load_balancer)
-    if student.tp_enabled and config.parallelism.enable_sequence_parallel:
+    if student.tp_enabled and config.parallelism.enable_sequence_parallel and not of_head:
         index_L = index_L.chunk(student.tp)[student.get_mesh("tp").get_local_rank()]
     return index_L.contiguous()

@@ -15,7 +15,7 @@ ALONE = """\
 weight = 0.0
 dimension_match = "random"
 init = {parts = "both", embedding_scale = 0.5, upper_blocks = "zero"}"""
-LABELS = 'target = "labels"\nprojector.side = "student"\ninit = {parts = "head", head_scale = 2.0}'
+LABELS = 'signal = "labels"\nprojector.side = "student"\ninit = {parts = "head", head_scale = 2.0}'
 LAYOUTS = jobs.LAYOUTS | {
     "HSDP": ["--parallelism.data_parallel_replicate_degree", 2, "--training.local_batch_size", 2],
     **{b: [*jobs.LAYOUTS["TP"], "--parallelism.spmd_backend", b] for b in ("spmd_types", "full_dtensor")},

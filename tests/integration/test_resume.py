@@ -16,21 +16,29 @@ pytestmark = pytest.mark.slow
 
 # Checkpoints after steps 3, 6, 9 and 12; the alignment ends before step 7: a cosine is always below 2.
 STATE = """\
+teacher.center = true
+[[let.terms]]
 dimension_match = "linear"
 weight_by = "gradient"
-teacher.center = true
+weight = 0.5
+stop_step = 10
 adaptive_stop = {criterion = "gradient", threshold = 2.0, patience = 6, smoothing = 0.5}
+[[let.terms]]
+signal = "labels"
+weight_by = "gradient"
+stop_step = 4
 """
-RUN = ["--training.steps", "12", "--let.stop-step", "10", "--dataloader.num_workers", "1"]
+RUN = ["--training.steps", "12", "--dataloader.num_workers", "1"]
 SAVE = ["--checkpoint.enable", "--checkpoint.interval", "3", "--checkpoint.keep-latest-k", "0"]
 FULL = ["--checkpoint.no-last-save-model-only"]
 VALIDATE = ["--validator.enable", "--validator.freq", "2", "--validator.steps", "2"]
-EQUAL = ("loss_metrics/global_avg_loss", "validation_metrics/loss", "let/active", "let/lambda", "let/cosine")
-EQUAL += ("let/aligned_fraction",)
+EQUAL = ("loss_metrics/global_avg_loss", "validation_metrics/loss", "let/active", "let/aligned_fraction")
+EQUAL += ("let/states/lambda", "let/states/cosine", "let/labels/lambda", "let/labels/auxiliary_loss")
 
 
 def write_config(folder, tiny_teacher):
     config = jobs.tiny(folder, tiny_teacher[0], STATE)
+    config.write_text(config.read_text().replace("weight = 0.5\nstop_step = 4\n", "", 1))
     tokenizer_kinds.write_for_teacher(folder / "tokenizer", config, 128)
     return config
 
@@ -76,7 +84,8 @@ def test_only_checkpoints_of_the_alignment_hold_its_state_and_the_student_is_pla
     assert own[12] == {"let_adaptive_stop"}  # that it has stopped
 
     # A checkpoint of the weights alone holds those of the student alone, though it was written during the alignment.
-    short = ["--training.steps", "3", "--let.stop-step", "3", "--dump_folder", tmp_path / "short"]
+    short = ["--training.steps", "3", "--let.terms.0.stop_step", "3", "--let.terms.1.stop_step", "3"]
+    short += ["--dump_folder", tmp_path / "short"]
     jobs.probe(tmp_path / "short", config, *RUN, *SAVE, *short)
     assert "lm_head.weight" in keys(tmp_path / "short", 3) < plain
 
@@ -99,5 +108,5 @@ def test_resumed_at_another_parallelism_it_trains_on_alike(tmp_path, uninterrupt
     for name, run in {"one": one, **several}.items():
         assert [step["let/active"] for step in run["logged"]] == [1] * 3 + [0] * 6, name
         for got, expected in zip(run["logged"], one["logged"], strict=True):
-            for key in {"loss", "let/cosine", "let/aligned_fraction"} & expected.keys():
+            for key in {"loss", "let/states/cosine", "let/aligned_fraction"} & expected.keys():
                 assert got[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-5), (name, key)

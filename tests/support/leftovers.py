@@ -9,14 +9,15 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from let_plugin.alignment.tap import AlignmentTap
+from let_plugin.alignment.tap import Tap
 from let_plugin.guidance.guidance import Guidance
+from let_plugin.guidance.heads import AuxiliaryHead
 from let_plugin.guidance.projectors import LearnedProjector
 from let_plugin.teacher.base import Teacher
 
 # What the alignment makes, wherever it is kept.
 OURS = [f"let_plugin.alignment.{name}" for name in ("projectors", "running_mean", "tap", "pair")]
-OURS += [f"let_plugin.guidance.{name}" for name in ("guidance", "projectors", "heads")]
+OURS += [f"let_plugin.guidance.{name}" for name in ("distillation", "guidance", "heads", "projectors", "signals")]
 OURS += ["let_plugin.teacher.sharding", "let_plugin.teacher.retokenized"]
 
 
@@ -43,8 +44,10 @@ class Leftovers:
                 self._references = {name: _references(part) for name, part in _parts(trainer.guidance)}
                 self.watched = list(self._references)
 
-        def end() -> None:
-            end_alignment()
+        def end(terms: Any) -> None:
+            end_alignment(terms)
+            if trainer.guidance is not None:
+                return
             self.alive = [name for name, is_alive in self._references.items() if is_alive()]
             self.alive += [repr(type(o)) for o in _instances() if id(o) not in self._before]
 
@@ -55,9 +58,12 @@ def _parts(guidance: Guidance) -> Iterator[tuple[str, Any]]:
     yield "guidance", guidance
     if guidance.teacher is not None:
         yield from _parts_of_teacher(guidance.teacher)
-    for i, tap in enumerate(guidance.taps):
-        yield from _named(f"tap {i}", tap)
-    for projector in guidance.projectors:
+    for signal in guidance.signals:
+        yield f"signal {signal.term.name}", signal
+        for i, tap in enumerate(signal.taps):
+            yield from _named(f"tap {i} {signal.term.name}".strip(), tap)
+    learners = [learner for signal in guidance.signals for learner in signal.learners]
+    for projector in (learner for learner in learners if not isinstance(learner, AuxiliaryHead)):
         yield from _named(projector.name, projector)
         if isinstance(projector, LearnedProjector):
             yield from _parts_of_module(projector.name, projector._module)
@@ -112,4 +118,4 @@ def _references(part: Any) -> Any:
 
 def _instances() -> list[Any]:
     """All objects of classes that only an alignment makes; those that nothing refers to any more count as well."""
-    return [o for o in gc.get_objects() if type(o).__module__ in OURS or issubclass(type(o), Teacher | AlignmentTap)]
+    return [o for o in gc.get_objects() if type(o).__module__ in OURS or issubclass(type(o), Teacher | Tap)]

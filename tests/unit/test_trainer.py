@@ -74,8 +74,8 @@ def test_a_hook_that_is_lost_is_an_error_in_the_first_step(trainer, monkeypatch)
 
 
 def test_masks_that_are_the_same_are_made_once(trainer, batch, monkeypatch):
-    trainer.guidance = Guidance(trainer, 0)
-    direct_BLE = trainer.guidance.target(*batch)
+    trainer.guidance = Guidance(trainer, trainer.terms, 0)
+    direct_BLE = trainer.guidance.targets(*batch)[TARGET_KWARG]
     calls = []
     make = Decoder.get_attention_masks
 

@@ -44,7 +44,7 @@ class Method:
 
 
 _DISTIL = (
-    *("--let.enable", "--let.target", "logits", "--let.control", "none", "--let.schedule", "constant"),
+    *("--let.enable", "--let.signal", "logits", "--let.control", "none", "--let.schedule", "constant"),
     *("--let.warmup-steps", "0", "--let.adaptive-stop.criterion", "none", "--let.dimension-match", "interpolate"),
     # Layers have no meaning here, and stored states are no predictions.
     *("--let.pairs", "[]", "--let.student-block", "None", "--let.teacher.features", ""),
@@ -63,7 +63,7 @@ METHODS = {
         Method(name="rkd", options=_DISTIL, defaults=(*_WEIGHT_1, "--let.stop-fraction", "1.0")),
         Method(name="salt", options=_DISTIL, defaults=(*_WEIGHT_1, "--let.stop-fraction", "0.17")),
         # The controls; the first is similar to arXiv 1409.5185.
-        Method(name="labels", options=(*_LET, "--let.target", "labels"), like="let"),
+        Method(name="labels", options=(*_LET, "--let.signal", "labels"), like="let"),
         Method(name="random_teacher", options=(*_LET, "--let.control", "random_teacher"), like="let"),
         Method(name="shuffled_targets", options=(*_LET, "--let.control", "shuffled_targets"), like="let"),
         # arXiv 2405.15319; see `stacking`.

@@ -102,10 +102,10 @@ class Planner:
             tokens = tokens_per_step * self._args.gstack_steps
             flops = 6.0 * shallow.num_matmul_params * tokens
             return {"what": "shallow model", "flops": flops, "tokens": tokens, "seconds": None}
-        if config.let.enable and config.let.target == "teacher" and config.let.teacher.features:
+        if config.let.enable and config.let.teacher.features:
             features = Features(config.let.teacher.features)
             info = features.info
-            layers = plan.teacher_layers(plan.pairs(config, info.num_layers))
+            layers = plan.all_teacher_layers(config, info.num_layers)
             result = Manifest.read(features.folder).result or {}
             aligned = config.let.token_alignment.enable  # the teacher's own tokens, if it has a tokenizer of its own
             length = teacher_seq_len(config, info) if aligned else features.settings["seq_len"]
@@ -130,9 +130,9 @@ class Planner:
         if _split(config.validator.dataloader) == _split(config.validator.test):
             message = "is also the split that choices are made on, validator.dataloader; name another"
             problems.append(Problem("--test-dataset", message, self._args.test_dataset))
-        found = f"target = {config.let.target!r}, control = {config.let.control!r}"
+        found = f"signal = {config.let.signal!r}, control = {config.let.control!r}"
         names = {name for method in self.methods for name in (method.name, method.like)}
-        if "let" in names and found != "target = 'teacher', control = 'none'":
+        if "let" in names and found != "signal = 'states', control = 'none'":
             problems.append(Problem("let", f"must be LET itself, which the others are compared with, not {found}"))
         for method in self.methods:
             absent = [f"--{need.replace('_', '-')}" for need in method.needs if getattr(self._args, need) is None]

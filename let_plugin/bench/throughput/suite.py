@@ -108,7 +108,7 @@ def plan_runs(args: argparse.Namespace, options: Sequence[str]) -> list[Run]:
     setup.check([own for *_, own in cells])
     dims = setup.dims()
     # The stop of a whole run; LET may be off in the configuration, but not what it says of the stop.
-    stop_step = plan.stop_step(base, dims.dp_replicate * dims.dp_shard)
+    stop_step = plan.last_step(base, dims.dp_replicate * dims.dp_shard)
     planned = []
     for name, share, own in cells:
         case, config = CASES[name], setup.load(own).config

@@ -28,7 +28,7 @@ from let_plugin.teacher.hf import checks
 from let_plugin.teacher.hf.attention import ATTENTION, model_inputs
 from let_plugin.teacher.hf.checkpoint import Checkpoint, quiet_transformers, tensors_of
 from let_plugin.teacher.layers import LayerStates
-from let_plugin.teacher.outer_layers import entering_embeddings, folded_head, trial_tokens
+from let_plugin.teacher.outer_layers import entering_embeddings, folded_head, plain_head, trial_tokens
 from let_plugin.teacher.sharding import hand_out, read_once
 
 if TYPE_CHECKING:
@@ -122,6 +122,18 @@ class HFTeacherSource(TeacherSource):
             eps = getattr(self._checkpoint.model_config, "rms_norm_eps", 0.0)
             layers["head"] = folded_head(model.get_output_embeddings().weight, norm_E, eps, leaving_TE, logits_TV)
         return layers
+
+    @torch.no_grad()
+    def head(self) -> dict[str, torch.Tensor]:
+        """See TeacherSource. Holds the whole teacher meanwhile."""
+        with keep_rng_state(torch.device("cpu")):
+            model = self._checkpoint.load(torch.float32, head=True, attention=ATTENTION)
+        freeze(model)
+        inputs, given, head = model_inputs(trial_tokens(self.info.vocab_size), None), [], model.get_output_embeddings()
+        head.register_forward_pre_hook(lambda head, args: given.append(args[0][:, 0]))
+        logits_TV = model(**inputs).logits[:, 0]
+        last_TE = model.base_model(**inputs).last_hidden_state[:, 0]
+        return plain_head(head, last_TE, given[0], logits_TV)
 
 
 def _shard(trunk: Any, blocks: nn.ModuleList, parallel_dims: "ParallelDims") -> None:

@@ -111,7 +111,7 @@ class Features:
         if named and (fingerprint := fingerprints.teacher(let)) != stored["teacher"]["fingerprint"]:
             message = f"{fingerprint} is not the teacher whose states are in {folder!r} ({self.info.description})"
             problems.append(Problem(key, message, named))
-        stop_step, rows = plan.stop_step(config, num_data_parallel), rows_per_step(config, num_data_parallel)
+        stop_step, rows = plan.last_step(config, num_data_parallel), rows_per_step(config, num_data_parallel)
         if stop_step * rows > stored["rows_per_rank"]:
             steps = stored["rows_per_rank"] // rows
             message = (

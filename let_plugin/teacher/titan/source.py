@@ -32,7 +32,7 @@ from let_plugin.teacher.base import (
     num_blocks_to,
 )
 from let_plugin.teacher.layers import LayerStates
-from let_plugin.teacher.outer_layers import folded_head, trial_tokens
+from let_plugin.teacher.outer_layers import folded_head, plain_head, trial_tokens
 from let_plugin.teacher.sharding import SPMD_BACKEND
 from let_plugin.teacher.titan.spec import check_agrees, make_spec, read_hf_config
 from let_plugin.teacher.titan.weights import TitanWeights
@@ -162,6 +162,16 @@ class TitanTeacherSource(TeacherSource):
         states_TE, logits_TV = embeddings_VE[tokens_T1[:, 0]], model(tokens_T1)[:, 0]
         head_VE = folded_head(model.lm_head.weight, model.norm.weight, model.norm.eps, states_TE, logits_TV)
         return {"embeddings": embeddings_VE, "head": head_VE}
+
+    @torch.no_grad()
+    def head(self) -> dict[str, torch.Tensor]:
+        """See TeacherSource. Of DCP and safetensors, the outer layers alone are read."""
+        model = self._whole(torch.float32, torch.device("cpu"), seq_len=1, blocks=False)
+        seen: list[torch.Tensor] = []
+        model.norm.register_forward_hook(lambda norm, args, output: seen.append(output))
+        model.lm_head.register_forward_pre_hook(lambda head, args: seen.append(args[0]))
+        logits_TV = model(trial_tokens(self.info.vocab_size))[:, 0]
+        return plain_head(model.lm_head, seen[0][:, 0], seen[1][:, 0], logits_TV)
 
     def _whole(
         self, dtype: torch.dtype, device: torch.device, seq_len: int, *, blocks: bool = True, head: bool = True

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from let_plugin.alignment.gradient_weight import GradientWeight
+from let_plugin.alignment.running_mean import GradientWeight
 
 
 def steps_of(weight, ratios, share=0.3):

@@ -82,7 +82,7 @@ def test_the_injected_gradient_is_that_of_the_sum_over_blocks_and_pairs(batch, w
     torch.testing.assert_close(gradients(model), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(tap.metric_sums, cosines)
     assert tap.num_calls == {"0": 1, "2": 1}
-    assert tap._target_BLE is None  # the last block has freed it
+    assert tap._target is None  # the last block has freed it
 
 
 def test_the_tap_is_inert_without_a_target_and_without_gradient(batch):
@@ -148,7 +148,7 @@ def test_the_two_gradients_are_compared_when_asked_for(batch):
     model, tap = tapped()
     forward(model, batch).square().sum().backward()
     assert not tap.gradient_sums.any()
-    tap.measured_block = "1"
+    tap.measured = "1"
     for _ in range(2):  # microbatches
         forward(model, batch).square().sum().backward()
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from let_plugin.alignment.layer_mapping import LayerPair
-from let_plugin.config import LetConfig, PairConfig, ProjectorConfig, TeacherConfig, plan
+from let_plugin.config import InitConfig, LetConfig, PairConfig, ProjectorConfig, TeacherConfig, TermConfig, plan
 from let_plugin.config.errors import ConfigError
 from let_plugin.trainer import with_let
 from tests.support.config_registry import tiny
@@ -23,6 +23,16 @@ def config_of(steps=10, **let):
     return config
 
 
+def stop_step(config, num_data_parallel):
+    (term,) = plan.terms(config.let)
+    return plan.stop_step(config, term, num_data_parallel)
+
+
+def pairs_of(config, teacher_depth):
+    (term,) = plan.terms(config.let)
+    return plan.pairs(config, term, teacher_depth)
+
+
 # Settings -> what plan says of each: its key, and a word of the remedy.
 WRONG = [
     ({"stop_step": 11}, {"stop_step": "training.steps = 10"}),
@@ -31,12 +41,12 @@ WRONG = [
     ({"stop_step": 3, "warmup_steps": 4}, {"warmup_steps": "the stop step, 3"}),
     ({"pairs": [PairConfig(student=0, teacher=2), PairConfig(student=-5)]},
      {"pairs.0.teacher": "blocks 0 to 1", "pairs.1.student": "blocks 0 to 3"}),
-    ({"target": "labels", "pairs": [PairConfig(student=4, teacher=11)]}, {"pairs.0.student": "blocks 0 to 3"}),
+    ({"signal": "labels", "pairs": [PairConfig(student=4, teacher=11)]}, {"pairs.0.student": "blocks 0 to 3"}),
     ({"pairs": [PairConfig(student=0), PairConfig(student=-4, teacher=1)]}, {"pairs.1": "meet twice"}),
     ({"student_block": 1, "layer_mapping": "uniform"}, {"student_block": "let.pairs"}),
     ({"student_block": 1, "pairs": [PairConfig(student=0)]}, {"student_block": "let.pairs"}),
     ({"student_block": -1}, {"student_block": "blocks 0 to 3"}),
-    ({"target": "logits", "pairs": [PairConfig(student=0)]}, {"pairs": "leave it out"}),
+    ({"signal": "logits", "pairs": [PairConfig(student=0)]}, {"pairs": "leave it out"}),
     ({"layer_mapping_options": {"early": 0.0}}, {"layer_mapping_options.early": ""}),
     ({"loss_options": {"bta": 1}}, {"loss_options.bta": "no such option"}),
     ({"loss": "smooth_l1", "loss_options": {"beta": 0.0}}, {"loss_options.beta": "must be"}),
@@ -65,9 +75,11 @@ WRONG = [
 @pytest.mark.parametrize(("let", "expected"), WRONG)
 def test_a_wrong_setting_names_its_key_and_the_remedy(let, expected):
     config, problems = config_of(**let), []
-    checks = [functools.partial(check, config.let) for check in (plan.schedule, plan.loss)]
-    checks += [lambda: plan.dimension_match(config.let)(32, 48), lambda: plan.stop_step(config, 1)]
-    for check in [*checks, lambda: plan.pairs(config, None if config.let.target == "labels" else 2)]:
+    (term,) = plan.terms(config.let)
+    checks = [functools.partial(check, term) for check in (plan.schedule, plan.loss)]
+    checks += [lambda: plan.dimension_match(config.let)(32, 48), lambda: plan.stop_step(config, term, 1)]
+    checks.append(lambda: plan.check_terms(config.let))
+    for check in [*checks, lambda: plan.pairs(config, term, 2 if term.has_teacher else None)]:
         try:
             check()
         except ConfigError as error:
@@ -91,7 +103,7 @@ def test_a_wrong_setting_names_its_key_and_the_remedy(let, expected):
     ],
 )
 def test_stop_step(steps, let, expected):
-    assert plan.stop_step(config_of(steps, **let), 1) == expected
+    assert stop_step(config_of(steps, **let), 1) == expected
 
 
 def test_tokens_of_a_step_are_those_of_all_ranks():
@@ -101,7 +113,7 @@ def test_tokens_of_a_step_are_those_of_all_ranks():
     config.training.global_batch_size = 32
     assert plan.tokens_per_step(config, 2) == 32 * 64
     config.let.stop_tokens = 32 * 64 * 3
-    assert plan.stop_step(config, 2) == 3
+    assert stop_step(config, 2) == 3
 
 
 BY_HAND = [PairConfig(student=-1), PairConfig(student=0, teacher=0, weight=0.5)]
@@ -115,13 +127,14 @@ BY_HAND += [PairConfig(student=-4, teacher="embedding")]
         ({"layer_mapping": "L2M"}, [LayerPair(1, 1)]),
         ({"layer_mapping": "L2L"}, [LayerPair(3, 1)]),
         ({"layer_mapping": "L2L", "student_block": 0}, [LayerPair(0, 1)]),
-        ({"target": "logits"}, [LayerPair(3, 1)]),
+        ({"signal": "logits"}, [LayerPair(3, 1)]),
         ({"pairs": BY_HAND}, [LayerPair(3, 1), LayerPair(0, 0, 0.5), LayerPair(0, "embedding")]),
     ],
 )
 def test_the_pairs_of_a_mapping_a_target_or_by_hand(let, pairs):
-    assert plan.pairs(config_of(**let), 2) == pairs
-    assert plan.teacher_layers([*pairs, pairs[0]]) == [pair.teacher for pair in pairs]
+    assert pairs_of(config_of(**let), 2) == pairs
+    layers = plan.teacher_layers([*pairs, pairs[0]])  # by depth
+    assert layers == sorted({pair.teacher for pair in pairs}, key=["embedding", 0, 1].index)
 
 
 def test_an_orthogonal_map_goes_from_the_side_that_is_asked_for():
@@ -132,9 +145,9 @@ def test_an_orthogonal_map_goes_from_the_side_that_is_asked_for():
 
 
 def test_with_labels_for_a_target_each_block_occurs_once_and_no_teacher_layer_is_wrong():
-    assert plan.pairs(config_of(target="labels"), None) == [LayerPair(0, 3)]
+    assert pairs_of(config_of(signal="labels"), None) == [LayerPair(0, 3)]
     chosen = [PairConfig(student=-2, weight=0.5), PairConfig(student=2, teacher=11), PairConfig(student=0)]
-    got = plan.pairs(config_of(target="labels", pairs=chosen), None)
+    got = pairs_of(config_of(signal="labels", pairs=chosen), None)
     assert [(pair.student, pair.weight) for pair in got] == [(2, 0.5), (0, 1.0)]
 
 
@@ -145,3 +158,38 @@ def test_the_teacher_takes_as_many_rows_in_each_step_and_all_in_turn(num_rows, p
     steps = [range(num_rows)[plan.teacher_rows(let, i, num_rows)] for i in range(step, step + -(-num_rows // num))]
     assert {len(rows) for rows in steps} == {num}
     assert set().union(*steps) == set(range(num_rows))
+
+
+LOGITS = TermConfig(signal="logits", top_k=4)
+WRONG_TERMS = [
+    ({"temperature": 2.0}, {"temperature": "no meaning"}),
+    ({"weight": 1.0, "terms": [LOGITS]}, {"weight": "each of which has its own"}),
+    ({"terms": [TermConfig(signal="logits", loss="mse")]}, {"terms.0.loss": "no meaning"}),
+    ({"terms": [TermConfig(signal="labels", alpha=0.5)]}, {"terms.0.alpha": "no meaning"}),
+    ({"terms": [TermConfig(name="logits_1"), LOGITS, LOGITS]}, {"terms.2.name": "another"}),
+    ({"terms": [LOGITS], "teacher": TeacherConfig(center=True)}, {"teacher.center": "last state as its head does"}),
+    ({"signal": "logits", "teacher": TeacherConfig(final_norm=False)}, {"teacher.final_norm": "leave it out"}),
+    ({"dimension_match": "random", "terms": [LOGITS]}, {"dimension_match": "write it there"}),
+]
+
+
+@pytest.mark.parametrize(("let", "expected"), WRONG_TERMS)
+def test_what_no_term_reads_is_refused(let, expected):
+    with pytest.raises(ConfigError) as info:
+        plan.check_terms(LetConfig(**let))
+    assert {
+        problem.key.removeprefix("let."): problem.message for problem in info.value.problems
+    }.keys() == expected.keys()
+    assert all(text in p.message for p, text in zip(info.value.problems, expected.values(), strict=True))
+
+
+def test_terms_have_names_of_their_own_and_the_start_takes_the_first_of_states():
+    states = [TermConfig(dimension_match="random"), TermConfig(stop_step=7), TermConfig(name="deep", student_block=3)]
+    config = config_of(terms=[LOGITS, *states, TermConfig(signal="labels", stop_step=9)])
+    assert [term.name for term in plan.terms(config.let)] == ["logits", "states", "states_1", "deep", "labels"]
+    assert plan.start_term(config.let).config is states[0]
+    assert plan.last_step(config, 1) == 7  # of those that have a teacher
+    assert plan.all_teacher_layers(config, 2) == [1]
+    only_start = LetConfig(dimension_match="random", terms=[LOGITS], init=InitConfig(parts="both"))
+    plan.check_terms(only_start)
+    assert plan.start_term(only_start).config.dimension_match == "random"

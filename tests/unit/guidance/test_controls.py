@@ -4,6 +4,7 @@ import copy
 
 import torch
 
+from let_plugin.alignment.tap import TARGET_KWARG
 from let_plugin.guidance.controls import ShuffledStates, randomize_weights
 from let_plugin.guidance.guidance import Guidance
 from let_plugin.teacher.base import StateProvider, States
@@ -47,7 +48,7 @@ def test_shuffled_states_are_all_there_in_another_order_each_time_and_the_same_w
 
 
 def test_matrices_are_drawn_anew_with_their_own_scale(trainer):
-    teacher = Guidance(trainer, 0).teacher
+    teacher = Guidance(trainer, trainer.terms, 0).teacher
     before = copy.deepcopy(dict(teacher.named_parameters()))
     randomize_weights(teacher)
     again = {name: p.clone() for name, p in teacher.named_parameters()}
@@ -67,9 +68,9 @@ def test_the_controls_are_switched_on_by_their_names(trainer, batch):
     states = {}
     for control in ("none", "random_teacher", "shuffled_targets"):
         trainer.config.let.control = control
-        guidance = Guidance(trainer, 0)
-        guidance.start_step(1.0)
-        states[control] = guidance.target(*batch)
+        guidance = Guidance(trainer, trainer.terms, 0)
+        guidance.start_step()
+        states[control] = guidance.targets(*batch)[TARGET_KWARG]
         guidance.remove()
     real, random, shuffled = states.values()
     counts_BL = real.any(dim=-1)

@@ -8,6 +8,7 @@ import torch
 import torchtitan.trainer
 from torchtitan.components.loss import IGNORE_INDEX
 
+from let_plugin.alignment.tap import TARGET_KWARG
 from let_plugin.guidance.guidance import Guidance
 from tests.support import jobs
 from tests.support.config_registry import TEACHER_DIM
@@ -17,8 +18,8 @@ ROWS, LENGTH = 2, 64
 
 
 def test_the_target_is_the_teachers_state_and_zero_where_the_label_does_not_count(trainer, batch):
-    guidance = Guidance(trainer, 0)
-    target_BLE = guidance.target(*batch)
+    guidance = Guidance(trainer, trainer.terms, 0)
+    target_BLE = guidance.targets(*batch)[TARGET_KWARG]
     assert target_BLE.shape == (ROWS, LENGTH, TEACHER_DIM) and not target_BLE.requires_grad
     ignored_BL = batch[1] == IGNORE_INDEX
     assert not target_BLE[ignored_BL].any()
@@ -29,7 +30,7 @@ def test_the_target_is_the_teachers_state_and_zero_where_the_label_does_not_coun
 def test_the_target_has_the_teachers_dtype(trainer, batch):
     trainer.config.let.teacher.dtype = "bfloat16"
     trainer.config.let.teacher.center = True
-    assert Guidance(trainer, 0).target(*batch).dtype == torch.bfloat16
+    assert Guidance(trainer, trainer.terms, 0).targets(*batch)[TARGET_KWARG].dtype == torch.bfloat16
 
 
 def test_a_weight_may_be_a_share_of_the_students_gradient(request, config, monkeypatch):
@@ -45,9 +46,9 @@ def test_a_weight_may_be_a_share_of_the_students_gradient(request, config, monke
         assert 0.1 < line["let/grad_ratio"] < 0.9  # about the 0.3 that was asked for: the ratio moves slowly
 
 
-@pytest.mark.parametrize(("target", "match"), [("teacher", "interpolate"), ("teacher", "linear"), ("labels", "linear")])
-def test_nothing_is_left_of_it(trainer, target, match):
-    trainer.config.let.target, trainer.config.let.dimension_match = target, match
+@pytest.mark.parametrize(("signal", "match"), [("states", "interpolate"), ("states", "linear"), ("labels", "linear")])
+def test_nothing_is_left_of_it(trainer, signal, match):
+    trainer.config.let.signal, trainer.config.let.dimension_match = signal, match
     trainer.config.checkpoint.enable = True
     part = trainer.model_parts[0]
     states = trainer.checkpointer.states = {}
@@ -58,10 +59,9 @@ def test_nothing_is_left_of_it(trainer, target, match):
         return hooks, list(part.state_dict()), named, list(states)
 
     before = traces()
-    guidance = Guidance(trainer, 0)
+    guidance = Guidance(trainer, trainer.terms, 0)
     assert traces() != before
-    assert list(states) == [projector.name for projector in guidance.projectors]
-    assert len(guidance.projectors) == ((target, match) == ("teacher", "linear"))
+    assert list(states) == ["let_projector_0"] * ((signal, match) == ("states", "linear"))
     assert list(part.state_dict()) == before[1]  # not even while it is there
     part.load_state_dict(part.state_dict(), strict=False)  # as torchtitan loads
     guidance.remove()

@@ -33,7 +33,8 @@ def pair_of(match, side="teacher"):
 
 
 def learned(part, config, index=0):
-    return LearnedProjector(pair_of(LearnedLinear(3, 4)), part, "1", config, index=index)
+    settings = config.let.projector
+    return LearnedProjector(pair_of(LearnedLinear(3, 4)), part, "1", config, settings=settings, index=index)
 
 
 def train(projector, steps, start=0):

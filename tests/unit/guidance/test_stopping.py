@@ -2,8 +2,13 @@
 
 import pytest
 
-from let_plugin.config import AdaptiveStopConfig
-from let_plugin.guidance.stopping import ADAPTIVE_STOP, Stopping
+from let_plugin.config import AdaptiveStopConfig, plan
+from let_plugin.guidance.stopping import ADAPTIVE_STOP, TermProgress
+
+
+def progress_of(trainer):
+    (term,) = plan.terms(trainer.config.let)
+    return TermProgress(trainer, term)
 
 
 @pytest.fixture
@@ -21,8 +26,8 @@ def test_the_gradients_bring_it_forward(trainer, cosines, steps_taken, expected)
     trainer.config.checkpoint.enable = True
     trainer.checkpointer.states = {}
     trainer.config.let.adaptive_stop = AdaptiveStopConfig(criterion="gradient", patience=2, smoothing=0.0)
-    stopping = Stopping(trainer)
-    stopping.begin(0)
+    stopping = progress_of(trainer)
+    stopping.start_step(0)
     for cosine in cosines:
         stopping.after_gradients(cosine, steps_taken)  # counted from 0, it is the next step's number
     assert stopping.step == expected
@@ -53,9 +58,9 @@ def test_the_held_out_loss_brings_it_forward_and_the_teachers_is_measured_once_w
 ):
     settings = AdaptiveStopConfig(criterion=criterion, patience=1, teacher_loss=teacher_loss)
     trainer.config.let.adaptive_stop = settings
-    stopping = Stopping(trainer)
+    stopping = progress_of(trainer)
     for _ in range(2):
-        stopping.begin(steps_taken)
+        stopping.start_step(steps_taken)
     assert len(measured) == num_measured
     if stopping.teacher_loss is not None:
         stopping.after_gradients(-1.0, 1)  # not what it goes by
@@ -68,11 +73,11 @@ def test_the_held_out_loss_brings_it_forward_and_the_teachers_is_measured_once_w
 @pytest.mark.parametrize(("given", "expected"), [(None, 3.0), (2.5, 2.5)])
 def test_the_measured_loss_is_in_the_state_and_the_given_one_counts(trainer, measured, given, expected):
     trainer.config.let.adaptive_stop = AdaptiveStopConfig(criterion="validation")
-    stopping = Stopping(trainer)
+    stopping = progress_of(trainer)
     assert stopping.state_dict()["teacher_loss"].isnan()
-    stopping.begin(0)
+    stopping.start_step(0)
     trainer.config.let.adaptive_stop = AdaptiveStopConfig(criterion="validation", teacher_loss=given)
-    resumed = Stopping(trainer)
+    resumed = progress_of(trainer)
     resumed.load_state_dict(stopping.state_dict())
-    resumed.begin(1)
+    resumed.start_step(1)
     assert resumed.teacher_loss == expected and len(measured) == 1

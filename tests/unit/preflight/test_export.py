@@ -97,9 +97,9 @@ def test_the_streams_are_those_of_the_run_to_come(config, folder, degrees, given
 def test_what_cannot_be_exported_is_refused(config):
     set_all(config, let__weight=-1.0, let__teacher__path="/none")
     assert {"let.weight", "let.teacher.path"} <= set(problems(config, "--out", "x"))  # the run's own mistakes
-    set_all(config, let__target="labels", let__control="shuffled_targets")
+    set_all(config, let__signal="labels", let__control="shuffled_targets")
     found = problems(config, "--out", "x")
-    assert "no teacher" in found["let.target"].message and "export without it" in found["let.control"].message
+    assert "no teacher" in found["let.signal"].message and "export without it" in found["let.control"].message
     config.let = LetConfig()
     assert "no teacher" in problems(config, "--out", "x")["let.enable"].message
 

@@ -87,10 +87,10 @@ MISTAKES = [
     ({"let__teacher__tokenizer_path": ""}, "let.teacher.tokenizer_path = ''", "no vocabulary .*_vocabulary = false"),
     ({**TP_3, **CUT_TEACHER}, "let.teacher.tensor_parallel = True", "2 heads do not divide by .* = 3; leave this off"),
     ({"let__teacher__rows": 0.8}, "let.teacher.rows = 0.8", "a microbatch has 4 rows.*leave this at 1"),
-    ({"let__teacher__rows": 0.5, "let__target": "labels"}, "let.teacher.rows = 0.5", "no teacher runs; leave"),
+    ({"let__teacher__rows": 0.5, "let__signal": "labels"}, "let.teacher.rows = 0.5", "no teacher runs; leave"),
     (PTRR, "parallelism.context_parallel_load_balancer = 'ptrr'", 'choose "headtail" or "none"'),
     *(({**cut, **RELATIONAL}, "let.loss = 'relational'", "take a loss per token") for cut in (CUT_SEQUENCE, TP)),
-    ({**VALIDATION, "let__target": "labels"}, "let.adaptive_stop.teacher_loss", "no teacher to measure: give"),
+    ({**VALIDATION, "let__signal": "labels"}, "let.adaptive_stop.teacher_loss", "no teacher to measure: give"),
     ({**VALIDATION, "let__token_alignment__enable": True}, "let.adaptive_stop.teacher_loss = None", "must be given"),
     ({**ORTHOGONAL, "let__projector__side": "student"}, "let.dimension_match_options", "let.projector.side"),
     ({**PIPELINE, "let__student_block": 1}, "parallelism.module_fqns_per_model_part", "no stage has layers.1"),
@@ -105,13 +105,13 @@ MISTAKES = [
     ({**INIT, "let__weight": 0.0, "let__teacher__path": ""}, "let.teacher.path = ''", ""),
     ({**INIT, "let__weight": 0.0, "let__teacher__tokenizer_path": "{files}/swapped"}, "let.teacher.path = '.*'",
      "2 of 4,096 ids differ"),
-    ({**ZERO, "let__target": "logits"}, "let.init.upper_blocks = 'zero'", "no block above layers.3"),
     ({**ZERO, "let__student_block": 3}, "let.init.upper_blocks = 'zero'", 'no block above layers.3.*choose "keep"'),
     ({"let__init__embedding_scale": 0.0}, "let.init.embedding_scale = 0.0", "must be more than 0"),
     ({"training__seq_len": 33}, "training.seq_len = 33", "must be a multiple of loss.num_chunks = 8"),
     ({"model_spec": student(max_seq_len=32)}, "training", "64.*32"),
 ]  # fmt: skip
 
+LOGITS = {"let__signal": "logits", "let__top_k": 4, "let__alpha": 0.5}
 # What is set, and a part of the report.
 RIGHT = [
     ({"let__weight": 0.0}, "0 at step 0"),
@@ -127,12 +127,12 @@ RIGHT = [
     ({**TWO, **RELATIONAL}, "relational"),
     (VALIDATION, ""),  # the teacher's loss is measured
     (GRADIENT, ""),
-    ({"let__target": "labels", "let__teacher__path": "/nowhere"}, "teacher    none"),
+    ({"let__signal": "labels", "let__teacher__path": "/nowhere"}, "teacher    none"),
     (ORTHOGONAL, "32 to 48 by orthogonal"),
     ({**INIT, "model_spec": student(vocab_size=4100)},
      "99.9% of the tokens take a row of the teacher's, 0.0% a mean of rows, 0.1% keep their own"),
-    ({**INIT, **ZERO, "let__weight": 0.0}, "blocks 1 and up at 0"),
-    ({**INIT, "let__target": "labels"}, "embeddings times 1 and head times 0.8122, width 32 to 48 by interpolate"),
+    *(({**INIT, **ZERO, **without}, "blocks 1 and up at 0") for without in ({"let__weight": 0.0}, LOGITS)),
+    ({**INIT, "let__signal": "labels"}, "embeddings times 1 and head times 0.8122, width 32 to 48 by interpolate"),
     ({**INIT, "let__init__parts": "head", "model_spec": student(tie_embeddings=True)}, "start      head times"),
     ({**PIPELINE, "let__student_block": 2}, "student block 2"),
     ({**SHORT, "training__seq_len": 32}, ""),

@@ -54,7 +54,7 @@ def test_every_line_of_a_plain_run_with_let(config, tiny_teacher):
 
 WIDE = spec("wide", dim=32, num_layers=3, num_heads=2, hidden_dim=64)
 PAIRS = [PairConfig(student=1, teacher=0, weight=0.5), PairConfig(student=3, teacher="embedding")]
-CONTROL = {"let__target": "labels", "let__pairs": [PairConfig(student=0), PairConfig(student=2)]}
+CONTROL = {"let__signal": "labels", "let__pairs": [PairConfig(student=0), PairConfig(student=2)]}
 STUDENT_SIDE = {"let__loss": "mse", "let__dimension_match": "linear", "let__projector__side": "student"}
 
 

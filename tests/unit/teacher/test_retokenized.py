@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, models
 from torchdata.stateful_dataloader import stateful_dataloader
 from torchtitan.components.loss import IGNORE_INDEX
 
+from let_plugin.alignment.tap import TARGET_KWARG
 from let_plugin.config import TokenAlignmentConfig
 from let_plugin.guidance.guidance import Guidance
 from let_plugin.preflight import checks as preflight
@@ -36,24 +37,24 @@ def first_batch(trainer):
 @pytest.mark.parametrize("length", [64, None])
 def test_the_same_tokenizer_gives_the_targets_of_the_direct_path(config, trainer, length):
     config.let.token_alignment = TokenAlignmentConfig(enable=True, teacher_seq_len=length)
-    guidance = Guidance(trainer, 0)
+    guidance = Guidance(trainer, trainer.terms, 0)
     input_dict, labels_BL, extras = first_batch(trainer)
     assert extras["teacher_tokens"].shape[1] == (length or 80)
-    target_BLE = guidance.target(input_dict, labels_BL, extras)
+    target_BLE = guidance.targets(input_dict, labels_BL, extras)[TARGET_KWARG]
     guidance.remove()
     config.let.token_alignment = TokenAlignmentConfig()
-    direct_BLE = Guidance(trainer, 0).target(input_dict, labels_BL)
+    direct_BLE = Guidance(trainer, trainer.terms, 0).targets(input_dict, labels_BL)[TARGET_KWARG]
     assert direct_BLE.any()
     # Exactly, or up to the rounding of the kernels of another length.
     torch.testing.assert_close(target_BLE, direct_BLE, rtol=0, atol=0 if length else 1e-5)
 
 
 def test_each_token_gets_the_state_that_it_meets(other, trainer):
-    guidance = Guidance(trainer, 0)
+    guidance = Guidance(trainer, trainer.terms, 0)
     input_dict, labels_BL, extras = first_batch(trainer)
     length = other.training.seq_len * 5 // 4
     assert extras["teacher_tokens"].shape == (4, length)
-    target_BLE = guidance.target(input_dict, labels_BL, extras)
+    target_BLE = guidance.targets(input_dict, labels_BL, extras)[TARGET_KWARG]
     states_BTE = guidance.teacher(extras["teacher_tokens"], extras["teacher_positions"])
     has_state_BL = (extras["teacher_index"] >= 0) & (labels_BL != IGNORE_INDEX)
     assert has_state_BL.any() and not has_state_BL.all()

@@ -52,13 +52,13 @@ def test_what_the_methods_are(planned):
     assert not standard.let.enable
     for config, stop in ((rkd, 200), (salt, 34)):  # 17 % of 200
         schedule, let = plan.schedule(config.let), config.let
-        assert plan.stop_step(config, 1) == stop and (let.target, let.temperature, let.weight) == ("logits", 2.0, 1.0)
+        assert plan.stop_step(config, 1) == stop and (let.signal, let.temperature, let.weight) == ("logits", 2.0, 1.0)
         assert [schedule(step, stop_step=stop) for step in (0, stop // 2, stop - 1, stop)] == [1, 1, 1, 0]
         assert let.teacher.spec == "demo_teacher" and let.teacher.final_norm and not let.teacher.center
     # Controls keep all else.
     let = planner.setup.load([]).config.let
     assert [config.let for config in controls] == [
-        dataclasses.replace(let, target="labels"),
+        dataclasses.replace(let, signal="labels"),
         dataclasses.replace(let, control="random_teacher"),
         dataclasses.replace(let, control="shuffled_targets"),
     ]
@@ -157,7 +157,7 @@ def test_states_that_are_stored_were_made_before(config, planned, parallel_dims,
         ("--test-dataset=", ["--test-dataset"]),
         ("--test-dataset let_demo_validation --validator.freq 3", ["--test-dataset", "validator.freq"]),
         ("--test-dataset let_demo_tset", ["validator.test.dataset"]),
-        ("--let.target logits", ["let"]),
+        ("--let.signal logits", ["let"]),
         ("--methods gstack", ["--gstack-blocks", "--gstack-steps"]),
         ("--methods gstack --gstack-blocks 3 --gstack-steps 1", ["--gstack-blocks"]),
         ("--methods lett rkd rkd", ["--methods"]),

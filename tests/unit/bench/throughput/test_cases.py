@@ -58,7 +58,7 @@ def test_a_run_is_what_its_line_of_let_train_says(planned, tiny_config):
     assert enabled == {"plain": False, "active": True, "stopped": True, "rkd": True, "control": False}
     assert configs["active"].let.stop_step == configs["rkd"].let.stop_step == total
     assert configs["stopped"].let.stop_step < WARMUP_STEPS
-    assert [configs[name].let.target for name in ("active", "rkd")] == ["teacher", "logits"]
+    assert [configs[name].let.signal for name in ("active", "rkd")] == ["states", "logits"]
 
 
 def test_random_teachers_of_a_configuration_without_let(planned):

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 
+from let_plugin.alignment.tap import TARGET_KWARG
 from let_plugin.config import PairConfig, TeacherConfig
 from let_plugin.config.errors import ConfigError
 from let_plugin.guidance.guidance import Guidance
@@ -43,22 +44,25 @@ def test_a_run_that_it_is_for_is_reported(config, folder):
 
 
 def test_the_target_is_the_teachers_and_there_is_none(config, folder, trainer, tiny_teacher):
-    stored = Guidance(trainer, 0)
+    stored = Guidance(trainer, trainer.terms, 0)
     assert stored.teacher is None
     batches = iter(trainer.dataloader)  # with what the guidance has told it to add
     config.let.teacher = TeacherConfig(spec="tiny_teacher", path=str(tiny_teacher[0]), dtype="bfloat16")
-    online = Guidance(trainer, 0)
+    online = Guidance(trainer, trainer.terms, 0)
     assert Features(str(folder)).info == open_source(config.let.teacher).info
     for _ in range(2):
         input_dict, labels_BL = next(batches)
         extras = take_extras(input_dict)
         assert set(extras) == {"1.values"}
-        assert torch.equal(stored.target(input_dict, labels_BL, extras), online.target(input_dict, labels_BL))
+        assert torch.equal(
+            stored.targets(input_dict, labels_BL, extras)[TARGET_KWARG],
+            online.targets(input_dict, labels_BL)[TARGET_KWARG],
+        )
     # The third step's rows were not exported: an error, but only for whom they are to be aligned.
     input_dict, labels_BL = next(batches)
     extras = take_extras(input_dict)
     with pytest.raises(ConfigError, match=r"let.teacher.features = .*: a row of the training data is not stored there"):
-        stored.target(input_dict, labels_BL, extras)
+        stored.targets(input_dict, labels_BL, extras)[TARGET_KWARG]
 
 
 def test_only_the_layers_that_are_asked_for_are_read(config, trainer, tmp_path):
