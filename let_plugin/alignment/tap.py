@@ -108,10 +108,12 @@ class Tap:
         functions: Sequence[PairFunction],
         target: torch.Tensor,
         sums: torch.Tensor,
+        part_L: slice = slice(None),
     ) -> None:
-        """Has the gradients of the functions added to that of `output`, which the target is of."""
+        """Has the gradients of the functions added to that of `output`, which a part of the target is of."""
         with self._context(), record_function(ALIGNMENT_RANGE):
             with torch.no_grad():
+                target = target[:, part_L]
                 local = output.to_local() if isinstance(output, DTensor) else output.detach()
                 alignments = [function(local, target, self.coefficient) for function in functions]
                 sums += torch.stack([alignment.metric_sum for alignment in alignments])
@@ -233,8 +235,8 @@ class LogitTap(Tap):
         self._num_seen += (logits_BCV.to_local() if isinstance(logits_BCV, DTensor) else logits_BCV).shape[1]
         if self._num_seen >= target_BLE.shape[1]:
             self._target = None  # the last part frees it
-        target_BCE = target_BLE[:, first : self._num_seen]
-        self._add(self.PLACE, logits_BCV, [self._function], target_BCE, self.metric_sums)
+        part_L = slice(first, self._num_seen)
+        self._add(self.PLACE, logits_BCV, [self._function], target_BLE, self.metric_sums, part_L)
 
 
 class _Layout(NamedTuple):

@@ -21,8 +21,16 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def config(folder, tiny_teacher):
-    return jobs.tiny(folder, tiny_teacher[0], PAIRS)
+def config(folder):
+    jobs.make_teacher(folder / "teacher", with_head=True)
+    return jobs.tiny(folder, folder / "teacher", PAIRS)
+
+
+@pytest.fixture(scope="module")
+def logits(folder, config):
+    path = folder / "logits.toml"
+    path.write_text(config.read_text().replace(PAIRS, '\nsignal = "logits"\n'))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -63,17 +71,20 @@ def assert_equal(runs, name, expected):
         for which in (name, expected)
     ]
     assert logged[0] == logged[1] and len(logged[0]) == STEPS
-    assert "let/cosine" in logged[0][STOP - 1] and "let/cosine" not in logged[0][STOP]
+    metric = "let/cosine" if "let/cosine" in logged[0][0] else "let/distillation_loss"
+    assert metric in logged[0][STOP - 1] and metric not in logged[0][STOP]
 
 
 @pytest.fixture(scope="module")
-def runs(folder, config, cross, exported):
+def runs(folder, config, logits, cross, exported):
     features, across = (reading(exported[name]) for name in ("same", "cross"))
     cases = {
         "teacher": (config, []),
         "features": (config, features),
         # A worker reads ahead, beyond the stop step: what is not there then is no error.
         "worker": (config, [*features, "--dataloader.num_workers", "1"]),
+        "logits, teacher": (logits, []),
+        "logits, features": (logits, ["--let.teacher.features", exported["same"]]),  # the head is read all the same
         "cross, teacher": (cross, []),
         "cross, features": (cross, across),
     }
@@ -84,6 +95,7 @@ def runs(folder, config, cross, exported):
 def test_losses_and_gradients_are_those_of_the_run_with_the_teacher(runs):
     assert_equal(runs, "features", "teacher")
     assert_equal(runs, "worker", "teacher")
+    assert_equal(runs, "logits, features", "logits, teacher")
 
 
 def test_so_they_are_with_a_teacher_of_another_tokenizer(runs):
