@@ -46,13 +46,13 @@ def test_names():
 
 
 def test_what_the_methods_are(planned):
-    own = "--training.steps 200 --let.teacher.center --let.teacher.no-final-norm --let.temperature 2"
+    own = "--training.steps 200 --let.teacher.center --let.teacher.no-final-norm"
     planner = planned(f"--methods rkd salt labels random_teacher shuffled_targets {own}")  # each is checked
     standard, rkd, salt, *controls = (config_of(planner, method) for method in planner.methods)
     assert not standard.let.enable
     for config, stop in ((rkd, 200), (salt, 34)):  # 17 % of 200
-        schedule, let = plan.schedule(config.let), config.let
-        assert plan.stop_step(config, 1) == stop and (let.signal, let.temperature, let.weight) == ("logits", 2.0, 1.0)
+        let, schedule = config.let, plan.schedule(plan.terms(config.let)[0])
+        assert plan.last_step(config, 1) == stop and (let.signal, let.weight) == ("logits", 1.0)
         assert [schedule(step, stop_step=stop) for step in (0, stop // 2, stop - 1, stop)] == [1, 1, 1, 0]
         assert let.teacher.spec == "demo_teacher" and let.teacher.final_norm and not let.teacher.center
     # Controls keep all else.
@@ -130,8 +130,7 @@ def test_costs(planned, tmp_path):
     active = {name: details["active_flops"] for name, details in runs.items()}
     assert active["standard"] == active["gstack"] == active["miniplm"] == 0
     assert active["let"] == pytest.approx(2 * NUM_TEACHER * TOKENS)
-    # The teacher's head, forward; the student's own once more, forward and backward.
-    heads = 2 * 4096 * 128 + 6 * 4096 * 48
+    heads = 2 * 4096 * 128  # the teacher's, forward; the student's has made its logits already
     assert active["rkd"] == active["large"] == pytest.approx((2 * NUM_TEACHER + heads) * TOKENS)
     num_shallow = NUM_STUDENT - STUDENT_BLOCKS // 4 * 2
     shallow = runs["gstack"]["preparation"]
