@@ -168,7 +168,7 @@ class Orthogonal(nn.Module):
 
 
 class FittedMatch(nn.Module, ABC):
-    """A linear match without gradients, which is fitted in closed form to the tokens of some steps.
+    """A linear match that is fitted in closed form to the tokens of some steps; one may be trained in the others.
 
     It starts as the interpolation. Its state_dict is what a resumed run needs.
 
@@ -221,8 +221,9 @@ class Procrustes(FittedMatch):
 
 
 class LeastSquares(FittedMatch):
-    """The linear map with the least sum of |y - W x|^2 over the tokens of the first `fit_steps` steps, then frozen.
+    """The linear map with the least sum of |y - W x|^2 over the tokens of the first `fit_steps` steps.
 
+    `then` it is "frozen", or "learned" from there.
     W = (sum of y x^T) (sum of x x^T + ridge * m I)^-1, with m the mean square of a channel of x times the number of
     tokens. It is fitted after each of these steps to all tokens so far.
     """
@@ -230,8 +231,13 @@ class LeastSquares(FittedMatch):
     wants_squares = True
     sums: torch.Tensor
 
-    def __init__(self, in_width: int, out_width: int, *, fit_steps: int = 100, ridge: float = 1e-3) -> None:
+    def __init__(
+        self, in_width: int, out_width: int, *, fit_steps: int = 100, ridge: float = 1e-3, then: str = "frozen"
+    ) -> None:
         super().__init__(in_width, out_width)
+        if then not in ("frozen", "learned"):
+            raise ValueError('then must be "frozen" or "learned"')
+        self.weight.requires_grad_(then == "learned")
         if fit_steps < 1:
             raise ValueError("fit_steps must be at least 1")
         if not ridge > 0:

@@ -120,7 +120,9 @@ class FittedProjector:
     microbatches and ranks, and every rank fits the same weight. Arguments as those of LearnedProjector.
     """
 
-    def __init__(self, pair: PairAlignment, part: nn.Module, block: str, config: Trainer.Config, *, index: int) -> None:
+    def __init__(
+        self, pair: PairAlignment, part: nn.Module, block: str, config: Trainer.Config, *, index: int | str
+    ) -> None:
         assert isinstance(pair.match, FittedMatch)
         self.name = f"{PROJECTOR}_{index}"
         self._match = pair.match
@@ -143,6 +145,7 @@ class FittedProjector:
             partial = DTensor.from_local(self._products, self._like.device_mesh, self._sum_placements, run_check=False)
             self._products.copy_(partial.full_tensor())
 
+    @torch.no_grad()
     def finish_step(self) -> None:
         """Fits the weight, for the next step on."""
         if self._pair.products is not None:
@@ -156,6 +159,45 @@ class FittedProjector:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._match.load_state_dict(state_dict)
+
+
+class FittedThenLearned(LearnedProjector):
+    """Trains the match of a pair from where it has been fitted to. Arguments as those of LearnedProjector."""
+
+    def __init__(self, pair: PairAlignment, part: nn.Module, block: str, config: Trainer.Config, **kwargs: Any) -> None:
+        super().__init__(pair, part, block, config, **kwargs)
+        self._fitted = FittedProjector(pair, part, block, config, index=f"{kwargs['index']}_fit")
+        self._match: Any = pair.match
+        self._like = _dense_parameter(part.get_submodule(f"layers.{block}"))
+        self._fits = False
+
+    def start_step(self, step: int) -> None:
+        super().start_step(step)
+        self._fitted.start_step(step)
+        self._fits = self._match.is_fitted_in(step)
+
+    def reduce(self) -> None:
+        if self._fits:
+            self._fitted.reduce()
+        else:
+            super().reduce()
+
+    def finish_step(self) -> None:
+        super().finish_step()  # without a gradient in a step that fits
+        self._fitted.finish_step()
+        if self._fits:
+            self._module.get_parameter("weight").detach().copy_(_distribute(self._match.weight.detach(), self._like))
+
+    def remove(self) -> None:
+        super().remove()
+        self._fitted.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"fitted": self._fitted.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._fitted.load_state_dict(state_dict["fitted"])
 
 
 def _hide(part: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from let_plugin.alignment.tap import AlignmentTap, LogitTap, PairFunction, Tap
 from let_plugin.config import plan
 from let_plugin.guidance.distillation import Distillation
 from let_plugin.guidance.heads import AuxiliaryHead
-from let_plugin.guidance.projectors import FittedProjector, LearnedProjector
+from let_plugin.guidance.projectors import FittedProjector, FittedThenLearned, LearnedProjector
 from let_plugin.guidance.stopping import TermProgress
 from let_plugin.teacher.sharding import sequence_shards
 
@@ -200,7 +200,8 @@ class Signal:
         index += self._first_index
         projector: LearnedProjector | FittedProjector
         if any(parameter.requires_grad for parameter in match.parameters()):
-            projector = LearnedProjector(*arguments, settings=term.config.projector, index=index)
+            kind = FittedThenLearned if isinstance(match, FittedMatch) else LearnedProjector
+            projector = kind(*arguments, settings=term.config.projector, index=index)
         elif isinstance(match, FittedMatch):
             projector = FittedProjector(*arguments, index=index)
         else:

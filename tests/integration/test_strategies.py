@@ -35,9 +35,9 @@ pairs = [{student = 0, teacher = -1}, {student = 3, teacher = 0}, {student = 2, 
 teacher.center = true
 stop_step = 3""",
     "student's side, procrustes": 'dimension_match = "procrustes"\nprojector.side = "student"\nstop_step = 3',
-    "least squares + two layers": """\
+    "least squares, then learned + two layers": """\
 dimension_match = "least_squares"
-dimension_match_options = {fit_steps = 2, ridge = 0.1}
+dimension_match_options = {fit_steps = 2, ridge = 0.1, then = "learned"}
 pairs = [{student = 0, teacher = 0}, {student = 2, teacher = -1}]
 schedule = "constant"
 stop_fraction = 1""",

@@ -1,5 +1,6 @@
 """The state of matches that learn; `test_matrix.py` compares their training with plain PyTorch."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -10,9 +11,9 @@ from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfi
 
 from let_plugin.alignment.losses import alignment_of, get_loss
 from let_plugin.alignment.pair import PairAlignment
-from let_plugin.alignment.projectors import LearnedLinear, Procrustes
+from let_plugin.alignment.projectors import LearnedLinear, LeastSquares, Procrustes
 from let_plugin.config import ProjectorConfig
-from let_plugin.guidance.projectors import PROJECTOR, FittedProjector, LearnedProjector
+from let_plugin.guidance.projectors import PROJECTOR, FittedProjector, FittedThenLearned, LearnedProjector
 from let_plugin.runtime import checkpoint
 
 
@@ -39,10 +40,10 @@ def learned(part, config, index=0):
 
 def train(projector, steps, start=0):
     for step in range(start, start + steps):
-        projector.start_step(0)
+        projector.start_step(step)
         generator = torch.Generator().manual_seed(step)
         for _ in range(2):  # microbatches
-            projector._gradients["weight"].add_(torch.randn(4, 3, generator=generator))
+            projector._gradients["weight"].add_(torch.randn(projector._gradients["weight"].shape, generator=generator))
         projector.reduce()
         projector.finish_step()
 
@@ -88,8 +89,9 @@ def fit_step(projector, number):
     teacher_BLE[0, 3:9] = 0  # these do not count
     student_BLD = teacher_BLE @ rotation_DE.T
     student_BLD[0, 3:9] = 100.0
+    pair = getattr(projector, "_fitted", projector)._pair
     for row in range(2):  # microbatches
-        projector._pair(student_BLD[row : row + 1], teacher_BLE[row : row + 1], torch.tensor(0.0))
+        pair(student_BLD[row : row + 1], teacher_BLE[row : row + 1], torch.tensor(0.0))
     projector.reduce()
     projector.finish_step()
     return rotation_DE
@@ -113,6 +115,26 @@ def test_it_is_refitted_in_every_so_many_steps_only(part, config):
         weights.append(not torch.equal(match.weight, before))
     assert weights[0] and [i for i, changed in enumerate(weights) if not changed and i % 3] == [1, 2, 4, 5]
     assert match.weight.data_ptr() == address
+
+
+def test_one_that_is_fitted_first_is_trained_from_there(part, config):
+    """In the steps of the fit no gradient moves it, and the settings of the optimizer hold as for any other."""
+    match, again = (LeastSquares(4, 6, fit_steps=2, then="learned") for _ in range(2))
+    arguments = {"settings": config.let.projector, "index": 0}
+    projector = FittedThenLearned(pair_of(match), part, "0", config, **arguments)
+    for number in range(2):
+        rotation_DE = fit_step(projector, number)
+        assert part.get_parameter(f"{PROJECTOR}_0.weight").grad is None
+    weight = part.get_parameter(f"{PROJECTOR}_0.weight")
+    torch.testing.assert_close(weight.detach(), rotation_DE, rtol=0, atol=0.01)  # the ridge's share
+    fitted_DE = weight.detach().clone()
+    train(projector, 1, start=2)
+    assert weight.grad is not None and 0 < (weight - fitted_DE).norm() < 0.1
+    resumed = FittedThenLearned(pair_of(again), Part(), "0", config, **arguments)
+    resumed.load_state_dict(copy.deepcopy(projector.state_dict()))
+    assert torch.equal(again.weight, match.weight) and torch.equal(again.sums, match.sums)
+    projector.remove()
+    assert not list(part.buffers()) and len(list(part.parameters())) == 4
 
 
 def test_a_fitted_one_is_restored_and_in_no_state_dict_of_the_student(part, config):
