@@ -37,7 +37,7 @@ stop_step = 3""",
     "student's side, procrustes": 'dimension_match = "procrustes"\nprojector.side = "student"\nstop_step = 3',
     "least squares, then learned + two layers": """\
 dimension_match = "least_squares"
-dimension_match_options = {fit_steps = 2, ridge = 0.1, then = "learned"}
+dimension_match_options = {fit_steps = 1, ridge = 0.1, then = "learned"}
 pairs = [{student = 0, teacher = 0}, {student = 2, teacher = -1}]
 schedule = "constant"
 stop_fraction = 1""",
