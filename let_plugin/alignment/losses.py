@@ -21,8 +21,6 @@ from let_plugin.alignment.registry import Registry
 
 # Smallest norm that is divided by, as in torch.nn.functional.cosine_similarity.
 _EPS = 1e-8
-# What `logsum` adds inside the logarithm: the gradient is finite where both are equal.
-_LOG_EPS = 1e-6
 
 
 class Alignment(NamedTuple):
@@ -130,20 +128,8 @@ def smooth_l1(student_BLD: torch.Tensor, target_BLD: torch.Tensor, *, beta: floa
     """
     if not 0 < beta < float("inf"):
         raise ValueError("beta must be greater than 0 and finite")
-    target_BLD = _standardize(target_BLD)
+    target_BLD = F.layer_norm(target_BLD, target_BLD.shape[-1:])
     return F.smooth_l1_loss(student_BLD, target_BLD, beta=beta, reduction="none").mean(dim=-1)
-
-
-def logsum(student_BLD: torch.Tensor, target_BLD: torch.Tensor, *, alpha: float = 4.0) -> torch.Tensor:
-    """log(sum over channels of |a - t|^alpha), of standardized a and t, per token (arXiv 2303.11098).
-
-    Its source standardizes each channel over the batch, and sums over the batch inside the logarithm, so that a token's
-    loss depends on later ones and on how the batch is cut. Here each token stands alone.
-    """
-    if not 1 <= alpha < float("inf"):  # below 1 the gradient is infinite where a channel is equal
-        raise ValueError("alpha must be at least 1 and finite")
-    distance_BLD = (_standardize(student_BLD) - _standardize(target_BLD)).abs()
-    return (distance_BLD.pow(alpha).sum(dim=-1) + _LOG_EPS).log()
 
 
 def relational(student_BLD: torch.Tensor, target_BLD: torch.Tensor, *, stride: int = 8) -> torch.Tensor:
@@ -174,12 +160,7 @@ def _normalize(hidden_BLD: torch.Tensor) -> torch.Tensor:
     return hidden_BLD / _norm(hidden_BLD)
 
 
-def _standardize(hidden_BLD: torch.Tensor) -> torch.Tensor:
-    return F.layer_norm(hidden_BLD, hidden_BLD.shape[-1:])
-
-
 register_loss("cosine", cosine, closed_form=negative_cosine)
 register_loss("mse", mse)
 register_loss("smooth_l1", smooth_l1)
-register_loss("logsum", logsum)
 register_loss("relational", relational, needs_whole_sequence=True)

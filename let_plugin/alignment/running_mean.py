@@ -1,4 +1,4 @@
-"""Running means over the steps that have ended: of a stream of states, and of the size of two gradients."""
+"""Running means over the steps that have ended: of a stream of states, and of the sizes of two gradients."""
 
 from typing import Any
 
@@ -8,7 +8,8 @@ import torch
 class RunningMean:
     """Exponential moving average of the mean state of each step, corrected for its start at zero; fp32.
 
-    No token's target depends on its own batch.
+    No token's target depends on its own batch. A step without a token of a channel leaves that channel's mean as it is.
+
     Shape legend: B batch, L sequence, C all channels, E those of one call. `momentum` is the weight of the past.
 
     Attributes:
@@ -21,7 +22,7 @@ class RunningMean:
         self.sums = torch.zeros(2, width, device=device)
         self._momentum = momentum
         self._average_C = torch.zeros(width, device=device)
-        self._correction = torch.zeros((), device=device)
+        self._correction_C = torch.zeros(width, device=device)
 
     def add(self, states_BLE: torch.Tensor, counts_BL: torch.Tensor, channels_E: torch.Tensor) -> None:
         """Takes the tokens that `counts_BL` (bool) marks; `channels_E` says which of the C channels theirs are."""
@@ -30,13 +31,14 @@ class RunningMean:
 
     def finish_step(self) -> None:
         """Ends a step, whose `sums` are those of all ranks by now. The host does not wait."""
-        self._average_C.lerp_(self.sums[0] / self.sums[1].clamp_min(1), 1 - self._momentum)
-        self._correction.lerp_(torch.ones_like(self._correction), 1 - self._momentum)
-        torch.div(self._average_C, self._correction, out=self.mean_C)
+        weight_C = (1 - self._momentum) * (self.sums[1] > 0)
+        self._average_C.lerp_(self.sums[0] / self.sums[1].clamp_min(1), weight_C)
+        self._correction_C.lerp_(torch.ones_like(weight_C), weight_C)
+        torch.div(self._average_C, self._correction_C.clamp_min(torch.finfo(torch.float32).tiny), out=self.mean_C)
         self.sums.zero_()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"mean": self.mean_C, "average": self._average_C, "correction": self._correction}
+        return {"mean": self.mean_C, "average": self._average_C, "correction": self._correction_C}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for name, own in self.state_dict().items():
@@ -47,12 +49,8 @@ class GradientWeight:
     """lambda(s) = share(s) * mean over the steps before s of |g| / |h|.
 
     At the deepest aligned block g is the gradient of the student's own loss and h that of the alignment loss at
-    lambda = 1, so that a share of 0.3 pulls 0.3 times as hard as the student's own loss does. The mean is an
-    exponential moving average, corrected for its start at zero. Nothing makes the host wait.
-
-    Args:
-        momentum: Weight of the past in the mean.
-        device: Where the gradients are.
+    lambda = 1, so that a share of 0.3 pulls 0.3 times as hard as the student's own loss does. Nothing makes the host
+    wait. `momentum` is the weight of the past in the mean.
 
     Attributes:
         value: lambda of the current step, 0-dim fp32. Written in place.
@@ -62,27 +60,23 @@ class GradientWeight:
 
     def __init__(self, *, momentum: float, device: torch.device) -> None:
         self.value = torch.zeros((), device=device)
-        self._momentum = momentum
-        self._average = torch.zeros((), device=device)
-        self._correction = torch.zeros((), device=device)
+        self._ratio = RunningMean(1, momentum=momentum, device=device)
 
     def start_step(self, share: float) -> None:
         """Before a step: makes its lambda."""
-        ratio = self._average / self._correction
-        self.value.copy_(share * torch.where(self._correction > 0, ratio, self.FIRST))
+        (ratio,) = self._ratio.mean_C
+        self.value.copy_(share * torch.where(ratio > 0, ratio, self.FIRST))
 
     def finish_step(self, gradient_sums: torch.Tensor) -> None:
-        """After a step, with AlignmentTap's sums <g, a>, <g, g>, <a, a> over all tokens, a = lambda h; [3]."""
+        """After a step, with a tap's sums <g, a>, <g, g>, <a, a> over all tokens, a = lambda h; [3]."""
         _, own, added = gradient_sums.unbind()
-        is_measured = ((own > 0) & (added > 0)).float()  # not in a step without a token that counts
-        ratio = self.value * (own / added).sqrt()
-        weight = (1 - self._momentum) * is_measured
-        self._average.lerp_(torch.where(is_measured > 0, ratio, 0), weight)
-        self._correction.lerp_(torch.ones_like(weight), weight)
+        is_measured = (own > 0) & (added > 0)  # not in a step without a token that counts
+        ratio = torch.where(is_measured, self.value * (own / added).sqrt(), 0)
+        self._ratio.sums.copy_(torch.stack([ratio, is_measured])[:, None])
+        self._ratio.finish_step()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"average": self._average, "correction": self._correction}
+        return self._ratio.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for name, own in self.state_dict().items():
-            own.copy_(state_dict[name])
+        self._ratio.load_state_dict(state_dict)

@@ -78,11 +78,11 @@ loss = "smooth_l1"
 schedule = "constant"
 warmup_steps = 1
 stop_step = 3""",
-    "orthogonal + logsum + cosine + M2M + adaptive stop": """\
+    "orthogonal + normalized mse + cosine + M2M + adaptive stop": """\
 dimension_match = "orthogonal"
 dimension_match_options.seed = 4
-loss = "logsum"
-loss_options.alpha = 2
+loss = "mse"
+loss_options.normalize = true
 schedule = "cosine"
 layer_mapping = "M2M"
 stop_step = 3
@@ -246,7 +246,7 @@ def test_nothing_is_left_of_an_alignment_that_has_ended(runs, layout):
 LAMBDAS = {
     "the paper's": [0.5, 0, 0],
     "M2L at other depths + smooth_l1 + constant + warm-up": [0.25, 0.5, 0.5],
-    "orthogonal + logsum + cosine + M2M + adaptive stop": [0.5, 0.375, 0],
+    "orthogonal + normalized mse + cosine + M2M + adaptive stop": [0.5, 0.375, 0],
     "truncate_or_pad + constant + before the final norm + pairs + tokens": [0.5, 0.5, 0],  # 512 tokens are two steps
 }
 

@@ -11,8 +11,6 @@ CASES = [
     ("mse", {}),
     ("mse", {"normalize": True}),
     ("smooth_l1", {"beta": 0.3}),
-    ("logsum", {}),
-    ("logsum", {"alpha": 1.5}),
     ("relational", {}),
     ("relational", {"stride": 3}),
 ]
@@ -40,13 +38,10 @@ def reference_of_token(name, a_D, t_D, options):
         if options.get("normalize"):
             a_D, t_D = (x_D / (x_D @ x_D / len(x_D)).sqrt() for x_D in (a_D, t_D))
         return (a_D - t_D) @ (a_D - t_D) / len(a_D)
-    if name == "smooth_l1":
-        beta = options.get("beta", 1.0)
-        parts = [d**2 / (2 * beta) if abs(d) < beta else abs(d) - beta / 2 for d in a_D - standard(t_D)]
-        return sum(parts) / len(parts)
-    assert name == "logsum"
-    alpha = options.get("alpha", 4.0)
-    return torch.log(sum(abs(d) ** alpha for d in standard(a_D) - standard(t_D)) + 1e-6)
+    assert name == "smooth_l1"
+    beta = options.get("beta", 1.0)
+    parts = [d**2 / (2 * beta) if abs(d) < beta else abs(d) - beta / 2 for d in a_D - standard(t_D)]
+    return sum(parts) / len(parts)
 
 
 def reference_of_relation(i, a_LD, t_LD, counts_L, options):

@@ -51,7 +51,6 @@ WRONG = [
     ({"loss_options": {"bta": 1}}, {"loss_options.bta": "no such option"}),
     ({"loss": "smooth_l1", "loss_options": {"beta": 0.0}}, {"loss_options.beta": "must be"}),
     ({"loss": "smooth_l1", "loss_options": {"beta": float("nan")}}, {"loss_options.beta": "must be"}),
-    ({"loss": "logsum", "loss_options": {"alpha": float("inf")}}, {"loss_options.alpha": "must be"}),
     ({"loss": "relational", "loss_options": {"stride": 0}}, {"loss_options.stride": "must be"}),
     ({"dimension_match": "mlp", "dimension_match_options": {"hidden_width": 0}},
      {"dimension_match_options.hidden_width": "at least 1"}),
