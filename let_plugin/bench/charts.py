@@ -93,6 +93,7 @@ def save(specs: Sequence[Spec], out: Path) -> None:
     config = _CONFIG | {"background": "white"}
     views = [{k: v for k, v in spec.items() if k != "config"} | {"width": 620} for spec in specs]
     whole = {"config": config, "vconcat": views}
+    out.parent.mkdir(parents=True, exist_ok=True)
     text = re.sub(r"var\(--([\w-]+)\)", lambda match: LIGHT[match[1]], json.dumps(whole))
     if out.suffix == ".svg":
         out.write_text(vl_convert.vegalite_to_svg(text))

@@ -1,26 +1,22 @@
 """`python -m let_plugin.bench.child REQUEST.json`: one run of let-train in a process of its own, measured from outside.
 
-REQUEST.json has `argv`, the arguments of let-train; `out`, the file for the result, which rank 0 writes; the `settings`
-of the measuring class, none for a convergence suite; and, where they differ from the configuration, `num_blocks` and
-`test`, see `adapt`.
+REQUEST.json has let-train's arguments `argv`; the file `out` for the result, which rank 0 writes; the `settings` of the
+measuring class, none for a convergence suite; and, for `adapt`, `num_blocks` and `test`, if there are any.
 """
 
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from let_plugin import train
-
-if TYPE_CHECKING:
-    from torchtitan.trainer import Trainer
 
 
 def main(argv: list[str]) -> None:
     request = json.loads(Path(argv[0]).read_text())
 
-    def watch(trainer: "Trainer") -> None:
+    def watch(trainer: Any) -> None:
         from let_plugin.bench.converge.observe import Observer
         from let_plugin.bench.throughput.measure import Watch
 
@@ -34,7 +30,7 @@ def main(argv: list[str]) -> None:
     )
 
 
-def adapt(config: "Trainer.Config", num_blocks: int | None, test: Sequence[str] | None) -> None:
+def adapt(config: Any, num_blocks: int | None, test: Sequence[str] | None) -> None:
     """Changes the configuration where let-train has no option for it. In place.
 
     `num_blocks`: train the student's first blocks only. `test`: (dataset, path) of a test split to evaluate as well.

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from let_plugin.bench.processes import RunFailedError
 from let_plugin.bench.rows import command_line
 from let_plugin.config import load as toml_config
 from let_plugin.config.errors import ConfigError, Problem, exit_with
@@ -33,6 +34,9 @@ def main(argv: list[str] | None = None) -> None:
             print(_show(args))
     except ConfigError as error:
         exit_with(error, _PROGRAM)
+    except RunFailedError as error:
+        print(f"{_PROGRAM}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         print(f"\n{_PROGRAM}: interrupted; the same command continues from here", file=sys.stderr)
         raise SystemExit(130) from None
@@ -154,7 +158,7 @@ def _show(args: argparse.Namespace) -> str:
 
 
 def _of_configuration(args: argparse.Namespace, options: list[str], command: str) -> str:
-    """Runs a suite and returns its table, selects or exports. SystemExit with code 1 if a run fails."""
+    """Runs a suite and returns its table, selects or exports."""
     from let_plugin.runtime import data, host
 
     host.set_up(toml_config.read([str(args.config), *options]).runtime.device)  # before torchtitan is imported
@@ -162,7 +166,7 @@ def _of_configuration(args: argparse.Namespace, options: list[str], command: str
 
     from torchtitan.tools.logging import logger
 
-    from let_plugin.bench import export_hf, processes
+    from let_plugin.bench import export_hf
     from let_plugin.bench.converge import data_selection
     from let_plugin.bench.converge import run as converge
     from let_plugin.bench.throughput import suite as throughput
@@ -176,8 +180,4 @@ def _of_configuration(args: argparse.Namespace, options: list[str], command: str
     if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(Problem("--processes", "started under torchrun; start let-bench alone, and it starts them"))
     suite = throughput if args.command == "throughput" else converge
-    try:
-        return f"\n{suite.run(args, options, command)}"
-    except processes.RunFailedError as error:
-        print(f"{_PROGRAM}: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+    return f"\n{suite.run(args, options, command)}"

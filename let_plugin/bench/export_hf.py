@@ -1,7 +1,4 @@
-"""A torchtitan checkpoint as a folder that `transformers` opens: config.json, model.safetensors, the tokenizer's files.
-
-For models of torchtitan's llama3 type, which are transformers' LlamaForCausalLM.
-"""
+"""A torchtitan checkpoint of the llama3 type as a folder that `transformers` opens, as a LlamaForCausalLM."""
 
 import json
 import shutil

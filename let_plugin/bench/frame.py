@@ -95,10 +95,7 @@ class Suite:
 
 
 def read(files: Sequence[Path]) -> list[Row]:
-    """The rows of the files, each with a `name`: its own, or that of its file.
-
-    ConfigError lists missing files, or the lines of a file that are no rows.
-    """
+    """The rows of the files, each with a `name`: its own or its file's. ConfigError lists what is no file or row."""
     if missing := [file for file in files if not file.is_file()]:
         raise ConfigError(Problem("ROWS.jsonl", "no such file", str(file)) for file in missing)
     return [{"name": file.stem.replace("_", " "), **row} for file in dict.fromkeys(files) for row in rows.read(file)]
@@ -143,7 +140,6 @@ def costs(own: Sequence[Row]) -> Suite | None:
             "flop_bound": 1 + first["flop_bound"],
             "memory_bound": first["memory_bound_bytes"],
             "memory_kind": kind,
-            "memory": ratio(peaks[kind], base[kind]),
             "more_memory": peaks[kind].median() - base[kind].median(),
             "memory_bound_ratio": 1 + first["memory_bound_bytes"] / base[kind].median(),
             "break_even": steps / affordable_steps if affordable_steps > 0 else None,

@@ -57,10 +57,7 @@ class Running:
                 self._process.wait()
 
     def result(self) -> dict[str, Any]:
-        """Waits for its end, and returns what it has written; RunFailedError if it failed, or has written nothing.
-
-        An interruption ends the run.
-        """
+        """What it has written at its end; an interruption ends it. RunFailedError if it failed or wrote nothing."""
         try:
             self._process.wait()
         finally:

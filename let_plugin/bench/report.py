@@ -20,17 +20,21 @@ _TEACHER_SHARE = 0.1  # the paper's: of several teachers the overview shows the 
 
 
 def write(files: Sequence[Path], out: Path) -> None:
-    """Writes the page of the rows in `files` to the file `out`; an older one is replaced.
-
-    ConfigError if a file is missing, or holds no rows or nothing to compare.
-    """
+    """Writes the page of the rows in `files` to `out`; an older one is replaced. ConfigError as `frame.suites`."""
     suites = frame.suites(frame.read(files))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(render(suites), encoding="utf-8")
+    gains = [suite for suite in suites if suite.kind == CONVERGE][-1:]
+    costs = [suite for suite in suites if suite.kind == THROUGHPUT]
+    content = {
+        "figures": [charts.losses(frame.curves(suite)) for suite in gains],
+        "gains": [(tables.table(suite)[_BRINGS].drop(index=BASELINE), tables.verdicts(suite)) for suite in gains],
+        "costs": [_cost_overview(costs)] if costs else [],
+        "suites": [_section(suite, number, suite in gains) for number, suite in enumerate(suites)],
+    }
+    _write_page(out, title="LET: what it brings and what it costs", **content)
 
 
 def plot(paths: Sequence[Path], out: Path) -> None:
-    """Draws curves to the file `out` (.html, .svg or .png); an older one is replaced. ConfigError as `write`.
+    """Draws curves to the file `out` (.html, .svg or .png); an older one is replaced. ConfigError as `frame.suites`.
 
     `paths` are dump folders of let-train, whose metrics are drawn, or files of rows, for held-out losses.
     """
@@ -48,24 +52,10 @@ def plot(paths: Sequence[Path], out: Path) -> None:
         specs += [charts.losses(frame.curves(suite)) for suite in suites]
     if not specs:
         raise ConfigError(Problem("RUN", "nothing to draw in these", [str(path) for path in paths]))
-    out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".html":
-        out.write_text(_page(title="Curves", figures=specs, suites=[]), encoding="utf-8")
+        _write_page(out, title="Curves", figures=specs, suites=[])
     else:
         charts.save(specs, out)
-
-
-def render(suites: Sequence[Suite]) -> str:
-    """The page as HTML. Everything in it that comes from rows is escaped."""
-    gains = [suite for suite in suites if suite.kind == CONVERGE][-1:]
-    costs = [suite for suite in suites if suite.kind == THROUGHPUT]
-    return _page(
-        title="LET: what it brings and what it costs",
-        figures=[charts.losses(frame.curves(suite)) for suite in gains],
-        gains=[(_html(tables.table(suite)[_BRINGS].drop(index=BASELINE)), tables.verdicts(suite)) for suite in gains],
-        costs=_html(_cost_overview(costs)) if costs else "",
-        suites=[_section(suite, number, suite in gains) for number, suite in enumerate(suites)],
-    )
 
 
 def _cost_overview(suites: Sequence[Suite]) -> pd.DataFrame:
@@ -88,9 +78,9 @@ def _section(suite: Suite, number: int, is_above: bool) -> dict[str, Any]:
     figures: list[Spec] = []
     if suite.kind == THROUGHPUT:
         others = suite.frame[~suite.frame["is_baseline"]]
-        memory = f"{suite.frame['memory_kind'].iloc[0]} memory / plain"
+        kind = suite.frame["memory_kind"].iloc[0]
         figures.append(charts.ratios(others, "step_time", "flop_bound", "step time / plain"))
-        figures.append(charts.ratios(others, "memory", "memory_bound_ratio", memory))
+        figures.append(charts.ratios(others, f"{kind} / plain", "memory_bound_ratio", f"{kind} memory / plain"))
     elif not is_above:
         figures.append(charts.losses(frame.curves(suite)))
     return {
@@ -99,9 +89,9 @@ def _section(suite: Suite, number: int, is_above: bool) -> dict[str, Any]:
         "name": suite.name,
         "words": [] if is_above else tables.verdicts(suite),
         "figures": figures,
-        "table": _html(tables.table(suite)),
+        "table": tables.table(suite),
         "notes": [*tables.notes(suite), *tables.choices(suite)],
-        "profiles": [(caption, _html(cells)) for caption, cells in map(tables.profile_table, suite.profiles)],
+        "profiles": list(map(tables.profile_table, suite.profiles)),
         "sources": _sources(suite.rows),
         "configs": {row["label"]: row["config"] for row in suite.rows},
     }
@@ -122,7 +112,8 @@ def _metric_charts(logs: Sequence[Path]) -> list[Spec]:
     return [charts.metric(own, str(name)) for name, own in known.groupby("name", sort=False)]
 
 
-def _page(**content: Any) -> str:
+def _write_page(out: Path, **content: Any) -> None:
+    """Everything in it that comes from rows is escaped."""
     import jinja2
     import vl_convert
 
@@ -131,8 +122,5 @@ def _page(**content: Any) -> str:
     )
     page = environment.get_template("report.html.jinja")
     library = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub says that a snippet is required
-    return page.render(content, library=library, light=charts.LIGHT, axes=charts.AXES)
-
-
-def _html(cells: pd.DataFrame) -> str:
-    return cells.to_html(border=0)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page.render(content, library=library, light=charts.LIGHT, axes=charts.AXES), encoding="utf-8")

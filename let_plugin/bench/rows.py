@@ -1,7 +1,4 @@
-"""Result rows: one JSON object per line of a `.jsonl` file, appended and never edited, each with where it came from.
-
-A row is one measured quantity of one run. Reports are made of rows alone.
-"""
+"""Result rows: one JSON object per line of a `.jsonl` file, appended and never edited, each with where it came from."""
 
 import hashlib
 import json
@@ -14,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 import let_plugin
 from let_plugin.config.errors import ConfigError, Problem
@@ -73,25 +68,13 @@ def without_checkout(text: str) -> str:
     return text.replace(f"{Path(let_plugin.__file__).parent.parent}/", "")
 
 
-def row(
-    kind: str,
-    *,
-    command: str,
-    config: str,
-    seed: int | None,
-    unit: str,
-    values: Sequence[float],
-    origin: Mapping[str, Any],
-    **details: Any,
-) -> dict[str, Any]:
-    """A row: `values`, at least one, of what a `command` has measured.
+def row(kind: str, origin: Mapping[str, Any], *, config: str, **fields: Any) -> dict[str, Any]:
+    """A row: `values`, in a `unit`, of what a `command` has measured, and the fields of its kind.
 
-    `config` is the run's full effective configuration as TOML, `seed` its seed (None: not fixed), `origin` the
-    `provenance()` of before the run; `details` are the fields of this kind of row.
+    `origin` is the `provenance()` of before the run, `config` its full effective configuration as TOML, `seed` its seed
+    (None: not fixed).
     """
-    fields = {"kind": kind, "command": command, **origin, "config": without_checkout(config), "seed": seed}
-    quantiles = {f"{p:g}": float(np.quantile(values, p)) for p in (0, 0.25, 0.5, 0.75, 1)}
-    return {**fields, "unit": unit, "quantiles": quantiles, "values": list(values), **details}
+    return {"kind": kind, **origin, "config": without_checkout(config), **fields}
 
 
 def append(path: Path, new: Mapping[str, Any]) -> None:

@@ -39,12 +39,6 @@ class Run:
     settings: Mapping[str, Any]  # of the class that measures it
     details: Mapping[str, Any]  # what its rows say besides
 
-    def row(self, kind: str, origin: Mapping[str, Any], command: str, unit: str, values: Any, **more: Any) -> Any:
-        """A row of what it has measured (see `rows.row`)."""
-        own: dict[str, Any] = {"label": self.label, "let_train": rows.command_line("let-train", self.argv)}
-        fields = {"command": command, "config": self.config, "unit": unit, "values": values, "origin": origin}
-        return rows.row(kind, **fields, **own, **self.details, **more)
-
 
 class Suite:
     """Runs whose rows go into a file. What a killed suite has left there counts.
@@ -65,6 +59,14 @@ class Suite:
         if rows.fingerprint(origin, *self._same) != self.id:
             raise RunFailedError("let_plugin has changed since the suite began: what is run now is other code")
         return origin
+
+    def _append(self, planned: Run, kind: str, origin: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
+        """Adds the row of a run to the file, and returns it."""
+        own = {"label": planned.label, "let_train": rows.command_line("let-train", planned.argv)}
+        own |= {"suite": self.id, "num_processes": self._args.processes, "command": self._command}
+        new = rows.row(kind, origin, config=planned.config, **{**own, **planned.details, **fields})
+        rows.append(self._args.out, new)
+        return new
 
     def _start(self, name: str, what: str, **request: Any) -> Running:
         """A run of let-train that is measured; for `request` see `child`."""

@@ -14,10 +14,7 @@ MIB = 2**20
 
 
 def text(files: Sequence[Path], suite: str | None = None) -> str:
-    """The table of each suite in files of rows, in order; or of the suite of this id alone.
-
-    ConfigError lists missing files and lines that are no rows, or says that there is nothing to show.
-    """
+    """The table of each suite in files of rows, or of the suite of this id alone. ConfigError as `frame.suites`."""
     found = [row for row in frame.read(files) if suite is None or row.get("suite") == suite]
     return "\n\n".join(map(suite_text, frame.suites(found)))
 

@@ -42,12 +42,12 @@ def main() -> None:
     config = subprocess.run(show, check=True, stdout=subprocess.PIPE, text=True).stdout
     row = rows.row(
         "demo",
+        origin,
         command=rows.command_line("python -m let_plugin.demo", sys.argv[1:]),
         config=config,
         seed=tomli.loads(config).get("debug", {}).get("seed"),
         unit="nats/token",
         values=list(result["held_out_loss"].values()),
-        origin=origin,
         seconds=seconds,
         **result,
     )

@@ -1,7 +1,4 @@
-"""torchtitan configuration functions of the demo: `base = "let_plugin.demo.student"`.
-
-The TOML files in train_configs/ overlay these.
-"""
+"""torchtitan configuration functions of the demo, for TOML files: `base = "let_plugin.demo.student"`."""
 
 from functools import partial
 from typing import Any

@@ -65,18 +65,20 @@ def run(args: argparse.Namespace, options: Sequence[str]) -> str:
     sums_D2 = {key: _document_losses(config, tokenizer, source) for key, source in sources.items()}
     num_tokens = int(sums_D2["let.teacher"][:, 1].sum())
     nll_D = {key: sums[:, 0] / sums[:, 1].clamp(min=1) for key, sums in sums_D2.items()}
-    numbers = kept((nll_D["--reference"] - nll_D["let.teacher"]).tolist(), args.keep)
+    # Of equal scores the first ones.
+    order_D = torch.argsort(nll_D["--reference"] - nll_D["let.teacher"], descending=True, stable=True)
+    kept = set(order_D[: max(1, int(args.keep * len(order_D)))].tolist())
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with fsspec.open(str(args.out), "wt", encoding="utf-8", compression="infer") as file:
         for number, text in enumerate(_texts(config)):
-            if number in numbers:
+            if number in kept:
                 file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
     flops = 2.0 * num_tokens * sum(source.info.num_language_model_params for source in sources.values())
     seconds = time.perf_counter() - started
     costs = {"flops": flops, "tokens": num_tokens * len(sources), "seconds": seconds}  # tokens: each model reads them
     costs_file(args.out).write_text(json.dumps(costs, indent=1) + "\n")
     means = ", ".join(f"{key} {nll.mean():.3f}" for key, nll in nll_D.items())
-    documents = f"{len(numbers):,} of {len(nll_D['let.teacher']):,} documents"
+    documents = f"{len(kept):,} of {len(order_D):,} documents"
     took = f"{flops:.3g} FLOPs, {seconds:.0f} s"
     return f"wrote {args.out}: {documents}; mean NLL per token and document: {means}; {took}"
 
@@ -96,6 +98,7 @@ def _document_losses(config: Any, tokenizer: Any, source: Any) -> torch.Tensor:
         for number, document in enumerate(documents)
         for start in range(0, max(len(document) - 1, 1), seq_len)
     )
+    numbers: list[int] = []  # of the documents that the parts belong to
     sums: list[torch.Tensor] = []
     while batch := list(islice(parts, max(1, _BATCH_TOKENS // seq_len))):
         # Causal: what stands behind a row's end changes nothing before it.
@@ -104,19 +107,11 @@ def _document_losses(config: Any, tokenizer: Any, source: Any) -> torch.Tensor:
         sums_B2 = torch.zeros(len(batch), 2, dtype=torch.float64)
         if tokens_BL.shape[1] > 0:
             sums_B2 = row_loss_sums(model, tokens_BL, None, labels_BL, vocab_size=source.info.vocab_size).cpu()
-        for (number, _), own in zip(batch, sums_B2, strict=True):
-            if number < len(sums):  # another part of the last document
-                sums[number] = sums[number] + own
-            else:
-                sums.append(own)
+        numbers += [number for number, _ in batch]
+        sums.append(sums_B2)
     if not sums:
         raise ConfigError(Problem("dataloader.dataset", "there are no documents", config.dataloader.dataset))
-    return torch.stack(sums)
-
-
-def kept(scores: Sequence[float], keep: float) -> set[int]:
-    """Numbers of the documents with the highest scores: a share `keep`, at least one; of equal ones the first."""
-    return set(sorted(range(len(scores)), key=lambda i: -scores[i])[: max(1, int(keep * len(scores)))])
+    return torch.zeros(numbers[-1] + 1, 2, dtype=torch.float64).index_add(0, torch.tensor(numbers), torch.cat(sums))
 
 
 def _check(config: Any, out: Path) -> None:

@@ -83,8 +83,7 @@ class _Entry(TypedDict, total=False):
 def read_file(path: Path) -> dict[str, Method]:
     """Methods of a TOML file beside the built-in ones, which it may replace. ConfigError lists what is wrong.
 
-    An entry is `name = ["--key", "value", ...]`, or a table with `options`, `like` and `grid`, of which `grid` is a
-    table of key = [values].
+    An entry is `name = ["--key", "value", ...]`, or a table of `options`, `like`, and a table `grid` of key = [values].
     """
     try:
         content = tomli.loads(path.read_text(encoding="utf-8"))

@@ -79,10 +79,8 @@ class Planner:
         details = {
             "method": method.name,
             "weight": weight,
-            "like": method.like,
             "num_student_params": student.num_matmul_params,
             "num_teacher_params": costs.num_teacher_params,
-            "splits": {"validation": _split(config.validator.dataloader), "test": _split(config.validator.test)},
             "tokens_per_step": tokens_per_step,
             "step_flops": flops,
             "active_flops": costs.overhead * flops,
@@ -127,7 +125,8 @@ class Planner:
         if steps % max(config.validator.freq, 1):
             message = f"training.steps = {steps} must be a multiple of it: the last step is to be evaluated"
             problems.append(Problem("validator.freq", message, config.validator.freq))
-        if _split(config.validator.dataloader) == _split(config.validator.test):
+        choices, results = (asdict(split) for split in (config.validator.dataloader, config.validator.test))
+        if choices == results | {"infinite": choices.get("infinite")}:
             message = "is also the split that choices are made on, validator.dataloader; name another"
             problems.append(Problem("--test-dataset", message, self._args.test_dataset))
         found = f"signal = {config.let.signal!r}, control = {config.let.control!r}"
@@ -148,12 +147,6 @@ class Planner:
 
 def settings_text(settings: Iterable[tuple[str, Any]]) -> str:
     return ", ".join(f"{key} {value}" for key, value in settings)
-
-
-def _split(loader: Any) -> dict[str, Any]:
-    """What a data loader reads, as JSON values."""
-    values = {key: value for key, value in asdict(loader).items() if key != "infinite"}
-    return json.loads(json.dumps(values, default=str))
 
 
 def _asked(args: argparse.Namespace) -> tuple[dict[str, Method], list[Method]]:

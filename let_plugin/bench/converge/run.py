@@ -5,7 +5,7 @@ import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -25,10 +25,7 @@ from let_plugin.config import load as toml_config
 
 
 def run(args: argparse.Namespace, options: Sequence[str], command: str) -> str:
-    """Runs what is missing, and returns the table. ConfigError before anything is run.
-
-    RunFailedError if a run fails; what was run before is in the result file.
-    """
+    """Runs what is missing, and returns the table. ConfigError before any run, RunFailedError if one fails."""
     suite = Suite(Planner(args, options), args, command)
     suite.tune()
     suite.finish()
@@ -36,10 +33,7 @@ def run(args: argparse.Namespace, options: Sequence[str], command: str) -> str:
 
 
 class Suite(runs.Suite):
-    """Runs what is not in the result file yet: each method with one seed, then with the next.
-
-    A run that was broken off starts from zero.
-    """
+    """Runs what is not in the result file yet. A run that was broken off starts from zero."""
 
     def __init__(self, planner: Planner, args: argparse.Namespace, command: str) -> None:
         self._common = toml_config.dump(planner.setup.load([]))
@@ -64,7 +58,7 @@ class Suite(runs.Suite):
             self._note_choice(method, points, losses, best)
 
     def finish(self) -> None:
-        """Runs the methods with each seed."""
+        """Runs all methods with one seed, then with the next."""
         cells = [(method, self._planner.chosen(method, self._chosen)) for method in self._planner.methods]
         planned = [self._planner.run(*cell, seed) for seed in self._args.seeds for cell in cells]
         for made in self._run(planned, "result"):
@@ -90,9 +84,7 @@ class Suite(runs.Suite):
 
     def _make(self, own: Run, role: str) -> dict[str, Any]:
         origin = self._origin_now()
-        details = {"suite": self.id, "run": self._id(own), "role": role, "num_processes": self._args.processes}
-        new = row(own, self._execute(own), origin, self._command, details)
-        rows.append(self._args.out, new)
+        new = self._append(own, origin=origin, run=self._id(own), role=role, **observed(own, self._execute(own)))
         text = f"diverged, by step {new['values'][0]}"
         if new["kind"] == CONVERGE:
             text = f"validation {new['final_validation_loss']:.4f}, test {new['final_test_loss']:.4f}"
@@ -134,42 +126,42 @@ class Suite(runs.Suite):
     def _note_choice(self, method: Method, points: Sequence[Point], losses: Sequence[float], best: int) -> None:
         names = [_point_name(point) for point in points]
         finite = {name: loss for name, loss in zip(names, losses, strict=True) if math.isfinite(loss)}
-        said = {
+        said: dict[str, Any] = {
             "suite": self.id,
             "method": method.asked or method.name,
             "weights": list(finite),
+            "values": list(finite.values()),
             "diverged": [name for name in names if name not in finite],
             "chosen": names[best],
             "tuning_seeds": list(self._args.tuning_seeds),
         }
-        fields: dict[str, Any] = {"command": self._command, "config": self._common, "origin": self._origin, **said}
-        new = rows.row(CHOICE, seed=None, unit="nats/token", values=list(finite.values()), **fields)
-        old = [row for row in rows.read(self._args.out) if row["kind"] == CHOICE and row["method"] == new["method"]]
-        if not old or any(old[-1][key] != new[key] for key in ("values", *said)):
-            rows.append(self._args.out, new)
+        old = [row for row in rows.read(self._args.out) if row["kind"] == CHOICE and row["method"] == said["method"]]
+        if not old or any(old[-1][key] != value for key, value in said.items()):
+            said |= {"command": self._command, "config": self._common, "seed": None, "unit": "nats/token"}
+            rows.append(self._args.out, rows.row(CHOICE, self._origin, **said))
 
     def _id(self, own: Run) -> str:
         """The same for the same run of the same code on the same device."""
         return rows.fingerprint(self._origin, asdict(own), self._args.processes, self._planner.setup.test)
 
 
-def row(own: Run, result: Mapping[str, Any], origin: Any, command: str, details: Mapping[str, Any]) -> dict[str, Any]:
-    """The row of a run, of the kind DIVERGED if its loss was not finite at some evaluation.
+def observed(own: Run, result: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a run's row, of the kind DIVERGED if its loss was not finite at some evaluation.
 
     FLOPs and seconds of its curve include the preparation, its tokens do not.
     """
     curve, before, known = pd.DataFrame(result["curve"]), result["preparation"], own.details
     is_finite = np.isfinite(curve[["validation_loss", "test_loss"]]).all(axis=1)
     if not is_finite.all():
-        return own.row(DIVERGED, origin, command, "step", curve["step"][~is_finite].tolist()[:1], **details)
+        return {"kind": DIVERGED, "unit": "step", "values": curve["step"][~is_finite].tolist()[:1]}
     active = curve.pop("active_steps")
     curve["tokens"] = curve["step"] * known["tokens_per_step"]
     curve["flops"] = before["flops"] + known["step_flops"] * curve["step"] + known["active_flops"] * active
     curve["seconds"] += before["seconds"] or 0.0
     last = curve.iloc[-1]
     final = {f"final_{name}": last[name] for name in ("validation_loss", "test_loss")}
-    own = replace(own, details={**known, **result, "curve": curve.to_dict("list"), **final, **details})
-    return own.row(CONVERGE, origin, command, "nats/token", [last["test_loss"]], active_steps=int(active.iloc[-1]))
+    measured = {"unit": "nats/token", "values": [last["test_loss"]], "active_steps": int(active.iloc[-1])}
+    return {"kind": CONVERGE, **result, "curve": curve.to_dict("list"), **final, **measured}
 
 
 def _point_name(point: Point) -> float | str:

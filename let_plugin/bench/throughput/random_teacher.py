@@ -15,8 +15,7 @@ from let_plugin.teacher.base import keep_rng_state
 def shape(student: Student, share: float) -> dict[str, int]:
     """A llama of a share of the student's size: its depth and width scaled by one factor.
 
-    `share` is N_T / N_S of the FLOP bound: of parameters that are multiplied. The width of the feed-forward network,
-    about 8/3 of the model's, makes up for what rounding has changed.
+    `share` is N_T / N_S of the FLOP bound. The feed-forward network's width makes up for what rounding has changed.
     """
     target = share * student.num_matmul_params
     # A block has about 12 width^2 parameters.

@@ -1,8 +1,7 @@
 """`let-bench throughput`: what LET costs in tokens/s and memory, beside the bounds, for a user's configuration.
 
-Each run is a process of its own. A round measures every variant once (A B C, A B C, ...), so that what is compared is
-close in time. What a killed suite has left in the file counts by whole rounds: a round that was broken off is measured
-again, under a new number.
+A round measures every variant once (A B C, A B C, ...), each in a process of its own, so that what is compared is close
+in time. A round that was broken off is measured again, under a new number.
 """
 
 import argparse
@@ -55,10 +54,7 @@ CASES = {
 
 
 def case_options(case: Case, teacher: Path | None, args: argparse.Namespace) -> list[str]:
-    """The options of let-train for a case, with nothing that disturbs a measurement.
-
-    `teacher` is the folder of a random teacher; None: the configured one.
-    """
+    """The options of let-train for a case. `teacher`: folder of a random teacher; None: the configured one."""
     total = WARMUP_STEPS + args.steps
     found = [*QUIET, "--validator.no-enable", "--dump_folder", str(args.work_dir / "dump")]
     # The first step is logged, which nobody measures, and then none.
@@ -78,10 +74,7 @@ def case_options(case: Case, teacher: Path | None, args: argparse.Namespace) -> 
 
 
 def run(args: argparse.Namespace, options: Sequence[str], command: str) -> str:
-    """Measures what is missing, and returns the table. ConfigError before anything is measured.
-
-    RunFailedError if a run fails; what was measured before is in the result file.
-    """
+    """Measures what is missing, and returns the table. ConfigError before any run, RunFailedError if one fails."""
     suite = Suite(plan_runs(args, options), args, command)
     suite.measure()
     return tables.text([args.out], suite.id)
@@ -120,8 +113,7 @@ def plan_runs(args: argparse.Namespace, options: Sequence[str]) -> list[Run]:
             "teacher_share": share,
             "baseline": PLAIN,
             "seed": config.debug.seed,
-            # N_T and N_S of the bound: parameters that are multiplied.
-            "num_teacher_params": costs.num_teacher_params,
+            "num_teacher_params": costs.num_teacher_params,  # that are multiplied
             "num_student_params": student.num_matmul_params,
             "flop_bound": costs.overhead if case.is_active else 0.0,
             "memory_bound_bytes": held if case.is_active else 0,
@@ -164,15 +156,14 @@ class Suite(runs.Suite):
         origin = self._origin_now()
         starts = [partial(self._start_run, run, what) for run in group]
         results = take_turns(starts, seed=number or 0) if len(group) > 1 else [starts[0](None).result()]
-        common: dict[str, Any] = {"suite": self.id, "num_processes": self._args.processes}
-        if number is not None:
-            common |= {"pair": number, "interleaved": self._args.interleave}
         for run, result in zip(group, results, strict=True):
             seconds = result.pop("step_seconds")
             speed = result["tokens_per_step"] * len(seconds) / result["wall_seconds"]
-            kind = THROUGHPUT if number is not None else PROFILE
-            more = {"tokens_per_second": speed, **result, **common}
-            rows.append(self._args.out, run.row(kind, origin, self._command, "s/step", seconds, **more))
+            own = {"unit": "s/step", "values": seconds, "tokens_per_second": speed, **result}
+            if number is None:
+                self._append(run, PROFILE, origin, **own)
+            else:
+                self._append(run, THROUGHPUT, origin, pair=number, interleaved=self._args.interleave, **own)
             tqdm.write(f"{what}, {run.label}: {speed:,.0f} tokens/s, {median(seconds):.3f} s/step")
 
     def _start_run(self, run: Run, what: str, turns: str | None) -> Running:

@@ -8,6 +8,7 @@ import pytest
 from let_plugin.bench import rows, tables
 from let_plugin.bench.converge import run
 from let_plugin.bench.processes import RunFailedError
+from let_plugin.bench.runs import Run
 
 # Final validation loss of a run without a process: LET is best at 1, rkd at 0.1; standard is 4.
 LOSSES = {"standard": 4.0, "let@0.1": 3.9, "let@1": 3.7, "rkd@0.1": 3.95, "rkd@1": 4.2, "random_teacher@1": 4.1}
@@ -127,15 +128,13 @@ def test_without_a_baseline_there_is_no_result(converge):
         assert len(converge.order) == num_run
 
 
-def test_a_row_counts_the_preparation_and_the_active_steps(converge, parsed):
-    args, options = parsed("converge", "--test-dataset let_demo_test --methods let")
-    own = run.Planner(args, options).run(run.Planner(args, options).methods[1], (), 3)
+def test_a_row_counts_the_preparation_and_the_active_steps(converge):
+    details = {"seed": 3, "tokens_per_step": 256, "step_flops": 5.0, "active_flops": 0.5}
+    own = Run(label="let@1", argv=(), config="", settings={}, details=details | {"preparation": {}})
     before = {"what": "stored states", "flops": 70.0, "tokens": 9, "seconds": 10.0}
-    result = converge.execute(None, run.replace(own, label="let@1")) | {"preparation": before}
-    made = run.row(own, result, rows.provenance(), "let-bench converge x", {"suite": "s", "run": "r"})
-    flops, active = own.details["step_flops"], own.details["active_flops"]
-    assert made["curve"]["flops"] == [70 + flops, 70 + 2 * flops + active, 70 + 4 * flops + 2 * active]
+    made = run.observed(own, converge.execute(None, own) | {"preparation": before})
+    assert made["curve"]["flops"] == [75, 80.5, 91]
     assert made["curve"]["tokens"] == [256, 512, 1024] and made["curve"]["seconds"] == [10.1, 10.2, 10.4]
     assert made["final_validation_loss"] == pytest.approx(3.703)
     assert made["values"] == [made["final_test_loss"]] == [pytest.approx(3.713)]
-    assert (made["label"], made["seed"], made["active_steps"], made["unit"]) == ("let@0.5", 3, 2, "nats/token")
+    assert (made["active_steps"], made["unit"]) == (2, "nats/token")

@@ -65,8 +65,3 @@ def test_the_documents_that_the_teacher_finds_easier(config_file, tmp_path, caps
         with pytest.raises(SystemExit, match="2"):
             cli.main([*command, *arguments])
         assert key in capsys.readouterr().err and not list(tmp_path.glob("x.*"))
-
-
-def test_of_equal_scores_the_first_are_kept():
-    assert data_selection.kept([1.0, 2.0, 2.0, 2.0, 0.0, 3.0], 0.5) == {1, 2, 5}
-    assert data_selection.kept([1.0], 0.05) == {0}

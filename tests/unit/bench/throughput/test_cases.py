@@ -1,7 +1,5 @@
 """From a command line to the runs of a round: their options, bounds, and what is refused."""
 
-import shlex
-
 import pytest
 import tomli
 
@@ -46,10 +44,7 @@ def test_a_run_is_what_its_line_of_let_train_says(planned, tiny_config):
     runs = planned(f"--steps 4 --cases active stopped rkd control {own}")
     total, configs = WARMUP_STEPS + 4, {}
     for label, run in runs.items():
-        line = run.row("throughput", {}, "", "s/step", [1.0])["let_train"]
-        program, file, *options = shlex.split(line)
-        assert (program, file) == ("let-train", str(tiny_config))
-        config = configs[label] = load(tiny_config, options).config
+        config = configs[label] = load(tiny_config, run.argv[1:]).config
         assert tomli.loads(run.config)["training"]["steps"] == config.training.steps == total
         assert config.training.seq_len == 32
         assert not (config.checkpoint.enable or config.validator.enable or config.metrics.enable_tensorboard)
