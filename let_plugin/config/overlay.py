@@ -7,22 +7,11 @@ from dataclasses import MISSING
 from types import NoneType
 from typing import Any
 
+from let_plugin.config import schema
 from let_plugin.config.command_line import Argument
 from let_plugin.config.errors import Problem, suggest
 from let_plugin.config.legacy_keys import OLD_KEYS, OLD_LET_KEYS
-from let_plugin.config.schema import (
-    Arm,
-    arms,
-    bounded,
-    config_classes,
-    default_value,
-    fit,
-    join,
-    owner,
-    settable_fields,
-    types_by_name,
-    walk,
-)
+from let_plugin.config.schema import Arm, arms, config_classes, default_value, join, types_by_name
 
 
 class Overlay:
@@ -38,7 +27,7 @@ class Overlay:
 
     def configuration(self, config: Any, tables: dict[str, Any]) -> Any:
         """`config` with the values of `tables`; its `__post_init__` checks, and those of changed tables, run again."""
-        for key, _, _ in walk(config):
+        for key, _, _ in schema.walk(config):
             self._keys_by_name.setdefault(key.rpartition(".")[2], []).append(key)
         return self._fields("", type(config), config, tables)
 
@@ -47,7 +36,7 @@ class Overlay:
 
         Returns `current` if nothing can be made of it.
         """
-        hints, changes = settable_fields(cls), {}
+        hints, changes = schema.settable_fields(cls), {}
         for name, value in table.items():
             if name not in hints:
                 self._unknown(join(key, name), name, value, cls)
@@ -59,7 +48,7 @@ class Overlay:
         if current is None:
             required = {f.name for f in dataclasses.fields(cls) if f.init and default_value(cls, f.name) is MISSING}
             for name in sorted(required - table.keys()):
-                self._add(join(key, name), f"missing; {owner(cls).__name__} needs it")
+                self._add(join(key, name), f"missing; {schema.owner(cls).__name__} needs it")
             if required - changes.keys():
                 return MISSING
         try:
@@ -107,7 +96,7 @@ class Overlay:
                     items = [self.value(f"{key}.{i}", item, args[0], MISSING) for i, item in enumerate(value)]
                     return current if any(item is MISSING for item in items) else items
         try:
-            return _untyped(value, current) if hint is Any else fit(value, bounded(key, hint))
+            return _untyped(value, current) if hint is Any else schema.fit(value, schema.bounded(key, hint))
         except ValueError as error:
             return self._add(key, str(error), value, current)
 
@@ -191,7 +180,7 @@ class Overlay:
         elif name in self._keys_by_name:
             message = f"unknown; did you mean {' or '.join(self._keys_by_name[name][:3])}?"
         else:
-            message = f"unknown; {suggest(name, settable_fields(cls))}"
+            message = f"unknown; {suggest(name, schema.settable_fields(cls))}"
         self._add(key, message, value)
 
     def _add(self, key: str, message: str, value: Any = MISSING, current: Any = None) -> Any:
@@ -210,7 +199,7 @@ def _untyped(value: Any, current: Any) -> Any:
     numbers = isinstance(value, list) and value and all(type(item) in (int, float) for item in value)
     if isinstance(value, list) and (isinstance(current, tuple) or (numbers and not isinstance(current, list))):
         return tuple(value)  # as torch's optimizers and torchtitan write numbers (betas)
-    return fit(value, hint)
+    return schema.fit(value, hint)
 
 
 def _complaint(error: Exception) -> str:

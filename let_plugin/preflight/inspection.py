@@ -75,10 +75,9 @@ def _run(options: argparse.Namespace) -> None:
     if options.spec not in ("", "transformers"):
         from let_plugin.teacher.titan.source import describe_spec, with_spec_paths
 
-        config = with_spec_paths(config)
-        if not config.path:
-            weights = "none given: this is what follows from the spec"
-            return _print({**_describe(describe_spec(options.spec)), "weights": weights})
+        if not with_spec_paths(config).path:
+            weights = {"weights": "none given: this is what follows from the spec"}
+            return _print(_describe(describe_spec(options.spec)) | weights)
     from let_plugin.teacher.open import open_teacher
 
     source = open_teacher(config)

@@ -1,6 +1,5 @@
 """Llama models of any size, built from torchtitan's parts, and their training on text."""
 
-from dataclasses import dataclass
 from functools import partial
 
 import torch.nn as nn
@@ -17,23 +16,7 @@ from torchtitan.models.llama3.state_dict_adapter import Llama3StateDictAdapter
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.trainer import Trainer
 
-from let_plugin.runtime.upstream import (
-    HuggingFaceTextDataLoader,
-    LRSchedulersContainer,
-    default_adamw,
-    llama3_head_init,
-    llama3_layers,
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Llama3RopeScaling:
-    """The rotary frequency scaling of Llama 3.1 and 3.2, with the names of Hugging Face's config.json."""
-
-    factor: float  # divisor of the low frequencies
-    low_freq_factor: float  # a wavelength above original_max_position_embeddings / this one is a low frequency
-    high_freq_factor: float  # a wavelength below original_max_position_embeddings / this one stays as it is
-    original_max_position_embeddings: int  # sequence length before the stretching, in tokens
+from let_plugin.runtime import upstream
 
 
 def llama_spec(
@@ -46,7 +29,6 @@ def llama_spec(
     vocab_size: int,
     num_kv_heads: int | None = None,
     rope_theta: float = 10_000.0,
-    rope_scaling: Llama3RopeScaling | None = None,
     max_seq_len: int = 131_072,
     norm_eps: float = 1e-5,
     tie_embeddings: bool = False,
@@ -73,14 +55,14 @@ def llama_spec(
             num_embeddings=vocab_size, embedding_dim=dim, param_init={"weight": embedding_init}
         ),
         norm=RMSNorm.Config(normalized_shape=dim, param_init={"weight": nn.init.ones_}),
-        lm_head=Linear.Config(in_features=dim, out_features=vocab_size, param_init=llama3_head_init(dim)),
-        layers=llama3_layers(
+        lm_head=Linear.Config(in_features=dim, out_features=vocab_size, param_init=upstream.llama3_head_init(dim)),
+        layers=upstream.llama3_layers(
             n_layers=num_layers,
             dim=dim,
             n_heads=num_heads,
             n_kv_heads=num_kv_heads,
             hidden_dim=hidden_dim,
-            rope=_rope(dim // num_heads, max_seq_len, rope_theta, rope_scaling),
+            rope=ComplexRoPE.Config(dim=dim // num_heads, max_seq_len=max_seq_len, theta=rope_theta),
             attn_backend=attn_backend,
         ),
     )
@@ -97,27 +79,18 @@ def llama_spec(
     )
 
 
-def _rope(head_width: int, max_seq_len: int, theta: float, scaling: Llama3RopeScaling | None) -> ComplexRoPE.Config:
-    rope = ComplexRoPE.Config(dim=head_width, max_seq_len=max_seq_len, theta=theta)
-    if scaling is not None:
-        rope.scaling, rope.scaling_factor = "llama", scaling.factor
-        rope.low_freq_factor, rope.high_freq_factor = scaling.low_freq_factor, scaling.high_freq_factor
-        rope.original_max_position_embeddings = scaling.original_max_position_embeddings
-    return rope
-
-
 def text_training(model_spec: ModelSpec, dataset: str, validation: str) -> Trainer.Config:
     """Training on one dataset and validation on another, with a cosine schedule; its sizes are the caller's to set."""
     loss_fn = CrossEntropyLoss.Config(global_vocab_size=decoder_vocab_size(model_spec))
-    held_out = HuggingFaceTextDataLoader.Config(dataset=validation, infinite=False)
+    held_out = upstream.HuggingFaceTextDataLoader.Config(dataset=validation, infinite=False)
     return Trainer.Config(
         model_spec=model_spec,
         loss=ChunkedLossWrapper.Config(loss_fn=loss_fn),
-        optimizer=default_adamw(),
-        lr_scheduler=LRSchedulersContainer.Config(decay_type="cosine", min_lr_factor=0.1),
+        optimizer=upstream.default_adamw(),
+        lr_scheduler=upstream.LRSchedulersContainer.Config(decay_type="cosine", min_lr_factor=0.1),
         # Without CUDA graphs also where LET is off: a run and its baseline are to differ in LET alone.
         training=TrainingConfig(disable_cuda_graphs=True),
-        dataloader=HuggingFaceTextDataLoader.Config(dataset=dataset),
+        dataloader=upstream.HuggingFaceTextDataLoader.Config(dataset=dataset),
         validator=Validator.Config(enable=True, dataloader=held_out),
         metrics=MetricsProcessor.Config(log_freq=10, enable_tensorboard=True),
         debug=DebugConfig(seed=0),

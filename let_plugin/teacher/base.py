@@ -26,16 +26,8 @@ if TYPE_CHECKING:
 MASK_RANGE = "let: mask"
 
 
-@dataclass(frozen=True)
-class LanguageModel:
-    """A whole, frozen model. When called, it returns logits [B, L, V] in its dtype."""
-
-    head: nn.Module  # the language-model head: the linear map at its end
-    run: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
-
-    def __call__(self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor | None) -> torch.Tensor:
-        """The arguments are those of Teacher.forward."""
-        return self.run(tokens_BL, positions_BL)
+# A whole, frozen model: tokens and positions as in Teacher.forward -> logits [B, L, V] in its dtype.
+LanguageModel = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,9 +93,9 @@ class TeacherSource(ABC):
 
     info: TeacherInfo
 
+    @abstractmethod
     def tokenizer(self) -> Any | None:
         """Of torchtitan's or `transformers`' kind; None if the teacher comes without one."""
-        return None
 
     def vocabulary(self) -> dict[str, int] | None:
         """Token -> id, special tokens included; None if the teacher comes without a tokenizer."""
@@ -140,8 +132,8 @@ class TeacherSource(ABC):
     def language_model(self, *, dtype: torch.dtype, device: torch.device, seq_len: int) -> LanguageModel:
         """Loads the whole model, with its head, onto `device`: to measure its loss, not to teach.
 
-        Every process that calls it has a whole, frozen copy. `seq_len`: of the longest row that it will be given, in
-        tokens. The rest is as in `build`; ConfigError also if there is no head.
+        In every process that calls it. `seq_len`: of the longest row that it will be given, in tokens. The rest is as
+        in `build`; ConfigError also if there is no head.
         """
 
     @abstractmethod

@@ -150,9 +150,7 @@ class TeacherShare:
         self._cuts_masks = student.cp_enabled
         self._num_peers = num_peers(config, student)
         self._mesh: DeviceMesh | None = None
-        # Indices into L; None: the whole sequence.
-        is_cut = student.cp_enabled or (cuts_blocks and not of_head)
-        self._part_S = _sequence_part(config, student, device, of_head=of_head) if is_cut else None
+        self._part_S = _sequence_part(config, student, device, by_tp=cuts_blocks and not of_head)
         if self._num_peers == 1:
             return
         # The two innermost axes of torchtitan's meshes are context and tensor parallelism.
@@ -272,13 +270,15 @@ class TargetProvider:
 
 
 def _sequence_part(
-    config: Trainer.Config, student: ParallelDims, device: torch.device, *, of_head: bool
-) -> torch.Tensor:
-    """Indices of the positions of this rank's block output, or its head's input, cut as torchtitan cuts those."""
+    config: Trainer.Config, student: ParallelDims, device: torch.device, *, by_tp: bool
+) -> torch.Tensor | None:
+    """Indices into L of this rank's block output, or its head's input, cut as torchtitan cuts those; None: all."""
+    if not student.cp_enabled and not by_tp:
+        return None
     index_L = torch.arange(config.training.seq_len, device=device)
     if student.cp_enabled:
         load_balancer = config.parallelism.context_parallel_load_balancer
         index_L = upstream.context_parallel_part(index_L, student.get_mesh("cp"), load_balancer)
-    if student.tp_enabled and config.parallelism.enable_sequence_parallel and not of_head:
+    if by_tp:
         index_L = index_L.chunk(student.tp)[student.get_mesh("tp").get_local_rank()]
     return index_L.contiguous()

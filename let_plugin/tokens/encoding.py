@@ -25,17 +25,13 @@ _WITHOUT_SPACE: dict[str, dict[str, Any]] = {
 class Tokens:
     """What is known of a tokenizer's tokens.
 
-    Attributes:
-        bytes: By id, the bytes of text that it stands for; None: a control token.
-        lengths: By id, their number; 1 for a control token, which takes a place of its own.
-        leading_space: What the tokenizer puts in front of a text that begins with a letter: a space or nothing. (In
-            front of a space, SentencePiece's Metaspace puts nothing, its Prepend, as Llama-2's, a second one.)
-        names: Control token -> its text.
-        bos, eos: Begin and end of a document; None: the tokenizer does not say.
+    `names`: control token -> its text. `bos`, `eos`: begin and end of a document; None: the tokenizer does not say.
+    `leading_space`: what the tokenizer puts in front of a text that begins with a letter: a space or nothing. (In front
+    of a space, SentencePiece's Metaspace puts nothing, its Prepend, as Llama-2's, a second one.)
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self.bytes = token_bytes(tokenizer)
+        self.bytes = token_bytes(tokenizer)  # by id; None: a control token, which takes a place of its own
         self.lengths = np.array([1 if value is None else len(value) for value in self.bytes], dtype=np.int64)
         inner = unwrapped(tokenizer)
         if isinstance(inner, Encoding):

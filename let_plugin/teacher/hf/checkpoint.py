@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from let_plugin.config import TeacherConfig
 from let_plugin.config.errors import ConfigError, Problem
-from let_plugin.teacher.base import bad_path, require
+from let_plugin.teacher.base import bad_path, freeze, keep_rng_state, require
 from let_plugin.teacher.hf import hub
 from let_plugin.teacher.hf.checks import check_is_decoder, check_isolates_documents, find_layers
 from let_plugin.teacher.hf.files import check_finite, check_names, linked, read_headers, some_names, weight_files
@@ -67,7 +67,7 @@ class Checkpoint:
         else:
             message = 'there is no such folder, and it is no hub name ("org/name"); give a folder with *.safetensors'
             raise bad_path(self.config.path, message)
-        self.model_config = self._load_config()
+        self.model_config: PreTrainedConfig = self._read(AutoConfig, "configuration")
         check_is_decoder(self.model_config, config)
         try:
             # Every family has "eager" attention, so that the checks can say what is the matter with the others.
@@ -93,34 +93,32 @@ class Checkpoint:
             )
 
     def load(self, dtype: torch.dtype, *, head: bool = False, attention: str | None = None) -> Any:
-        """Reads the whole trunk, or with `head` the whole causal language model, into CPU memory.
+        """Reads the whole trunk, or with `head` the whole causal language model, into CPU memory, frozen.
 
         ConfigError that names the tensors which cannot be read, or hold NaN or infinities.
         """
         auto_class = AutoModelForCausalLM if head else AutoModel
-        model = self._from_pretrained(auto_class, dtype=dtype, attn_implementation=attention)
+        with keep_rng_state(torch.device("cpu")):
+            model = self._from_pretrained(auto_class, dtype=dtype, attn_implementation=attention)
         check_finite(model.state_dict(), self.config.path)
+        freeze(model)
         return model
 
     def tokenizer(self) -> Any | None:
         """That of `tokenizer_path` if given, or else the checkpoint's own; None if it comes without one."""
         if self.is_gguf and not self.config.tokenizer_path:
-            try:
-                with quiet_transformers():
-                    return AutoTokenizer.from_pretrained(self.folder, **self._options)
-            except Exception as error:  # a damaged file fails in numpy, struct or the reader: any type of error
-                raise self._unreadable("tokenizer", error) from error
+            return self._read(AutoTokenizer, "tokenizer")
         return open_tokenizer(dataclasses.replace(self.config, path=self.folder))
 
-    def _load_config(self) -> PreTrainedConfig:
+    def _read(self, auto_class: Any, what: str) -> Any:
         try:
             with quiet_transformers():
-                return AutoConfig.from_pretrained(self.folder, **self._options)
+                return auto_class.from_pretrained(self.folder, **self._options)
         except Exception as error:  # OSError, ValueError, JSON errors, and whatever remote code or a .gguf file raises
             if "trust_remote_code" in str(error):
                 message = "the checkpoint comes with Python code of its own; set it to true if you trust that code"
                 raise ConfigError(Problem("let.teacher.trust_remote_code", message, False)) from error
-            raise self._unreadable("configuration", error) from error
+            raise self._unreadable(what, error) from error
 
     def _from_pretrained(self, auto_class: Any, integers: Collection[str] = (), **options: Any) -> Any:
         """The model. `integers`: the stored tensors that hold no floating-point numbers."""

@@ -15,15 +15,7 @@ import torch
 from torch import nn
 
 from let_plugin.alignment.layer_mapping import EMBEDDING
-from let_plugin.teacher.base import (
-    LanguageModel,
-    Teacher,
-    TeacherInfo,
-    TeacherSource,
-    freeze,
-    keep_rng_state,
-    num_blocks_to,
-)
+from let_plugin.teacher.base import LanguageModel, Teacher, TeacherInfo, TeacherSource, freeze, num_blocks_to
 from let_plugin.teacher.hf import checks
 from let_plugin.teacher.hf.attention import ATTENTION, model_inputs
 from let_plugin.teacher.hf.checkpoint import Checkpoint, quiet_transformers, tensors_of
@@ -75,7 +67,7 @@ class HFTeacherSource(TeacherSource):
         final_norm: bool,
     ) -> HFTeacher:
         """See TeacherSource. Each shard group's first rank holds the teacher in CPU memory while it is read."""
-        with keep_rng_state(device), quiet_transformers():
+        with quiet_transformers():
             tensors, dtypes = read_once(lambda: tensors_of(self._checkpoint.load(dtype)), parallel_dims)
             trunk = self._checkpoint.on_meta(attention=ATTENTION, dtype=dtype)
             for name, parameter in trunk.named_parameters():  # some families keep some weights in fp32
@@ -95,19 +87,14 @@ class HFTeacherSource(TeacherSource):
         return teacher
 
     def language_model(self, *, dtype: torch.dtype, device: torch.device, seq_len: int) -> LanguageModel:
-        with keep_rng_state(device):
-            model = self._checkpoint.load(dtype, head=True, attention=ATTENTION)
-        freeze(model)
-        nn.Module.to(model, device)
+        model = nn.Module.to(self._checkpoint.load(dtype, head=True, attention=ATTENTION), device)
         # Everything that its family does to the logits (soft caps, scales) is done.
-        return LanguageModel(model.get_output_embeddings(), lambda *batch: model(**model_inputs(*batch)).logits)
+        return lambda tokens_BL, positions_BL: model(**model_inputs(tokens_BL, positions_BL)).logits
 
     @torch.no_grad()
     def outer_layers(self, *, head: bool) -> dict[str, torch.Tensor]:
         """See TeacherSource. Holds the whole teacher meanwhile."""
-        with keep_rng_state(torch.device("cpu")):
-            model = self._checkpoint.load(torch.float32, head=head, attention=ATTENTION)
-        freeze(model)
+        model = self._checkpoint.load(torch.float32, head=head, attention=ATTENTION)
         blocks, last = checks.find_layers(model, self.info.num_layers), self.info.num_layers - 1
         # What it returns, logits perhaps, counts as one more layer.
         states = LayerStates(list(blocks), [EMBEDDING, last, last + 1], output_layer=last + 1)
@@ -126,9 +113,7 @@ class HFTeacherSource(TeacherSource):
     @torch.no_grad()
     def head(self) -> dict[str, torch.Tensor]:
         """See TeacherSource. Holds the whole teacher meanwhile."""
-        with keep_rng_state(torch.device("cpu")):
-            model = self._checkpoint.load(torch.float32, head=True, attention=ATTENTION)
-        freeze(model)
+        model = self._checkpoint.load(torch.float32, head=True, attention=ATTENTION)
         inputs, given, head = model_inputs(trial_tokens(self.info.vocab_size), None), [], model.get_output_embeddings()
         head.register_forward_pre_hook(lambda head, args: given.append(args[0][:, 0]))
         logits_TV = model(**inputs).logits[:, 0]

@@ -18,17 +18,8 @@ from torchtitan.trainer import Trainer
 from let_plugin.config import plan
 from let_plugin.config.errors import ConfigError, Problem
 from let_plugin.teacher.base import StateProvider, States, TeacherInfo
-from let_plugin.teacher.stored import fingerprints
-from let_plugin.teacher.stored.shards import (
-    ENCODINGS,
-    FEATURES_KEY,
-    MISSING,
-    RowReader,
-    bytes_per_token,
-    decode,
-    shard_paths,
-    write_safely,
-)
+from let_plugin.teacher.stored import fingerprints, shards
+from let_plugin.teacher.stored.shards import FEATURES_KEY, MISSING, RowReader, decode, shard_paths, write_safely
 
 MANIFEST = "manifest.json"
 FORMAT = 2  # 1 had other settings
@@ -65,12 +56,6 @@ class Features:
     """A complete export in a folder: its manifest has been read, its rows have not.
 
     ConfigError if it is not there, not complete or damaged.
-
-    Attributes:
-        settings: See Manifest.
-        fidelity: Layer -> number of its tokens, and mean cosine of what is stored of them with the teacher's states.
-        info: The teacher's.
-        is_partial: Whether there are tokens without a state.
     """
 
     def __init__(self, path: str) -> None:
@@ -81,9 +66,11 @@ class Features:
             raise ConfigError(Problem(FEATURES_KEY, message, path))
         self.settings = manifest.settings
         try:
+            # Layer -> number of its tokens, and mean cosine of what is stored of them with the teacher's states.
             self.fidelity: dict[str, dict[str, float]] = manifest.result["fidelity"]
             num_shards: int = manifest.result["num_shards"]
             num_tokens = manifest.result["num_rows"] * self.settings["seq_len"]
+            # Whether there are tokens without a state.
             self.is_partial = any(layer["tokens"] < num_tokens for layer in self.fidelity.values())
             info: dict[str, Any] = self.settings["teacher"]["info"]
             self.info = TeacherInfo(**info | {"block_params": tuple(info["block_params"])})
@@ -114,9 +101,7 @@ class Features:
         stop_step, rows = plan.last_step(config, num_data_parallel), rows_per_step(config, num_data_parallel)
         if stop_step * rows > stored["rows_per_rank"]:
             steps = stored["rows_per_rank"] // rows
-            message = (
-                f"has the states of {steps:,} steps; the alignment lasts {stop_step:,}; set let.stop_step = {steps}"
-            )
+            message = f"has {steps:,} steps; the alignment lasts {stop_step:,}; set let.stop_step = {steps}"
             problems.append(Problem(FEATURES_KEY, f"{message}, or export again", folder))
         if problems:
             raise ConfigError(problems)
@@ -153,7 +138,8 @@ class Features:
         ]
 
     def bytes_per_token(self, layers: Sequence[int | str]) -> int:
-        return sum(bytes_per_token(self.settings["encoding"], self.settings["widths"][str(layer)]) for layer in layers)
+        encoding, widths = self.settings["encoding"], self.settings["widths"]
+        return sum(shards.bytes_per_token(encoding, widths[str(layer)]) for layer in layers)
 
 
 def rows_per_step(config: Trainer.Config, num_data_parallel: int) -> int:
@@ -171,7 +157,7 @@ class StoredStates(StateProvider):
         self._features = features
         self._layers = layers
         self._dtype = dtype
-        self._columns = ENCODINGS[features.settings["encoding"]]
+        self._columns = shards.ENCODINGS[features.settings["encoding"]]
         self.make_extras = RowReader(features.folder, [f"{layer}.{name}" for layer in layers for name in self._columns])
 
     def states(self, batch: Mapping[str, torch.Tensor], student_masks: Any = None) -> States:

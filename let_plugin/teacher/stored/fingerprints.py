@@ -15,7 +15,6 @@ from huggingface_hub import try_to_load_from_cache
 from torchtitan.trainer import Trainer
 
 from let_plugin.config import TeacherConfig, plan
-from let_plugin.config.errors import lookup
 from let_plugin.runtime import data
 from let_plugin.runtime.upstream import DATASETS
 
@@ -35,9 +34,9 @@ def teacher(config: TeacherConfig) -> str:
     """
     path = config.path
     if config.spec and not path:
-        from let_plugin.teacher.titan.source import TEACHER_SPECS
+        from let_plugin.teacher.titan.source import with_spec_paths
 
-        path = lookup(TEACHER_SPECS.get, config.spec, key="let.teacher.spec").path
+        path = with_spec_paths(config).path
     if os.path.isfile(path):
         return _digest([Path(path)])
     if not os.path.isdir(path):

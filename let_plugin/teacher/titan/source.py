@@ -21,16 +21,8 @@ from let_plugin.alignment.registry import Registry
 from let_plugin.config import TeacherConfig
 from let_plugin.config.errors import ConfigError, Problem, lookup, suggest
 from let_plugin.runtime import host, upstream
-from let_plugin.teacher.base import (
-    MASK_RANGE,
-    LanguageModel,
-    Teacher,
-    TeacherInfo,
-    TeacherSource,
-    freeze,
-    keep_rng_state,
-    num_blocks_to,
-)
+from let_plugin.teacher import base
+from let_plugin.teacher.base import LanguageModel, Teacher, TeacherInfo, TeacherSource
 from let_plugin.teacher.layers import LayerStates
 from let_plugin.teacher.outer_layers import folded_head, plain_head, trial_tokens
 from let_plugin.teacher.sharding import SPMD_BACKEND
@@ -73,12 +65,14 @@ class TitanTeacherSource(TeacherSource):
     def __init__(self, config: TeacherConfig, checkpoint: "Checkpoint | None" = None) -> None:
         self._checkpoint = checkpoint
         if checkpoint is not None:
-            self._spec = _adapted(make_spec(checkpoint.model_config))
+            self._spec = make_spec(checkpoint.model_config)
+            host.adapt_model_spec(self._spec)
             self._weights = TitanWeights(config.path, self._spec, "of its config.json", checkpoint)
             self.info = _describe(self._spec, f"{checkpoint.where}, run by torchtitan (its config.json is a Llama's)")
             return
         self._config = config = with_spec_paths(config)
-        self._spec = _adapted(_find_spec(config.spec).make_spec())
+        self._spec = _find_spec(config.spec).make_spec()
+        host.adapt_model_spec(self._spec)
         self._weights = TitanWeights(config.path, self._spec, config.spec)
         hf_config = read_hf_config(config.path)
         check_agrees(hf_config, self._spec, name=config.spec)
@@ -121,7 +115,7 @@ class TitanTeacherSource(TeacherSource):
         model_config = _model_config(
             self._spec, Trainer.Config(training=training, parallelism=parallelism, compile=compile_config)
         )
-        with keep_rng_state(device):
+        with base.keep_rng_state(device):
             with torch.device("meta"), set_default_dtype(dtype):
                 model = _trunk(model_config.build())
                 _cut(model, layers, final_norm)
@@ -142,15 +136,12 @@ class TitanTeacherSource(TeacherSource):
             self._weights.load(model, dtype, parallel_dims)
         student = config.model_spec.model if config.model_spec else None
         teacher = TitanTeacher(model, layers, takes_student_masks=_makes_same_masks(model_config, student))
-        freeze(teacher)
+        base.freeze(teacher)
         return teacher
 
     def language_model(self, *, dtype: torch.dtype, device: torch.device, seq_len: int) -> LanguageModel:
         model = self._whole(dtype, device, seq_len)
-        return LanguageModel(
-            model.lm_head,
-            lambda tokens_BL, positions_BL: model(tokens_BL, *_positions_and_masks(model, tokens_BL, positions_BL)),
-        )
+        return lambda tokens_BL, positions_BL: model(tokens_BL, *_positions_and_masks(model, tokens_BL, positions_BL))
 
     def outer_layers(self, *, head: bool) -> dict[str, torch.Tensor]:
         """See TeacherSource. Of DCP and safetensors, these layers alone are read."""
@@ -180,7 +171,7 @@ class TitanTeacherSource(TeacherSource):
         training = TrainingConfig(seq_len=seq_len)
         parallelism = ParallelismConfig(spmd_backend=SPMD_BACKEND)
         model_config = _model_config(self._spec, Trainer.Config(training=training, parallelism=parallelism))
-        with keep_rng_state(device):
+        with base.keep_rng_state(device):
             with torch.device("meta"), set_default_dtype(dtype):
                 model = model_config.build()
                 if not blocks:
@@ -189,7 +180,7 @@ class TitanTeacherSource(TeacherSource):
                     _trunk(model).norm = None
             _allocate(model, device)
         self._weights.load(model, dtype)
-        freeze(model)
+        base.freeze(model)
         return model
 
 
@@ -209,7 +200,7 @@ class TitanTeacher(Teacher):
         if student_masks is not None and self._takes_student_masks:
             arguments = positions_BL, student_masks
         else:
-            with record_function(MASK_RANGE):
+            with record_function(base.MASK_RANGE):
                 arguments = _positions_and_masks(self.model, tokens_BL, positions_BL)
         return self._states.collect(lambda: self.model(tokens_BL, *arguments))
 
@@ -234,7 +225,7 @@ def _describe(spec: ModelSpec, where: str) -> TeacherInfo:
 
 def describe_spec(name: str) -> TeacherInfo:
     """Describes what `let.teacher.spec = name` means, without any weights. ConfigError if it means nothing."""
-    return _describe(_adapted(_find_spec(name).make_spec()), "no weights")
+    return _describe(_find_spec(name).make_spec(), "no weights")
 
 
 def with_spec_paths(config: TeacherConfig) -> TeacherConfig:
@@ -242,11 +233,6 @@ def with_spec_paths(config: TeacherConfig) -> TeacherConfig:
     spec = _find_spec(config.spec)
     path, tokenizer_path = config.path or spec.path, config.tokenizer_path or spec.tokenizer_path
     return dataclasses.replace(config, path=path, tokenizer_path=tokenizer_path)
-
-
-def _adapted(spec: ModelSpec) -> ModelSpec:
-    host.adapt_model_spec(spec)
-    return spec
 
 
 def _find_spec(name: str) -> TeacherSpec:
@@ -294,7 +280,7 @@ def _trunk(model: Any) -> Any:
 def _cut(model: Any, layers: Sequence[int | str], final_norm: bool) -> None:
     """Takes away what no layer needs, as from a pipeline stage: it returns the state of its deepest block."""
     num_layers = len(model.layers)
-    for name in list(model.layers)[num_blocks_to(layers) :]:
+    for name in list(model.layers)[base.num_blocks_to(layers) :]:
         del model.layers[name]
     if not (final_norm and num_layers - 1 in layers):
         model.norm = None

@@ -13,7 +13,7 @@ from torchtitan.models.common import FeedForward, RoPE
 from torchtitan.protocols.model_spec import ModelSpec
 
 from let_plugin.config.errors import ConfigError, Problem
-from let_plugin.runtime.models import Llama3RopeScaling, llama_spec
+from let_plugin.runtime.models import llama_spec
 from let_plugin.teacher.base import bad_path
 
 if TYPE_CHECKING:
@@ -60,10 +60,7 @@ def obstacle(config: "PreTrainedConfig") -> str:
 def make_spec(config: "PreTrainedConfig") -> ModelSpec:
     """The specification of the model that `config` describes, for which there is no `obstacle`."""
     rope = config.rope_parameters
-    scaling = None
-    if rope.get("rope_type", "default") == "llama3":
-        scaling = Llama3RopeScaling(**{name: rope[name] for name in _SCALING})
-    return llama_spec(
+    spec = llama_spec(
         config.model_type,
         dim=config.hidden_size,
         num_layers=config.num_hidden_layers,
@@ -72,11 +69,16 @@ def make_spec(config: "PreTrainedConfig") -> ModelSpec:
         hidden_dim=config.intermediate_size,
         vocab_size=config.vocab_size,
         rope_theta=rope["rope_theta"],
-        rope_scaling=scaling,
         max_seq_len=config.max_position_embeddings,
         norm_eps=config.rms_norm_eps,
         tie_embeddings=config.tie_word_embeddings,
     )
+    if rope.get("rope_type") == "llama3":
+        for _, own, _, _ in spec.traverse(RoPE.Config):
+            own.scaling, own.scaling_factor = "llama", rope["factor"]
+            for name in _SCALING[1:]:
+                setattr(own, name, rope[name])
+    return spec
 
 
 def read_hf_config(folder: str) -> dict[str, Any]:

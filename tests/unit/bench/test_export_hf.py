@@ -6,20 +6,21 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torchtitan.models.common import RoPE
 
 from let_plugin.bench import export_hf
 from let_plugin.config.errors import ConfigError
 from let_plugin.demo import TOKENIZER
 from let_plugin.runtime import host
-from let_plugin.runtime.models import Llama3RopeScaling, llama_spec
+from let_plugin.runtime.models import llama_spec
 from tests.support.config_registry import tiny, tiny_qwen3
 
 transformers = pytest.importorskip("transformers", reason="pip install let-plugin[eval]")
 
-SCALING = Llama3RopeScaling(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
+SCALING = {"scaling": "llama", "scaling_factor": 4.0, "original_max_position_embeddings": 16}
 UNTIED = {"num_kv_heads": 2, "rope_theta": 500.0, "norm_eps": 1e-3}
 TIED = {"tie_embeddings": True, "norm_eps": 1e-6, "embedding_init_std": 0.02}
-STRETCHED = {"rope_scaling": SCALING, "max_seq_len": 64}
+STRETCHED = {"max_seq_len": 64}
 
 
 def saved(shape, folder, **more):
@@ -27,6 +28,10 @@ def saved(shape, folder, **more):
     config = tiny()
     size = {"dim": 48, "num_layers": 2, "num_heads": 4, "hidden_dim": 80, "vocab_size": 4096}
     config.model_spec = llama_spec("exported", **size, **shape)
+    if shape is STRETCHED:
+        for _, rope, _, _ in config.model_spec.traverse(RoPE.Config):
+            for name, value in SCALING.items():
+                setattr(rope, name, value)
     host.adapt_model_spec(config.model_spec)
     torch.manual_seed(0)
     model = config.model_spec.model.build()

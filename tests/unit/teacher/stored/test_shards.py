@@ -9,18 +9,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from let_plugin.config.errors import ConfigError
-from let_plugin.teacher.stored.shards import (
-    KEY_BYTES,
-    MISSING,
-    RowReader,
-    Shard,
-    ShardWriter,
-    bytes_per_token,
-    decode,
-    encode,
-    row_keys,
-    shard_paths,
-)
+from let_plugin.teacher.stored import shards
+from let_plugin.teacher.stored.shards import KEY_BYTES, MISSING, RowReader, Shard, ShardWriter, decode, encode
 
 L, C = 6, 3
 
@@ -37,7 +27,7 @@ def random_states(seed, exponent=0):
 def test_columns_take_what_is_said_and_zeros_stay_zeros(encoding, dtype):
     states_BLE = random_states(0, 10).to(dtype)
     columns = encode(states_BLE, encoding)
-    assert sum(c.element_size() * c.shape[-1] for c in columns.values()) == bytes_per_token(encoding, 24)
+    assert sum(c.element_size() * c.shape[-1] for c in columns.values()) == shards.bytes_per_token(encoding, 24)
     decoded_BLE = decode(columns, dtype)
     assert decoded_BLE.dtype == dtype and decoded_BLE.shape == states_BLE.shape
     assert torch.equal(decoded_BLE.ne(0).any(-1), states_BLE.ne(0).any(-1))
@@ -71,7 +61,7 @@ def states(number):
 
 def write(folder, numbers, *, stream=0, finish=True):
     writer = ShardWriter(folder, stream, rows_per_shard=2)
-    keys = row_keys(batch(*numbers))
+    keys = shards.row_keys(batch(*numbers))
     for i in writer.new_rows(keys):
         writer.add(keys[i], states(numbers[i]), {"0": torch.tensor([1.0, 0.5 + numbers[i] / 100])})
     if finish:
@@ -81,20 +71,20 @@ def write(folder, numbers, *, stream=0, finish=True):
 
 def test_keys_are_those_of_tokens_and_positions():
     rows = batch(1, 2, 1)
-    first, second, third = row_keys(rows)
+    first, second, third = shards.row_keys(rows)
     assert first == third != second and len(first) == KEY_BYTES
-    without = row_keys({"input": rows["input"]})
-    packed = row_keys({**rows, "positions": torch.tensor([0, 1, 2, 0, 1, 2]).expand(3, L)})
+    without = shards.row_keys({"input": rows["input"]})
+    packed = shards.row_keys({**rows, "positions": torch.tensor([0, 1, 2, 0, 1, 2]).expand(3, L)})
     assert len({first, without[0], packed[0]}) == 3
     # A view has the key of what it shows, whatever lies between in memory.
     wide = torch.stack([rows["input"], rows["input"] + 1], dim=-1)
-    assert row_keys({**rows, "input": wide[..., 0]}) == [first, second, third]
+    assert shards.row_keys({**rows, "input": wide[..., 0]}) == [first, second, third]
 
 
 def test_rows_come_back_in_any_order_from_all_streams(tmp_path):
     write(tmp_path, [1, 2, 3, 4, 5])
     write(tmp_path, [6, 7], stream=1)
-    assert len(shard_paths(tmp_path)) == 4 and len(shard_paths(tmp_path, 0)) == 3
+    assert len(shards.shard_paths(tmp_path)) == 4 and len(shards.shard_paths(tmp_path, 0)) == 3
     reader = RowReader(tmp_path, ["0.values", "0.scales"])
     for read in (reader, pickle.loads(pickle.dumps(reader))):  # as it goes to a worker that is not forked
         for numbers in ([7, 1, 5, 5, 2], [3]):
@@ -106,11 +96,11 @@ def test_rows_come_back_in_any_order_from_all_streams(tmp_path):
 
 def test_what_is_written_is_plain_safetensors_with_each_row_once_and_knows_how_well_it_is_stored(tmp_path):
     writer = write(tmp_path, [1, 2, 1, 1, 3])
-    assert writer.new_rows(row_keys(batch(3, 4))) == [1]
-    first, second = map(load_file, shard_paths(tmp_path))
+    assert writer.new_rows(shards.row_keys(batch(3, 4))) == [1]
+    first, second = map(load_file, shards.shard_paths(tmp_path))
     assert torch.equal(first["0.values"], torch.stack([states(n)["0.values"] for n in (1, 2)]))
     assert first["keys"].shape == (2, KEY_BYTES) and second["keys"].shape == (1, KEY_BYTES)
-    fidelity = Shard(shard_paths(tmp_path)[0]).fidelity["0"]
+    fidelity = Shard(shards.shard_paths(tmp_path)[0]).fidelity["0"]
     assert fidelity == {"tokens": 4, "mean": pytest.approx((1 + 0.51 + 1 + 0.52) / 4)}
 
 
@@ -128,7 +118,7 @@ def test_what_an_interrupted_writer_has_left_is_what_a_whole_one_writes(tmp_path
     write(tmp_path, range(1, 8))
     whole = contents()
     assert len(whole) == 4
-    shard_paths(tmp_path)[1].unlink()  # one in the middle
+    shards.shard_paths(tmp_path)[1].unlink()  # one in the middle
     write(tmp_path, range(1, 8))
     assert contents() == whole
     for path in tmp_path.iterdir():
@@ -152,7 +142,7 @@ def test_damage_is_one_clear_error(tmp_path, damage):
     write(tmp_path, [1, 2])
     with pytest.raises(ConfigError, match=r"safetensors has no 1\.values"):
         RowReader(tmp_path, ["0.values", "1.values"])
-    (path,) = shard_paths(tmp_path)
+    (path,) = shards.shard_paths(tmp_path)
     path.write_bytes(damage(path.read_bytes()))
     for use in (lambda: RowReader(tmp_path, ["0.values"]), lambda: ShardWriter(tmp_path, 0, 2)):
         with pytest.raises(ConfigError, match=r"let.teacher.features = .*rows-00000-000000.safetensors is damaged \("):
