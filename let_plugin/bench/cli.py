@@ -90,8 +90,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def _add_throughput(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    cases = ("plain", "active", "stopped", "rkd", "control")
-    help_ = "beside plain: active, stopped, rkd, control (active stopped)"
+    cases = ("plain", "active", "rows", "stopped", "rkd", "control")
+    help_ = "beside plain: active, rows (a teacher on a quarter of them), stopped, rkd, control (active stopped)"
     add("--cases", nargs="+", default=["active", "stopped"], choices=cases, metavar="CASE", help=help_)
     # Without a spread there is no interval: two of each.
     add("--pairs", type=_number(int, 2), default=7, help="how often each case is measured (7)")

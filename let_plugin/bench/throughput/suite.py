@@ -48,6 +48,7 @@ CASES = {
     PLAIN: Case(has_teacher=False),
     "control": Case(has_teacher=False),
     "active": Case(is_active=True),
+    "rows": Case(("--let.teacher.rows", "0.25"), is_active=True),
     "stopped": Case(),
     "rkd": Case((*METHODS["rkd"].defaults, *METHODS["rkd"].options), is_active=True, is_throughout=True),
 }

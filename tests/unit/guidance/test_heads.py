@@ -81,6 +81,7 @@ def bucketed(predictions_V, is_top_V):
     "settings",
     [
         {"temperature": 2.0},
+        {"compiled": True},
         {"divergence": "reverse_kl", "alpha": 0.75},
         {"divergence": "jensen_shannon", "temperature": 0.5, "top_k": 3},
         {"top_k": 50, "alpha": 1.0, "teacher__rows": 0.5},
@@ -89,6 +90,9 @@ def bucketed(predictions_V, is_top_V):
 )
 def test_the_students_predictions_are_drawn_to_the_teachers(config, batch, request, settings, monkeypatch):
     monkeypatch.setattr(distillation, "MAX_LOGITS", 4096 * 5)  # five tokens at a time
+    settings = dict(settings)
+    if settings.pop("compiled", False):
+        set_all(config, compile__enable=True, compile__backend="aot_eager")
     set_all(config.let, signal="logits", **settings)
     config.let.teacher.path = f"{config.dump_folder}/teacher"
     weights = jobs.make_teacher(config.let.teacher.path, with_head=True)

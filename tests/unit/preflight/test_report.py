@@ -2,7 +2,7 @@
 
 import pytest
 
-from let_plugin.config import LetConfig, PairConfig
+from let_plugin.config import LetConfig, PairConfig, TermConfig
 from let_plugin.config.errors import ConfigError
 from let_plugin.config.load import load
 from let_plugin.demo import TEACHER
@@ -58,6 +58,15 @@ CONTROL = {"let__signal": "labels", "let__pairs": [PairConfig(student=0), PairCo
 STUDENT_SIDE = {"let__loss": "mse", "let__dimension_match": "linear", "let__projector__side": "student"}
 
 
+LOGITS = TermConfig(signal="logits", weight=1.0, top_k=8, alpha=0.5, stop_step=1, schedule="constant")
+TERMS = {"let__weight": 0.1, "let__stop_step": None}
+TERMS |= {"let__terms": [TermConfig(stop_step=2), LOGITS, TermConfig(signal="labels", student_block=2, stop_step=4)]}
+DISTILS = TEACHER_BLOCKS + TEACHER_EMBEDDING  # its head is as large as its embedding
+OVERHEADS = [n / STUDENT for n in (TEACHER_BLOCKS / 3, DISTILS / 3, STUDENT_EMBEDDING)]
+# Two steps of the states' overhead, in one of which the head's share is added, and four of that of the labels.
+SPENT = 2 * OVERHEADS[0] + (OVERHEADS[1] - OVERHEADS[0]) + 4 * OVERHEADS[2]
+
+
 @pytest.mark.parametrize(
     ("changes", "line", "text"),
     [
@@ -71,6 +80,15 @@ STUDENT_SIDE = {"let__loss": "mse", "let__dimension_match": "linear", "let__proj
         ({"let__warmup_steps": 1}, "lambda", "up to 0.5 at step 1, then linear to 0 at step 2 of 4"),
         (CONTROL, "blocks", "0, 2 (of 0 to 3)"),
         (CONTROL, "overhead", f"+ {2 * STUDENT_EMBEDDING / STUDENT:.1%} FLOPs while active: {STUDENT_EMBEDDING:,}"),
+        (TERMS, "blocks", "labels: 2 (of 0 to 3)"),
+        (TERMS, "alignment", "norm), width 32 to 48 by interpolate, cosine\nlogits: the student's predictions with the "
+         "teacher's, forward_kl at temperature 1, the 8 likeliest tokens, the student's own loss times 0.5 at first"),
+        (TERMS, "lambda", "states: 0.1 at step 0, linear to 0 at step 2 of 4\nlogits: 1 at step 0, constant to 0 at "
+         "step 1 of 4\nlabels: 0.1 at step 0, linear to 0 at step 4 of 4"),
+        (TERMS, "overhead", "\n".join(f"{name}: + {overhead:.1%} FLOPs by itself" for name, overhead in
+         zip(("states", "logits", "labels"), OVERHEADS, strict=True)) + f"\n+ {sum(OVERHEADS[1:]):.1%} FLOPs while"),
+        (TERMS, "break-even", f"at {4 / (4 - SPENT):.3f}x"),
+        (TERMS, "memory", f"teacher's head {TEACHER_EMBEDDING * 4 / 2**20:.1f} MiB"),
         # Without its second block. The final norm counts.
         ({"let__pairs": [PairConfig(student=0, teacher=0)]}, "overhead",
          f"= {(TEACHER_BLOCKS - 32) // 2 + 32:,} / (3 x {STUDENT:,})"),
