@@ -252,7 +252,7 @@ class LetConfig(TermConfig):
     """Several terms, in place of the one that `[let]` itself is: an array of tables. See docs/strategies.md."""
 
     control: Literal["none", "random_teacher", "shuffled_targets"] = "none"
-    """Takes the teacher's knowledge away and leaves all else: with random matrices, or with other tokens' states."""
+    """Takes the teacher's knowledge away, and leaves all else: with random matrices, or other tokens' states."""
 
     diagnosis_freq: Annotated[int, Ge(0)] = 1
     """Every how many logged steps let/grad_cosine and let/grad_ratio are measured. 0: never."""

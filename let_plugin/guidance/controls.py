@@ -31,13 +31,31 @@ def randomize_weights(teacher: nn.Module, *, seed: int = 0) -> None:
         mean = values.mean()
         deviation = (values.square().mean() - mean.square()).sqrt()
         mean, deviation = (x.full_tensor() if isinstance(x, DTensor) else x for x in (mean, deviation))
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-        drawn = torch.randn(parameter.shape, generator=generator, device="cpu").to(parameter.device)
-        drawn = (drawn * deviation + mean).to(parameter.dtype)
+        drawn = _drawn(parameter.shape, mean, deviation, seed * 1_000_003 + number).to(parameter)
         if isinstance(parameter, DTensor):
             # src_data_rank=None: every rank has the whole tensor, and keeps its shard of it.
             drawn = distribute_tensor(drawn, parameter.device_mesh, parameter.placements, src_data_rank=None)
         parameter.copy_(drawn)
+
+
+def _drawn(shape: torch.Size, mean: torch.Tensor, deviation: torch.Tensor, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, device="cpu").to(mean.device) * deviation + mean
+
+
+def without_knowledge(layers: dict[str, torch.Tensor], control: str) -> dict[str, torch.Tensor]:
+    """What a control makes of the teacher's embeddings and head, [V, E] each, fp32.
+
+    Of a random teacher, normal, with the mean and the standard deviation that each had, and drawn alike, as those of a
+    teacher that ties them. Shuffled, each row is that of another token, the same in both.
+    """
+    if control == "random_teacher":
+        return {name: _drawn(x.shape, x.mean(), x.std(), seed=0) for name, x in layers.items()}
+    if control == "shuffled_targets":
+        num_rows = len(next(iter(layers.values())))
+        order_V = torch.randperm(num_rows, generator=torch.Generator().manual_seed(0), device="cpu")
+        return {name: x[order_V.to(x.device)] for name, x in layers.items()}
+    return layers
 
 
 class ShuffledStates(StateProvider):

@@ -14,6 +14,7 @@ from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
 from let_plugin.config import plan
+from let_plugin.guidance.controls import without_knowledge
 from let_plugin.runtime import checkpoint
 from let_plugin.teacher.base import TeacherSource
 from let_plugin.teacher.open import open_source, open_teacher
@@ -78,6 +79,7 @@ def _set_outer_layers(trainer: Trainer, source: TeacherSource) -> None:
     tensors, dtypes = read_once(lambda: source.outer_layers(head=init.parts != "embeddings"), parallel_dims)
     layers = {name: torch.empty(source.info.vocab_size, source.info.hidden_size, device=device) for name in dtypes}
     hand_out(tensors, layers.items(), parallel_dims)
+    layers = without_knowledge(layers, config.let.control)
     head_scale = init.head_scale or basis.logit_scale
     maps_DE = {"embeddings": init.embedding_scale * basis.into_DE, "head": head_scale * basis.back_ED.T}
     for part in trainer.model_parts:

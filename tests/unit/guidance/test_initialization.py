@@ -50,3 +50,21 @@ def test_a_token_takes_the_mean_of_its_pieces_and_one_without_any_stays_as_it_is
         after_VD = trainer.model_parts[0].get_parameter(name).full_tensor()
         assert torch.equal(after_VD[unknown_V], before[name][unknown_V])
         torch.testing.assert_close(after_VD[several], map_DE @ (teacher[name][pieces[several]].mean(dim=0) * gain))
+
+
+def test_a_control_starts_without_the_teachers_knowledge(config, teacher, trainer):
+    """With rows of the same size, or the same rows for other tokens."""
+    found = {}
+    for control in ("none", "random_teacher", "shuffled_targets"):
+        config.let.control = control
+        initialize(trainer)
+        parameters = dict(trainer.model_parts[0].named_parameters())
+        found[control] = [
+            parameters[name].full_tensor().clone() for name in ("tok_embeddings.weight", "lm_head.weight")
+        ]
+    for real_VD, random_VD, shuffled_VD in zip(*found.values(), strict=True):
+        assert abs(torch.corrcoef(torch.stack([real_VD.flatten(), random_VD.flatten()]))[0, 1]) < 0.05
+        torch.testing.assert_close(random_VD.std(), real_VD.std(), rtol=0.1, atol=0)
+        norms_V, other_V = real_VD.norm(dim=-1), shuffled_VD.norm(dim=-1)
+        assert (norms_V != other_V).float().mean() > 0.9
+        torch.testing.assert_close(norms_V.sort().values, other_V.sort().values)

@@ -1,0 +1,86 @@
+"""torchtitan configuration functions of the evidence suite: `base = "benchmarks.evidence.student"`.
+
+They read the corpus of `benchmarks/corpus.py` in assets/corpus. Of what a student of 6.2 million multiplied parameters
+has, the trunk of `weak_teacher` has 2 % and that of `strong_teacher` 13 %.
+"""
+
+from functools import partial
+from typing import Any
+
+from torchtitan.trainer import Trainer
+
+from let_plugin.runtime.models import llama_spec, text_training
+from let_plugin.runtime.upstream import default_adamw
+from let_plugin.teacher.titan.source import register_teacher_spec
+
+CORPUS = "assets/corpus"
+_VOCAB_SIZE = 4096  # of the corpus's tokenizer
+_SHAPES: dict[str, dict[str, Any]] = {
+    "weak_teacher": {"dim": 64, "num_layers": 2, "num_heads": 1, "hidden_dim": 176, "tie_embeddings": True},
+    "strong_teacher": {"dim": 128, "num_layers": 4, "num_heads": 2, "hidden_dim": 352, "tie_embeddings": True},
+    # Initialized as Hugging Face's Llama: the alignment's gradient scales as 1/|h|, and torchtitan's 1.0 makes h large.
+    "student": {"dim": 256, "num_layers": 6, "num_heads": 4, "hidden_dim": 768, "embedding_init_std": 0.02},
+    "large_student": {"dim": 384, "num_layers": 8, "num_heads": 6, "hidden_dim": 1152, "embedding_init_std": 0.02},
+    "gpu_student": {"dim": 640, "num_layers": 8, "num_heads": 10, "hidden_dim": 1792, "embedding_init_std": 0.02},
+}
+_SPECS = {name: partial(llama_spec, name, vocab_size=_VOCAB_SIZE, **shape) for name, shape in _SHAPES.items()}
+for _name in ("weak_teacher", "strong_teacher"):
+    _path = f"{CORPUS}/{_name}/checkpoint/last"
+    register_teacher_spec(_name, _SPECS[_name], path=_path, tokenizer_path=f"{CORPUS}/tokenizer")
+
+
+def _config(name: str) -> Trainer.Config:
+    config: Any = text_training(_SPECS[name](), "text_files", "text_files")
+    config.hf_assets_path = f"{CORPUS}/tokenizer"
+    config.dataloader.dataset_path = f"{CORPUS}/train.jsonl"
+    config.validator.dataloader.dataset_path = f"{CORPUS}/validation.jsonl"
+    config.optimizer = default_adamw(lr=2e-3)
+    config.training.local_batch_size, config.training.seq_len = 16, 256
+    config.training.steps, config.lr_scheduler.warmup_steps = 1000, 50
+    config.validator.freq, config.validator.steps = 100, 25
+    config.metrics.enable_tensorboard = False
+    config.compile.enable = True
+    config.activation_checkpoint = None
+    return config
+
+
+def student() -> Trainer.Config:
+    """6 blocks of width 256; 4.1 million tokens."""
+    return _config("student")
+
+
+def large_student() -> Trainer.Config:
+    """8 blocks of width 384; 20.5 million tokens."""
+    config = _config("large_student")
+    config.training.steps = 5000
+    return config
+
+
+def gpu_student() -> Trainer.Config:
+    """8 blocks of width 640, about 45 million parameters; 105 million tokens, for one GPU."""
+    config = _config("gpu_student")
+    config.training.local_batch_size, config.training.steps = 128, 3200
+    return config
+
+
+def weak_teacher() -> Trainer.Config:
+    """2 blocks of width 64; 4.1 million tokens. The student passes it."""
+    return _teacher("weak_teacher", steps=1000)
+
+
+def strong_teacher() -> Trainer.Config:
+    """4 blocks of width 128; 33 million tokens. The student of 4.1 million tokens does not reach it."""
+    return _teacher("strong_teacher", steps=8000)
+
+
+def _teacher(name: str, steps: int) -> Trainer.Config:
+    config: Any = _config(name)
+    config.dump_folder = f"{CORPUS}/{name}"
+    config.optimizer = default_adamw(lr=4e-3)
+    config.training.steps = steps
+    config.validator.freq = steps // 10
+    config.checkpoint.enable = True
+    config.checkpoint.interval = 500
+    config.checkpoint.last_save_in_hf = True
+    config.checkpoint.export_dtype = "bfloat16"
+    return config
