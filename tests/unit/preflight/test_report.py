@@ -99,12 +99,6 @@ def test_what_a_setting_changes(config, changes, line, text):
     assert text in lines_of(config)[line]
 
 
-def test_without_let_there_is_nothing_of_a_teacher(config):
-    config.let = LetConfig()
-    lines = lines_of(config)
-    assert list(lines) == ["student", "LET"] and lines["LET"] == "off: plain torchtitan"
-
-
 def test_overhead_of_a_tied_student_is_the_same(config):
     """A tied matrix is the head as well: it is stored once and multiplied once."""
     untied = lines_of(config)["overhead"]
@@ -162,8 +156,9 @@ def test_a_base_that_is_no_decoder_runs_without_let_only(monkeypatch, tmp_path):
     path.write_text('base = "flux.flux_debugmodel"\n')
     config = load(path, []).config
     config.dump_folder = str(tmp_path / "out")
-    student = lines_of(config)["student"]
-    assert student.startswith("flux flux-debug: ") and "blocks" not in student
+    lines = lines_of(config)
+    assert lines.keys() == {"student", "LET"} and lines["LET"] == "off: plain torchtitan"
+    assert lines["student"].startswith("flux flux-debug: ") and "blocks" not in lines["student"]
     config.let = LetConfig(enable=True)
     with pytest.raises(ConfigError, match=r"^let\.enable = True: LET aligns the blocks of a decoder, and flux"):
         preflight.run(config)

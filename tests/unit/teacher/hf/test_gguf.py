@@ -1,6 +1,5 @@
 """Teachers in .gguf files: what is wrong with them is said; the real SmolLM2-135M (`make fetch-smollm2`)."""
 
-import functools
 import os
 import sys
 from pathlib import Path
@@ -14,11 +13,8 @@ pytest.importorskip("gguf", reason="pip install let-plugin[hf]")
 
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
-from let_plugin.config import TeacherConfig
 from let_plugin.demo import TOKENIZER
 from let_plugin.teacher import gguf as gguf_command
-from let_plugin.teacher.hf.checkpoint import Checkpoint
-from let_plugin.teacher.titan.source import TitanTeacherSource
 from tests.support.gguf_files import write_llama
 from tests.support.hf_models import language_model, opened
 from tests.support.problems import problem_of
@@ -29,23 +25,16 @@ SMOLLM2 = next(Path(__file__).parents[4].glob("assets/smollm2/*.gguf"), None)
 @pytest.mark.slow
 @pytest.mark.skipif(SMOLLM2 is None, reason="make fetch-smollm2")
 @torch.no_grad()
-def test_smollm2_equals_transformers_and_predicts_english(config, build, monkeypatch) -> None:
-    """Run by torchtitan, on weights that are read once for both."""
-    monkeypatch.setattr(Checkpoint, "load", functools.cache(Checkpoint.load))
-    checkpoint = Checkpoint(TeacherConfig(path=str(SMOLLM2)))
-    source = TitanTeacherSource(checkpoint.config, checkpoint)
+def test_smollm2_predicts_english() -> None:
+    source = opened(SMOLLM2)
     info = source.info
     assert (info.hidden_size, info.num_layers, info.vocab_size, info.max_seq_len) == (576, 30, 49152, 8192)
     assert (info.num_trunk_params, info.num_embedding_params) == (134_515_008, 49152 * 576)
     # "The Thames is a river in southern England. It flows through London and into the North Sea."
     document = [504, 30674, 314, 253, 4626, 281, 5677, 3996, 30, 657, 8634, 738, 4528, 284, 618, 260, 2601, 6427, 30]
-    reference = checkpoint.load(torch.float32, head=False)
-    expected_1LE = reference(input_ids=torch.tensor([document])).last_hidden_state
-    logits_LV = expected_1LE[0, :-1] @ reference.embed_tokens.weight.T  # the head is tied
-    assert F.cross_entropy(logits_LV, torch.tensor(document[1:])) < 3.0  # uniform: 10.8
-    config.training.seq_len = 2 * len(document)
-    states_1LE = build(source)(torch.tensor([document[::-1] + document]), torch.arange(len(document)).repeat(1, 2))
-    torch.testing.assert_close(states_1LE[:, len(document) :], expected_1LE, rtol=0, atol=1e-4)
+    tokens_1L = torch.tensor([document])
+    logits_1LV = language_model(source)(tokens_1L[:, :-1], None)
+    assert F.cross_entropy(logits_1LV[0], tokens_1L[0, 1:]) < 3.0  # uniform: 10.8
 
 
 def test_the_tokenizer_is_written_for_torchtitan(tmp_path) -> None:
