@@ -3,34 +3,15 @@
 import pytest
 
 from let_plugin.bench import cli
-
-TOML = """\
-base = "tests.support.tiny"
-dump_folder = "{folder}/out"
-
-[runtime]
-device = "cpu"
-
-[let]
-weight = 0.5
-stop_step = 2
-teacher.spec = "demo_teacher"
-
-[validator]
-freq = 2
-steps = 1
-"""
+from let_plugin.runtime import data
+from tests.support import jobs
 
 
 @pytest.fixture
-def config_file(tmp_path, monkeypatch):
-    from let_plugin.runtime import data
-
+def config_file(tmp_path, tiny_teacher, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     data.register()
-    path = tmp_path / "run.toml"
-    path.write_text(TOML.format(folder=tmp_path))
-    return path
+    return jobs.tiny(tmp_path, tiny_teacher[0], "[validator]\nfreq = 2\nsteps = 1\n")
 
 
 @pytest.fixture

@@ -34,9 +34,10 @@ def test_the_documents_that_the_teacher_finds_easier(config_file, tmp_path, caps
     models[1].save_pretrained(reference)
 
     monkeypatch.setattr(data_selection, "_BATCH_TOKENS", 12)  # three parts at a time, of one document or of several
-    files = f"--dataloader.dataset text_files --dataloader.dataset_path {corpus} --training.seq_len 4"
-    command = ["select", str(config_file), *files.split(), "--reference"]
-    option = f"--let.teacher.spec '' --let.teacher.path {reference} --let.teacher.tokenizer_path {TOKENIZER}"
+    own = f"--dataloader.dataset text_files --dataloader.dataset_path {corpus} --training.seq_len 4"
+    own += f" --let.teacher.path {TEACHER} --let.teacher.spec demo_teacher --let.teacher.tokenizer_path {TOKENIZER}"
+    command = ["select", str(config_file), *own.split(), "--reference"]
+    option = f"--let.teacher.spec '' --let.teacher.path {reference}"
     cli.main([*command, option, "--out", str(out)])
     assert f"wrote {out}: 4 of 8 documents" in capsys.readouterr().out
 

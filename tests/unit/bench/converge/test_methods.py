@@ -12,12 +12,9 @@ from let_plugin.bench.converge.methods import METHODS, parse, read_file
 from let_plugin.bench.converge.plan import Planner
 from let_plugin.config import plan
 from let_plugin.config.errors import ConfigError
-from let_plugin.demo import TEACHER, TOKENIZER
 from tests.support import exports
-from tests.unit.preflight.test_report import STUDENT_BLOCKS, STUDENT_EMBEDDING, TEACHER_BLOCKS
+from tests.unit.preflight.test_report import STUDENT, STUDENT_BLOCKS, TEACHER_BLOCKS, TEACHER_EMBEDDING
 
-NUM_STUDENT = STUDENT_BLOCKS + STUDENT_EMBEDDING  # the head is as large as the embedding
-NUM_TEACHER = 4 * (4 * 128**2 + 3 * 128 * 352 + 2 * 128) + 128  # the demo's
 TOKENS = 4 * 64
 
 
@@ -54,7 +51,7 @@ def test_what_the_methods_are(planned):
         let, schedule = config.let, plan.schedule(plan.terms(config.let)[0])
         assert plan.last_step(config, 1) == stop and (let.signal, let.weight) == ("logits", 1.0)
         assert [schedule(step, stop_step=stop) for step in (0, stop // 2, stop - 1, stop)] == [1, 1, 1, 0]
-        assert let.teacher.spec == "demo_teacher" and let.teacher.final_norm and not let.teacher.center
+        assert let.teacher.spec == "tiny_teacher" and let.teacher.final_norm and not let.teacher.center
     # Controls keep all else.
     let = planner.setup.load([]).config.let
     assert [config.let for config in controls] == [
@@ -123,16 +120,15 @@ def test_costs(planned, tmp_path):
     before = {"flops": 7.0, "tokens": 8, "seconds": 9.0}
     data_selection.costs_file(kept).write_text(json.dumps(before))
     selected = f"miniplm = standard --dataloader.dataset text_files --dataloader.dataset_path {kept}"
-    large = f"--let.teacher.spec '' --let.teacher.path {TEACHER} --let.teacher.tokenizer_path {TOKENIZER}"
-    planner = planned("--gstack-blocks 2 --gstack-steps 2 --methods let rkd gstack", selected, f"large=rkd {large}")
+    planner = planned("--gstack-blocks 2 --gstack-steps 2 --methods let rkd gstack", selected)
     runs = {method.name: planner.run(method, (), 0).details for method in planner.methods}
-    assert {details["step_flops"] for details in runs.values()} == {6 * NUM_STUDENT * TOKENS}
+    assert {details["step_flops"] for details in runs.values()} == {6 * STUDENT * TOKENS}
     active = {name: details["active_flops"] for name, details in runs.items()}
     assert active["standard"] == active["gstack"] == active["miniplm"] == 0
-    assert active["let"] == pytest.approx(2 * NUM_TEACHER * TOKENS)
-    heads = 2 * 4096 * 128  # the teacher's, forward; the student's has made its logits already
-    assert active["rkd"] == active["large"] == pytest.approx((2 * NUM_TEACHER + heads) * TOKENS)
-    num_shallow = NUM_STUDENT - STUDENT_BLOCKS // 4 * 2
+    assert active["let"] == pytest.approx(2 * TEACHER_BLOCKS * TOKENS)
+    # With the teacher's head, as large as its embedding; the student's has made its logits already.
+    assert active["rkd"] == pytest.approx(2 * (TEACHER_BLOCKS + TEACHER_EMBEDDING) * TOKENS)
+    num_shallow = STUDENT - STUDENT_BLOCKS // 4 * 2
     shallow = runs["gstack"]["preparation"]
     assert shallow["flops"] == pytest.approx(6 * num_shallow * TOKENS * 2, rel=1e-3)  # the final norm is in neither
     assert (shallow["tokens"], shallow["seconds"]) == (2 * TOKENS, None)
@@ -143,7 +139,7 @@ def test_states_that_are_stored_were_made_before(config, planned, parallel_dims,
     """Of the two steps that are aligned, of 4 x 64 tokens."""
     exports.run(config, "--out", tmp_path / "features")
     features = ["--let.teacher.spec", "", "--let.teacher.features", str(tmp_path / "features")]
-    planner = planned("--methods let", *features)
+    planner = planned("--methods let --let.stop-step 2", *features)
     details = planner.run(planner.methods[1], (), 0).details
     assert details["active_flops"] == 0
     flops = 2 * TEACHER_BLOCKS * 512

@@ -11,15 +11,10 @@ from tests.unit.preflight.test_report import STUDENT_BLOCKS, STUDENT_EMBEDDING, 
 
 
 @pytest.fixture
-def planned(parsed, tiny_config):
+def planned(parsed):
     """Label -> run, of a command line."""
 
-    def plan(text):
-        args, options = parsed("throughput", text)
-        args.config = tiny_config
-        return {run.label: run for run in suite.plan_runs(args, options)}
-
-    return plan
+    return lambda text: {run.label: run for run in suite.plan_runs(*parsed("throughput", text))}
 
 
 def test_bounds_are_those_of_the_preflight_report(planned):
@@ -37,14 +32,14 @@ def test_bounds_are_those_of_the_preflight_report(planned):
     assert [runs[name].settings["is_active"] for name in ("plain", "active", "stopped")] == [False, True, False]
 
 
-def test_a_run_is_what_its_line_of_let_train_says(planned, tiny_config):
+def test_a_run_is_what_its_line_of_let_train_says(planned, config_file):
     """Whatever the user's own settings are, nothing disturbs the measured steps."""
     own = "--let.warmup-steps 1 --let.stop-step None --let.stop-fraction 0.25 --let.adaptive-stop.criterion gradient"
     own += " --metrics.enable_tensorboard --checkpoint.enable --validator.enable --training.seq_len 32"
     runs = planned(f"--steps 4 --cases active stopped rkd control {own}")
     total, configs = WARMUP_STEPS + 4, {}
     for label, run in runs.items():
-        config = configs[label] = load(tiny_config, run.argv[1:]).config
+        config = configs[label] = load(config_file, run.argv[1:]).config
         assert tomli.loads(run.config)["training"]["steps"] == config.training.steps == total
         assert config.training.seq_len == 32
         assert not (config.checkpoint.enable or config.validator.enable or config.metrics.enable_tensorboard)
