@@ -98,10 +98,10 @@ def _section(suite: Suite, number: int, is_above: bool) -> dict[str, Any]:
 
 
 def _sources(rows: Sequence[Row]) -> list[str]:
-    times = sorted(row["time"] for row in rows)
+    times = [row["time"] for row in rows]
     commits = sorted({f"{row['commit']}{' (changed since)' if row['dirty'] else ''}" for row in rows})
     versions = {", ".join(f"{name} {version}" for name, version in row["versions"].items()) for row in rows}
-    when = f"{len(rows)} runs from {times[0]} to {times[-1]}, commit {', '.join(commits)}"
+    when = f"{len(rows)} runs from {min(times)} to {max(times)}, commit {', '.join(commits)}"
     return [f"{when}, with {'; '.join(sorted(versions))}.", *dict.fromkeys(row["command"] for row in rows)]
 
 

@@ -1,6 +1,7 @@
 """What a run of a convergence suite does at each evaluation: its losses, and the time and memory of training."""
 
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import Any, cast
@@ -39,7 +40,7 @@ class Observer:
         self._device_module: Any = utils.device_module
         self._peaks: dict[str, int] = {}
         self._seconds, self._active_steps = 0.0, 0
-        self._curve: list[dict[str, float]] = []
+        self._curve: defaultdict[str, list[float]] = defaultdict(list)
 
     def start(self) -> None:
         trainer = self._trainer
@@ -62,7 +63,8 @@ class Observer:
         self._validate(model_parts, step)
         validation, test = self._trainer.validator.losses
         point = {"step": step, "active_steps": self._active_steps, "seconds": self._seconds}
-        self._curve.append(point | {"validation_loss": validation, "test_loss": test})
+        for name, value in (point | {"validation_loss": validation, "test_loss": test}).items():
+            self._curve[name].append(value)
         if step == self._trainer.config.training.steps:
             self._write()
         self._device_module.reset_peak_memory_stats()
@@ -71,13 +73,12 @@ class Observer:
     def _write(self) -> None:
         device = self._trainer.device
         # With pipeline parallelism only the last stage knows the losses; the others have less than any.
-        losses = [[point["validation_loss"], point["test_loss"]] for point in self._curve]
-        known = torch.tensor(losses, dtype=torch.float64, device=device)
-        torch.distributed.all_reduce(known, torch.distributed.ReduceOp.MAX)
-        for point, (validation, test) in zip(self._curve, known.tolist(), strict=True):
-            point |= {"validation_loss": validation, "test_loss": test}
+        for name in ("validation_loss", "test_loss"):
+            known = torch.tensor(self._curve[name], dtype=torch.float64, device=device)
+            torch.distributed.all_reduce(known, torch.distributed.ReduceOp.MAX)
+            self._curve[name] = known.tolist()
         result = {
-            "curve": {name: [point[name] for point in self._curve] for name in self._curve[0]},
+            "curve": self._curve,
             "wall_seconds": time.perf_counter() - self._created,
             "peak_is_of_training": measure.peak_is_resettable(),
         }

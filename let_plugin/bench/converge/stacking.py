@@ -22,11 +22,6 @@ from let_plugin.config.errors import ConfigError, Problem
 _BLOCK = re.compile(r"^layers\.(\d+)\.")
 
 
-def shallow_name(name: str, depth: int) -> str:
-    """Which tensor of a model of `depth` blocks becomes the tensor `name` of the deeper one."""
-    return _BLOCK.sub(lambda match: f"layers.{int(match[1]) % depth}.", name)
-
-
 def grow(config: Trainer.Config, depth: int, checkpoint: str, out: Path) -> None:
     """Writes the initial weights of the student that `config` trains into the new folder `out`.
 
@@ -35,10 +30,14 @@ def grow(config: Trainer.Config, depth: int, checkpoint: str, out: Path) -> None
     assert config.model_spec is not None
     model: Any = config.model_spec.model
     model.update_from_config(config=config)
+
+    def shallow_name(name: str) -> str:
+        return _BLOCK.sub(lambda match: f"layers.{int(match[1]) % depth}.", name)
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that this process is no job: it is not meant to be one
         shapes = export_hf.parameter_shapes(model)
-        weights = export_hf.read_checkpoint(checkpoint, shapes, source=lambda name: shallow_name(name, depth))
+        weights = export_hf.read_checkpoint(checkpoint, shapes, source=shallow_name)
         dcp.save(weights, checkpoint_id=os.fspath(out), no_dist=True)
 
 

@@ -26,10 +26,9 @@ from let_plugin.preflight.report import Student
 
 PLAIN = "plain"
 
-# Steps before the measured ones: those with a teacher, in a run that stops it, and those after its stop. They compile,
-# and fill caches and the optimizer's state. All cases measure the same steps, so the same batches.
-ACTIVE_STEPS, SETTLING_STEPS = 2, 2
-WARMUP_STEPS = ACTIVE_STEPS + SETTLING_STEPS
+# Steps before the measured ones, and those of them with a teacher in a run that stops it. They compile, and fill caches
+# and the optimizer's state. All cases measure the same steps, so the same batches.
+ACTIVE_STEPS, WARMUP_STEPS = 2, 4
 
 _TURN_SECONDS = str(24 * 3600)
 

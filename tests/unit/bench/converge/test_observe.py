@@ -1,22 +1,19 @@
 """A run under observation, in this process."""
 
-import dataclasses
 import json
 
 import pytest
 from torchtitan.tools import utils
 
 from let_plugin.bench.converge import observe
-from let_plugin.runtime.held_out import TwoSplitValidator
 from tests.support import jobs
 
 
 @pytest.fixture
 def config(config):
     """Four steps, of which two with the teacher, evaluated at 1, 2 and 4."""
-    loader = config.validator.dataloader
-    test = dataclasses.replace(loader, dataset="let_demo_test")
-    config.validator = TwoSplitValidator.Config(enable=True, freq=2, steps=1, dataloader=loader, test=test)
+    config.validator.enable, config.validator.freq, config.validator.steps = True, 2, 1
+    observe.add_test_split(config, "let_demo_test", "")
     return config
 
 

@@ -79,9 +79,8 @@ def test_a_step_in_the_wrong_state_is_an_error(watched, warmup, is_active):
         watched(warmup=warmup, is_active=is_active)
 
 
-@pytest.fixture
-def profiled():
-    """A teacher's pass that is a product, attention, a mask, and something else; and a product outside."""
+def test_what_is_in_the_teachers_pass():
+    """A pass that is a product, attention, a mask, and something else; and a product outside."""
     x_EE = torch.randn(256, 256)
     q_BNLH = torch.randn(2, 2, 128, 64)
     with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as profile:
@@ -93,10 +92,8 @@ def profiled():
             F.linear(x_EE, x_EE)
             F.scaled_dot_product_attention(q_BNLH, q_BNLH, q_BNLH, attn_mask=mask_LL)
             x_EE.exp()
-    return list(profile.events())
+    profiled = list(profile.events())
 
-
-def test_what_is_in_the_teachers_pass(profiled):
     def total(name):
         return sum(event.cpu_time_total for event in profiled if event.name == name) / 1e6
 
