@@ -58,7 +58,10 @@ def run(options: argparse.Namespace) -> None:
 def _run(options: argparse.Namespace) -> None:
     from let_plugin.runtime import host
 
-    device = host.set_up(options.device)
+    device = host.set_up(options.device)  # before any other module of torchtitan is imported
+    from let_plugin.teacher.open import open_teacher
+    from let_plugin.teacher.titan.source import TRANSFORMERS, describe_spec, with_spec_paths
+
     for module in options.modules:
         try:
             importlib.import_module(module)
@@ -66,20 +69,11 @@ def _run(options: argparse.Namespace) -> None:
             raise ConfigError(Problem("--import", f"cannot be imported: {error}", module)) from error
     if options.max_tokens < 1:
         raise ConfigError(Problem("--max-tokens", "must be at least 1", options.max_tokens))
-    config = TeacherConfig(
-        path=options.path,
-        spec=options.spec,
-        tokenizer_path=options.tokenizer,
-        trust_remote_code=options.trust_remote_code,
-    )
-    if options.spec not in ("", "transformers"):
-        from let_plugin.teacher.titan.source import describe_spec, with_spec_paths
-
-        if not with_spec_paths(config).path:
-            weights = {"weights": "none given: this is what follows from the spec"}
-            return _print(_describe(describe_spec(options.spec)) | weights)
-    from let_plugin.teacher.open import open_teacher
-
+    config = TeacherConfig(path=options.path, spec=options.spec, tokenizer_path=options.tokenizer)
+    config.trust_remote_code = options.trust_remote_code
+    if options.spec not in ("", TRANSFORMERS) and not with_spec_paths(config).path:
+        weights = {"weights": "none given: this is what follows from the spec"}
+        return _print(_describe(describe_spec(options.spec)) | weights)
     source = open_teacher(config)
     tokenizer = source.tokenizer()
     _print(_describe(source.info))

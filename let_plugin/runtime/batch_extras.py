@@ -22,9 +22,9 @@ _PREFIX = "let_extra_"
 
 
 class BatchExtras:
-    """Adds tensors to each batch of a data loader that has not begun to iterate.
+    """Adds tensors to each batch of a data loader that has not begun to iterate: it becomes its `collate_fn`.
 
-    ConfigError if `loader`, the student's, is not a torch DataLoader.
+    (So it is pickled where workers are not forked.) ConfigError if `loader`, the student's, is not a torch DataLoader.
     """
 
     def __init__(self, loader: Any, make: MakeExtras) -> None:
@@ -33,31 +33,24 @@ class BatchExtras:
             raise ConfigError(Problem("dataloader", message, type(loader).__name__))
         # Shared with the workers, which are started later.
         self._is_on = torch.ones((), dtype=torch.bool).share_memory_()
-        self._collate = loader.collate_fn = _Collate(loader.collate_fn, make, self._is_on)
+        self._make: MakeExtras | None = make
+        self._collate = loader.collate_fn
+        loader.collate_fn = self
 
     def stop(self) -> None:
         """Ends it: new batches have no extras (those that workers hold ready still do), and `make` is released."""
         self._is_on.fill_(False)
-        self._collate.make = None
+        self._make = None
+
+    def __call__(self, rows: Any) -> Any:
+        input_dict, labels_BL = self._collate(rows)
+        if not self._is_on or self._make is None:
+            return input_dict, labels_BL
+        extras = self._make(input_dict, labels_BL)
+        return {**input_dict, **{f"{_PREFIX}{name}": tensor for name, tensor in extras.items()}}, labels_BL
 
 
 def take_extras(input_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Removes the tensors that BatchExtras has added to a batch, if any, and returns them by their own names."""
     names = [name for name in input_dict if name.startswith(_PREFIX)]
     return {name.removeprefix(_PREFIX): input_dict.pop(name) for name in names}
-
-
-class _Collate:
-    """A class rather than a closure: it has to be pickled where workers are not forked."""
-
-    def __init__(self, inner: Callable[[Any], Any], make: MakeExtras, is_on: torch.Tensor) -> None:
-        self._inner = inner
-        self.make: MakeExtras | None = make
-        self._is_on = is_on
-
-    def __call__(self, rows: Any) -> Any:
-        input_dict, labels_BL = self._inner(rows)
-        if not self._is_on or self.make is None:
-            return input_dict, labels_BL
-        extras = self.make(input_dict, labels_BL)
-        return {**input_dict, **{f"{_PREFIX}{name}": tensor for name, tensor in extras.items()}}, labels_BL

@@ -51,7 +51,7 @@ def _stream_pile(split: str, path: str) -> "IterableDataset":
 
 
 def load_text_files(path: str) -> "Dataset":
-    """Loads text documents: one file, a glob, or a folder of .jsonl, .json, .parquet (field "text") or .txt (lines).
+    """Text documents: one file, a glob, or a folder of .jsonl, .json, .parquet (field "text") or .txt (lines).
 
     ConfigError if there is nothing there or the ending is unknown.
     """

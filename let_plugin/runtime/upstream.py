@@ -31,14 +31,10 @@ from torchtitan.trainer import Trainer
 
 llama3_layers, llama3_head_init = _build_llama3_layers, _output_linear_init
 
-MODELS: frozenset[str] = _supported_models
-"""Packages of torchtitan.models."""
-
+MODELS: frozenset[str] = _supported_models  # packages of torchtitan.models
+# Modules with configuration functions that torchtitan knows by a short name, such as "llama3", and where it looks.
 SHORT_MODULES: frozenset[str] = _supported_models | _supported_experiments
-"""Modules with configuration functions that torchtitan knows by a short name, such as "llama3"."""
-
 PACKAGES = ("torchtitan.models", "torchtitan.experiments", "torchtitan.experiments.rl.examples")
-"""The packages that a short name is looked for in."""
 
 
 @functools.cache

@@ -40,10 +40,7 @@ class RetokenizedStates(StateProvider):
 
 
 def teacher_tokenizer(config: Trainer.Config, student: Any, source: TeacherSource) -> Any:
-    """The teacher's tokenizer, to be matched with the tokenizer `student`.
-
-    ConfigError if the teacher has none, or the bytes of a tokenizer's tokens are not known.
-    """
+    """The teacher's; ConfigError if it has none, or the bytes of its tokens or of those of `student` are not known."""
     teacher = source.tokenizer()
     if teacher is None:
         message = "the teacher comes without a tokenizer; name a folder with its tokenizer.json"
@@ -79,9 +76,9 @@ def teacher_seq_len(config: Trainer.Config, teacher: TeacherInfo) -> int:
 
 
 def try_out(config: Trainer.Config, student: Any, retokenize: Retokenizer) -> list[str]:
-    """Retokenizes the first batches of the student's data, and says in lines for people what became of them.
+    """Lines for people: what becomes of the first batches of the student's data. ConfigError if they cannot be read.
 
-    Warns if fewer than half of their tokens have a state. ConfigError if the batches cannot be read.
+    Warns if fewer than half of their tokens have a state.
     """
     loader_config = copy.copy(config.dataloader)
     if hasattr(loader_config, "num_workers"):

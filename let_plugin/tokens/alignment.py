@@ -60,12 +60,10 @@ class Retokenizer:
     def __call__(self, input_dict: dict[str, torch.Tensor], labels_BL: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the teacher needs beside a batch: "input" [B, L], for packed documents "positions" [B, L], and labels.
 
-        The labels tell whether a word goes on behind the row.
-
-        Returns:
-            int64. "teacher_tokens" [B, T]; "teacher_positions" [B, T], if the batch has positions, where the padding is
-            a document of its own; "teacher_index" [B, L]: the number, from 0 to T - 1, of the teacher's token whose
-            state each token of the student's meets, -1 if there is none.
+        The labels tell whether a word goes on behind the row. All are int64: "teacher_tokens" [B, T];
+        "teacher_positions" [B, T], if the batch has positions, where the padding is a document of its own;
+        "teacher_index" [B, L]: the number, from 0 to T - 1, of the teacher's token whose state each token of the
+        student's meets, -1 if there is none.
         """
         length = self.teacher_seq_len
         tokens, positions, indices = [], [], []

@@ -144,10 +144,8 @@ class Features:
 
 def rows_per_step(config: Trainer.Config, num_data_parallel: int) -> int:
     """Rows that one data-parallel rank reads in an optimizer step."""
-    training = config.training
-    if training.global_batch_size > 0:
-        return training.global_batch_size // num_data_parallel
-    return training.local_batch_size
+    rows = config.training.global_batch_size
+    return rows // num_data_parallel if rows > 0 else config.training.local_batch_size
 
 
 class StoredStates(StateProvider):
