@@ -15,12 +15,11 @@ part of the sequence whose logits are there at a time, V this rank's part of the
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement
+from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 
 from let_plugin.alignment.losses import Alignment
@@ -128,7 +127,15 @@ class Tap:
 
     def _inject(self, place: str, output: torch.Tensor, added: torch.Tensor, scale: torch.Tensor | None) -> None:
         waiting = [added]
-        layout = _Layout.of(output)  # a hook that knew the output itself would keep it for ever
+        # A hook that knew the output itself would keep it for ever.
+        mesh, placements = getattr(output, "device_mesh", None), getattr(output, "placements", ())
+        like: Any = {"shape": output.shape, "stride": output.stride()}
+
+        def whole(local: torch.Tensor) -> torch.Tensor:
+            return DTensor.from_local(local, mesh, placements, run_check=False, **like) if placements else local
+
+        def local(grad: torch.Tensor) -> torch.Tensor:
+            return grad.redistribute(placements=placements).to_local() if isinstance(grad, DTensor) else grad
 
         # A zero-bubble pipeline may run the backward of a node twice, for the inputs and later for the weights. The
         # second one starts from the gradient that the first left behind, which has it already.
@@ -138,11 +145,11 @@ class Tap:
             self.num_calls[place] += 1
             added = waiting.pop()
             if place == self.measured:
-                self._measure(layout.local(grad), added)
+                self._measure(local(grad), added)
             with record_function(INJECTION_RANGE):
                 if scale is not None:
-                    return layout.whole(layout.local(grad) * scale + added)
-                return grad + layout.whole(added)
+                    return whole(local(grad) * scale + added)
+                return grad + whole(added)
 
         output.register_hook(add_once)
 
@@ -237,26 +244,3 @@ class LogitTap(Tap):
             self._target = None  # the last part frees it
         part_L = slice(first, self._num_seen)
         self._add(self.PLACE, logits_BCV, [self._function], target_BLE, self.metric_sums, part_L)
-
-
-class _Layout(NamedTuple):
-    """How an output lies on a device mesh, if it does: what makes a DTensor of this rank's part, and the other way."""
-
-    device_mesh: DeviceMesh | None
-    placements: tuple[Placement, ...] = ()
-    like: Any = None  # shape and stride
-
-    @staticmethod
-    def of(output: torch.Tensor) -> "_Layout":
-        if not isinstance(output, DTensor):
-            return _Layout(None)
-        like = {"shape": output.shape, "stride": output.stride()}
-        return _Layout(output.device_mesh, output.placements, like)
-
-    def whole(self, local: torch.Tensor) -> torch.Tensor:
-        if self.device_mesh is None:
-            return local
-        return DTensor.from_local(local, self.device_mesh, self.placements, run_check=False, **self.like)
-
-    def local(self, whole: torch.Tensor) -> torch.Tensor:
-        return whole.redistribute(placements=self.placements).to_local() if isinstance(whole, DTensor) else whole

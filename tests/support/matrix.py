@@ -53,6 +53,9 @@ def run(config_file, args, count):
     leftovers, noted = Leftovers(trainer), record(trainer, num_steps=1)
     trainer.train()
     trainer.close()
+    for group in list(dist.distributed_c10d._world.pg_map):  # each has threads, and there are many cases
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
     logging.getLogger().removeHandler(handler)
     return {
         "gradients": noted["gradients"][0],
