@@ -18,12 +18,8 @@ class PairAlignment:
     A projector (`let_plugin.guidance.projectors`) fills `weights` and `weight_gradients` once, if the match is trained,
     and then writes in place, so that addresses never change.
 
-    Args:
-        match: The dimension match, on the student's device.
-        dtype: Data type of the maths; both states are cast to it.
-        side: Whose states the match maps.
-        channels: Where the pair's layer lies in the teacher's states.
-        compile_options: Keyword arguments of torch.compile; None: the maths is not compiled.
+    `match`, on the student's device, maps the states of `side`, at `dtype`, to which both states are cast; `channels`
+    are the pair's in the teacher's states. `compile_options` are those of torch.compile; None: nothing is compiled.
 
     Attributes:
         weights: Name -> whole weight of a match that is trained, fp32; empty otherwise.

@@ -38,12 +38,9 @@ Context = Callable[[], AbstractContextManager[Any]]
 class Tap:
     """What taps have in common. Inert without a target and in evaluation.
 
-    Args:
-        model: The student, or a pipeline part of it.
-        places: Names of where gradients are added. If empty, the tap only takes the target out.
-        num_sums: How many sums `metric_sums` has.
-        name: Makes the names on the model its own, if there are several taps.
-        context: Makes the context in which the functions are called, inside the student's forward pass.
+    `model` is the student or a pipeline part of it, `places` names where gradients are added: if there are none, the
+    tap only takes the target out. `name` makes the names on the model its own, if there are several taps; the functions
+    are called in a context that `context` makes, inside the student's forward pass.
 
     Attributes:
         kwarg: The keyword argument that carries its target.

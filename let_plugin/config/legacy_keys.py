@@ -1,4 +1,4 @@
-"""What keys and tables of torchtitan's own TOML files (up to version 0.2) are called in torchtitan 0.3.
+"""What keys and tables of torchtitan's own TOML files (up to version 0.2) are called now, and one of `[let]`.
 
 Only for error messages: an old key is never translated silently, because many of them mean something slightly
 different now. Not listed are keys that have moved to another table, where every unknown key is looked for, or whose new
@@ -8,6 +8,7 @@ name is so much like the old one that it is suggested.
 _CONVERTERS = "gone; float8, MX and LoRA are part of the model: choose a `base` that has them"
 
 OLD_KEYS = {
+    "let.target": 'let.signal = "states" (once "teacher"), "labels" or "logits"; several of them are [[let.terms]]',
     "job": "dump_folder is a top-level key, print_config and save_config_file are in [debug]; leave out the rest",
     "profiling": "[profiler]",
     "model": "`base` chooses the model; hf_assets_path (once tokenizer_path, too) is a top-level key",
@@ -27,9 +28,4 @@ OLD_KEYS = {
     "checkpoint.enable_checkpoint": "checkpoint.enable",
     "activation_checkpoint.mode": 'activation_checkpoint.type = "selective", "full", "memory-budget" or "none"',
     "activation_checkpoint.selective_ac_option": 'gone; type = "selective" is what "op" was',
-}
-
-# And of `[let]`, up to version 0.1.
-OLD_LET_KEYS = {
-    "let.target": 'let.signal = "states" (once "teacher"), "labels" or "logits"; several of them are [[let.terms]]',
 }

@@ -10,7 +10,7 @@ from typing import Any
 from let_plugin.config import schema
 from let_plugin.config.command_line import Argument
 from let_plugin.config.errors import Problem, suggest
-from let_plugin.config.legacy_keys import OLD_KEYS, OLD_LET_KEYS
+from let_plugin.config.legacy_keys import OLD_KEYS
 from let_plugin.config.schema import Arm, arms, config_classes, default_value, join, types_by_name
 
 
@@ -172,9 +172,7 @@ class Overlay:
 
     def _unknown(self, key: str, name: str, value: Any, cls: type) -> None:
         if key in OLD_KEYS:
-            message = f"a key of torchtitan 0.2 or older; now: {OLD_KEYS[key]}"
-        elif key in OLD_LET_KEYS:
-            message = f"is now {OLD_LET_KEYS[key]}"
+            message = f"a key of an older version; now: {OLD_KEYS[key]}"
         elif name in getattr(cls, "__dataclass_fields__", ()) and not name.startswith("_"):
             message = "only Python can set it: name a function that does in `base`"
         elif name in self._keys_by_name:

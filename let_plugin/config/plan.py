@@ -31,11 +31,7 @@ _DEFAULT_STOP_FRACTION = 0.5
 _OF_PAIRS = ("layer_mapping", "layer_mapping_options", "student_block", "pairs")
 _OF_STATES = ("dimension_match", "dimension_match_options", "projector", "loss", "loss_options")
 _OF_LOGITS = ("divergence", "temperature", "top_k", "alpha")
-_UNUSED = {
-    "states": _OF_LOGITS,
-    "logits": (*_OF_PAIRS, *_OF_STATES),
-    "labels": (*_OF_STATES, *_OF_LOGITS),
-}
+_UNUSED = {"states": _OF_LOGITS, "logits": (*_OF_PAIRS, *_OF_STATES), "labels": (*_OF_STATES, *_OF_LOGITS)}
 _START = (*_OF_PAIRS, *_OF_STATES)  # what [let.init] takes of [let], if no term has states
 
 

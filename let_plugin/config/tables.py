@@ -20,19 +20,15 @@ class TeacherConfig:
     """The `[let.teacher]` table: the small, frozen, pretrained model."""
 
     path: str = ""
-    """
-    A folder in Hugging Face format, a hub name ("org/name"), a .gguf file, or, with `spec`, a folder with a torchtitan
-    checkpoint (DCP) or safetensors. Relative paths start at the working directory.
-    """
+    """A folder in Hugging Face format, a hub name ("org/name"), a .gguf file, or, with `spec`, a folder with a
+    torchtitan checkpoint (DCP) or safetensors. Relative paths start at the working directory."""
 
     revision: str = ""
     """Branch, tag or commit of a teacher on the hub. Empty: the newest of its main branch."""
 
     spec: str = ""
-    """
-    A torchtitan ModelSpec: "model:flavor" ("llama3:1B"), or a name given to `register_teacher_spec`. Empty: torchtitan
-    runs a Llama, by its config.json, and `transformers` any other. "transformers": it runs a Llama, too.
-    """
+    """A torchtitan ModelSpec: "model:flavor" ("llama3:1B"), or a name given to `register_teacher_spec`. Empty:
+    torchtitan runs a Llama, by its config.json, and `transformers` any other. "transformers": it runs a Llama, too."""
 
     tokenizer_path: str = ""
     """Folder with the teacher's tokenizer.json, or Llama-3's tokenizer.model. Empty: the folder or file of `path`."""
@@ -47,10 +43,8 @@ class TeacherConfig:
     """Cut the teacher among the tensor-parallel ranks, by the plan of its `spec`. Off: each runs the whole teacher."""
 
     rows: Annotated[float, Interval(gt=0, le=1)] = 1.0
-    """
-    Share of each microbatch's rows that it runs on, rounded up to a row; other rows in each step. The rest has no
-    target, and does not count in the alignment loss.
-    """
+    """Share of each microbatch's rows that it runs on, rounded up to a row; other rows in each step. The rest has no
+    target, and does not count in the alignment loss."""
 
     final_norm: bool = True
     """Whether the state of its last block is taken after the final norm (what `transformers` returns last)."""
@@ -124,10 +118,8 @@ class TokenAlignmentConfig:
     """Encode the text with the teacher's tokenizer too, and align tokens by where they end. See docs/teachers.md."""
 
     teacher_seq_len: Annotated[int | None, Ge(1)] = None
-    """
-    Tokens of the teacher per row; the rest of a row is not aligned. Not given: a quarter more than the student's
-    `training.seq_len`, up to the teacher's longest sequence.
-    """
+    """Tokens of the teacher per row; the rest of a row is not aligned. Not given: a quarter more than the student's
+    `training.seq_len`, up to the teacher's longest sequence."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -156,10 +148,8 @@ class TermConfig:
     """A term of the loss: what of the teacher guides the student, how strongly, and until when."""
 
     signal: Literal["states", "logits", "labels"] = "states"
-    """
-    "states" (the paper's): blocks are drawn to the teacher's states. "logits": logit distillation at the student's
-    head. "labels": the cross-entropy of each block's output through the student's own head; it needs no teacher.
-    """
+    """"states" (the paper's): blocks are drawn to the teacher's states. "logits": logit distillation at the student's
+    head. "labels": the cross-entropy of each block's output through the student's own head; it needs no teacher."""
 
     name: str = ""
     """Names the term in metrics, as in let/NAME/lambda. Empty: its signal, with a number if others have the same."""
@@ -168,10 +158,8 @@ class TermConfig:
     """lambda0, the weight of the term at step 0 (0.1: best of the paper's grid 0.01 ... 3)."""
 
     weight_by: Literal["loss", "gradient"] = "loss"
-    """
-    What `weight` is a weight of. "loss": the term's loss. "gradient": lambda is `weight` times the mean ratio of two
-    gradients' norms, the student's own and the term's: 0.3 pulls 0.3 times as hard as the student's own loss.
-    """
+    """What `weight` is a weight of. "loss": the term's loss. "gradient": lambda is `weight` times the mean ratio of two
+    gradients' norms, the student's own and the term's: 0.3 pulls 0.3 times as hard as the student's own loss."""
 
     weight_momentum: Annotated[float, Interval(ge=0, lt=1)] = 0.9
     """Weight of the past steps in that mean."""
@@ -197,10 +185,8 @@ class TermConfig:
     adaptive_stop: AdaptiveStopConfig = field(default_factory=AdaptiveStopConfig)
 
     layer_mapping: str = "L2E"
-    """
-    Which student blocks meet which teacher layers. "L2E" (the paper's): the teacher's last layer and the student's
-    block at one third of its depth. See docs/strategies.md.
-    """
+    """Which student blocks meet which teacher layers. "L2E" (the paper's): the teacher's last layer and the student's
+    block at one third of its depth. See docs/strategies.md."""
 
     layer_mapping_options: dict[str, Any] = field(default_factory=dict)
     """Options of the layer mapping, by name: `early`, `middle` and `late`, the depths that the letters stand for."""
@@ -226,10 +212,8 @@ class TermConfig:
     """Options of the loss, by name."""
 
     divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = "forward_kl"
-    """
-    For "logits": how the student's predictions q differ from the teacher's p. KL(p || q), KL(q || p), or the mean of
-    both's divergences from (p + q) / 2.
-    """
+    """For "logits": how the student's predictions q differ from the teacher's p. KL(p || q), KL(q || p), or the mean of
+    both's divergences from (p + q) / 2."""
 
     temperature: Annotated[float, Gt(0)] = 1.0
     """For "logits": the temperature of both models' predictions."""

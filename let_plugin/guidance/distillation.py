@@ -33,12 +33,7 @@ class Distillation:
 
     @torch.no_grad()
     def __init__(
-        self,
-        trainer: Trainer,
-        term: plan.Term,
-        source: TeacherSource,
-        teacher_dims: ParallelDims,
-        channels: slice = slice(None),
+        self, trainer: Trainer, term: plan.Term, source: TeacherSource, teacher_dims: ParallelDims, channels: slice
     ) -> None:
         config, dims, device = trainer.config, trainer.parallel_dims, trainer.device
         self._channels = channels

@@ -92,12 +92,7 @@ class Guidance:
         places = self._channels(source.info, plan.teacher_layers(pairs))
         channels_E = torch.cat([torch.arange(places[i].start, places[i].stop, device=device) for i in layers])
         self._provider = TargetProvider(
-            states,
-            self._share,
-            center=self._center,
-            center_channels_E=channels_E,
-            timer=self._timer,
-            let=config.let,
+            states, self._share, center=self._center, center_channels_E=channels_E, timer=self._timer, let=config.let
         )
         if states.make_extras is not None:
             self._extras = BatchExtras(self._trainer.dataloader, states.make_extras)
@@ -205,18 +200,10 @@ class Guidance:
             signal.finish_step()
 
     def metrics(self) -> dict[str, float]:
-        """What the step has measured, over all ranks and valid tokens. Every rank must call it.
+        """What the step has measured, over all ranks and valid tokens, by the names of README's table.
 
-        Returns, where there are several terms with a term's name in front, as in let/NAME/cosine:
-            let/cosine: mean cosine of the tokens that have a state of the teacher's; of several pairs, their mean, and
-                each pair's own beside it. let/auxiliary_loss or let/distillation_loss for another signal.
-            let/lambda: the weight.
-            let/grad_cosine, let/grad_ratio: cosine between the gradients of the term and of the student's own loss with
-                respect to the deepest aligned hidden state or the logits, and the ratio of their norms, if compared.
-                (Of several terms, the student's own includes what arrives there of the others.)
-            And of all terms together:
-            let/aligned_fraction: the share of the valid tokens that have a state, unless all do by construction.
-            let/teacher_tokens_per_second: of the teacher's forward pass alone, per rank that has one.
+        Every rank must call it. The gradients of grad_cosine and grad_ratio are those with respect to the term's
+        deepest block, or the logits; the student's own includes what arrives there of other terms.
         """
         common = torch.zeros(4, dtype=torch.float64, device=self._trainer.device)
         common[1] = self._timer.pop()

@@ -31,13 +31,9 @@ class LearnedProjector(Stateful):
     optimizer and a learning-rate schedule of their own, built from the student's settings. Each step all-gathers the
     weights once, sums the gradients of the microbatches where they arise, and reduces them once.
 
-    Args:
-        pair: The pair, on its device. It gets the weights to compute with, and where to sum their gradients.
-        part: The student, or the pipeline part of it that holds the aligned block.
-        block: Name of that block in `part.layers`.
-        config: The student's configuration.
-        settings: The term's `[let.projector]` table.
-        index: Number of the pair, among those of all terms.
+    `pair`, on its device, gets the weights to compute with, and where to sum their gradients; `index` is its number
+    among those of all terms. `block` is the name of its block in the `layers` of `part`, the student or a pipeline part
+    of it. `config` is the student's, `settings` the term's `[let.projector]`.
     """
 
     def __init__(

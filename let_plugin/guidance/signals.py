@@ -27,7 +27,6 @@ GRADIENT_WEIGHT = "let_gradient_weight"  # the state in a checkpoint of a weight
 
 # What is logged of a term's loss, by its signal.
 METRIC_OF_SIGNAL = {"states": "cosine", "labels": "auxiliary_loss", "logits": "distillation_loss"}
-NUM_GRADIENT_SUMS = 3
 
 # (name, state, numbers of what it belongs to): makes a state a part of the run's checkpoints, and restores it.
 Keep = Callable[[str, Any, Sequence[int]], None]
@@ -36,16 +35,11 @@ Keep = Callable[[str, Any, Sequence[int]], None]
 class Signal:
     """One term, from its first step to its last. Every rank of the job makes one, at the same step.
 
-    Args:
-        trainer: The trainer.
-        progress: The term, and its weight in each step.
-        pairs: What it brings together, on all ranks.
-        first_index: Number of the first of these pairs among those of all terms.
-        keep: See Keep.
+    `pairs` is what it brings together, on all ranks; `first_index` the number of the first among those of all terms.
 
     Attributes:
         pairs_of_parts: For each part of the student on this rank, the numbers of the pairs that it has; block by block.
-        taps: One for each part, once `attach` has been called on a rank that has any.
+        taps: One for each part, once a rank that has any pair has attached them.
         kept: Names of its states in the run's checkpoints.
         learners: What gathers and reduces weights and their gradients once a step, on this rank.
     """
@@ -171,8 +165,7 @@ class Signal:
         self.kept.append(name)
 
     def _gradient_sums(self) -> torch.Tensor:
-        zeros = torch.zeros(NUM_GRADIENT_SUMS, device=self._trainer.device)
-        return sum((tap.gradient_sums for tap in self.taps), start=zeros)
+        return sum((tap.gradient_sums for tap in self.taps), start=torch.zeros(3, device=self._trainer.device))
 
     def _attach_to_blocks(self, make_pair: Callable[[int, nn.Module], PairFunction]) -> None:
         """Puts a tap on each part of the student; `make_pair` makes a pair, by its number, there."""

@@ -5,10 +5,7 @@ import torch
 
 from tests.support import jobs
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")]
 
 COMPILED = ["--compile.enable", "--training.mixed_precision_param", "bfloat16", "--training.steps", "8"]
 GRAPHS = ["--training.no-disable-cuda-graphs", "--training.steps", "10", "--let.stop-step", "5"]

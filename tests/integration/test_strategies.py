@@ -272,12 +272,6 @@ def test_gradients_are_compared_as_often_as_one_asks(runs, name, steps):
         assert [step for step, line in enumerate(logged, start=1) if key in line] == steps
 
 
-def test_several_pairs_have_their_own_cosines(runs):
-    (first, *_) = result_of(runs, "", "linear + smooth_l1 + cosine + two pairs")["logged"]
-    own = [first["let/cosine/0-0"], first["let/cosine/2-1"]]
-    assert first["let/cosine"] == pytest.approx(sum(own) / 2)
-
-
 def test_strategies_of_another_package(tmp_path, tiny_config):
     """It is installed, not imported: its entry points are all that is known of it."""
     site = tmp_path / "site"

@@ -11,8 +11,7 @@ TEACHER = {"num_layers": 2, "num_heads": 2}
 STUDENT_DIM, TEACHER_DIM, VOCAB_SIZE = 48, 32, 4096
 
 register_teacher_spec(
-    "tiny_teacher",
-    lambda: llama_spec("tiny_teacher", dim=TEACHER_DIM, hidden_dim=64, vocab_size=VOCAB_SIZE, **TEACHER),
+    "tiny_teacher", lambda: llama_spec("tiny_teacher", dim=TEACHER_DIM, hidden_dim=64, vocab_size=VOCAB_SIZE, **TEACHER)
 )
 
 

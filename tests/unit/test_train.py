@@ -61,7 +61,7 @@ def test_all_kinds_of_mistakes_at_once_each_with_its_source(tmp_path, capfd):
     expected = [
         (path, "let.wieght = 0.5: unknown; did you mean 'weight'?"),
         (path, "training.stepz = 3: unknown; did you mean 'steps'?"),
-        (path, "metrics.enable_color_printing = True: a key of torchtitan 0.2 or older; now: "),
+        (path, "metrics.enable_color_printing = True: a key of an older version; now: "),
         (path, "checkpoint.interval = 0: Checkpoint interval needs to be at least 1 step"),
         (path, "runtime.device = 'gpu': not a valid choice; did you mean 'cpu'? valid names: auto, cpu"),
         ("command line", "metrics.log_freq = 'often': expected an integer"),

@@ -65,6 +65,7 @@ def test_it_is_the_corrected_average_of_the_ratios_before():
     values = steps_of(GradientWeight(momentum=0.75, device=CPU), [2.0, 8.0, 0.0, 4.0, 1.0])
     means = [2.0, (0.75 * 2 + 8) / 1.75, (0.75 * 2 + 8) / 1.75, (0.75**2 * 2 + 0.75 * 8 + 4) / (0.75**2 + 1.75)]
     assert values == pytest.approx([0.3e-6, *(0.3 * mean for mean in means)])
+    assert steps_of(GradientWeight(momentum=0.9, device=CPU), [1.0, 1.0], share=0.0) == [0.0, 0.0]
 
 
 def test_it_goes_on_from_its_state_to_the_bit():
@@ -73,7 +74,3 @@ def test_it_goes_on_from_its_state_to_the_bit():
     got = steps_of(first, [3.0, 5.0])
     second.load_state_dict({name: value.clone() for name, value in first.state_dict().items()})
     assert got + steps_of(second, [0.5, 2.0]) == expected
-
-
-def test_no_share_is_no_weight():
-    assert steps_of(GradientWeight(momentum=0.9, device=CPU), [1.0, 1.0], share=0.0) == [0.0, 0.0]

@@ -1,11 +1,4 @@
-"""What a run finds in its environment, and how it is ended."""
-
-import contextlib
-import os
-import signal
-import subprocess
-import sys
-import time
+"""What a run finds in its environment, and one that writes nothing."""
 
 import pytest
 
@@ -23,55 +16,6 @@ def start(tmp_path, monkeypatch):
         return Running("code_of_a_run", [str(out)], out, what="it", num_processes=1)
 
     return start
-
-
-STUBBORN = """
-import signal, subprocess
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-open(sys.argv[1] + ".pids", "w").write(f"{os.getpid()} {child.pid}")
-time.sleep(600)
-"""
-
-
-def wait_until(holds):
-    until = time.monotonic() + 120
-    while not holds():
-        assert time.monotonic() < until
-        time.sleep(0.05)
-
-
-def is_running(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def test_ctrl_c_does_not_wait_for_a_run_that_hangs(tmp_path, monkeypatch):
-    """A real SIGINT to a process that waits for a run, as let-bench does. The run ignores SIGTERM, and is killed with
-    all that it has started.
-    """
-    (tmp_path / "code_of_a_run.py").write_text(f"import os, sys, time\n{STUBBORN}")
-    (tmp_path / "waits.py").write_text(
-        "from pathlib import Path\n"
-        "from let_plugin.bench import processes\n"
-        "processes._GRACE_SECONDS = 0.5\n"
-        f"out = Path({str(tmp_path / 'out.json')!r})\n"
-        "processes.Running('code_of_a_run', [str(out)], out, what='it', num_processes=1).result()\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.getcwd()}")
-    waits = subprocess.Popen([sys.executable, str(tmp_path / "waits.py")], stderr=subprocess.DEVNULL)
-    pids = tmp_path / "out.json.pids"
-    wait_until(lambda: pids.exists() and pids.read_text())
-    for _ in range(30):  # Python may lose an interruption, for example in a destructor: then one presses again
-        waits.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            waits.wait(2)
-            break
-    assert waits.poll()
-    wait_until(lambda: not any(map(is_running, pids.read_text().split())))
 
 
 def test_a_run_that_writes_nothing(start):

@@ -48,7 +48,7 @@ def test_bounds_of_what_python_sets(config, key, value, message):
 
 
 def test_old_keys_are_gone_and_what_they_are_called_now_exists():
-    keys = {key for key, _, _ in walk(llama3_debugmodel())}
+    keys = {key for key, _, _ in (*walk(llama3_debugmodel()), *walk(LetConfig(), "let"))}
     assert not keys & set(OLD_KEYS)
     new = {key for text in OLD_KEYS.values() for key in re.findall(r"[a-z_]+(?:\.[a-z_0-9]+)+", text)}
     new |= {table for text in OLD_KEYS.values() for table in re.findall(r"\[([a-z_.]+)\]", text)}

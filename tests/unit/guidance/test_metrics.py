@@ -4,11 +4,10 @@ import json
 import time
 
 import pytest
-import torch
 from torchtitan.components.metrics import BaseLogger
 
 from let_plugin.guidance import metrics
-from let_plugin.guidance.metrics import DeviceTimer, Disagreement, JsonlLogger, Progress
+from let_plugin.guidance.metrics import Disagreement, JsonlLogger, Progress
 
 TRAINING = {"loss_metrics/global_avg_loss": 2.5, "grad_norm": 0.25}
 VALIDATION = {"validation_metrics/loss": 2.75}
@@ -76,17 +75,6 @@ def test_a_rank_that_does_not_write_still_takes_part(tmp_path, monkeypatch):
     logger.close()
     assert len(calls) == 1 and len(inner.logged) == 2
     assert not list(tmp_path.iterdir())
-
-
-def test_timer_sums_its_regions_and_starts_anew():
-    timer = DeviceTimer(torch.device("cpu"))
-    start = time.perf_counter()
-    for _ in range(2):
-        with timer:
-            time.sleep(0.02)
-    inside = time.perf_counter() - start
-    assert 0.04 <= timer.pop() <= inside
-    assert timer.pop() == 0
 
 
 def test_eta_follows_the_pace_since_the_last_logged_step(monkeypatch):

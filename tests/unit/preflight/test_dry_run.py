@@ -57,8 +57,6 @@ def test_an_environment_that_makes_no_sense(config, monkeypatch, num_ranks):
 
 
 def test_preflight_takes_the_ranks_of_the_dry_run(config, fake_ranks):
-    set_all(config, comm__mode="fake_backend", parallelism__data_parallel_replicate_degree=4)
-    preflight.run(config)
-    set_all(config, parallelism__data_parallel_replicate_degree=5)
+    set_all(config, comm__mode="fake_backend", parallelism__data_parallel_replicate_degree=5)
     with pytest.raises(ConfigError, match=r"data_parallel_replicate_degree = 5: .* the number of processes, 32"):
         preflight.run(config)

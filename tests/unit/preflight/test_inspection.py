@@ -67,15 +67,6 @@ def test_the_loss_is_that_of_plain_transformers(inspect, text_file, spec):
     assert said["tokenizer"] == "4,096 tokens"
 
 
-def test_a_limit_on_the_tokens_and_the_demos_text(inspect):
-    pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
-    said = inspect(*DEMO, "--max-tokens", 500)
-    loss, _, _, num_tokens, num_bytes = measured(said)
-    assert num_tokens == 500
-    assert 1500 < num_bytes < 2100  # 3.54 bytes per token, by the demo's README
-    assert 3 < loss < 4.3  # 3.67 on the validation split
-
-
 def test_what_a_spec_alone_and_a_checkpoint_without_a_tokenizer_say(inspect, tiny_teacher, text_file, capsys):
     said = inspect("--spec", "llama3:1B")
     assert said["blocks"] == "16 of width 2048, 32 heads (8 key-value)"

@@ -5,11 +5,9 @@ Shape legend: B batch, L sequence, V vocabulary.
 
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
 
 from let_plugin.demo import TEACHER
-from let_plugin.teacher import language_model
 from tests.support import hf_models
 from tests.support.hf_models import opened, packed_batch
 from tests.support.problems import problem_of
@@ -46,20 +44,3 @@ def test_a_checkpoint_without_a_head_is_said(folders, tmp_path):
     problem = problem_of(hf_models.language_model, opened(tmp_path))
     assert problem.key == "let.teacher.path"
     assert "lacks tensors that its configuration asks for: lm_head.weight" in problem.message
-
-
-@pytest.mark.parametrize("num_rows", [1, 2, 5])
-def test_losses_are_those_of_plain_pytorch_however_many_rows_at_a_time(monkeypatch, num_rows):
-    monkeypatch.setattr(language_model, "_MAX_LOGITS", num_rows * 24 * 17)
-    table_VV = torch.randn(17, 17, generator=torch.Generator().manual_seed(0)).bfloat16()
-
-    def model(tokens_BL, positions_BL):
-        assert len(tokens_BL) <= num_rows
-        return table_VV[tokens_BL]
-
-    tokens_BL = torch.arange(5 * 24).view(5, 24) % 17
-    labels_BL = torch.where(tokens_BL % 3 == 0, -100, tokens_BL.roll(1))
-    losses_BL = F.cross_entropy(table_VV[tokens_BL].float().mT, labels_BL, reduction="none").double()
-    sums_B2 = language_model.row_loss_sums(model, tokens_BL, None, labels_BL, vocab_size=17)
-    torch.testing.assert_close(sums_B2[:, 0], losses_BL.sum(dim=1), rtol=1e-6, atol=0)
-    assert sums_B2[:, 1].tolist() == (labels_BL != -100).sum(dim=1).tolist()

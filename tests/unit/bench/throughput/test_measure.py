@@ -5,15 +5,9 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import torch
-import torch.nn.functional as F
-from torch.profiler import ProfilerActivity, record_function
 from torchtitan.tools import utils
 
-from let_plugin.bench.throughput.measure import Watch, range_seconds
-from let_plugin.guidance.guidance import TARGET_RANGE
-from let_plugin.teacher.base import MASK_RANGE
-from let_plugin.teacher.sharding import TEACHER_RANGE
+from let_plugin.bench.throughput.measure import Watch
 
 
 @pytest.fixture
@@ -77,35 +71,3 @@ def test_the_parts_of_a_profiled_step(config, watched):
 def test_a_step_in_the_wrong_state_is_an_error(watched, warmup, is_active):
     with pytest.raises(RuntimeError, match="was to be measured with LET"):
         watched(warmup=warmup, is_active=is_active)
-
-
-def test_what_is_in_the_teachers_pass():
-    """A pass that is a product, attention, a mask, and something else; and a product outside."""
-    x_EE = torch.randn(256, 256)
-    q_BNLH = torch.randn(2, 2, 128, 64)
-    with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as profile:
-        x_EE @ x_EE
-        with record_function(TARGET_RANGE), record_function(TEACHER_RANGE):
-            with record_function(MASK_RANGE):
-                mask_LL = torch.ones(128, 128, dtype=torch.bool).tril()
-                (x_EE @ x_EE).sum()  # in the mask: it counts as that, once
-            F.linear(x_EE, x_EE)
-            F.scaled_dot_product_attention(q_BNLH, q_BNLH, q_BNLH, attn_mask=mask_LL)
-            x_EE.exp()
-    profiled = list(profile.events())
-
-    def total(name):
-        return sum(event.cpu_time_total for event in profiled if event.name == name) / 1e6
-
-    ranges, inside = range_seconds(profiled, on_device=False)
-    assert ranges[TARGET_RANGE] >= ranges[TEACHER_RANGE] == pytest.approx(total(TEACHER_RANGE))
-    parts = {kind: seconds for (where, kind), seconds in inside.items() if where == TEACHER_RANGE}
-    assert set(parts) == {"matrix products", "attention", "attention mask"} and len(inside) == len(parts)
-    assert parts["attention mask"] == pytest.approx(total(MASK_RANGE))
-    assert parts["attention"] == pytest.approx(total("aten::scaled_dot_product_attention"))
-    products = [event.cpu_time_total / 1e6 for event in profiled if event.name == "aten::mm"]
-    assert len(products) == 3  # outside, in the mask, and the one that counts
-    assert parts["matrix products"] in [pytest.approx(seconds) for seconds in products]
-    assert sum(parts.values()) < ranges[TEACHER_RANGE]
-    ranges, inside = range_seconds(profiled, on_device=True)
-    assert not any(ranges.values()) and not any(inside.values())  # no device has done anything

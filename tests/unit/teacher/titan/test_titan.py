@@ -35,12 +35,7 @@ def relative_difference(got, expected):
 
 @pytest.mark.parametrize(
     ("layers", "final_norm", "num_blocks", "compiled"),
-    [
-        ([EMBEDDING], True, 1, False),
-        ([1], False, 2, False),
-        ([1], True, 2, True),
-        ([1, EMBEDDING, 0], True, 2, True),
-    ],
+    [([EMBEDDING], True, 1, False), ([1], False, 2, False), ([1], True, 2, True), ([1, EMBEDDING, 0], True, 2, True)],
 )
 @torch.no_grad()
 def test_states_of_any_layers_equal_the_plain_reference(
