@@ -24,8 +24,9 @@ _SHAPES: dict[str, dict[str, Any]] = {
     "gpu_student": {"dim": 640, "num_layers": 8, "num_heads": 10, "hidden_dim": 1792, "embedding_init_std": 0.02},
 }
 _SPECS = {name: partial(llama_spec, name, vocab_size=_VOCAB_SIZE, **shape) for name, shape in _SHAPES.items()}
-for _name in ("weak_teacher", "strong_teacher"):
-    _path = f"{CORPUS}/{_name}/checkpoint/last"
+_TEACHER_STEPS = {"weak_teacher": 1000, "strong_teacher": 8000}
+for _name, _steps in _TEACHER_STEPS.items():
+    _path = f"{CORPUS}/{_name}/checkpoint/step-{_steps}"
     register_teacher_spec(_name, _SPECS[_name], path=_path, tokenizer_path=f"{CORPUS}/tokenizer")
 
 
@@ -65,16 +66,17 @@ def gpu_student() -> Trainer.Config:
 
 def weak_teacher() -> Trainer.Config:
     """2 blocks of width 64; 4.1 million tokens. The student passes it."""
-    return _teacher("weak_teacher", steps=1000)
+    return _teacher("weak_teacher")
 
 
 def strong_teacher() -> Trainer.Config:
     """4 blocks of width 128; 33 million tokens. The student of 4.1 million tokens does not reach it."""
-    return _teacher("strong_teacher", steps=8000)
+    return _teacher("strong_teacher")
 
 
-def _teacher(name: str, steps: int) -> Trainer.Config:
+def _teacher(name: str) -> Trainer.Config:
     config: Any = _config(name)
+    steps = _TEACHER_STEPS[name]
     config.dump_folder = f"{CORPUS}/{name}"
     config.optimizer = default_adamw(lr=4e-3)
     config.training.steps = steps
