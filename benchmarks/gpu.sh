@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# What this project asks of one GPU, in about 14 minutes. Needs assets/corpus and its strong teacher (README.md, "The
+# evidence suite"). `benchmarks/gpu.sh --dry-run` makes two steps of everything on whatever device there is.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=${OUT:-outputs/gpu}
+steps=() tests=(-m gpu tests/gpu)
+if [ "${1:-}" = --dry-run ]; then
+    steps=(--training.steps 2 --validator.freq 1 --validator.steps 1 --training.local_batch_size 2 --compile.no-enable)
+    tests+=(--collect-only)
+fi
+mkdir -p "$out"
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$out/inductor} # one compilation for each model
+python -m pytest -q "${tests[@]}" || echo "some tests failed"
+let-bench converge train_configs/evidence/gpu_student.toml --test-dataset text_files \
+    --test-path assets/corpus/test.jsonl --methods-file train_configs/evidence/methods.toml \
+    --methods let@0.1 basis_distil rkd --seeds 0 --out "$out/evidence_gpu.jsonl" --work-dir "$out/work" "${steps[@]}"
+let-bench throughput train_configs/evidence/gpu_student.toml --cases active rows rkd --pairs 3 --interleave \
+    --out "$out/throughput_gpu.jsonl" --work-dir "$out/work" "${steps[@]:4}"
