@@ -103,7 +103,7 @@ def check_token_alignment(facts: Facts) -> None:
     if not isinstance(source, TeacherSource) or not config.let.token_alignment.enable:
         return
     if _distils(facts):
-        message = "the predictions of two tokenizers cannot be compared; take a teacher with the student's"
+        message = "logits under two tokenizers cannot be compared; take a teacher with the student's tokenizer"
         return facts.refuse("let.token_alignment.enable", message, True)
     teacher_seq_len(config, source.info)
     if facts.problems:
@@ -126,7 +126,7 @@ def check_vocabulary(facts: Facts) -> None:
     if not teacher or not student:
         message = (
             f"the {'student' if teacher else 'teacher'}'s tokenizer has no vocabulary to compare (no tokenizer.json); "
-            "name the teacher's folder here, or, if they are the same, set let.teacher.check_vocabulary = false"
+            "name the folder with it here, or, if they are the same, set let.teacher.check_vocabulary = false"
         )
         return facts.refuse("let.teacher.tokenizer_path", message, let.teacher.tokenizer_path)
     if differing := compare_vocabularies(student, teacher):
