@@ -25,7 +25,7 @@ class Divergence(NamedTuple):
     With `top_k`, the classes whose probability is below the teacher's k-th largest are one class: p has the mass that
     it has on them, spread over them as q is.
 
-    `group`: the ranks that have a part of the vocabulary each. Three numbers a token are reduced, no logits gathered.
+    `group`: the ranks that have a part of the vocabulary each. A few numbers a token are reduced, no logits gathered.
     """
 
     kind: Kind = "forward_kl"
@@ -71,8 +71,8 @@ class Divergence(NamedTuple):
         return log_TV.exp(), log_TV
 
     def _kth_largest(self, values_TV: torch.Tensor, k: int) -> torch.Tensor:
-        num_missing = max(0, k - values_TV.shape[-1])
-        largest_TK = F.pad(values_TV, (0, num_missing), value=-math.inf).topk(k, dim=-1).values
+        padded_TV = F.pad(values_TV, (0, max(0, k - values_TV.shape[-1])), value=-math.inf)
+        largest_TK = padded_TV.topk(k, dim=-1).values
         if self.group is not None:
             parts = [torch.empty_like(largest_TK) for _ in range(self.group.size())]
             dist.all_gather(parts, largest_TK, group=self.group)

@@ -125,6 +125,6 @@ def active_cost(config: Trainer.Config, student: Student, dims: ParallelDims) ->
     if not config.let.enable:
         return Cost(0, 0.0, {})
     terms = plan.terms(config.let)
-    source = open_source(config.let.teacher) if any(term.has_teacher for term in terms) else None
+    source = open_source(config.let.teacher) if plan.teacher_terms(config.let) else None
     depth = source.info.num_layers if source else None
     return cost(config, student, source, [(term, plan.pairs(config, term, depth)) for term in terms], dims)

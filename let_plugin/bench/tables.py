@@ -48,7 +48,7 @@ def notes(suite: Suite) -> list[str]:
         said = [
             f"{suite.frame['step_time'].iloc[0].num} pairs on {where}, {how}; medians, and the mean ratio to plain "
             "with its 95 % interval.",
-            "FLOP bound: 1 + N_T / (3 N_S), in distillation with the teacher's head and the student's once more. "
+            "FLOP bound: 1 + N_T / (3 N_S), in distillation with the teacher's head. "
             "Memory bound: the teacher's parameters per rank + one activation.",
             f"Break-even: so many times fewer steps pay for a teacher that stays {first['stop_step']} of "
             f"{first['run_steps']} steps (in distillation: all of them).",

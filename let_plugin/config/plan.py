@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 _DEFAULT_STOP_FRACTION = 0.5
 
-
 # What a signal makes nothing of.
 _OF_PAIRS = ("layer_mapping", "layer_mapping_options", "student_block", "pairs")
 _OF_STATES = ("dimension_match", "dimension_match_options", "projector", "loss", "loss_options")
@@ -62,6 +61,11 @@ def terms(let: LetConfig) -> list[Term]:
     return [Term(term, f"let.terms.{i}", i, numbered[i]) for i, term in enumerate(let.terms)]
 
 
+def teacher_terms(let: LetConfig) -> list[Term]:
+    """Those that need the teacher, or its states."""
+    return [term for term in terms(let) if term.has_teacher]
+
+
 def check_terms(let: LetConfig) -> None:
     """ConfigError that lists every key which no term reads, and names that two terms have."""
     problems, starts = [], changes_the_start(let)
@@ -79,8 +83,8 @@ def check_terms(let: LetConfig) -> None:
         for name in _changed(term.config, unused):
             message = f'has no meaning for signal = "{term.config.signal}"; leave it out'
             problems.append(Problem(f"{term.key}.{name}", message, getattr(term.config, name)))
-        if any(other.name == term.name for other in all_terms[: term.index]):
-            problems.append(Problem(f"{term.key}.name", "another term has this name", term.name))
+        if any(other.name == term.name for other in all_terms[: term.index]) or not f"_{term.name}".isidentifier():
+            problems.append(Problem(f"{term.key}.name", "must be letters, digits and _, not another's", term.name))
     if any(term.config.signal == "logits" for term in all_terms):
         message = 'not with signal = "logits", which needs the teacher\'s last state as its head does; leave it out'
         for name in _changed(let.teacher, ("final_norm", "center")):
@@ -96,14 +100,12 @@ def _changed(table: object, names: Iterable[str]) -> list[str]:
 
 def last_step(config: "Trainer.Config", num_data_parallel: int) -> int:
     """The first step from which on no teacher is needed. ConfigError as for `stop_step`."""
-    of_teacher = [term for term in terms(config.let) if term.has_teacher]
-    return max((stop_step(config, term, num_data_parallel) for term in of_teacher), default=0)
+    return max((stop_step(config, term, num_data_parallel) for term in teacher_terms(config.let)), default=0)
 
 
 def all_teacher_layers(config: "Trainer.Config", teacher_depth: int) -> list[int | str]:
     """The teacher's layers that any term needs. ConfigError as for `pairs`."""
-    of_teacher = [term for term in terms(config.let) if term.has_teacher]
-    return teacher_layers(pair for term in of_teacher for pair in pairs(config, term, teacher_depth))
+    return teacher_layers(pair for term in teacher_terms(config.let) for pair in pairs(config, term, teacher_depth))
 
 
 def stop_step(config: "Trainer.Config", term: Term, num_data_parallel: int) -> int:

@@ -59,8 +59,7 @@ class Guidance:
         self._num_targets: torch.Tensor | None = None  # of them, this data-parallel rank's, until they are reduced
         self._timer = DeviceTimer(device)
 
-        has_teacher = any(p.term.has_teacher for p in progress)
-        self._source = open_source(config.let.teacher) if has_teacher else None
+        self._source = open_source(config.let.teacher) if any(p.term.has_teacher for p in progress) else None
         # All ranks of the job communicate here, in this order. Only then a rank that meets no state may skip the
         # teacher, whose building is collective among the ranks of one pipeline stage alone.
         self._teacher_dims = teacher_parallel_dims(dims, tensor_parallel=config.let.teacher.tensor_parallel)
@@ -76,7 +75,7 @@ class Guidance:
         firsts = [sum(map(len, pairs[:i])) for i in range(len(pairs))]
         self.signals = [Signal(trainer, p, pairs[p.term.index], firsts[p.term.index], self._keep) for p in progress]
         if self._source is not None:
-            of_teacher = [pair for p in plan.terms(config.let) if p.has_teacher for pair in pairs[p.index]]
+            of_teacher = [pair for term in plan.teacher_terms(config.let) for pair in pairs[term.index]]
             self._center = self._make_center(self._source.info, of_teacher)
             if self._own_pairs():
                 self._add_teacher(self._source, of_teacher)

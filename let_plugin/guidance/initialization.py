@@ -50,8 +50,7 @@ def initialize(trainer: Trainer) -> None:
 def first_upper_block(config: Trainer.Config) -> int:
     """The number of the block above the deepest one that is aligned or, without an alignment, would be."""
     let = config.let
-    has_teacher = any(term.has_teacher for term in plan.terms(let))
-    teacher_depth = open_source(let.teacher).info.num_layers if has_teacher else None
+    teacher_depth = open_source(let.teacher).info.num_layers if plan.teacher_terms(let) else None
     of_blocks = [term for term in plan.terms(let) if term.config.signal == "states"] or [plan.start_term(let)]
     return max(pair.student for term in of_blocks for pair in plan.pairs(config, term, teacher_depth)) + 1
 

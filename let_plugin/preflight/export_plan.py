@@ -105,7 +105,7 @@ def _problems(config: Trainer.Config, args: argparse.Namespace, out: str) -> lis
     problems = []
     if not out:
         problems.append(Problem("--out", "give the folder to write to, here or as let.teacher.features"))
-    if not config.let.enable or not any(term.has_teacher for term in plan.terms(config.let)):
+    if not config.let.enable or not plan.teacher_terms(config.let):
         key, value = ("let.enable", False) if not config.let.enable else ("let.signal", "labels")
         problems.append(Problem(key, "there is no teacher in this run whose states could be exported", value))
     if config.let.control != "none":

@@ -187,13 +187,13 @@ def _teacher_cost(
             num_rows = num_rows // peers if num_rows % peers == 0 else num_rows
             # [B, 1, L, L]: boolean, and in the query's dtype while SDPA uses it.
             weights["teacher's dense attention mask"] = num_rows * seq_len**2 * (1 + dtype.itemsize)
-    for _ in (term for term, _ in terms if term.config.signal == "logits"):
-        num_head = teacher.vocab_size * teacher.hidden_size
+    if num_terms := sum(term.config.signal == "logits" for term, _ in terms):
+        num_head = num_terms * teacher.vocab_size * teacher.hidden_size  # each term has its own copy
         num_teacher += num_head
         num_chunks = getattr(config.loss, "num_chunks", 1)
         num_logits = num_tokens // parallel_dims.cp // num_chunks * student.vocab_size // parallel_dims.tp
         memory["teacher's head"] = num_head * dtype.itemsize // parallel_dims.tp
-        memory["gradient"] += num_logits * itemsize
+        memory["gradient"] += num_terms * num_logits * itemsize
         # In fp32: the two models' predictions, their logarithms and the gradient, of some tokens at a time.
         memory["predictions"] = 6 * 4 * min(num_logits, MAX_LOGITS)
     num_learned = 0

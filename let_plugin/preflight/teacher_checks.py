@@ -65,7 +65,7 @@ def check_rows(facts: Facts) -> None:
     if let.teacher.rows == 1:
         return
     message = ""
-    if let.teacher.features or not any(term.has_teacher for term in plan.terms(let)):
+    if let.teacher.features or not plan.teacher_terms(let):
         message = "no teacher runs"
     elif plan.num_teacher_rows(let, num_rows) == num_rows:
         message = f"a microbatch has {num_rows} rows, and this share of them rounds up to all"

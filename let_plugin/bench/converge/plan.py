@@ -100,8 +100,7 @@ class Planner:
             tokens = tokens_per_step * self._args.gstack_steps
             flops = 6.0 * shallow.num_matmul_params * tokens
             return {"what": "shallow model", "flops": flops, "tokens": tokens, "seconds": None}
-        has_teacher = config.let.enable and any(term.has_teacher for term in plan.terms(config.let))
-        if has_teacher and config.let.teacher.features:
+        if config.let.enable and plan.teacher_terms(config.let) and config.let.teacher.features:
             features = Features(config.let.teacher.features)
             info = features.info
             layers = plan.all_teacher_layers(config, info.num_layers)

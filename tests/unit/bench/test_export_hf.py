@@ -15,7 +15,7 @@ from let_plugin.runtime import host
 from let_plugin.runtime.models import llama_spec
 from tests.support.config_registry import tiny, tiny_qwen3
 
-transformers = pytest.importorskip("transformers", reason="pip install let-plugin[eval]")
+transformers = pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
 
 SCALING = {"scaling": "llama", "scaling_factor": 4.0, "original_max_position_embeddings": 16}
 UNTIED = {"num_kv_heads": 2, "rope_theta": 500.0, "norm_eps": 1e-3}

@@ -166,6 +166,7 @@ WRONG_TERMS = [
     ({"terms": [TermConfig(signal="logits", loss="mse")]}, {"terms.0.loss": "no meaning"}),
     ({"terms": [TermConfig(signal="labels", alpha=0.5)]}, {"terms.0.alpha": "no meaning"}),
     ({"terms": [TermConfig(name="logits_1"), LOGITS, LOGITS]}, {"terms.2.name": "another"}),
+    ({"terms": [TermConfig(name="a.b")]}, {"terms.0.name": "letters, digits and _"}),
     ({"terms": [LOGITS], "teacher": TeacherConfig(center=True)}, {"teacher.center": "last state as its head does"}),
     ({"signal": "logits", "teacher": TeacherConfig(final_norm=False)}, {"teacher.final_norm": "leave it out"}),
     ({"dimension_match": "random", "terms": [LOGITS]}, {"dimension_match": "write it there"}),

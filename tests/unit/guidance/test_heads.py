@@ -120,8 +120,7 @@ def test_the_students_predictions_are_drawn_to_the_teachers(config, batch, reque
     assert metrics["let/distillation_loss"] == pytest.approx(loss, rel=1e-4)
     assert {"let/teacher_tokens_per_second", "let/grad_cosine"} < metrics.keys() and "let/cosine" not in metrics
     (tap,) = guidance.signals[0].taps
-    assert tap.num_calls == {LogitTap.PLACE: 8}  # the chunks of torchtitan's loss
-    assert tap._target is None
+    assert tap.num_calls == {LogitTap.PLACE: 8} and tap._target is None  # the chunks of torchtitan's loss
 
 
 def test_several_terms_are_added_up(config, batch, request):
@@ -155,6 +154,8 @@ def test_several_terms_are_added_up(config, batch, request):
         {"let/states/lambda": 0.4, "let/labels/lambda": 0.3, "let/logits/lambda": 0.2}
     )
     assert {"let/states/cosine/1-0", "let/labels/auxiliary_loss", "let/logits/grad_ratio"} < metrics.keys()
+    guidance.end([trainer.terms[1].term])  # the labels'; it leaves nothing behind, and the others stay
+    assert not any("labels" in name for name, _ in trainer.model_parts[0].named_buffers())
 
 
 def test_microbatches_weigh_as_much_as_they_have_tokens(config, batch, request):
