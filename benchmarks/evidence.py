@@ -16,11 +16,11 @@ from let_plugin.teacher.titan.source import register_teacher_spec
 CORPUS = "assets/corpus"
 _VOCAB_SIZE = 4096  # of the corpus's tokenizer
 _SHAPES: dict[str, dict[str, Any]] = {
-    "weak_teacher": {"dim": 64, "num_layers": 2, "num_heads": 1, "hidden_dim": 176, "tie_embeddings": True},
-    "strong_teacher": {"dim": 128, "num_layers": 4, "num_heads": 2, "hidden_dim": 352, "tie_embeddings": True},
+    "weak_teacher": {"dim": 32, "num_layers": 1, "num_heads": 1, "hidden_dim": 96, "tie_embeddings": True},
+    "strong_teacher": {"dim": 64, "num_layers": 2, "num_heads": 1, "hidden_dim": 192, "tie_embeddings": True},
     # Initialized as Hugging Face's Llama: the alignment's gradient scales as 1/|h|, and torchtitan's 1.0 makes h large.
-    "student": {"dim": 256, "num_layers": 6, "num_heads": 4, "hidden_dim": 768, "embedding_init_std": 0.02},
-    "large_student": {"dim": 384, "num_layers": 8, "num_heads": 6, "hidden_dim": 1152, "embedding_init_std": 0.02},
+    "student": {"dim": 128, "num_layers": 4, "num_heads": 2, "hidden_dim": 384, "embedding_init_std": 0.02},
+    "large_student": {"dim": 192, "num_layers": 6, "num_heads": 3, "hidden_dim": 576, "embedding_init_std": 0.02},
     "gpu_student": {"dim": 640, "num_layers": 8, "num_heads": 10, "hidden_dim": 1792, "embedding_init_std": 0.02},
 }
 _SPECS = {name: partial(llama_spec, name, vocab_size=_VOCAB_SIZE, **shape) for name, shape in _SHAPES.items()}
@@ -38,7 +38,7 @@ def _config(name: str) -> Trainer.Config:
     config.optimizer = default_adamw(lr=2e-3)
     config.training.local_batch_size, config.training.seq_len = 16, 256
     config.training.steps, config.lr_scheduler.warmup_steps = 1000, 50
-    config.validator.freq, config.validator.steps = 100, 25
+    config.validator.freq, config.validator.steps = 100, 16
     config.metrics.enable_tensorboard = False
     config.compile.enable = True
     config.activation_checkpoint = None

@@ -35,11 +35,11 @@ class Divergence(NamedTuple):
 
     @torch.no_grad()
     def __call__(
-        self, student_TV: torch.Tensor, teacher_TV: torch.Tensor, exists_V: torch.Tensor
+        self, student_TV: torch.Tensor, teacher_TV: torch.Tensor, exists_V: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of logits in fp32 and the classes that both models have, bool: the divergences [T], the gradients [T, V]."""
-        q_TV, log_q_TV = self._softmax(student_TV, exists_V)
-        p_TV, log_p_TV = self._softmax(teacher_TV, exists_V)
+        """Of fp32 logits and the classes that both models have (bool; None: all): divergences [T], gradients [T, V]."""
+        log_q_TV, log_p_TV = (self._log_softmax(logits, exists_V) for logits in (student_TV, teacher_TV))
+        q_TV, p_TV = log_q_TV.exp(), log_p_TV.exp()
         if self.top_k is not None:
             is_top_TV = log_p_TV >= self._kth_largest(log_p_TV, self.top_k)
             rest_T2 = torch.stack([(x * ~is_top_TV).sum(dim=-1) for x in (p_TV, q_TV)], dim=-1)
@@ -60,15 +60,16 @@ class Divergence(NamedTuple):
         losses_T = self._sum(losses_TV.sum(dim=-1))
         return self.temperature**2 * losses_T, self.temperature * gradient_TV
 
-    def _softmax(self, logits_TV: torch.Tensor, exists_V: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Probabilities, and their logarithms."""
-        logits_TV = (logits_TV / self.temperature).masked_fill(~exists_V, _OUT)
-        highest_T1 = logits_TV.amax(dim=-1, keepdim=True)
+    def _log_softmax(self, logits_TV: torch.Tensor, exists_V: torch.Tensor | None) -> torch.Tensor:
+        logits_TV = logits_TV / self.temperature
+        if exists_V is not None:
+            logits_TV = logits_TV.masked_fill(~exists_V, _OUT)
+        log_total_T1 = logits_TV.logsumexp(dim=-1, keepdim=True)
         if self.group is not None:
+            highest_T1 = log_total_T1.clone()
             dist.all_reduce(highest_T1, dist.ReduceOp.MAX, group=self.group)
-        logits_TV = logits_TV - highest_T1
-        log_TV = logits_TV - self._sum(logits_TV.exp().sum(dim=-1, keepdim=True)).log()
-        return log_TV.exp(), log_TV
+            log_total_T1 = highest_T1 + self._sum((log_total_T1 - highest_T1).exp()).log()
+        return logits_TV - log_total_T1
 
     def _kth_largest(self, values_TV: torch.Tensor, k: int) -> torch.Tensor:
         padded_TV = F.pad(values_TV, (0, max(0, k - values_TV.shape[-1])), value=-math.inf)

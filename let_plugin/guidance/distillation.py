@@ -54,7 +54,7 @@ class Distillation:
         num_missing = num_rows - len(rows["weight"])
         self._weight_VE = F.pad(rows["weight"], (0, 0, 0, num_missing))
         self._bias_V = F.pad(rows["bias"], (0, num_missing)) if "bias" in rows else None
-        self._exists_V = torch.arange(num_rows, device=device) < num_rows - num_missing
+        self._exists_V = torch.arange(num_rows, device=device) < num_rows - num_missing if num_missing else None
         group = dims.get_mesh("tp").get_group() if dims.tp_enabled else None
         let = term.config
         self._divergence = Divergence(let.divergence, let.temperature, let.top_k, group)
@@ -64,15 +64,13 @@ class Distillation:
             self._gradients = torch.compile(self._of_tokens, fullgraph=True, **options)
 
     def __call__(self, logits_BCV: torch.Tensor, states_BCE: torch.Tensor, coefficient: torch.Tensor) -> Alignment:
-        gradient_BCV, total = logits_BCV.new_empty(logits_BCV.shape), coefficient.new_zeros(())
         num_tokens = max(1, MAX_LOGITS // logits_BCV.shape[-1])
         states_BCE = states_BCE[..., self._channels]
-        parts = (x.flatten(0, 1).split(num_tokens) for x in (logits_BCV, states_BCE, gradient_BCV))
-        for logits_TV, states_TE, gradient_TV in zip(*parts, strict=True):
-            value, part_TV = self._gradients(logits_TV, states_TE, coefficient)
-            gradient_TV.copy_(part_TV)
-            total = total + value
-        return Alignment(gradient_BCV, None, total)
+        logits, states = (x.flatten(0, 1).split(num_tokens) for x in (logits_BCV, states_BCE))
+        parts = [self._gradients(*part, coefficient) for part in zip(logits, states, strict=True)]
+        values, gradients = zip(*parts, strict=True)
+        gradient_TV = gradients[0] if len(gradients) == 1 else torch.cat(gradients)
+        return Alignment(gradient_TV.view_as(logits_BCV), None, torch.stack(values).sum())
 
     def _of_tokens(
         self, logits_TV: torch.Tensor, states_TE: torch.Tensor, coefficient: torch.Tensor
@@ -80,4 +78,5 @@ class Distillation:
         counts_T = states_TE.ne(0).any(dim=-1)
         teacher_TV = F.linear(states_TE.to(self._weight_VE.dtype), self._weight_VE, self._bias_V)
         losses_T, gradient_TV = self._divergence(logits_TV.float(), teacher_TV.float(), self._exists_V)
-        return (losses_T * counts_T).sum(), gradient_TV * (coefficient * counts_T)[:, None]
+        gradient_TV = gradient_TV * (coefficient * counts_T)[:, None]
+        return (losses_T * counts_T).sum(), gradient_TV.to(logits_TV.dtype)
