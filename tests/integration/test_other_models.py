@@ -1,11 +1,8 @@
-"""LET in lower precision, in other decoders of torchtitan, and with a rank file for the vocabulary; under FSDP2."""
-
-import json
+"""LET in lower precision, and in other decoders of torchtitan; under FSDP2."""
 
 import pytest
 
 from tests.support import jobs
-from tests.support.tokenizer_kinds import EOS, GPT2_PATTERN, write_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -23,14 +20,6 @@ PRECISIONS = {
     "bf16, learned projector": ("tiny", [*BFLOAT16, "--let.dimension-match", "linear"]),
     "float8": ("tiny_float8", []),
 }
-RANK_FILE = f"""
-[tokenizer]
-type = "TikTokenTokenizer"
-pattern = {json.dumps(GPT2_PATTERN)}
-bos_token = "{EOS}"
-eos_token = "{EOS}"
-special_tokens = {{"{EOS}" = 0}}
-"""
 DECODERS = ("tiny_qwen3", "tiny_mixture_of_experts")
 
 
@@ -48,11 +37,6 @@ def runs(tmp_path_factory, tiny_teacher):
     cases = {name: (config(base), [*start, *WEIGHT, *FSDP2, *args]) for name, (base, args) in PRECISIONS.items()}
     steps = ["--training.steps", "3", "--let.stop-step", "2"]
     cases |= {base: (config(base), [*FSDP2, *steps]) for base in DECODERS}
-    # The demo's vocabulary as the student's rank file, and as the teacher's tokenizer.json.
-    write_ranks(folder / "tokenizer", "tokenizer.model")
-    ranks = folder / "ranks.toml"
-    ranks.write_text(f'hf_assets_path = "{folder}/tokenizer"\n{config("tiny").read_text()}{RANK_FILE}')
-    cases["rank file"] = (ranks, cases["fp32"][1])
     return jobs.train_many(folder, cases, processes=2)
 
 
@@ -74,9 +58,3 @@ def test_another_decoder_trains_with_let(runs, base):
     logged = runs[base]["logged"]
     assert [line["let/active"] for line in logged] == [1.0, 1.0, 0.0]
     assert all(-1 <= line["let/cosine"] <= 1 and line["let/cosine"] != 0 for line in logged[:2])
-
-
-def test_a_rank_file_trains_as_the_tokenizer_json_of_the_same_vocabulary(runs):
-    ranks, expected = runs["rank file"], runs["fp32"]
-    assert jobs.relative_difference(ranks["gradients"], expected["gradients"]) == 0
-    assert ranks["logged"][0]["let/cosine"] == expected["logged"][0]["let/cosine"]

@@ -1,4 +1,4 @@
-"""A run with all state that there is: killed (SIGKILL) and resumed, it ends as the run that was not, bit for bit.
+"""A run with all state that there is: killed, or asked to end, and resumed, it ends as one that was not, bit for bit.
 
 A projector that learns, a running mean of the teacher's states, measurements for an adaptive stop, a teacher with
 another tokenizer, and a worker that reads ahead.
@@ -59,8 +59,11 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, tiny_teacher, uninter
     expected_folder, _, expected = uninterrupted
     config, folder = write_config(tmp_path, tiny_teacher), tmp_path / "out"
     args = [*RUN, *SAVE, *FULL, *VALIDATE]
-    for step in (5, 8, 11):  # resumed before, at and after the end of the alignment
-        jobs.kill(folder, config, *args, step=step)
+    jobs.kill(folder, config, *args, step=5)
+    # With a signal to its process group, to which the loader's worker does not belong.
+    ended = jobs.probe(folder, config, *args, PROBE_END_AT_STEP="8")
+    assert len(ended["gradients"]) == 5 and keys(folder, 8) == keys(expected_folder, 9)
+    jobs.kill(folder, config, *args, step=11)
     resumed = jobs.probe(folder, config, *args)
 
     assert len(resumed["gradients"]) == 3
@@ -72,6 +75,24 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, tiny_teacher, uninter
     for line in lines:
         got = last[line["step"], "let/active" in line]
         assert [got.get(key) for key in EQUAL] == [line.get(key) for key in EQUAL], line["step"]
+
+
+def test_one_of_three_ranks_is_asked_to_end(tmp_path, tiny_teacher):
+    """They end after the same step, and go on bit for bit, with a vocabulary and widths that they do not divide."""
+    config = jobs.tiny(tmp_path, tiny_teacher[0], 'teacher.center = true\ndimension_match = "linear"\n')
+    config.write_text(config.read_text().replace("support.tiny", "support.tiny_odd"))
+    args = ["--training.steps", "6", "--let.stop-step", "5", *FULL, "--checkpoint.async-mode", "async", *SAVE]
+    expected = jobs.probe(tmp_path / "whole", config, *args, processes=3)
+    folder = tmp_path / "ended"
+    ended = jobs.probe(folder, config, *args, processes=3, PROBE_END_AT_STEP="3")
+    resumed = jobs.probe(folder, config, *args, processes=3)
+
+    assert [len(run["gradients"]) for run in (ended, resumed)] == [4, 2]
+    assert [line["step"] for line in jobs.metrics(folder)] == [1, 2, 3, 4, 5, 6]
+    values = [[line.get(name) for name in ("loss", "let/cosine")] for line in ended["logged"] + resumed["logged"]]
+    assert values == [[line.get(name) for name in ("loss", "let/cosine")] for line in expected["logged"]]
+    for name, weight in expected["final"].items():
+        assert resumed["final"][name].equal(weight), name
 
 
 def test_only_checkpoints_of_the_alignment_hold_its_state_and_the_student_is_plain_torchtitans(tmp_path, uninterrupted):

@@ -33,6 +33,14 @@ def tiny():
     return config
 
 
+def tiny_odd():
+    """The tiny student with a vocabulary and widths that three ranks do not divide."""
+    config = tiny()
+    config.model_spec = llama_spec("tiny_odd", dim=44, hidden_dim=95, vocab_size=VOCAB_SIZE + 1, **STUDENT)
+    config.loss.loss_fn.global_vocab_size = VOCAB_SIZE + 1
+    return config
+
+
 def tiny_paper():
     """The paper's 3B configuration around a student of 4 blocks x 64, on the demo's text and tokenizer."""
     config, demo_config = paper.llama_3b_smollm(), demo.student()

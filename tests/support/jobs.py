@@ -62,7 +62,7 @@ def environment(**extra):
 
 _OF_TORCHRUN = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
 # Variables that are read when a job runs. All others may be read when something is imported.
-_LATE = {"OMP_NUM_THREADS", "PROBE_KILL_AT_STEP"}
+_LATE = {"OMP_NUM_THREADS", "PROBE_KILL_AT_STEP", "PROBE_END_AT_STEP"}
 # The fork server and what it forks off: a driver that has been called once is of no use after a fork.
 _NO_ACCELERATOR = {"CUDA_VISIBLE_DEVICES": ""}
 # Seconds on a slow machine: of a job, and of each of the many runs of one.

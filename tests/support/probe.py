@@ -4,7 +4,8 @@
     python -m tests.support.probe OUT.pt --plain ...             torchtitan's own Trainer on tests.support.tiny
 
 Rank 0 writes what `record` notes, and the final parameters.
-PROBE_KILL_AT_STEP kills the process (SIGKILL) before that step. PROBE_DEVICE=auto takes the accelerator.
+PROBE_KILL_AT_STEP kills the process (SIGKILL) before that step, PROBE_END_AT_STEP has its last rank asked to end, by a
+SIGTERM to the rank's process group. PROBE_DEVICE=auto takes the accelerator.
 PROBE_WITHOUT names a package that is as good as not installed.
 """
 
@@ -56,6 +57,9 @@ def record(trainer, num_steps=sys.maxsize):
         nonlocal in_train_step
         if str(trainer.step) == os.environ.get("PROBE_KILL_AT_STEP"):
             os.kill(os.getpid(), signal.SIGKILL)
+        is_last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+        if str(trainer.step) == os.environ.get("PROBE_END_AT_STEP") and is_last:
+            os.killpg(0, signal.SIGTERM)
         in_train_step = True
         train_step(data_iterator)
         in_train_step = False

@@ -157,16 +157,12 @@ def write(tokenizer, folder, *, bos=None, eos=None):
     return HuggingFaceTokenizer(tokenizer_path=str(folder))
 
 
-def rank_lines(ranks):
-    """A tiktoken rank file."""
-    return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
-
-
-def write_ranks(folder, name="demo.tiktoken"):
+def write_ranks(folder, name):
     """The demo's vocabulary as a rank file: all but the special token, which has id 0, in the order of the merges."""
+    ranks = {token: rank for rank, token in enumerate(token_bytes(demo())) if token is not None}
+    lines = (f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
     path = Path(folder, name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(rank_lines({token: i for i, token in enumerate(token_bytes(demo())) if token is not None}))
+    path.write_text("".join(lines))
     return path
 
 

@@ -1,7 +1,10 @@
 """What a run finds in its environment, and one that writes nothing."""
 
+import time
+
 import pytest
 
+from let_plugin.bench import processes
 from let_plugin.bench.processes import RunFailedError, Running
 
 
@@ -11,7 +14,7 @@ def start(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
     def start(code):
-        (tmp_path / "code_of_a_run.py").write_text(f"import json, os, sys, time\n{code}")
+        (tmp_path / "code_of_a_run.py").write_text(f"import json, os, signal, sys, time\n{code}")
         out = tmp_path / "out.json"
         return Running("code_of_a_run", [str(out)], out, what="it", num_processes=1)
 
@@ -32,3 +35,14 @@ def test_the_environment_of_a_run(start, monkeypatch):
     assert environment["THP_MEM_ALLOC_ENABLE"] == "1" and "RANK" not in environment
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
     assert start(write).result()["THP_MEM_ALLOC_ENABLE"] == "0"
+
+
+def test_a_run_that_does_not_end_by_sigterm_is_killed(start, monkeypatch, tmp_path):
+    monkeypatch.setattr(processes, "_GRACE_SECONDS", 0.1)
+    run = start("signal.signal(signal.SIGTERM, signal.SIG_IGN); open(sys.argv[1], 'w'); time.sleep(600)")
+    while not (tmp_path / "out.json").exists():
+        run.check()
+        time.sleep(0.05)
+    run.stop()
+    with pytest.raises(RunFailedError, match="failed with exit code -9"):
+        run.check()

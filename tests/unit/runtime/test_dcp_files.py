@@ -1,7 +1,6 @@
 """Torch's checkpoints are read as torch reads them, and run no code."""
 
 import contextlib
-import os
 import pickle
 import shutil
 
@@ -138,11 +137,9 @@ def test_a_training_checkpoint_is_read_as_torch_reads_it(tmp_path, where):
         assert torch.equal(value, expected_value) if torch.is_tensor(value) else value == expected_value
 
 
-def test_tensors_that_are_not_wholly_there(tmp_path):
-    weights = {"a": torch.ones(1000), "b": torch.ones(1000)}
-    dcp.save(weights, checkpoint_id=str(tmp_path), no_dist=True)
+def test_a_tensor_of_which_a_part_is_in_no_file(tmp_path):
+    """`test_titan_weights.py` has files that are missing or truncated."""
+    dcp.save({"a": torch.ones(1000)}, checkpoint_id=str(tmp_path), no_dist=True)
     described = dcp_files.open_checkpoint(str(tmp_path)).read_metadata()
-    os.truncate(tmp_path / "__0_0.distcp", (tmp_path / "__0_0.distcp").stat().st_size - 1)
-    assert dcp_files.incomplete(described, weights, tmp_path) == {"b": "__0_0.distcp is truncated"}
     described.state_dict_metadata["a"].size = torch.Size([1001])
     assert dcp_files.incomplete(described, ["a"], tmp_path) == {"a": "its parts are not all there"}

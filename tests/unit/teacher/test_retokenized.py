@@ -82,11 +82,6 @@ def word_piece(config, folder):
     kinds.write(Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]")), folder / "other")
 
 
-def no_text(config, folder):
-    (folder / "empty.jsonl").write_text('{"other": 1}\n')
-    set_all(config, dataloader__dataset="text_files", dataloader__dataset_path=str(folder / "empty.jsonl"))
-
-
 @pytest.mark.parametrize(
     ("changes", "key", "message"),
     [
@@ -96,7 +91,6 @@ def no_text(config, folder):
         # The folder with the weights has no tokenizer.
         ({"teacher__tokenizer_path": ""}, "let.teacher.tokenizer_path", "comes without a tokenizer"),
         (word_piece, "let.token_alignment.enable", "the teacher's tokenizer cannot be matched .*WordPiece"),
-        (no_text, "dataloader.dataset_path", "no field"),
     ],
 )
 def test_what_cannot_be_matched_is_one_error(other, tmp_path, changes, key, message):

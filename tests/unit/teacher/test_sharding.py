@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchtitan.distributed import ParallelDims
 
-from let_plugin.teacher.sharding import num_peers, sequence_shards, teacher_parallel_dims
+from let_plugin.teacher.sharding import teacher_parallel_dims
 
 NAMES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
@@ -28,12 +28,3 @@ def test_the_teacher_is_sharded_over_a_pipeline_stage_and_replicated_as_the_stud
     cut = teacher_parallel_dims(student, tensor_parallel=True)
     assert (cut.pp, cut.dp_replicate, cut.tp) == (1, teacher.dp_replicate, student.tp)
     assert cut.dp_shard * cut.tp == teacher.dp_shard
-
-
-def test_the_parts_of_the_sequence_and_the_peers(config):
-    student = dims(dp_shard=3, cp=2, tp=4)
-    assert (sequence_shards(config, student), num_peers(config, student)) == (8, 8)
-    config.parallelism.enable_sequence_parallel = False
-    assert sequence_shards(config, student) == 2
-    config.let.teacher.tensor_parallel = True  # its ranks run the same rows together
-    assert num_peers(config, student) == 2
