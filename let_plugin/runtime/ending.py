@@ -1,9 +1,9 @@
 """A clean end: a run that is asked to end finishes its step, saves a checkpoint to go on from, and exits with code 0.
 
 SIGTERM asks for it, and SIGUSR1, which Slurm can send before a job's time is up. A signal may reach one rank alone, so
-after each step the ranks tell each other whether one has come. They do so on the CPU while the next step is under way,
-and nobody waits for a rank that is less than a step behind: with several processes the run ends after the step that
-follows the one in which the signal came.
+about once a second, or after each step if that takes longer, the ranks tell each other whether one has come. They do so
+on the CPU while the next step is under way, and nobody waits for a rank that is less than a step behind: with several
+processes the run ends one step later, or one second.
 """
 
 import os
@@ -22,6 +22,7 @@ from torchtitan.trainer import Trainer
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # One request may arrive several times: `timeout` sends it to the process and to its group, torchrun hands it on.
 _SAME_REQUEST_SECONDS = 5.0
+_TELL_SECONDS, _TELL_STEPS = 1.0, 100  # the ranks tell each other after so long, but at the latest after so many steps
 
 
 class CleanEnd:
@@ -36,7 +37,8 @@ class CleanEnd:
         self._came: dict[int, float] = {}
         self._handled: list[signal.Signals] = []
         self._group: Any = None
-        self._told: tuple[dist.Work, torch.Tensor] | None = None
+        self._told: tuple[Any, torch.Tensor] | None = None
+        self._told_at, self._steps, self._pause = 0.0, 0, 0  # when, how many steps ago, and after how many again
 
     def __enter__(self) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -48,6 +50,7 @@ class CleanEnd:
             loader.worker_init_fn = _leave_the_process_group
         if dist.get_world_size() > 1 and dist.get_backend() != "fake":
             self._group = dist.new_group(backend="gloo")
+            self._told_at = time.monotonic()
 
     def __exit__(self, error_type: type[BaseException] | None, *_: Any) -> None:
         for number in self._handled:
@@ -62,14 +65,7 @@ class CleanEnd:
         """
         number = next(iter(self._came), 0)
         if self._group is not None:
-            own = torch.tensor(number)
-            number = 0
-            if self._told is not None:
-                self._told[0].wait()
-                number = int(self._told[1])
-            work = dist.all_reduce(own, dist.ReduceOp.MAX, group=self._group, async_op=True)
-            assert work is not None
-            self._told = work, own
+            number = self._tell(number)
         trainer, settings = self._trainer, self._trainer.config.checkpoint
         if not number or trainer.step == trainer.config.training.steps:
             return
@@ -83,6 +79,21 @@ class CleanEnd:
             logger.info(f"{text}; it can go on from the checkpoint of this step")
         else:
             logger.warning(f"{text}; nothing is saved of it (checkpoint.enable)")
+
+    def _tell(self, own: int) -> int:
+        """The signal of any rank, the same after the same step on all; 0 if there is none, or it is not known yet."""
+        number = 0
+        self._steps += 1
+        if self._told is not None:
+            self._told[0].wait()
+            of_all, self._told = self._told[1], None
+            number, self._pause = int(of_all[0]), min(int(_TELL_SECONDS / of_all[1]), _TELL_STEPS)
+        if self._steps >= self._pause:
+            now = time.monotonic()
+            ours = torch.tensor([own, (now - self._told_at) / self._steps], dtype=torch.float64)
+            work: Any = dist.all_reduce(ours, dist.ReduceOp.MAX, group=self._group, async_op=True)
+            self._told, self._told_at, self._steps = (work, ours), now, 0
+        return number
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if time.monotonic() - self._came.setdefault(number, time.monotonic()) > _SAME_REQUEST_SECONDS:

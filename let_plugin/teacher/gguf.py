@@ -4,7 +4,6 @@ So a student can be trained on it.
 """
 
 import argparse
-import os
 from pathlib import Path
 
 from let_plugin.config import TeacherConfig
@@ -22,8 +21,6 @@ def main(arguments: list[str] | None = None) -> None:
         require("transformers")
         from let_plugin.teacher.hf.checkpoint import Checkpoint
 
-        if not os.path.isfile(options.file):
-            raise bad_path(options.file, "no such file; give the path of a .gguf file")
         tokenizer = Checkpoint(TeacherConfig(path=options.file)).tokenizer()
         if tokenizer is None or tokenizer.eos_token is None:  # torchtitan puts one between documents
             raise bad_path(options.file, "its tokenizer has no end-of-sequence token")

@@ -59,6 +59,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, tiny_teacher, uninter
     expected_folder, _, expected = uninterrupted
     config, folder = write_config(tmp_path, tiny_teacher), tmp_path / "out"
     args = [*RUN, *SAVE, *FULL, *VALIDATE]
+    assert expected["workers_have_threads"]  # after the trial of two tokenizers
     jobs.kill(folder, config, *args, step=5)
     # With a signal to its process group, to which the loader's worker does not belong.
     ended = jobs.probe(folder, config, *args, PROBE_END_AT_STEP="8")
@@ -89,8 +90,6 @@ def test_one_of_three_ranks_is_asked_to_end(tmp_path, tiny_teacher):
 
     assert [len(run["gradients"]) for run in (ended, resumed)] == [4, 2]
     assert [line["step"] for line in jobs.metrics(folder)] == [1, 2, 3, 4, 5, 6]
-    values = [[line.get(name) for name in ("loss", "let/cosine")] for line in ended["logged"] + resumed["logged"]]
-    assert values == [[line.get(name) for name in ("loss", "let/cosine")] for line in expected["logged"]]
     for name, weight in expected["final"].items():
         assert resumed["final"][name].equal(weight), name
 

@@ -17,12 +17,9 @@ def test_without_checkpoints_it_ends_after_the_step_all_the_same(trainer, monkey
             signal.raise_signal(number)
 
     monkeypatch.setattr(trainer.metrics_processor.logger, "log", asked_to_end)
-    before = signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
-    try:
-        trainer.train()
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    finally:
-        signal.signal(signal.SIGUSR1, before)
+    signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
+    trainer.train()
+    assert signal.signal(signal.SIGUSR1, signal.SIG_DFL) and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert trainer.step == 1 and seen == [signal.SIGUSR1]
     assert "LET: step 1: SIGTERM asks the run to end; nothing is saved of it" in caplog.text
 

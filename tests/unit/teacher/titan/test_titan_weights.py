@@ -33,7 +33,6 @@ def cut(file, num_bytes):
 
 SAFETENSORS = [  # mistake, part of the error
     (shutil.rmtree, "no such folder with a torchtitan checkpoint (DCP) or *.safetensors"),
-    (lambda f: (f / FILE).rename(f / "pytorch_model.bin"), "no such folder with a torchtitan checkpoint"),
     (lambda f: cut(f / FILE, -2_000_000), f"{FILE} is truncated or not a safetensors file"),
     (content(b"[", "config.json"), "config.json cannot be read"),
     # It would load, as another model: the blocks below the missing ones, and a norm that never saw their output.
