@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 USAGE = """\
 usage: let-train CONFIG.toml [--check | --print-config] [--section.key VALUE ...]
+       let-train new --base MODULE.FUNCTION --teacher PATH [--out FILE]
 
 Trains a torchtitan configuration, given as TOML, with or without Late-to-Early Training.
 
@@ -26,6 +27,7 @@ Trains a torchtitan configuration, given as TOML, with or without Late-to-Early 
   --help [SECTION]     lists the options of the configuration, or of one of its sections: --help let
   --check              resolves and validates everything, prints the preflight report, trains nothing
   --print-config       prints the effective configuration as TOML, trains nothing
+  new                  writes a configuration to start from, with comments
 
 On N processes: torchrun --nproc-per-node N -m let_plugin.train CONFIG.toml ...
 """
@@ -50,6 +52,10 @@ def main(
         raise SystemExit(0 if argv else 2)
     modes = {"--check", "--print-config"}.intersection(argv)
     try:
+        if argv[0] == "new":
+            from let_plugin.preflight import new_config
+
+            return new_config.main(argv[1:])
         source = load.read([arg for arg in argv if arg not in modes])
 
         from let_plugin.runtime import host  # imports torch: not before `--help` and plain mistakes were dealt with

@@ -61,6 +61,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         suite.add_argument("config", type=Path, metavar="CONFIG.toml")
         suite.add_argument("--processes", type=_number(int, 1), default=1, help="processes of a run, by torchrun (1)")
         suite.add_argument("--out", type=_file, default=out / f"{name}.jsonl", help="file of rows")
+        suite.add_argument("--name", default="", metavar="QUESTION", help="what it answers: its title on the page")
         suite.add_argument("--work-dir", type=_folder, default=out / name, help="for logs and what runs write")
     table = command("table", "the tables of rows that are there, as their suites print them")
     report = command("report", "one page of what the rows say, that needs nothing beside it")
@@ -94,7 +95,7 @@ def _add_throughput(parser: argparse.ArgumentParser) -> None:
     help_ = "beside plain: active, rows (a teacher on a quarter of them), stopped, rkd, control (active stopped)"
     add("--cases", nargs="+", default=["active", "stopped"], choices=cases, metavar="CASE", help=help_)
     # Without a spread there is no interval: two of each.
-    add("--pairs", type=_number(int, 2), default=7, help="how often each case is measured (7)")
+    add("--pairs", type=_number(int, 2), default=7, help="how often each case is measured (7; at least 2)")
     add("--steps", type=_number(int, 2), default=8, help="measured steps of a run, after 4 that are not (8)")
     help_ = "random teachers of P %% of the student's size, instead of the configured one"
     add("--teacher-share", type=_number(float, 0.01, 100), nargs="+", default=[], metavar="P", help=help_)

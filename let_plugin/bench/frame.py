@@ -74,7 +74,7 @@ def step_at_loss(curve: Sequence[tuple[float, float]], loss: float) -> float | N
     return float(np.interp(loss, losses[around], steps[around]))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Suite:
     """What may be compared with each other."""
 
@@ -99,6 +99,11 @@ def read(files: Sequence[Path]) -> list[Row]:
     if missing := [file for file in files if not file.is_file()]:
         raise ConfigError(Problem("ROWS.jsonl", "no such file", str(file)) for file in missing)
     return [{"name": file.stem.replace("_", " "), **row} for file in dict.fromkeys(files) for row in rows.read(file)]
+
+
+def newest(made: Sequence[Suite]) -> list[Suite]:
+    """Of suites of a kind with the same name, the last."""
+    return list({(suite.kind, suite.name): suite for suite in made}.values())
 
 
 def suites(found: Sequence[Row]) -> list[Suite]:

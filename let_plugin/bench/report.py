@@ -21,14 +21,15 @@ _TEACHER_SHARE = 0.1  # the paper's: of several teachers the overview shows the 
 
 def write(files: Sequence[Path], out: Path) -> None:
     """Writes the page of the rows in `files` to `out`; an older one is replaced. ConfigError as `frame.suites`."""
-    suites = frame.suites(frame.read(files))
+    suites = frame.newest(frame.suites(frame.read(files)))
     gains = [suite for suite in suites if suite.kind == CONVERGE][-1:]
     costs = [suite for suite in suites if suite.kind == THROUGHPUT]
     content = {
         "figures": [charts.losses(frame.curves(suite)) for suite in gains],
-        "gains": [(tables.table(suite)[_BRINGS].drop(index=BASELINE), tables.verdicts(suite)) for suite in gains],
+        "gains": [(suite, tables.table(suite)[_BRINGS].drop(index=BASELINE)) for suite in gains],
         "costs": [_cost_overview(costs)] if costs else [],
-        "suites": [_section(suite, number, suite in gains) for number, suite in enumerate(suites)],
+        # What is above of a suite, is not shown again.
+        "suites": [(suite, [] if suite in gains else _figures(suite)) for suite in suites],
     }
     _write_page(out, title="LET: what it brings and what it costs", **content)
 
@@ -49,7 +50,7 @@ def plot(paths: Sequence[Path], out: Path) -> None:
     specs = _metric_charts(logs) if logs else []
     if files := [path for path in paths if not path.is_dir()]:
         suites = [suite for suite in frame.suites(frame.read(files)) if suite.kind == CONVERGE]
-        specs += [charts.losses(frame.curves(suite)) for suite in suites]
+        specs += [charts.losses(frame.curves(suite)) | {"title": suite.name} for suite in frame.newest(suites)]
     if not specs:
         raise ConfigError(Problem("RUN", "nothing to draw in these", [str(path) for path in paths]))
     if out.suffix == ".html":
@@ -68,33 +69,19 @@ def _cost_overview(suites: Sequence[Suite]) -> pd.DataFrame:
         cells = tables.table(suite).loc[nearest, ["step time / plain", "FLOP bound", memory]]
         cells.insert(0, "teacher / student", lines["share"].map("{:.0%}".format))
         cells.insert(0, "device", suite.rows[0]["device_name"])
-        cells.index = [f"{suite.name}: {label}" for label in cells.index]
+        cells.index = [f"{suite.name}: {case}" for case in lines.loc[nearest, "case"]]
         found.append(cells.rename(columns={memory: "memory / plain"}))
     return pd.concat(found)
 
 
-def _section(suite: Suite, number: int, is_above: bool) -> dict[str, Any]:
-    """What the template shows of a suite. `is_above`: its curves and what they say are on the first screen."""
-    figures: list[Spec] = []
-    if suite.kind == THROUGHPUT:
-        others = suite.frame[~suite.frame["is_baseline"]]
-        kind = suite.frame["memory_kind"].iloc[0]
-        figures.append(charts.ratios(others, "step_time", "flop_bound", "step time / plain"))
-        figures.append(charts.ratios(others, f"{kind} / plain", "memory_bound_ratio", f"{kind} memory / plain"))
-    elif not is_above:
-        figures.append(charts.losses(frame.curves(suite)))
-    return {
-        "kind": suite.kind,
-        "anchor": f"suite-{number}",
-        "name": suite.name,
-        "words": [] if is_above else tables.verdicts(suite),
-        "figures": figures,
-        "table": tables.table(suite),
-        "notes": [*tables.notes(suite), *tables.choices(suite)],
-        "profiles": list(map(tables.profile_table, suite.profiles)),
-        "sources": _sources(suite.rows),
-        "configs": {row["label"]: row["config"] for row in suite.rows},
-    }
+def _figures(suite: Suite) -> list[Spec]:
+    if suite.kind == CONVERGE:
+        return [charts.losses(frame.curves(suite))]
+    others, kind = suite.frame[~suite.frame["is_baseline"]], suite.frame["memory_kind"].iloc[0]
+    return [
+        charts.ratios(others, "step_time", "flop_bound", "step time / plain"),
+        charts.ratios(others, f"{kind} / plain", "memory_bound_ratio", f"{kind} memory / plain"),
+    ]
 
 
 def _sources(rows: Sequence[Row]) -> list[str]:
@@ -121,6 +108,7 @@ def _write_page(out: Path, **content: Any) -> None:
         loader=jinja2.PackageLoader("let_plugin.bench", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     page = environment.get_template("report.html.jinja")
-    library = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub says that a snippet is required
+    content |= {"light": charts.LIGHT, "axes": charts.AXES, "tables": tables, "sources": _sources}
+    content["library"] = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub wants a snippet
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page.render(content, library=library, light=charts.LIGHT, axes=charts.AXES), encoding="utf-8")
+    out.write_text(page.render(content), encoding="utf-8")

@@ -49,6 +49,7 @@ class Suite:
 
     def __init__(self, args: argparse.Namespace, command: str, *same: Any) -> None:
         self._args, self._command = args, command
+        self._named = {"name": args.name} if args.name else {}
         self._same = [*same, args.processes]
         self._origin = rows.provenance()
         self.id = rows.fingerprint(self._origin, *self._same)
@@ -63,7 +64,7 @@ class Suite:
     def _append(self, planned: Run, kind: str, origin: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
         """Adds the row of a run to the file, and returns it."""
         own = {"label": planned.label, "let_train": rows.command_line("let-train", planned.argv)}
-        own |= {"suite": self.id, "num_processes": self._args.processes, "command": self._command}
+        own |= {"suite": self.id, "num_processes": self._args.processes, "command": self._command, **self._named}
         new = rows.row(kind, origin, config=planned.config, **{**own, **planned.details, **fields})
         rows.append(self._args.out, new)
         return new
@@ -123,7 +124,7 @@ class Setup:
 def active_cost(config: Trainer.Config, student: Student, dims: ParallelDims) -> Cost:
     """What a step costs more while the teacher is there, or what takes its place; zero without LET."""
     if not config.let.enable:
-        return Cost(0, 0.0, {})
+        return Cost(0, 0.0, 0.0, {})
     terms = plan.terms(config.let)
     source = open_source(config.let.teacher) if plan.teacher_terms(config.let) else None
     depth = source.info.num_layers if source else None

@@ -79,19 +79,21 @@ def notes(suite: Suite) -> list[str]:
 
 
 def verdicts(suite: Suite) -> list[str]:
-    """Each comparison of a convergence suite in words."""
+    """The comparisons of a convergence suite in words. What stands in no column has its number here."""
     if not suite.comparisons:
         return []
     if suite.comparisons[0][2].num < 2:
         return ["One seed: no difference here can be told from chance. Take more (--seeds)."]
-    said = []
+    found: dict[str, dict[str, list[str]]] = {}
     for label, other, difference in suite.comparisons:
-        interval = f"{difference.value:+.4f} (95 %: {difference.low:+.4f} to {difference.high:+.4f})"
-        if difference.contains(0):
-            said.append(f"{label} and {other}: no difference is resolved, {interval}")
-        else:
-            verdict = "better" if difference.value < 0 else "worse"
-            said.append(f"{label} is {verdict} than {other}, significantly: {interval}")
+        groups = found.setdefault(other, {"better": [], "worse": [], "no difference resolved": []})
+        verdict = "better" if difference.value < 0 else "worse"
+        text = label if other == BASELINE else f"{label} ({difference.text('+.4f')})"
+        groups["no difference resolved" if difference.contains(0) else verdict].append(text)
+    said = []
+    for other, groups in found.items():
+        parts = (f"{verdict}: {', '.join(labels)}" for verdict, labels in groups.items() if labels)
+        said.append(f"Against {other}: {'; '.join(parts)}.")
     num = f"{len(suite.comparisons)} comparisons, each at 95 % by itself"
     return [*said, f"{num}: of twenty without any difference, one is called significant on average."]
 

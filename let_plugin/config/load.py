@@ -7,6 +7,7 @@ overlay the fields of what it returns. `read` comes first and imports neither to
 import importlib
 import os
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Imported so that a `type` key finds their classes by a short name.
+# Imported so that a `type` key finds their classes by a short name, and `let.teacher.spec` the demo's teacher.
 _COMMON_MODULES = (
+    "let_plugin.demo.config_registry",
     "let_plugin.runtime.held_out",
     "let_plugin.runtime.upstream",
     "let_plugin.tokens.tiktoken",
@@ -37,6 +39,8 @@ _COMMON_MODULES = (
     "torchtitan.components.validate",
     "torchtitan.distributed.activation_checkpoint",
 )
+# Where files lie that are not the user's; of a traceback through a configuration function the rest is shown.
+_NOT_OWN = (sysconfig.get_path("purelib"), sysconfig.get_path("stdlib"), __file__, "<frozen")
 
 
 class Source(NamedTuple):
@@ -91,7 +95,7 @@ def read(argv: Sequence[str]) -> Source:
     if not argv or argv[0].startswith("-"):
         raise ConfigError(Problem(command_line.SOURCE, "the first argument is the TOML file", argv[0] if argv else ""))
     path, cli = Path(argv[0]), argv[1:]
-    tables = _read(path)
+    tables = read_toml(path)
     runtime = RuntimeConfig()
     for given in (tables, command_line.parse(cli)[0]):
         runtime = Overlay("").value("runtime", given.get("runtime", {}), RuntimeConfig, runtime)
@@ -115,7 +119,7 @@ def resolve(source: Source) -> Loaded:
     tables, overlay = _with_let_shorthands(source.tables), Overlay(file)
     base = tables.pop("base", "")
     try:
-        config = _load_base(base)
+        config = load_base(base)
     except ConfigError as error:
         raise ConfigError(replace(problem, source=file) for problem in error.problems) from error
     config = overlay.configuration(_without_stops(config, tables), tables)
@@ -133,11 +137,12 @@ def dump(loaded: Loaded) -> str:
 
     ConfigError if a value that differs from the base's cannot be written as TOML.
     """
-    base = _load_base(loaded.base)
+    base = load_base(loaded.base)
     return tomli_w.dumps({"base": loaded.base, **to_tables(loaded.config, base)})
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a file. ConfigError if it cannot be read."""
     try:
         with path.open("rb") as file:
             return tomli.load(file)
@@ -181,7 +186,7 @@ def _without_stops(config: "Trainer.Config", tables: Mapping[str, Any]) -> "Trai
     return replace(config, let=replace(config.let, **dict.fromkeys(STOPS)))
 
 
-def _load_base(base: Any) -> "Trainer.Config":
+def load_base(base: Any) -> "Trainer.Config":
     """The LET configuration on top of what the function `base` returns; ConfigError if it returns none."""
     if not isinstance(base, str) or "." not in base:
         raise ConfigError(Problem("base", 'expected "module.function", as in base = "llama3.llama3_debugmodel"', base))
@@ -200,7 +205,8 @@ def _load_base(base: Any) -> "Trainer.Config":
     except ConfigError:
         raise
     except Exception as error:  # a user's module or function may raise anything
-        where = "".join(traceback.format_tb(error.__traceback__, limit=-2)).rstrip()
+        own = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_NOT_OWN)]
+        where = "".join(traceback.format_list(own)).rstrip()
         raise ConfigError(Problem("base", f"failed: {type(error).__name__}: {error}\n{where}", base)) from error
     if not isinstance(config, Trainer.Config):
         message = f"returns a {type(config).__qualname__}, not the configuration of a torchtitan Trainer"
@@ -227,4 +233,5 @@ def _function(base: str) -> Callable[[], Any]:
             return function
         functions = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == candidate]
         raise ConfigError(Problem("base", f"no function {name!r} in {candidate}; {suggest(name, functions)}", base))
-    raise ConfigError(Problem("base", f"no module {module_name!r}; {suggest(module_name, SHORT_MODULES)}", base))
+    message = f"no module {module_name!r} on PYTHONPATH or in the working directory, {os.getcwd()}; "
+    raise ConfigError(Problem("base", f"{message}{suggest(module_name, SHORT_MODULES)}", base))

@@ -1,5 +1,7 @@
 """Options of what a name selects: a TOML table becomes the keyword-only arguments of a function or class, checked."""
 
+import copy
+import dataclasses
 import functools
 import inspect
 import typing
@@ -7,8 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from let_plugin.config.errors import ConfigError, Problem, suggest
-from let_plugin.config.schema import fit
+from let_plugin.config.errors import ConfigError, Problem
+from let_plugin.config.overlay import Overlay
 
 
 def bind(function: Callable[..., Any], options: dict[str, Any], *, key: str) -> Callable[..., Any]:
@@ -19,22 +21,16 @@ def bind(function: Callable[..., Any], options: dict[str, Any], *, key: str) -> 
     """
     code = inspect.getattr_static(function, "__init__") if isinstance(function, type) else function
     hints = typing.get_type_hints(code)
-    types = {
-        name: hints.get(name, Any)
+    fields = [
+        (name, hints.get(name, Any), dataclasses.field(default_factory=functools.partial(copy.copy, parameter.default)))
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty
-    }
-    problems = []
-    values = {}
-    for name, value in options.items():
-        try:
-            if name not in types:
-                raise ValueError(f"no such option; {suggest(name, types)}")
-            values[name] = fit(value, types[name])
-        except ValueError as error:
-            problems.append(Problem(f"{key}.{name}", str(error), value))
-    if problems:
-        raise ConfigError(problems)
+    ]
+    defaults, overlay = dataclasses.make_dataclass("Options", fields)(), Overlay("")
+    table = overlay.value(key, options, type(defaults), defaults)
+    if overlay.problems:
+        raise ConfigError(overlay.problems)
+    values = {name: getattr(table, name) for name in options}
 
     @functools.wraps(function)
     def bound(*args: Any, **kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import textwrap
 import typing
 from collections.abc import Iterator
 from dataclasses import MISSING, is_dataclass
@@ -41,13 +42,13 @@ def text() -> str:
 
 def rows(cls: Any, prefix: str = "") -> Iterator[tuple[str, ...]]:
     """Key, type, default, bounds and text of what is in a table; of an array of tables, its own and an element's."""
-    texts = _texts(cls)
+    text_of = texts(cls)
     for name, hint in settable_fields(cls).items():
         key, default = join(prefix, name), default_value(cls, name)
         if is_dataclass(default):
             yield from rows(type(default), key)
             continue
-        yield f"`{key}`", _type(hint), _toml(default), bounds_text(hint), texts[name]
+        yield f"`{key}`", _type(hint), _default(default), bounds_text(hint), text_of[name]
         for arm in arms(hint):
             for element in filter(is_dataclass, typing.get_args(arm.type)):
                 yield from rows(element, f"{key}.N")
@@ -58,11 +59,11 @@ def _table(cls: type) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [*head, *rows(cls)])
 
 
-def _texts(cls: Any) -> dict[str, str]:
-    """Name -> the string below each field, in one line."""
-    (node,) = ast.parse(inspect.getsource(cls)).body
+def texts(cls: Any) -> dict[str, str]:
+    """Name -> the string below each field of a dataclass, in one line."""
+    (node,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(node, ast.ClassDef)
-    inherited = _texts(cls.__base__) if is_dataclass(cls.__base__) else {}
+    inherited = texts(cls.__base__) if is_dataclass(cls.__base__) else {}
     return inherited | {
         ast.unparse(item.target): " ".join(ast.literal_eval(after.value).split())
         for item, after in zip(node.body, node.body[1:], strict=False)
@@ -80,10 +81,15 @@ def _type(hint: Any) -> str:
     return " or ".join(names)
 
 
-def _toml(value: Any) -> str:
+def _default(value: Any) -> str:
     if value is None or value is MISSING:
         return "" if value is None else "required"
-    return f"`{tomli_w.dumps({'value': value}).partition('= ')[2].strip() or '{}'}`"
+    return f"`{toml(value)}`"
+
+
+def toml(value: Any) -> str:
+    """A value as TOML writes it."""
+    return tomli_w.dumps({"value": value}).partition("= ")[2].strip() or "{}"
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from let_plugin.config import LetConfig, plan
 from let_plugin.config.errors import ConfigError, Problem, suggest
 from let_plugin.config.schema import check_bounds
 from let_plugin.guidance import stopping, teacher_loss
-from let_plugin.preflight import start_checks, teacher_checks
+from let_plugin.preflight import teacher_checks
 from let_plugin.preflight.report import Facts, Student, TermFacts, report
 from let_plugin.runtime import checkpoint, data
 from let_plugin.runtime.held_out import TwoSplitValidator
@@ -28,6 +28,14 @@ def run(config: Trainer.Config, world_size: int | None = None) -> str:
 
     `world_size` is the number of processes that it is to run on; None: that of this job.
     """
+    facts = examine(config, world_size)
+    if facts.problems:
+        raise ConfigError(facts.problems)
+    return report(facts)
+
+
+def examine(config: Trainer.Config, world_size: int | None) -> Facts:
+    """What all checks have found out about `config`, its mistakes among it; `world_size` as for `run`."""
     facts = Facts(config=config, world_size=world_size)
     facts.attempt(check_bounds, config)  # Python may have set numbers, which no reader of a file has checked
     for check in GENERAL_CHECKS:
@@ -39,11 +47,9 @@ def run(config: Trainer.Config, world_size: int | None = None) -> str:
         for check in TEACHER_CHECKS if facts.needs_teacher else [check_pairs]:
             facts.attempt(check, facts)
         if plan.changes_the_start(config.let):
-            for check in start_checks.START_CHECKS:
+            for check in START_CHECKS:
                 facts.attempt(check, facts)
-    if facts.problems:
-        raise ConfigError(facts.problems)
-    return report(facts)
+    return facts
 
 
 def find_world_size(facts: Facts) -> None:
@@ -277,3 +283,4 @@ TEACHER_CHECKS = [
     teacher_checks.check_token_alignment,
     teacher_checks.check_vocabulary,
 ]
+START_CHECKS = [teacher_checks.check_parts, teacher_checks.check_upper_blocks, teacher_checks.find_start]

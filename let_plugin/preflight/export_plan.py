@@ -33,7 +33,7 @@ class Plan:
     def make(config: Trainer.Config, args: argparse.Namespace, num_processes: int) -> "Plan":
         """ConfigError if the run or the export is not as it should be. Reads no weights, writes nothing."""
         out = args.out or config.let.teacher.features
-        degree = _data_parallel_degree(config, args.data_parallel_degree, num_processes)
+        degree = _data_parallel_degree(config, num_processes)
         if problems := _problems(config, args, out):
             raise ConfigError(problems)
         batch_size = plan.microbatch_rows(config)
@@ -137,17 +137,14 @@ def _settings(config: Trainer.Config, info: TeacherInfo, encoding: str, batch_si
     return dict(json.loads(json.dumps(settings)))
 
 
-def _data_parallel_degree(config: Trainer.Config, given: int | None, num_processes: int) -> int:
-    """How many streams of rows the run will have. ConfigError if they cannot be shared by so many processes."""
-    sharded, stated = config.parallelism.data_parallel_shard_degree, None
-    if sharded != -1:
-        stated = config.parallelism.data_parallel_replicate_degree * sharded
-    degree = (stated or num_processes) if given is None else given
-    message = ""
-    if stated and degree != stated:
-        message = f"the configuration has {stated} data-parallel ranks (parallelism.data_parallel_*_degree)"
-    elif degree < 1 or degree % num_processes:
-        message = f"must be a multiple of the number of processes of the export, {num_processes}"
-    if message:
-        raise ConfigError(Problem("--data-parallel-degree", message, degree))
+def _data_parallel_degree(config: Trainer.Config, num_processes: int) -> int:
+    """How many streams of rows the run will have: as it says, or else as many as the export has processes.
+
+    ConfigError if they cannot be shared by the processes.
+    """
+    sharded = config.parallelism.data_parallel_shard_degree
+    degree = num_processes if sharded == -1 else config.parallelism.data_parallel_replicate_degree * sharded
+    if degree < 1 or degree % num_processes:
+        message = f"data-parallel ranks: must be a multiple of the processes of the export, {num_processes}"
+        raise ConfigError(Problem("parallelism.data_parallel_shard_degree", message, degree))
     return degree

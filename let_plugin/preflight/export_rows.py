@@ -1,4 +1,8 @@
-"""Runs the teacher over the data of a training run and writes its states; see export.py.
+"""Runs the teacher over the data of a training run and writes its states; export_plan.py says which.
+
+The teacher runs over the same rows, in the same batches, as it would beside the student, which is never built. Each
+data-parallel rank of the run to come has a stream of rows of its own; the processes of the export share the streams. An
+export that was interrupted goes on: it runs through the data again and leaves out what is stored.
 
 Shape legend: B batch, L sequence, E teacher width: the sum over the layers that are asked for.
 """
@@ -9,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
@@ -21,7 +24,7 @@ from let_plugin.teacher.base import StateProvider
 from let_plugin.teacher.open import make_provider, open_source
 from let_plugin.teacher.sharding import SPMD_BACKEND
 from let_plugin.teacher.stored.features import Manifest
-from let_plugin.teacher.stored.shards import Shard, ShardWriter, decode, encode, row_keys, shard_paths
+from let_plugin.teacher.stored.shards import Shard, ShardWriter, encode, row_keys, shard_paths
 
 SHARD_BYTES = 2**26  # what an interruption loses at most, of each process
 
@@ -43,7 +46,6 @@ def export(plan: Plan) -> Manifest:
     result = {
         "num_shards": len(shards),
         "num_rows": sum(len(shard.keys) for shard in shards),
-        "fidelity": {layer: _mean([shard.fidelity[layer] for shard in shards]) for layer in settings["widths"]},
     }
     manifest = Manifest(settings=settings, result=result)
     if rank == 0:
@@ -82,7 +84,7 @@ def _export_stream(plan: Plan, provider: StateProvider, stream: int, progress: A
         if _any(bool(new), device):
             states_BLE = _states(provider, batch, device)
             for i in new:
-                writer.add(keys[i], *_encode(states_BLE[i], settings))
+                writer.add(keys[i], _encode(states_BLE[i], settings))
         progress.update(settings["batch_size"] * settings["seq_len"] * dist.get_world_size())
     writer.finish()
 
@@ -119,23 +121,8 @@ def _states(provider: StateProvider, batch: Mapping[str, torch.Tensor], device: 
         return states_BLE if known_BL is None else states_BLE.masked_fill(~known_BL[..., None], 0)
 
 
-def _encode(
-    states_LE: torch.Tensor, settings: Mapping[str, Any]
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """A row's columns and, by layer, the cosine of what is stored of each token that has a state with that state."""
-    columns: dict[str, torch.Tensor] = {}
-    cosines: dict[str, torch.Tensor] = {}
-    parts = states_LE.split(list(settings["widths"].values()), dim=-1)
-    for layer, part_LE in zip(settings["widths"], parts, strict=True):
-        encoded = encode(part_LE, settings["encoding"])
-        has_state_L = part_LE.ne(0).any(dim=-1)
-        decoded_LE = decode(encoded, torch.float32)
-        cosines[layer] = F.cosine_similarity(part_LE.float(), decoded_LE, dim=-1)[has_state_L].clamp(-1, 1).cpu()
-        columns |= {f"{layer}.{name}": tensor.cpu() for name, tensor in encoded.items()}
-    return columns, cosines
-
-
-def _mean(parts: list[dict[str, float]]) -> dict[str, float]:
-    """Tokens and mean of all files, from those of each."""
-    tokens = sum(part["tokens"] for part in parts)
-    return {"tokens": tokens, "mean": sum(part["mean"] * part["tokens"] for part in parts) / max(1, tokens)}
+def _encode(states_LE: torch.Tensor, settings: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """A row's columns."""
+    parts = zip(settings["widths"], states_LE.split(list(settings["widths"].values()), dim=-1), strict=True)
+    encoded = {layer: encode(part_LE, settings["encoding"]) for layer, part_LE in parts}
+    return {f"{layer}.{name}": t.cpu() for layer, columns in encoded.items() for name, t in columns.items()}

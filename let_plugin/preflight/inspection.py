@@ -6,7 +6,6 @@ A loss that is what one expects of the teacher shows that the right weights were
 import argparse
 import importlib
 import math
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from let_plugin.config import TeacherConfig
@@ -20,14 +19,6 @@ if TYPE_CHECKING:
 
 _MAX_SEQ_LEN = 1024  # longer documents are read in parts
 _MIB = 2**20
-# Keys of a configuration -> their names on this command line.
-_OPTIONS = {
-    "let.teacher.path": "PATH",
-    "let.teacher.spec": "--spec",
-    "let.teacher.tokenizer_path": "--tokenizer",
-    "let.teacher.trust_remote_code": "--trust-remote-code",
-    "dataloader.dataset_path": "--text",
-}
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -36,8 +27,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     path_help = "as let.teacher.path: folder, .gguf file or hub name; without it, what follows from --spec alone"
     parser.add_argument("path", metavar="PATH", nargs="?", default="", help=path_help)
     parser.add_argument("--spec", default="", metavar="NAME", help="as let.teacher.spec: torchtitan runs the teacher")
-    import_help = "Python module that registers the spec"
-    parser.add_argument("--import", dest="modules", action="append", default=[], metavar="MODULE", help=import_help)
+    modules: dict[str, Any] = {"action": "append", "default": ["let_plugin.demo.config_registry"], "metavar": "MODULE"}
+    parser.add_argument("--import", dest="modules", help="Python module that registers the spec", **modules)
     parser.add_argument("--text", metavar="FILE", help="measure the loss on this text; files as for text_files")
     parser.add_argument("--max-tokens", type=int, default=4096, metavar="N", help="of the text (default: 4096)")
     parser.add_argument("--tokenizer", default="", metavar="FOLDER", help="folder of the teacher's tokenizer")
@@ -49,13 +40,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(options: argparse.Namespace) -> None:
     """Prints what there is to say. ConfigError for what cannot be read."""
-    try:
-        _run(options)
-    except ConfigError as error:
-        raise ConfigError(replace(p, key=_OPTIONS.get(p.key, p.key)) for p in error.problems) from error
-
-
-def _run(options: argparse.Namespace) -> None:
     from let_plugin.runtime import host
 
     device = host.set_up(options.device)  # before any other module of torchtitan is imported
@@ -117,20 +101,27 @@ def _measure(
     import torch
 
     from let_plugin.teacher.language_model import loss_sums
+    from let_plugin.tokens.encoding import TextEncoder, Tokens
 
     info = source.info
     if (max_id := max(tokenizer.get_vocab().values())) >= info.vocab_size:
         message = f"it has ids up to {max_id}, the teacher {info.vocab_size} rows; it is not the teacher's"
         raise ConfigError(Problem("--tokenizer", message, options.tokenizer))
     seq_len = min(info.max_seq_len or _MAX_SEQ_LEN, _MAX_SEQ_LEN)
+    try:
+        encode = TextEncoder(tokenizer, tokens := Tokens(tokenizer))
+    except ValueError as error:
+        raise ConfigError(Problem("--tokenizer", str(error), options.tokenizer)) from error
+    begin = [] if tokens.bos is None else [tokens.bos]
     parts: list[list[int]] = []
     num_bytes, num_left = 0, options.max_tokens
-    for document in data.load_text_files(options.text or data.TEXT["test"])["text"]:
+    for document in data.load_text_files(options.text or data.TEXT["test"], key="--text")["text"]:
         if num_left <= 0:
             break
-        ids, size = _encode(tokenizer, document, max_tokens=num_left)
+        ids, ends = encode(document, at_start=True)
+        ids, ends = [*begin, *ids][: num_left + 1], [*(0 for _ in begin), *ends][: num_left + 1]
         num_left -= max(len(ids) - 1, 0)
-        num_bytes += size
+        num_bytes += ends[-1] - ends[0] if ends else 0
         # One token is in two parts: the last label of one is the first input of the next.
         parts += (ids[start : start + seq_len + 1] for start in range(0, len(ids) - 1, seq_len))
     if not parts:
@@ -144,23 +135,3 @@ def _measure(
         "loss": f"{loss:.4f} nats per token, perplexity {math.exp(loss):.2f}, {bits:.4f} bits per byte, over "
         f"{int(num_tokens):,} tokens and {num_bytes:,} bytes, in {options.dtype}",
     }
-
-
-def _encode(tokenizer: Any, text: str, *, max_tokens: int) -> tuple[list[int], int]:
-    """Token ids of (the beginning of) a document, and how many bytes of text all but the first of them stand for.
-
-    They begin with the tokenizer's beginning-of-sequence token, if there is one, and end without an end.
-    """
-    from let_plugin.tokens.encoding import role_id
-
-    inner = getattr(tokenizer, "tokenizer", tokenizer)  # torchtitan's wrap that of a library
-    if hasattr(inner, "encode_ordinary"):
-        ids = tokenizer.encode(text)
-    else:
-        ids = inner.encode(text, add_special_tokens=False)
-        ids = list(getattr(ids, "ids", ids))
-    bos = role_id(tokenizer, "bos")
-    if bos is not None:
-        ids = [bos, *ids]
-    ids = ids[: max_tokens + 1]
-    return ids, len(inner.decode(ids[1:]).encode()) if len(ids) > 1 else 0

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -126,6 +126,7 @@ class Cost:
     """
 
     num_teacher_params: int  # N_T; 0 without a teacher
+    tokens: float  # that the teacher runs on, for each of the student's
     overhead: float  # share of a plain step's FLOPs
     memory: dict[str, int]  # bytes per rank, by what they hold
 
@@ -142,7 +143,7 @@ def cost(
     With states that were made beforehand no teacher runs.
     """
     of_teacher = [(term, pairs) for term, pairs in terms if term.has_teacher]
-    total = Cost(0, 0.0, {})
+    total = Cost(0, 0.0, 0.0, {})
     if of_teacher:
         assert source is not None
         total = _teacher_cost(config, student, source, of_teacher, parallel_dims)
@@ -151,7 +152,7 @@ def cost(
         # In fp32: the gathered norm and head, and their gradient.
         memory["head"] = 2 * 4 * (student.num_head_params + student.width)
         overhead += num_blocks * student.num_head_params / student.num_matmul_params
-    return Cost(total.num_teacher_params, overhead, memory)
+    return replace(total, overhead=overhead, memory=memory)
 
 
 def _teacher_cost(
@@ -206,7 +207,7 @@ def _teacher_cost(
         memory["projector"] = num_learned * 4 * 2 + num_learned * 4 * 4 // num_shards
     if features:
         memory["encoded states"] = num_tokens * features.bytes_per_token(layers)
-    return Cost(num_teacher, num_teacher / (3 * student.num_matmul_params) * ratio, weights | memory)
+    return Cost(num_teacher, ratio, num_teacher / (3 * student.num_matmul_params) * ratio, weights | memory)
 
 
 def report(facts: Facts) -> str:
@@ -261,8 +262,8 @@ def _guidance_lines(facts: Facts) -> list[tuple[str, str]]:
         trunk = f"{source.info.num_params_to(layers):,} parameters in its trunk, {dtype}"
         if config.let.teacher.tensor_parallel:
             trunk += f", cut over {dims.tp} tensor-parallel ranks"
-        states = source.describe(config, layers) if isinstance(source, Features) else ()
-        lines = [("teacher", f"{source.info.description}: {blocks}, {trunk}"), *(("states", line) for line in states)]
+        lines = [("teacher", f"{source.info.description}: {blocks}, {trunk}")]
+        lines += [("states", source.describe(config, layers))] if isinstance(source, Features) else []
     for term, pairs in active:
         lines += [_named(term, line) for line in _term_lines(facts, term, pairs)]
     for term_facts in facts.active_terms:
@@ -312,23 +313,21 @@ def _term_lines(facts: Facts, term: plan.Term, pairs: Sequence[LayerPair]) -> li
     if let.signal == "logits":
         text = f"the student's predictions with the teacher's, {let.divergence} at temperature {let.temperature:g}"
         text += f", the {let.top_k} likeliest tokens" if let.top_k else ""
+        sizes = student.vocab_size, facts.source.info.vocab_size
+        text += f", the first {min(sizes):,} rows of each head" if sizes[0] != sizes[1] else ""
         text += f", the student's own loss times {1 - let.alpha:g} at first" if let.alpha else ""
         return [("alignment", text)]
     return [("alignment", _describe_pair(pair, student, facts.source.info, facts.config.let, let)) for pair in pairs]
 
 
 def _describe_overhead(facts: Facts, student: Student, costs: Cost) -> str:
-    config, source = facts.config, facts.source
+    source = facts.source
     of_head = f"{student.num_head_params:,} parameters of the head, per block, beside {student.num_matmul_params:,}"
     has_labels = any(not term_facts.term.has_teacher for term_facts in facts.active_terms)
     if source is None:
         return of_head
     text = f"N_T / (3 N_S) = {costs.num_teacher_params:,} / (3 x {student.num_matmul_params:,})"
-    if config.let.token_alignment.enable:
-        text += f" x {teacher_seq_len(config, source.info)} / {config.training.seq_len} tokens"
-    if config.let.teacher.rows != 1:
-        num_rows = plan.microbatch_rows(config)
-        text += f" x {plan.num_teacher_rows(config.let, num_rows)} / {num_rows} rows"
+    text += f" x {costs.tokens:.4g} of the tokens" if costs.tokens != 1 else ""
     text += ", embeddings not counted"
     if isinstance(source, Features):
         head = ", its head does" if costs.num_teacher_params else ""

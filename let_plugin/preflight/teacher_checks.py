@@ -1,10 +1,11 @@
 """Checks of what can be wrong between a student and its teacher; see `checks`."""
 
 import os
+from typing import Any
 
 from let_plugin.alignment.projectors import FittedMatch
 from let_plugin.config import plan
-from let_plugin.config.errors import ConfigError
+from let_plugin.guidance.initialization import OUTPUT_PROJECTION, first_upper_block, token_pieces
 from let_plugin.preflight.report import Facts
 from let_plugin.teacher.base import TeacherSource
 from let_plugin.teacher.open import open_source, open_teacher
@@ -74,7 +75,7 @@ def check_rows(facts: Facts) -> None:
 
 
 def check_stored_states(facts: Facts) -> None:
-    """Whether the stored states are this run's. A field that is wrong in itself is not reported twice."""
+    """Whether the stored states are this run's."""
     features, let = facts.source, facts.config.let
     if not isinstance(features, Features):
         return
@@ -85,12 +86,8 @@ def check_stored_states(facts: Facts) -> None:
         facts.attempt(open_teacher, let.teacher)  # its head is read
     is_known = all(of_term.pairs is not None and of_term.stop_step is not None for of_term in facts.active_terms)
     if is_known and facts.num_data_parallel is not None:
-        known = {problem.key for problem in facts.problems}
-        try:
-            layers = plan.all_teacher_layers(facts.config, features.info.num_layers)
-            features.check(facts.config, layers, facts.num_data_parallel)
-        except ConfigError as error:
-            facts.problems += [problem for problem in error.problems if problem.key not in known]
+        layers = plan.all_teacher_layers(facts.config, features.info.num_layers)
+        facts.attempt(features.check, facts.config, layers, facts.num_data_parallel)
 
 
 def _distils(facts: Facts) -> bool:
@@ -119,6 +116,11 @@ def check_vocabulary(facts: Facts) -> None:
     let, source, student = facts.config.let, facts.start or facts.source, facts.student_vocabulary
     if not isinstance(source, TeacherSource) or let.token_alignment.enable or student is None:
         return
+    # Both heads may have more rows than there are tokens; a token without a row would be an error on the device.
+    if (highest := max(student.values(), default=-1)) >= source.info.vocab_size:
+        rows = f"its vocabulary has {source.info.vocab_size:,} rows, the student's tokenizer ids up to {highest:,}"
+        message = f"{rows}; take another teacher, or have the text encoded anew for it (let.token_alignment.enable)"
+        return facts.refuse("let.teacher.path", message, let.teacher.path)
     if not let.teacher.check_vocabulary:
         facts.vocabulary = "not compared (let.teacher.check_vocabulary = false)"
         return
@@ -137,3 +139,49 @@ def check_vocabulary(facts: Facts) -> None:
         )
         return facts.refuse("let.teacher.path", message, let.teacher.path)
     facts.vocabulary = "the student's tokenizer and the teacher's agree token by token"
+
+
+# Of `[let.init]`, which sets weights of a run from scratch
+
+
+def check_parts(facts: Facts) -> None:
+    """Whether the student has the layers that are to be set, and nothing else sets them."""
+    parts, student, settings = facts.config.let.init.parts, facts.student, facts.config.checkpoint
+    for key in ("initial_load_path", "initial_load_in_hf"):
+        if settings.enable and (value := getattr(settings, key, None)):
+            message = "not together with let.init: the run would start from there; leave one of the two out"
+            facts.refuse(f"checkpoint.{key}", message, value)
+    if student is not None and student.is_tied and parts == "both":
+        message = "the student's embeddings and head are one tensor, and would be two; choose one of them"
+        facts.refuse("let.init.parts", message, parts)
+
+
+def check_upper_blocks(facts: Facts) -> None:
+    """Whether there are blocks above the aligned one, and whether it is known what they end with."""
+    upper_blocks, student = facts.config.let.init.upper_blocks, facts.student
+    if upper_blocks == "keep" or student is None or facts.resumption is not None:
+        return
+    facts.first_upper_block = first = first_upper_block(facts.config)
+    message = f"there is no block above layers.{first - 1}, which is aligned" if first == student.num_blocks else ""
+    for block in (f"layers.{i}." for i in range(first, student.num_blocks)):
+        if sum(name.startswith(block) and bool(OUTPUT_PROJECTION.search(name)) for name in student.names) < 2:
+            message = f"it is not known which parameters of {block} are its output projections"
+    if message:
+        facts.refuse("let.init.upper_blocks", f'{message}; choose "keep"', upper_blocks)
+
+
+def find_start(facts: Facts) -> None:
+    """The teacher that the student starts from, and how many of its rows each of the student's tokens takes."""
+    config: Any = facts.config
+    if config.let.init.parts == "none" or facts.resumption is not None:
+        return
+    facts.start = facts.source if isinstance(facts.source, TeacherSource) else open_teacher(config.let.teacher)
+    info = facts.start.info
+    if info.width(0, False) != info.hidden_size:
+        message = "its embeddings and its last states have another width than its blocks; choose another teacher"
+        return facts.refuse("let.teacher.path", message, config.let.teacher.path)
+    plan.basis(config, info.hidden_size)
+    check_vocabulary(facts)
+    if not facts.problems and os.environ["RANK"] == "0":
+        tokenizer = config.tokenizer.build(tokenizer_path=config.hf_assets_path)
+        facts.pieces = token_pieces(config, tokenizer, facts.start)

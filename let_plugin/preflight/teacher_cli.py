@@ -4,9 +4,17 @@ Nothing large is imported until a subcommand runs.
 """
 
 import argparse
+import os
+from typing import Any
 
 from let_plugin.config.errors import ConfigError, exit_with
-from let_plugin.preflight import export, inspection
+from let_plugin.preflight import inspection
+
+_EXPORT = """\
+Runs the teacher of a training configuration once over the data of its first S_stop steps and writes its states to DIR.
+A run with let.teacher.features = "DIR" reads them and loads no teacher. On N processes: torchrun --nproc-per-node N -m
+let_plugin.teacher.export CONFIG.toml --out DIR. Further options override the configuration, as let-train takes them:
+--parallelism.data_parallel_shard_degree, if the run will have other data-parallel ranks than the export processes."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -14,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="let-teacher", description="Teachers for Late-to-Early Training.")
     subparsers = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
     inspection.add_parser(subparsers)
-    export.add_parser(subparsers)
+    add_export(subparsers)
     args, overrides = parser.parse_known_args(argv)
     if overrides and args.command != "export":  # only an export has a configuration to override
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
@@ -23,6 +31,52 @@ def main(argv: list[str] | None = None) -> None:
         args.run(args)
     except ConfigError as error:
         exit_with(error, f"let-teacher {args.command}")
+
+
+def add_export(subparsers: Any) -> None:
+    """Adds the subcommand `export`."""
+    summary = "write the teacher's states of a run's data, so that the run needs no teacher"
+    parser = subparsers.add_parser("export", help=summary, description=_EXPORT, allow_abbrev=False)
+    parser.add_argument("config", metavar="CONFIG.toml", help="the training configuration, as let-train takes it")
+    parser.add_argument("--out", metavar="DIR", help="where to; let.teacher.features if that is set")
+    parser.add_argument("--check", action="store_true", help="print the storage needed, and run nothing")
+    encoding_help = "how the states are stored (bfloat16)"
+    parser.add_argument("--encoding", choices=("bfloat16", "int8"), default="bfloat16", help=encoding_help)
+    parser.set_defaults(run=_export)
+
+
+def _export(args: argparse.Namespace) -> None:
+    """Exports, or prints what that would take. ConfigError for bad input, before anything is written."""
+    from let_plugin.config import load as toml_config
+    from let_plugin.runtime import host
+
+    source = toml_config.read([args.config, *args.overrides])
+    host.set_up(source.runtime.device)
+    loaded = toml_config.resolve(source)
+
+    import torch
+    from torchtitan.distributed import utils as dist_utils
+    from torchtitan.tools import utils
+    from torchtitan.tools.logging import init_logger
+
+    from let_plugin.preflight import export_rows
+    from let_plugin.preflight.export_plan import Plan
+    from let_plugin.runtime import data
+
+    data.register()
+    plan = loaded.apply(lambda config: Plan.make(config, args, int(os.environ["WORLD_SIZE"])))
+    if os.environ["RANK"] == "0":
+        print(plan.report(), flush=True)
+    if args.check:
+        return
+    plan.check_folder()
+    init_logger()
+    utils.device_module.set_device(utils.get_local_device())
+    dist_utils.init_distributed(plan.config.comm, base_folder=plan.config.dump_folder)
+    try:
+        export_rows.export(plan)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -50,24 +50,24 @@ def _stream_pile(split: str, path: str) -> "IterableDataset":
         raise ConfigError(Problem("dataloader.dataset_path", message, path)) from error
 
 
-def load_text_files(path: str) -> "Dataset":
+def load_text_files(path: str, *, key: str = "dataloader.dataset_path") -> "Dataset":
     """Text documents: one file, a glob, or a folder of .jsonl, .json, .parquet (field "text") or .txt (lines).
 
-    ConfigError if there is nothing there or the ending is unknown.
+    ConfigError, naming the field `key`, if there is nothing there or the ending is unknown.
     """
     from datasets import load_dataset
 
-    found = find_text_files(path, key="dataloader.dataset_path")
+    found = find_text_files(path, key=key)
     files = [glob.escape(file) for file in found]  # the library takes file names for patterns
     try:
         dataset = load_dataset(_loader(found[0]), data_files=files, split="train")
     except Exception as error:  # the library has types of its own for a damaged file
         message = f"cannot be read: {error.__cause__ or error}"
-        raise ConfigError(Problem("dataloader.dataset_path", message, path)) from error
+        raise ConfigError(Problem(key, message, path)) from error
     if "text" not in dataset.column_names:
         columns = ", ".join(dataset.column_names)
         message = f'the documents have no field "text", only {columns}'
-        raise ConfigError(Problem("dataloader.dataset_path", message, path))
+        raise ConfigError(Problem(key, message, path))
     return dataset
 
 

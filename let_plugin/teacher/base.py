@@ -4,6 +4,8 @@ Shape legend: B batch (this rank's rows), L sequence, V vocabulary, E teacher wi
 asked for.
 """
 
+import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -209,6 +211,11 @@ def freeze(model: nn.Module) -> None:
 def keep_rng_state(device: torch.device) -> AbstractContextManager[None]:
     """Restores the random number generators of the CPU and of `device` on leaving."""
     return torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
+
+
+def may_be_on_hub(path: str) -> bool:
+    """Whether it looks like a hub name ("org/name"), and there is no such path on this machine."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", path)) and not os.path.exists(path)
 
 
 def bad_path(path: str, *messages: str) -> ConfigError:

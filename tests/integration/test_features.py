@@ -120,7 +120,7 @@ def test_so_they_are_on_two_processes(tmp_path, config, exported, features_of_tw
 def test_one_process_and_a_killed_one_write_what_two_write(folder, config, features_of_two_ranks):
     out = folder / "killed"
     args = [config, "--out", out, *RUN, "--training.local_batch_size", "2"]
-    args += ["--data-parallel-degree", "2"]
+    args += ["--parallelism.data_parallel_shard_degree", "2"]
     # Three rows into the second of two streams of six rows.
     killed = jobs.run("tests.support.killed_export", 9, *args, check=False)
     assert killed.returncode == -signal.SIGKILL

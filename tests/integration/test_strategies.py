@@ -242,6 +242,20 @@ def test_nothing_is_left_of_an_alignment_that_has_ended(runs, layout):
     assert num_ended >= 2
 
 
+def test_a_part_of_the_head_may_end_in_padded_rows(tmp_path):
+    """Of the student's 4,102 rows the teacher lacks the last six, which are in the second rank's part."""
+    jobs.make_teacher(tmp_path / "teacher", with_head=True)
+    config = jobs.tiny(tmp_path, tmp_path / "teacher", 'signal = "logits"\ntop_k = 100\n')
+    config.write_text(config.read_text().replace("tests.support.tiny", "tests.support.tiny_padded"))
+    start = [*jobs.seed_checkpoint(tmp_path / "seed", config), "--training.steps", 1, "--let.stop_step", 1]
+    one, two = (
+        jobs.train_many(tmp_path, {"run": (config, [*start, *layout])}, processes)["run"]
+        for processes, layout in ((1, []), (2, jobs.LAYOUTS["TP"]))
+    )
+    assert one["logged"][0]["let/distillation_loss"] > 0
+    assert jobs.relative_difference(two["gradients"], one["gradients"]) <= 1e-5
+
+
 # Of three steps; the default stop is after half of the run, which is one step.
 LAMBDAS = {
     "the paper's": [0.5, 0, 0],

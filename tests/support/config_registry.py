@@ -15,10 +15,11 @@ register_teacher_spec(
 )
 
 
-def tiny():
+def tiny(vocab_size=VOCAB_SIZE):
     """A student of 4 blocks x 48 in fp32, on the demo's text; every data layout sees the same global batches."""
     config = demo.student()
-    config.model_spec = llama_spec("tiny", dim=STUDENT_DIM, hidden_dim=96, vocab_size=VOCAB_SIZE, **STUDENT)
+    config.model_spec = llama_spec("tiny", dim=STUDENT_DIM, hidden_dim=96, vocab_size=vocab_size, **STUDENT)
+    config.loss.loss_fn.global_vocab_size = vocab_size
     config.training.mixed_precision_param = "float32"
     config.training.steps = 4
     config.training.local_batch_size = 4
@@ -35,10 +36,14 @@ def tiny():
 
 def tiny_odd():
     """The tiny student with a vocabulary and widths that three ranks do not divide."""
-    config = tiny()
+    config = tiny(VOCAB_SIZE + 1)
     config.model_spec = llama_spec("tiny_odd", dim=44, hidden_dim=95, vocab_size=VOCAB_SIZE + 1, **STUDENT)
-    config.loss.loss_fn.global_vocab_size = VOCAB_SIZE + 1
     return config
+
+
+def tiny_padded():
+    """The tiny student with a few rows more than there are tokens."""
+    return tiny(VOCAB_SIZE + 6)
 
 
 def tiny_paper():

@@ -2,13 +2,13 @@
 
 import argparse
 
-from let_plugin.preflight import export, export_rows
+from let_plugin.preflight import export_rows, teacher_cli
 from let_plugin.preflight.export_plan import Plan
 
 
 def plan_of(config, *argv, num_processes=1):
     parser = argparse.ArgumentParser()
-    export.add_parser(parser.add_subparsers())
+    teacher_cli.add_export(parser.add_subparsers())
     return Plan.make(config, parser.parse_args(["export", "run.toml", *map(str, argv)]), num_processes)
 
 

@@ -189,13 +189,13 @@ def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def make_teacher(folder, *, with_head=False):
-    """Writes random weights of the tiny teacher as a torchtitan checkpoint (DCP), in fp32; returns them."""
+def make_teacher(folder, *, with_head=False, spec="tiny_teacher"):
+    """Writes random weights of a spec as a torchtitan checkpoint (DCP), in fp32; returns them."""
     from let_plugin.teacher.titan.source import TEACHER_SPECS
     from tests.support import config_registry  # noqa: F401
 
     generator = torch.Generator().manual_seed(42)
-    weights = TEACHER_SPECS.get("tiny_teacher").make_spec().model.build().state_dict()
+    weights = TEACHER_SPECS.get(spec).make_spec().model.build().state_dict()
     for name, weight in weights.items():
         weight.normal_(std=weight.shape[-1] ** -0.5, generator=generator)
         if "norm" in name:

@@ -87,8 +87,15 @@ def short_teacher():
     yield from registered("short_teacher", num_layers=2, max_seq_len=32)
 
 
+@pytest.fixture
+def padded_teacher():
+    """Name of a teacher spec like the tiny one, with a few rows more than there are tokens."""
+    yield from registered("padded_teacher", num_layers=2, vocab_size=4103)
+
+
 def registered(name, **shape):
-    make_spec = functools.partial(llama_spec, name, dim=32, num_heads=2, hidden_dim=64, vocab_size=4096, **shape)
+    shape = {"dim": 32, "num_heads": 2, "hidden_dim": 64, "vocab_size": 4096, **shape}
+    make_spec = functools.partial(llama_spec, name, **shape)
     register_teacher_spec(name, make_spec)
     yield name
     TEACHER_SPECS.unregister(name)

@@ -15,6 +15,7 @@ import json
 import shlex
 import time
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace, options: Sequence[str]) -> str:
     nll_D = {key: sums[:, 0] / sums[:, 1].clamp(min=1) for key, sums in sums_D2.items()}
     # Of equal scores the first ones.
     order_D = torch.argsort(nll_D["--reference"] - nll_D["let.teacher"], descending=True, stable=True)
-    kept = set(order_D[: max(1, int(args.keep * len(order_D)))].tolist())
+    kept = set(order_D[: max(1, int(Fraction(str(args.keep)) * len(order_D)))].tolist())
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with fsspec.open(str(args.out), "wt", encoding="utf-8", compression="infer") as file:
         for number, text in enumerate(_texts(config)):

@@ -8,13 +8,11 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypedDict
-
-import tomli
-from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from let_plugin.bench.rows import BASELINE
 from let_plugin.config.errors import ConfigError, Problem, suggest
+from let_plugin.config.load import read_toml
+from let_plugin.config.overlay import Overlay
 
 WEIGHT = "let.weight"
 _OFF = "--let.no-enable"
@@ -72,12 +70,13 @@ METHODS = {
 }
 
 
-class _Entry(TypedDict, total=False):
+@dataclass(kw_only=True)
+class _Entry:
     """A method in a file."""
 
-    options: list[str]
-    like: str
-    grid: dict[str, list[str | int | float]]
+    options: list[str] = field(default_factory=list)
+    like: str = ""
+    grid: dict[str, list[str | int | float]] = field(default_factory=dict)
 
 
 def read_file(path: Path) -> dict[str, Method]:
@@ -85,28 +84,17 @@ def read_file(path: Path) -> dict[str, Method]:
 
     An entry is `name = ["--key", "value", ...]`, or a table of `options`, `like`, and a table `grid` of key = [values].
     """
-    try:
-        content = tomli.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomli.TOMLDecodeError) as error:
-        raise ConfigError(Problem("--methods-file", f"cannot be read: {error}", str(path))) from error
-    found, problems = dict(METHODS), []
-    for name, entry in content.items():
-        given = entry if isinstance(entry, dict) else {"options": entry}
-        try:
-            table = check_type(given, _Entry, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
-        except TypeCheckError as error:
-            message = f"expected a list of let-train options, or a table of options, like and grid: {error}"
-            problems.append(Problem(f"--methods-file: {name}", message, entry))
-            continue
-        grid = {_key(key): [str(value) for value in values] for key, values in table.get("grid", {}).items()}
-        options = tuple(table.get("options", []))
-        found[name] = Method(name=name, options=options, like=table.get("like", ""), grid=grid or None)
-    problems += [
-        Problem(f"--methods-file: {method.name}.like", f"unknown method; {suggest(method.like, found)}", method.like)
+    found, overlay = dict(METHODS), Overlay(str(path))
+    for name, given in read_toml(path).items():
+        entry = overlay.value(name, given if isinstance(given, dict) else {"options": given}, _Entry, _Entry())
+        grid = {_key(key): list(map(str, values)) for key, values in entry.grid.items()}
+        found[name] = Method(name=name, options=tuple(entry.options), like=entry.like, grid=grid or None)
+    problems = [
+        Problem(f"{method.name}.like", f"unknown method; {suggest(method.like, found)}", method.like, str(path))
         for method in found.values()
         if method.like and method.like not in found
     ]
-    if problems:
+    if problems := [*overlay.problems, *problems]:
         raise ConfigError(problems)
     return found
 

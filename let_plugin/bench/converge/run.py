@@ -128,6 +128,7 @@ class Suite(runs.Suite):
         finite = {name: loss for name, loss in zip(names, losses, strict=True) if math.isfinite(loss)}
         said: dict[str, Any] = {
             "suite": self.id,
+            **self._named,
             "method": method.asked or method.name,
             "weights": list(finite),
             "values": list(finite.values()),

@@ -5,24 +5,27 @@ in time. A round that was broken off is measured again, under a new number.
 """
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
+import torch
 from tqdm import tqdm
 
-from let_plugin.bench import rows, runs, tables
+from let_plugin.bench import export_hf, rows, runs, tables
 from let_plugin.bench.converge.methods import METHODS
 from let_plugin.bench.processes import Running, slug
 from let_plugin.bench.rows import PROFILE, THROUGHPUT
 from let_plugin.bench.runs import QUIET, Run, Setup, active_cost
-from let_plugin.bench.throughput import random_teacher
 from let_plugin.bench.throughput.turns import take_turns
 from let_plugin.config import plan
 from let_plugin.preflight.report import Student
+from let_plugin.runtime.models import llama_spec
+from let_plugin.teacher.base import keep_rng_state
 
 PLAIN = "plain"
 
@@ -90,9 +93,9 @@ def plan_runs(args: argparse.Namespace, options: Sequence[str]) -> list[Run]:
     base: Any = setup.load([]).config
     teachers: dict[float | None, Path | None] = {}  # by their share of the student's size; None: the configured one
     for share in args.teacher_share:
-        size = random_teacher.shape(Student(base), share / 100)
+        size = teacher_shape(Student(base), share / 100)
         folder = args.work_dir / "teachers"
-        teachers[share / 100] = random_teacher.write(size, base.model_spec.model.vocab_size, folder)
+        teachers[share / 100] = write_teacher(size, base.model_spec.model.vocab_size, folder)
     cells = [
         (name, share, case_options(CASES[name], teacher, args))
         for name in dict.fromkeys([PLAIN, *args.cases])
@@ -181,3 +184,39 @@ def missing_rounds(found: Sequence[rows.Row], labels: Sequence[str], pairs: int)
     first = max(measured, default=-1) + 1
     num_complete = sum(have >= set(labels) for have in measured.values())
     return list(range(first, first + max(pairs - num_complete, 0)))
+
+
+# Teachers of a chosen size with random weights: for what a teacher costs, its weights do not matter.
+
+
+def teacher_shape(student: Student, share: float) -> dict[str, int]:
+    """A llama of a share of the student's size: its depth and width scaled by one factor.
+
+    `share` is N_T / N_S of the FLOP bound. The feed-forward network's width makes up for what rounding has changed.
+    """
+    target = share * student.num_matmul_params
+    # A block has about 12 width^2 parameters.
+    factor = (target / (12 * student.num_blocks * student.width**2)) ** (1 / 3)
+    num_layers = max(1, round(factor * student.num_blocks))
+    dim = max(16, 16 * round(math.sqrt(target / (12 * num_layers)) / 16))
+    if dim > 256:
+        dim = 64 * round(dim / 64)
+    hidden_dim = max(16, 16 * round((target / num_layers - 4 * dim * dim) / (3 * dim) / 16))
+    head_width = next(width for width in (128, 64, 32, 16) if dim % width == 0 and (dim > width or width == 16))
+    return {"dim": dim, "num_layers": num_layers, "num_heads": dim // head_width, "hidden_dim": hidden_dim}
+
+
+def write_teacher(size: dict[str, int], vocab_size: int, folder: Path) -> Path:
+    """The folder, below `folder`, of a teacher of such a shape in Hugging Face's format and bf16; written if missing."""
+    name = "x".join(map(str, [*size.values(), vocab_size]))
+    path = folder / f"random_llama_{name}"
+    if (path / export_hf.WEIGHTS).exists():  # written last
+        return path
+    spec = llama_spec(path.name, vocab_size=vocab_size, tie_embeddings=True, **cast(Any, size))
+    with keep_rng_state(torch.device("cpu")):
+        torch.manual_seed(0)
+        model: Any = spec.model.build()
+        with torch.no_grad():
+            model.init_weights(buffer_device=None)
+    export_hf.write(spec, {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}, path)
+    return path

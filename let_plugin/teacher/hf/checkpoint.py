@@ -19,13 +19,12 @@ from transformers.utils import logging as transformers_logging
 
 from let_plugin.config import TeacherConfig
 from let_plugin.config.errors import ConfigError, Problem
-from let_plugin.teacher.base import bad_path, freeze, keep_rng_state, require
+from let_plugin.teacher.base import bad_path, freeze, keep_rng_state, may_be_on_hub, require
 from let_plugin.teacher.hf import hub
 from let_plugin.teacher.hf.checks import check_is_decoder, check_isolates_documents, find_layers
 from let_plugin.teacher.hf.files import check_finite, check_names, linked, read_headers, some_names, weight_files
 from let_plugin.tokens.vocabulary import open_tokenizer
 
-_HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
 _MISFITS = "tensors that are not as its configuration says"
 
 
@@ -45,7 +44,7 @@ class Checkpoint:
         self.is_gguf = config.path.endswith(".gguf") or (
             os.path.isfile(config.path) and not config.path.endswith(".safetensors")
         )
-        is_on_hub = bool(_HUB_NAME.match(config.path)) and not os.path.exists(config.path)
+        is_on_hub = may_be_on_hub(config.path)
         if config.revision and not is_on_hub:
             raise ConfigError(Problem("let.teacher.revision", "only a teacher on the hub has one", config.revision))
         self._options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": config.trust_remote_code}

@@ -66,12 +66,9 @@ class Features:
             raise ConfigError(Problem(FEATURES_KEY, message, path))
         self.settings = manifest.settings
         try:
-            # Layer -> number of its tokens, and mean cosine of what is stored of them with the teacher's states.
-            self.fidelity: dict[str, dict[str, float]] = manifest.result["fidelity"]
             num_shards: int = manifest.result["num_shards"]
-            num_tokens = manifest.result["num_rows"] * self.settings["seq_len"]
-            # Whether there are tokens without a state.
-            self.is_partial = any(layer["tokens"] < num_tokens for layer in self.fidelity.values())
+            # Whether there may be tokens without a state.
+            self.is_partial: bool = self.settings["run"]["let.token_alignment.enable"]
             info: dict[str, Any] = self.settings["teacher"]["info"]
             self.info = TeacherInfo(**info | {"block_params": tuple(info["block_params"])})
         except (KeyError, TypeError) as error:
@@ -87,10 +84,11 @@ class Features:
         made = f"{FEATURES_KEY} = {folder!r} was made"
         problems = self._differences(config, layers, f"{made} with")
         if num_data_parallel != stored["data_parallel_degree"]:
-            message = f"{made} for {stored['data_parallel_degree']} data-parallel ranks; run with as many, or"
-            problems.append(
-                Problem("parallelism", f"{message} export again with --data-parallel-degree {num_data_parallel}")
+            message = (
+                f"{made} for {stored['data_parallel_degree']} data-parallel ranks; run with as many, or export again"
             )
+            degree = f"--parallelism.data_parallel_shard_degree {num_data_parallel}"
+            problems.append(Problem("parallelism", f"{message} with {degree}"))
         if missing := [layer for layer in layers if layer not in stored["layers"]]:
             message = f"has the states of the teacher's layers {stored['layers']}, not of {missing}; export again"
             problems.append(Problem(FEATURES_KEY, message, folder))
@@ -126,16 +124,12 @@ class Features:
             problems.append(Problem(key, f"{was}; set that, or export again", value))
         return problems
 
-    def describe(self, config: Trainer.Config, layers: Sequence[int | str]) -> list[str]:
-        """Lines for people: how the states are stored, how well, and how much a rank reads in a step."""
+    def describe(self, config: Trainer.Config, layers: Sequence[int | str]) -> str:
+        """A line for people: how the states are stored, and how much a rank reads in a step."""
         size = self.bytes_per_token(layers)
         step = size * config.training.seq_len * config.training.local_batch_size
-        mean = min(self.fidelity[str(layer)]["mean"] for layer in layers)
-        return [
-            f"{self.folder}: {self.settings['encoding']}, {size:,} bytes per token, "
-            f"{step / 2**20:,.1f} MiB per local batch",
-            f"cosine with the teacher's own states {mean:.5f} on average",
-        ]
+        encoding = self.settings["encoding"]
+        return f"{self.folder}: {encoding}, {size:,} bytes per token, {step / 2**20:,.1f} MiB per local batch"
 
     def bytes_per_token(self, layers: Sequence[int | str]) -> int:
         encoding, widths = self.settings["encoding"], self.settings["widths"]

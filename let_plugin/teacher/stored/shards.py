@@ -9,7 +9,6 @@ Shape legend: B rows of a batch, N rows of a file, L sequence, E width of one la
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,7 +28,6 @@ ENCODINGS = {"bfloat16": ("values",), "int8": ("values", "scales")}
 
 MISSING = "missing"
 _KEYS = "keys"
-_METADATA = "let"  # one entry, as safetensors writes several in no fixed order
 _INT8_MAX = 127
 
 
@@ -89,8 +87,7 @@ def shard_paths(folder: Path, stream: int | None = None) -> list[Path]:
 class Shard:
     """A file of rows, read through a memory map: no descriptor is kept, there may be thousands.
 
-    ConfigError if it is damaged, or no such file. The rows' `keys`, [N], have dtype S16, which numpy can sort;
-    `fidelity`: see Features.
+    ConfigError if it is damaged, or no such file. The rows' `keys`, [N], have dtype S16, which numpy can sort.
     """
 
     def __init__(self, path: Path) -> None:
@@ -99,8 +96,7 @@ class Shard:
             self._file = safe_open(path, framework="pt")
             self.columns = set(self._file.keys()) - {_KEYS}
             self.keys = self._file.get_tensor(_KEYS).numpy().copy().view(f"S{KEY_BYTES}")[:, 0]
-            self.fidelity: dict[str, dict[str, float]] = json.loads(self._file.metadata()[_METADATA])["fidelity"]
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (OSError, SafetensorError, ValueError) as error:
             message = f"{path.name} is damaged ({error}); delete that file and run the same let-teacher export again"
             raise ConfigError(Problem(FEATURES_KEY, message, str(path.parent))) from error
 
@@ -123,20 +119,17 @@ class ShardWriter:
         # Files that follow a missing one are of no use: they are written again, as they were.
         self._num_shards = next((i for i, s in enumerate(shards) if s.path != self._path(i)), len(shards))
         self._known = {bytes(key) for s in shards[: self._num_shards] for key in s.keys.view(f"V{KEY_BYTES}")}
-        self._rows: list[tuple[bytes, Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]] = []
+        self._rows: list[tuple[bytes, Mapping[str, torch.Tensor]]] = []
 
     def new_rows(self, keys: Sequence[bytes]) -> list[int]:
         """Which of a batch's rows are not stored yet; of equal ones the first."""
         first = {key: i for i, key in reversed(list(enumerate(keys)))}
         return sorted(i for key, i in first.items() if key not in self._known)
 
-    def add(self, key: bytes, columns: Mapping[str, torch.Tensor], cosines: Mapping[str, torch.Tensor]) -> None:
-        """Takes a new row, its columns [L, C] on the CPU; writes a file when there are enough.
-
-        `cosines`: layer -> of each token with a state, the cosine of what is stored with it, fp32, on the CPU.
-        """
+    def add(self, key: bytes, columns: Mapping[str, torch.Tensor]) -> None:
+        """Takes a new row, its columns [L, C] on the CPU; writes a file when there are enough."""
         self._known.add(key)
-        self._rows.append((key, columns, cosines))
+        self._rows.append((key, columns))
         if len(self._rows) == self._rows_per_shard:
             self.finish()
 
@@ -144,15 +137,10 @@ class ShardWriter:
         """Writes the rows that are left, if any."""
         if not self._rows:
             return
-        keys, columns, cosines = zip(*self._rows, strict=True)
-        fidelity = {}
-        for layer in cosines[0]:
-            values = torch.cat([row[layer] for row in cosines]).double()
-            fidelity[layer] = {"tokens": len(values), "mean": values.mean().item() if len(values) else 1.0}
+        keys, columns = zip(*self._rows, strict=True)
         tensors = {name: torch.stack([row[name] for row in columns]) for name in columns[0]}
         tensors[_KEYS] = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, KEY_BYTES)
-        metadata = {_METADATA: json.dumps({"fidelity": fidelity})}
-        write_safely(self._path(self._num_shards), save(tensors, metadata))
+        write_safely(self._path(self._num_shards), save(tensors))
         self._num_shards += 1
         self._rows.clear()
 

@@ -1,4 +1,4 @@
-"""Teachers that are torchtitan models: built, parallelised and compiled by torchtitan's own code."""
+"""Teachers that are torchtitan models: built, parallelized and compiled by torchtitan's own code."""
 
 import copy
 import dataclasses
@@ -233,6 +233,11 @@ def with_spec_paths(config: TeacherConfig) -> TeacherConfig:
     spec = _find_spec(config.spec)
     path, tokenizer_path = config.path or spec.path, config.tokenizer_path or spec.tokenizer_path
     return dataclasses.replace(config, path=path, tokenizer_path=tokenizer_path)
+
+
+def is_spec(name: str) -> bool:
+    """Whether it is a registered teacher spec, or "model:flavor" of one of torchtitan's models."""
+    return name in TEACHER_SPECS or (":" in name and name.partition(":")[0] in upstream.MODELS)
 
 
 def _find_spec(name: str) -> TeacherSpec:

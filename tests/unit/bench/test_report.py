@@ -27,7 +27,7 @@ def page(tmp_path_factory):
 def test_the_page_answers_first(page):
     first = page[: page.index("<section")]
     assert "<td>-0.3010 [-0.3010, -0.3010]</td>" in first and "<td>10%</td>" in first
-    assert "<li>let@1 is worse than labels@1, significantly: +0.0969" in first
+    assert "<li>Against labels@1: worse: let@1 (+0.0969" in first
     assert first.count("<table") == 2 and first.count("data-spec=") == 1
     assert re.findall("<h2>(.*?)</h2>", page.partition("</main>")[0]) == ["a question", "a question"]
 

@@ -48,7 +48,7 @@ WRONG = [
     ({"student_block": -1}, {"student_block": "blocks 0 to 3"}),
     ({"signal": "logits", "pairs": [PairConfig(student=0)]}, {"pairs": "leave it out"}),
     ({"layer_mapping_options": {"early": 0.0}}, {"layer_mapping_options.early": ""}),
-    ({"loss_options": {"bta": 1}}, {"loss_options.bta": "no such option"}),
+    ({"loss_options": {"bta": 1}}, {"loss_options.bta": "unknown; valid names"}),
     ({"loss": "smooth_l1", "loss_options": {"beta": 0.0}}, {"loss_options.beta": "must be"}),
     ({"loss": "smooth_l1", "loss_options": {"beta": float("nan")}}, {"loss_options.beta": "must be"}),
     ({"loss": "relational", "loss_options": {"stride": 0}}, {"loss_options.stride": "must be"}),

@@ -11,7 +11,7 @@ from let_plugin.config import LetConfig, PairConfig, TermConfig
 from let_plugin.guidance import distillation, heads
 from let_plugin.guidance.guidance import Guidance
 from tests.support import jobs, reference
-from tests.support.config_registry import STUDENT, TEACHER_DIM
+from tests.support.config_registry import STUDENT, TEACHER_DIM, tiny, tiny_padded
 from tests.support.fields import set_all
 from tests.support.probe import full
 
@@ -85,27 +85,34 @@ def bucketed(predictions_V, is_top_V):
         {"divergence": "reverse_kl", "alpha": 0.75},
         {"divergence": "jensen_shannon", "temperature": 0.5, "top_k": 3},
         {"top_k": 50, "alpha": 1.0, "teacher__rows": 0.5},
+        {"divergence": "reverse_kl", "base": tiny_padded},  # of the two heads, one has padded rows
+        {"top_k": 50, "base": tiny_padded},
+        {"top_k": 3, "teacher__spec": "padded_teacher"},
     ],
     ids=str,
 )
-def test_the_students_predictions_are_drawn_to_the_teachers(config, batch, request, settings, monkeypatch):
+def test_the_students_predictions_are_drawn_to_the_teachers(
+    config, batch, request, settings, monkeypatch, padded_teacher
+):
+    """Over the 4,096 rows that both heads have; others have the gradient of the student's own loss alone."""
     monkeypatch.setattr(distillation, "MAX_LOGITS", 4096 * 5)  # five tokens at a time
     settings = dict(settings)
     if settings.pop("compiled", False):
         set_all(config, compile__enable=True, compile__backend="aot_eager")
+    config.model_spec = settings.pop("base", tiny)().model_spec
     set_all(config.let, signal="logits", **settings)
     config.let.teacher.path = f"{config.dump_folder}/teacher"
-    weights = jobs.make_teacher(config.let.teacher.path, with_head=True)
+    weights = jobs.make_teacher(config.let.teacher.path, with_head=True, spec=config.let.teacher.spec)
     trainer = request.getfixturevalue("trainer")
     guidance = Guidance(trainer, trainer.terms, 0)
     let, rows = config.let, slice(0, 1 if "teacher__rows" in settings else 2)
     states_BLE = guidance.teacher(batch[0]["input"], batch[0]["positions"])
-    p_BLV = F.softmax(states_BLE @ weights["lm_head.weight"].T / let.temperature, -1)
+    p_BLV = F.softmax(states_BLE @ weights["lm_head.weight"][:4096].T / let.temperature, -1)
     has_target_BL = torch.zeros_like(batch[1], dtype=torch.bool)
     has_target_BL[rows] = batch[1][rows] != reference.IGNORE_INDEX
 
     def added(params, hidden, logits_BLV):
-        q_BLV = F.softmax(logits_BLV / let.temperature, -1)
+        q_BLV = F.softmax(logits_BLV[..., :4096] / let.temperature, -1)
         total = 0.0
         for q, p in zip(q_BLV[has_target_BL], p_BLV[has_target_BL], strict=True):
             if let.top_k:

@@ -32,6 +32,24 @@ def test_with_the_teachers_trunk_for_a_block_the_logits_are_the_teachers(config,
     torch.testing.assert_close(logits_BLV, states_BLE @ teacher["lm_head.weight"].T, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("padded", ["student", "teacher"])
+def test_padded_rows_of_the_student_stay_and_those_of_the_teacher_are_left_out(config, padded, request, padded_teacher):
+    if padded == "student":
+        config.model_spec = tiny.tiny_padded().model_spec
+    else:
+        config.let.teacher.spec = padded_teacher
+    config.let.teacher.path = f"{config.dump_folder}/teacher"
+    weights = jobs.make_teacher(config.let.teacher.path, with_head=True, spec=config.let.teacher.spec)
+    trainer = request.getfixturevalue("trainer")
+    embeddings = trainer.model_parts[0].tok_embeddings.weight
+    before_VD = embeddings.full_tensor().clone()
+    config.let.init = InitConfig(parts="both")
+    initialize(trainer)
+    after_VD, map_DE = embeddings.full_tensor(), plan.basis(config, tiny.TEACHER_DIM).into_DE
+    torch.testing.assert_close(after_VD[:4096], weights["tok_embeddings.weight"][:4096] @ map_DE.T)
+    assert torch.equal(after_VD[4096:], before_VD[4096:])
+
+
 def test_a_token_takes_the_mean_of_its_pieces_and_one_without_any_stays_as_it_is(config, teacher, trainer):
     """Of another tokenizer, and a vocabulary that is padded."""
     own = tokenizer_kinds.KINDS["Unigram"]()

@@ -59,8 +59,8 @@ def test_rows_are_those_of_the_steps_until_the_stop(config, folder):
     assert plan.num_rows == plan.settings["rows_per_rank"] == 8
     assert plan.num_bytes == 8 * (64 * 32 * 2 + 16)
     assert plan_of(config, "--out", folder, "--encoding", "int8").num_bytes == 8 * (64 * (32 + 4) + 16)
-    set_all(config, training__global_batch_size=16, let__stop_step=3)
-    plan = plan_of(config, "--out", folder, "--data-parallel-degree", "2")
+    set_all(config, training__global_batch_size=16, let__stop_step=3, parallelism__data_parallel_shard_degree=2)
+    plan = plan_of(config, "--out", folder)
     assert (plan.num_rows, plan.settings["rows_per_rank"], plan.settings["batch_size"]) == (48, 24, 4)
 
 
@@ -75,23 +75,18 @@ def test_a_pipelines_data_loader_yields_microbatches_and_the_run_may_name_the_fo
 
 
 @pytest.mark.parametrize(
-    ("degrees", "given", "num_processes", "expected"),
-    [
-        ({}, None, 4, 4),
-        ({}, 4, 2, 4),
-        ({"data_parallel_shard_degree": 4, "data_parallel_replicate_degree": 2}, None, 2, 8),
-        ({}, 3, 2, "must be a multiple of the number of processes of the export, 2"),
-        ({"data_parallel_shard_degree": 2}, 4, 1, "the configuration has 2 data-parallel ranks"),
-        ({}, 0, 1, "must be a multiple"),
-    ],
+    ("sharded", "replicated", "num_processes", "expected"),
+    [(-1, 1, 4, 4), (4, 1, 2, 4), (4, 2, 2, 8), (3, 1, 2, "must be a multiple of the processes of the export, 2")],
 )
-def test_the_streams_are_those_of_the_run_to_come(config, folder, degrees, given, num_processes, expected):
-    set_all(config, **{f"parallelism__{name}": degree for name, degree in degrees.items()})
-    argv = ["--out", folder] if given is None else ["--out", folder, "--data-parallel-degree", given]
+def test_the_streams_are_those_of_the_run_to_come(config, folder, sharded, replicated, num_processes, expected):
+    config.parallelism.data_parallel_shard_degree = sharded
+    config.parallelism.data_parallel_replicate_degree = replicated
     if isinstance(expected, int):
-        assert plan_of(config, *argv, num_processes=num_processes).settings["data_parallel_degree"] == expected
+        plan = plan_of(config, "--out", folder, num_processes=num_processes)
+        assert plan.settings["data_parallel_degree"] == expected
     else:
-        assert expected in problems(config, *argv, num_processes=num_processes)["--data-parallel-degree"].message
+        found = problems(config, "--out", folder, num_processes=num_processes)
+        assert expected in found["parallelism.data_parallel_shard_degree"].message
 
 
 def test_what_cannot_be_exported_is_refused(config):

@@ -42,8 +42,6 @@ def measured(said):
 @pytest.mark.parametrize("spec", [(), ("--spec", "demo_teacher")], ids=["transformers", "torchtitan"])
 @torch.no_grad()
 def test_the_loss_is_that_of_plain_transformers(inspect, text_file, spec):
-    from let_plugin.demo import config_registry  # noqa: F401  registers it
-
     transformers = pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
     from tokenizers import Tokenizer
 
@@ -82,9 +80,9 @@ def test_what_a_spec_alone_and_a_checkpoint_without_a_tokenizer_say(inspect, tin
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["/nowhere"], "PATH = '/nowhere': there is no such folder"),
-        (["--import", "let_plugin.demo.config_registry", "--spec", "demo_teachr"], "did you mean 'demo_teacher'?"),
-        ([TEACHER, "--tokenizer", "/nowhere"], "--tokenizer = '/nowhere'"),
+        (["/nowhere"], "let.teacher.path = '/nowhere': there is no such folder"),
+        (["--spec", "demo_teachr"], "did you mean 'demo_teacher'?"),
+        ([TEACHER, "--tokenizer", "/nowhere"], "let.teacher.tokenizer_path = '/nowhere'"),
         ([TEACHER, "--max-tokens", "0"], "--max-tokens = 0"),
         (["--spec", "llama3:1B", "--import", "no_such_module"], "--import = 'no_such_module'"),
         (["{0}/phi", "--tokenizer", TOKENIZER], "it has ids up to 4095, the teacher 61 rows"),

@@ -100,8 +100,7 @@ def test_a_file_of_methods(planned, tmp_path):
     file.write_text('a = 3\n[b]\noption = []\n[c]\nlike = "d"\n')
     with pytest.raises(ConfigError) as error:
         read_file(file)
-    keys = [problem.key.removeprefix("--methods-file: ") for problem in error.value.problems]
-    assert keys == ["a", "b", "c.like"]
+    assert [problem.key for problem in error.value.problems] == ["a.options", "b.option", "c.like"]
 
 
 def test_a_run_is_the_users_configuration_but_for_the_method(planned):

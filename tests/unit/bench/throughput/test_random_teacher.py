@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from let_plugin.bench.throughput import random_teacher
+from let_plugin.bench.throughput import suite
 from let_plugin.config import TeacherConfig
 from let_plugin.preflight.report import Student
 from let_plugin.runtime.models import llama_spec
@@ -29,7 +29,7 @@ def test_shares(shape):
     config.model_spec = llama_spec("student", vocab_size=4096, **shape)
     each = Student(config)
     for share in (0.02, 0.1, 1.0):
-        size = random_teacher.shape(each, share)
+        size = suite.teacher_shape(each, share)
         assert num_params(**size) / each.num_matmul_params == pytest.approx(share, rel=0.05)
         head_width, rest = divmod(size["dim"], size["num_heads"])
         assert rest == 0 and head_width % 16 == 0
@@ -40,9 +40,9 @@ def test_shares(shape):
 def test_written_once_and_found(tmp_path):
     state = torch.random.get_rng_state()
     size = {"dim": 64, "num_layers": 2, "num_heads": 2, "hidden_dim": 96}
-    path = random_teacher.write(size, 64, tmp_path)
+    path = suite.write_teacher(size, 64, tmp_path)
     before = {file.name: file.stat().st_mtime_ns for file in path.iterdir()}
-    assert random_teacher.write(size, 64, tmp_path) == path
+    assert suite.write_teacher(size, 64, tmp_path) == path
     assert {file.name: file.stat().st_mtime_ns for file in path.iterdir()} == before
     assert torch.equal(torch.random.get_rng_state(), state)
     info = open_teacher(TeacherConfig(path=str(path), check_vocabulary=False)).info

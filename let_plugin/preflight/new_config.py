@@ -1,0 +1,111 @@
+"""`let-train new`: a TOML file to start from. Its comments are the options' own texts, its values those of the base.
+
+What --check finds wrong is mended if it can be, and else said in a comment. Nothing is fetched: of a teacher on the
+hub, what the client's cache has is read.
+"""
+
+import argparse
+import os
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from let_plugin.config.errors import ConfigError, Problem
+
+_ALIGNMENT = "let.token_alignment.enable"
+_KEYS = (
+    *("hf_assets_path", "dump_folder", "let.weight", "let.stop_fraction"),
+    *("let.teacher.spec", "let.teacher.path", "let.teacher.tokenizer_path", _ALIGNMENT),
+    *("training.local_batch_size", "training.global_batch_size", "training.seq_len", "training.steps"),
+    *("optimizer.param_groups.0.optimizer_kwargs.lr", "lr_scheduler.warmup_steps"),
+    *("dataloader.dataset", "dataloader.dataset_path", "dataloader.num_workers"),
+    *("validator.enable", "validator.freq", "validator.steps", "checkpoint.enable", "checkpoint.interval"),
+    *("metrics.log_freq", "compile.enable"),
+)
+_TEACHER_HELP = "folder, .gguf file, hub name, or the name of a teacher spec"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the command line. ConfigError for bad input, before anything is written."""
+    parser = argparse.ArgumentParser(prog="let-train new", description="Writes a configuration of LET, with comments.")
+    parser.add_argument("--base", required=True, metavar="MODULE.FUNCTION", help="the student's configuration function")
+    parser.add_argument("--teacher", required=True, metavar="PATH", help=_TEACHER_HELP)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="a new file (standard output)")
+    args = parser.parse_args(argv)
+    if args.out is not None and args.out.exists():
+        raise ConfigError(Problem("--out", "is there already; give a new file", str(args.out)))
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when the client is imported
+    text = new_config(args.base, args.teacher)
+    if args.out is None:
+        print(text, end="")
+        return
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(text, encoding="utf-8")
+    print(f"wrote {args.out}; let-train {args.out} --check says what the run will do")
+
+
+def new_config(base: str, teacher: str) -> str:
+    """The TOML file for a configuration function and a teacher. ConfigError for what is wrong with either."""
+    from let_plugin.runtime import data, host
+
+    host.set_up("cpu")  # before torchtitan is imported
+    data.register()
+    from let_plugin.config.load import load_base
+    from let_plugin.preflight.checks import examine
+    from let_plugin.teacher.base import may_be_on_hub
+    from let_plugin.teacher.titan.source import is_spec, with_spec_paths
+
+    config: Any = load_base(base)
+    let, table = config.let, config.let.teacher
+    let.enable, let.stop_fraction = True, 0.5
+    setattr(table, "spec" if is_spec(teacher) else "path", teacher)
+    paths = with_spec_paths(table) if table.spec else table
+    facts, notes = examine(config, 1), dict[str, str]()
+    longest = facts.source.info.max_seq_len if facts.source else None
+    # What may mend a mistake; a student without a tokenizer takes the teacher's, as the paper's do.
+    mends = {"hf_assets_path": ("hf_assets_path", paths.tokenizer_path or paths.path)}
+    mends |= {"let.teacher.path": (_ALIGNMENT, True), "training.seq_len": ("training.seq_len", longest)}
+    for wrong, (key, value) in mends.items():
+        owner, name = attrgetter(key.rpartition(".")[0])(config) if "." in key else config, key.rpartition(".")[2]
+        problem, old = {p.key: p for p in facts.problems}.get(wrong), getattr(owner, name)
+        if problem is not None and value is not None:
+            setattr(owner, name, value)
+            now = examine(config, 1)
+            if any(p.key == wrong for p in now.problems):
+                setattr(owner, name, old)
+            else:
+                facts, notes[key] = now, f"Not {old!r} as in the base: {problem.message}."
+    hopeless = {"let.enable"} if table.spec or may_be_on_hub(table.path) else {"let.enable", "let.teacher.path"}
+    if fatal := [problem for problem in facts.problems if problem.key in hopeless]:
+        raise ConfigError(fatal)
+    notes |= {problem.key: f"Still wrong: {problem.message}." for problem in facts.problems}
+    if notes.keys() & {"hf_assets_path", "let.teacher.path"} and not let.token_alignment.enable:
+        notes.setdefault(_ALIGNMENT, "Set this if the two tokenizers differ.")
+    title = f"{base}, guided by {teacher}. `let-train THIS_FILE --check` says what the run will do."
+    return "\n".join([*_comment(title), f'base = "{base}"', *_lines(config, notes), ""])
+
+
+def _lines(config: Any, notes: Mapping[str, str]) -> list[str]:
+    """The keys with their texts and notes."""
+    from let_plugin.config.reference import texts, toml
+    from let_plugin.config.schema import walk
+
+    values = {key: value for key, _, value in walk(config)}
+    tables: dict[str, Any] = {"": config} | {key: value for key, value in values.items() if is_dataclass(value)}
+    lines, current = [], ""
+    for key in filter(values.__contains__, _KEYS):
+        table, _, name = key.rpartition(".")
+        if table != current:
+            lines += ["", f"[{table}]"]
+        current, value = table, "" if values[key] is None else values[key]
+        lines += _comment(texts(type(tables[table])).get(name, "") if table in tables else "")
+        lines += _comment(notes.get(key, ""))
+        lines.append(f"{name} = {toml(value)}" if value != "" else f'# {name} = ""')
+    return lines
+
+
+def _comment(text: str) -> list[str]:
+    return [f"# {line}" for line in textwrap.wrap(text, 110)]
