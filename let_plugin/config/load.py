@@ -71,12 +71,11 @@ class Loaded:
         try:
             result = function(self.config)
         except ConfigError as error:
-            wrong = [problem.key for problem in self.problems]
+            wrong = {problem.key for problem in self.problems}  # its value was left out: what then is there is no news
             found = [
                 replace(problem, source=problem.source or self.origin(problem.key))
                 for problem in error.problems
-                # not what is only there because a wrong value was left out
-                if not any(_overlap(problem.key, key) or f"{key} = " in problem.message for key in wrong)
+                if problem.key not in wrong
             ]
             raise ConfigError([*self.problems, *found]) from error
         if self.problems:
@@ -161,11 +160,6 @@ def _is_given(key: str, tables: Any) -> bool:
             return False
         tables = tables[name]
     return True
-
-
-def _overlap(key: str, other: str) -> bool:
-    """Whether one of two keys is the other or in the table of that name."""
-    return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
 
 
 def _with_let_shorthands(tables: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ are built on the meta device. A check reads and writes `Facts`, refuses there wh
 """
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,7 @@ def find_parallel_dims(facts: Facts) -> None:
     try:
         facts.parallel_dims = ParallelDims.from_config(parallelism, facts.world_size)
     except AssertionError:
-        axes = ("data_parallel_replicate", "data_parallel_shard", "context_parallel", "tensor_parallel")
-        degrees = {f"{axis}_degree": getattr(parallelism, f"{axis}_degree") for axis in (*axes, "pipeline_parallel")}
+        degrees = {key: value for key, value in asdict(parallelism).items() if key.endswith("_degree")}
         given = ", ".join(f"{key} = {degree}" for key, degree in degrees.items() if degree not in (1, -1))
         facts.refuse(
             "parallelism",
@@ -190,8 +190,6 @@ def find_end(facts: Facts) -> None:
 
 def _find_end(facts: Facts, of_term: TermFacts) -> None:
     term = of_term.term
-    if any(problem.key.startswith(f"{term.key}.stop_") for problem in facts.problems):
-        return
     if facts.num_data_parallel is not None or term.config.stop_tokens is None:  # only tokens depend on the degree
         of_term.stop_step = plan.stop_step(facts.config, term, facts.num_data_parallel or 1)
         of_term.ended_at = stopping.ended_at(facts.config, term, of_term.stop_step, facts.resumption)

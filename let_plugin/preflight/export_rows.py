@@ -1,8 +1,6 @@
 """Runs the teacher over the data of a training run and writes its states; export_plan.py says which.
 
-The teacher runs over the same rows, in the same batches, as it would beside the student, which is never built. Each
-data-parallel rank of the run to come has a stream of rows of its own; the processes of the export share the streams. An
-export that was interrupted goes on: it runs through the data again and leaves out what is stored.
+Each data-parallel rank of the run to come has a stream of rows of its own; the processes of the export share them.
 
 Shape legend: B batch, L sequence, E teacher width: the sum over the layers that are asked for.
 """

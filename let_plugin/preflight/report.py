@@ -70,8 +70,7 @@ class Facts:
     resumption: checkpoint.Resumption | None = None  # the checkpoint that the run goes on from
     terms: list["TermFacts"] = field(default_factory=list)
     source: TeacherSource | Features | None = None
-    trial: list[str] | None = None  # what became of some rows with another tokenizer, on the rank that has tried
-    vocabulary: str | None = None  # the result of comparing the two vocabularies
+    vocabulary: list[str] = field(default_factory=list)  # for people: how the two vocabularies are related
     start: TeacherSource | None = None  # the teacher that the student starts from
     pieces: list[list[int]] | None = None  # by the student's id, the rows of its that the token takes; on rank 0
     first_upper_block: int | None = None  # of the blocks whose output projections start at zero
@@ -280,7 +279,7 @@ def _guidance_lines(facts: Facts) -> list[tuple[str, str]]:
     parts = ", ".join(f"{name} {mib(size)}" for name, size in costs.memory.items())
     return [
         *lines,
-        *(("vocabulary", line) for line in _describe_vocabularies(facts)),
+        *(("vocabulary", line) for line in facts.vocabulary),
         ("memory", f"+ {mib(sum(costs.memory.values()))} per rank while active: {parts}"),
         ("overhead", f"+ {costs.overhead:.1%} FLOPs while active: {_describe_overhead(facts, student, costs)}"),
         ("break-even", break_even),
@@ -352,15 +351,6 @@ def _describe_pair(pair: LayerPair, student: Student, teacher: TeacherInfo, let:
         f"output of student block {pair.student} (layers.{pair.student}, of 0 to {student.num_blocks - 1}) with the "
         f"teacher's {layer}, {widths}, {term.loss}{weight}"
     )
-
-
-def _describe_vocabularies(facts: Facts) -> list[str]:
-    source = facts.source
-    if isinstance(source, Features):
-        return ["the student's tokenizer is the one that the states were made with"]
-    if source is None or not facts.config.let.token_alignment.enable:
-        return [facts.vocabulary] if facts.vocabulary else []
-    return facts.trial or ["two tokenizers, matched by bytes of text"]
 
 
 def _describe_schedule(facts: Facts, of_term: TermFacts) -> str:

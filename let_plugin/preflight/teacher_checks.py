@@ -79,6 +79,7 @@ def check_stored_states(facts: Facts) -> None:
     features, let = facts.source, facts.config.let
     if not isinstance(features, Features):
         return
+    facts.vocabulary = ["the student's tokenizer is the one that the states were made with"]
     if let.control == "random_teacher":
         message = "it needs the teacher itself, and let.teacher.features has its states only"
         facts.refuse("let.control", message, let.control)
@@ -107,8 +108,9 @@ def check_token_alignment(facts: Facts) -> None:
         return  # the data may not be readable
     student = config.tokenizer.build(tokenizer_path=config.hf_assets_path)
     retokenize = retokenizer(config, student, source)
+    facts.vocabulary = ["two tokenizers, matched by bytes of text"]
     if os.environ["RANK"] == "0":
-        facts.trial = try_out(config, student, retokenize)
+        facts.vocabulary = try_out(config, student, retokenize)
 
 
 def check_vocabulary(facts: Facts) -> None:
@@ -122,7 +124,7 @@ def check_vocabulary(facts: Facts) -> None:
         message = f"{rows}; take another teacher, or have the text encoded anew for it (let.token_alignment.enable)"
         return facts.refuse("let.teacher.path", message, let.teacher.path)
     if not let.teacher.check_vocabulary:
-        facts.vocabulary = "not compared (let.teacher.check_vocabulary = false)"
+        facts.vocabulary = ["not compared (let.teacher.check_vocabulary = false)"]
         return
     teacher = source.vocabulary()
     if not teacher or not student:
@@ -138,7 +140,7 @@ def check_vocabulary(facts: Facts) -> None:
             "another teacher, or have the text encoded anew for it (let.token_alignment.enable = true)"
         )
         return facts.refuse("let.teacher.path", message, let.teacher.path)
-    facts.vocabulary = "the student's tokenizer and the teacher's agree token by token"
+    facts.vocabulary = ["the student's tokenizer and the teacher's agree token by token"]
 
 
 # Of `[let.init]`, which sets weights of a run from scratch

@@ -52,6 +52,9 @@ def teacher_tokenizer(config: Trainer.Config, student: Any, source: TeacherSourc
         except ValueError as error:
             message = f"the {whose} tokenizer cannot be matched with another one: {error}"
             problems.append(Problem("let.token_alignment.enable", message, True))
+    if (highest := max(teacher.get_vocab().values(), default=-1)) >= source.info.vocab_size:
+        message = f"it has {source.info.vocab_size:,} rows, its tokenizer ids up to {highest:,}; it is not its own"
+        problems.append(Problem("let.teacher.path", message, config.let.teacher.path))
     if problems:
         raise ConfigError(problems)
     return teacher

@@ -2,11 +2,18 @@
 
 import pytest
 
+from let_plugin.config.load import read, resolve
+from let_plugin.preflight.checks import examine
+from let_plugin.runtime import data
 from tests.support import jobs
 
 pytestmark = pytest.mark.slow
 
 CONFIGS = sorted((jobs.ROOT / "train_configs").glob("*.toml"))
+ALL = [path for path in sorted((jobs.ROOT / "train_configs").rglob("*.toml")) if path.stem != "methods"]
+# Keys of what may not be on this machine.
+FILES = {"hf_assets_path", "let.teacher.path", "dataloader.dataset_path", "checkpoint.load_step"}
+FILES |= {"validator.dataloader.dataset_path"}
 HAS_SMOLLM2 = (jobs.ROOT / "assets/smollm2").is_dir()
 
 
@@ -17,6 +24,16 @@ def test_the_configuration_passes_the_check(config, tmp_path):
     result = jobs.run("let_plugin.train", config, "--check", "--dump_folder", tmp_path / "out")
     assert "student" in result.stdout
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("config", ALL, ids=lambda path: path.stem)
+def test_a_run_of_it_can_be_shortened(config, monkeypatch):
+    monkeypatch.chdir(jobs.ROOT)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    data.register()
+    loaded = resolve(read([str(config), "--training.steps", "10"]))
+    assert {problem.key for problem in [*loaded.problems, *examine(loaded.config, 1).problems]} <= FILES
 
 
 @pytest.mark.skipif(not HAS_SMOLLM2, reason="make fetch-smollm2")

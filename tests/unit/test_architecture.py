@@ -90,6 +90,7 @@ def test_rooms_import_from_lower_floors_only():
 
 
 def test_the_maths_imports_torch_and_the_standard_library_only():
+    assert is_in("torch.nn", "torch") and not is_in("torchtitan.trainer", "torch")
     for path in (PACKAGE / "alignment").glob("*.py"):
         for name in imports(path):
             allowed = is_in(name, "torch") or is_in(name, "let_plugin.alignment")

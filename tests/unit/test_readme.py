@@ -78,6 +78,16 @@ def test_tables_are_those_of_the_committed_rows(monkeypatch):
         assert table == tables.text([Path(file)])
 
 
+def test_no_word_is_spelled_with_s():
+    """One spelling, -ize."""
+    british = re.compile(r"(?:al|el|er|im|mar|lar|or|an|en|in|on|dom|nt|gn)is(?:e[sdr]?|ing|ations?)\b", re.IGNORECASE)
+    folders = (ROOT / name for name in ("let_plugin", "tests", "docs", "benchmarks", "train_configs"))
+    files = [*ROOT.glob("*.md"), *(file for folder in folders for file in folder.rglob("*.*[dlya]"))]
+    texts = {file: file.read_text() for file in files if file.suffix in (".py", ".md", ".toml", ".jinja")}
+    found = {word for text in texts.values() for word in british.findall(text)}
+    assert british.search("parallel" + "ised") and len(texts) > 200 and not found
+
+
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
 def test_files_that_a_page_names_exist(page):
     text = (ROOT / page).read_text()

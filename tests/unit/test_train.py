@@ -36,15 +36,6 @@ def test_usage(capfd):
         assert all(option in usage for option in ("--check", "--print-config", "--section.key"))
 
 
-def test_bad_file(tmp_path, capfd):
-    path = tmp_path / "run.toml"
-    path.write_text("base = ")
-    result = main(capfd, path)
-    check_refused(result, tmp_path, f"{path}: not valid TOML")
-    assert result[2].startswith("let-train: 1 problem in the configuration\n")
-    assert [file.name for file in tmp_path.iterdir()] == ["run.toml"]
-
-
 def test_all_kinds_of_mistakes_at_once_each_with_its_source(tmp_path, capfd):
     path = tmp_path / "run.toml"
     path.write_text(f'''

@@ -207,7 +207,7 @@ def teacher_shape(student: Student, share: float) -> dict[str, int]:
 
 
 def write_teacher(size: dict[str, int], vocab_size: int, folder: Path) -> Path:
-    """The folder, below `folder`, of a teacher of such a shape in Hugging Face's format and bf16; written if missing."""
+    """The folder, below `folder`, of such a teacher in Hugging Face's format and bf16; written if missing."""
     name = "x".join(map(str, [*size.values(), vocab_size]))
     path = folder / f"random_llama_{name}"
     if (path / export_hf.WEIGHTS).exists():  # written last

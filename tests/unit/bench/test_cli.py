@@ -10,10 +10,8 @@ from let_plugin.bench import cli
     [
         ("throughput", "--pairs", "1", "argument --pairs: expected a number at least 2, not 1"),
         ("throughput", "--teacher-share", "150", "expected a number from 0.01 to 100, not 150"),
-        ("throughput", "--cases", "stoped", "argument --cases: invalid choice: 'stoped'"),
         ("throughput", "--out", ".", "argument --out: . is a folder; expected a file"),
         ("converge", "--methods", "lett", "let-bench: 1 problem in the configuration\n  --methods = 'lett': unknown"),
-        ("converge", "--tuning-seeds", "-1", "argument --tuning-seeds: expected a number at least 0, not -1"),
         ("table", "--training.steps", "2", "unrecognized arguments: --training.steps 2"),
     ],
 )

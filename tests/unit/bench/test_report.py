@@ -32,6 +32,22 @@ def test_the_page_answers_first(page):
     assert re.findall("<h2>(.*?)</h2>", page.partition("</main>")[0]) == ["a question", "a question"]
 
 
+def test_a_suite_is_named_and_the_newest_of_a_name_is_shown(tmp_path):
+    path, out = tmp_path / "rows.jsonl", tmp_path / "page.html"
+    for suite, name, speed_up in (
+        ("a", "Which weight?", 2.0),
+        ("b", "Which teacher?", 3.0),
+        ("c", "Which weight?", 4.0),
+    ):
+        synthetic_rows.converge(path, seeds=2, methods={"standard": 1.0, "let@1": speed_up}, suite=suite, name=name)
+    report.write([path], out)
+    main, _, _ = out.read_text().partition("</main>")
+    assert re.findall("<h2>(.*?)</h2>", main) == ["Which weight?", "Which teacher?"]
+    assert "Held-out loss: Which" in main and "2.000x" not in main and "4.000x" in main
+    report.plot([path], tmp_path / "plot.svg")
+    assert (tmp_path / "plot.svg").read_text().count("Which weight?") == 1
+
+
 def test_the_page_needs_nothing_beside_it_and_escapes_what_rows_say(page):
     assert len(page.encode()) < 2 * 2**20
     assert not re.search(r"(?:src|href)=\"(?!data:)", page.partition("</main>")[0])

@@ -45,9 +45,6 @@ def test_bad_input_ends_with_its_mistakes_and_code_2(tiny_config, folder, capsys
     printed = capsys.readouterr().err
     assert printed.startswith("let-teacher export: 2 problems in the configuration")
     assert "--out: give the folder" in printed and "command line: let.weight = 'heavy'" in printed
-    with pytest.raises(SystemExit, match="2"):
-        export(str(tiny_config), "--out", str(folder), "--encoding", "zip")
-    assert "--encoding: invalid choice: 'zip'" in capsys.readouterr().err
     assert not folder.exists()
 
 

@@ -102,9 +102,3 @@ def test_bad_input_is_one_error(inspect, tmp_path, capsys, arguments, message):
     *_, heading, problem = capsys.readouterr().err.splitlines()
     assert heading == "let-teacher inspect: 1 problem in the configuration"
     assert message.format(tmp_path) in problem
-
-
-@pytest.mark.parametrize("arguments", [[], ["inspct"], ["inspect", "--nonsense"]])
-def test_an_unknown_command_or_option(arguments):
-    with pytest.raises(SystemExit, match="2"):
-        cli.main(arguments)

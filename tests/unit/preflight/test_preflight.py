@@ -15,7 +15,7 @@ from let_plugin.config import AdaptiveStopConfig, LetConfig, PairConfig, Teacher
 from let_plugin.demo import TEACHER, TOKENIZER
 from let_plugin.preflight import checks as preflight
 from let_plugin.runtime.models import llama_spec
-from tests.support import problems
+from tests.support import hf_models, problems
 from tests.support.fields import set_all
 
 problem_of, problems_of = (functools.partial(f, preflight.run) for f in (problems.problem_of, problems.problems_of))
@@ -48,6 +48,7 @@ def files(tmp_path_factory):
     one, other = (token for token in vocabulary if vocabulary[token] in (100, 200))
     vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
     (folder / "swapped" / "tokenizer.json").write_text(json.dumps(content))
+    hf_models.save(folder / "small", hf_models.config_of("llama"))
     return str(folder)
 
 
@@ -83,6 +84,8 @@ MISTAKES = [
     ({"let__teacher": TeacherConfig()}, "let.teacher.path = ''", "no teacher is given; set it to"),
     ({"let__teacher__tokenizer_path": "{files}/swapped"}, "let.teacher.path = '.*'",
      r"2 of 4,096 ids differ \(id 100: .* \(student\), .* \(teacher\); id 200: .*Train the student on"),
+    ({**UNCHECKED, "let__teacher__spec": "", "let__teacher__path": "{files}/small"}, "let.teacher.path = '.*'",
+     "61 rows, the student's tokenizer ids up to 4,095; take another teacher"),
     # The folder with the weights has no tokenizer.
     ({"let__teacher__tokenizer_path": ""}, "let.teacher.tokenizer_path = ''", "no vocabulary .*_vocabulary = false"),
     ({**TP_3, **CUT_TEACHER}, "let.teacher.tensor_parallel = True", "2 heads do not divide by .* = 3; leave this off"),
@@ -161,18 +164,6 @@ def test_what_is_no_mistake_runs(config, files, short_teacher, changes, line):
     assert line in preflight.run(config, apply(config, changes, files))
 
 
-def test_all_mistakes_at_once(config, files):
-    set_all(config, training__steps=0, let__weight=-1.0, let__schedule="linaer", dump_folder=__file__)
-    set_all(config, dataloader__dataset="let_demo_trian", hf_assets_path=f"{files}/none")
-    set_all(config, let__teacher__path=f"{files}/absent", let__loss_options={"beta": 1})
-    set_all(config, let__adaptive_stop=AdaptiveStopConfig(criterion="validation", smoothing=1.0))
-    assert set(problems_of(config)) == {
-        *("dataloader.dataset", "dump_folder", "hf_assets_path", "training.steps", "validator.enable"),
-        *("let.schedule", "let.loss_options.beta", "let.adaptive_stop.smoothing", "let.weight", "let.teacher.path"),
-        "let.stop_step",  # 2 of 0 steps
-    }
-
-
 def test_stored_states_have_no_predictions_to_measure(config):
     set_all(config, **VALIDATION, let__teacher__features="/nowhere")
     assert "not its predictions" in problems_of(config)["let.adaptive_stop.teacher_loss"].message
@@ -180,8 +171,6 @@ def test_stored_states_have_no_predictions_to_measure(config):
 
 def test_a_teacher_of_transformers_cannot_be_cut_and_one_with_two_widths_gives_no_start(config, tmp_path):
     pytest.importorskip("transformers", reason="pip install let-plugin[hf]")
-    from tests.support import hf_models
-
     set_all(config, let__teacher__spec="transformers", let__teacher__path=TEACHER, **CUT_TEACHER)
     message = problem_of(config).message
     assert "transformers runs this teacher; leave this off" in message

@@ -5,7 +5,6 @@ import tomli
 
 from let_plugin.bench.throughput import suite
 from let_plugin.bench.throughput.suite import WARMUP_STEPS
-from let_plugin.config.errors import ConfigError
 from let_plugin.config.load import load
 from tests.unit.preflight.test_report import STUDENT_BLOCKS, STUDENT_EMBEDDING, TEACHER_BLOCKS, TEACHER_EMBEDDING
 
@@ -58,10 +57,3 @@ def test_random_teachers_of_a_configuration_without_let(planned):
         assert 3 * runs[label].details["flop_bound"] == pytest.approx(share, rel=0.05)
         assert runs[label].details["teacher_share"] == share
         assert tomli.loads(runs[label].config)["let"]["enable"]
-
-
-def test_mistakes_of_the_configuration(planned, tmp_path):
-    with pytest.raises(ConfigError) as error:
-        planned("--training.max_norm -1 --teacher-share 10 --training.seq_len 60")
-    assert {problem.key for problem in error.value.problems} == {"training.max_norm", "training.seq_len"}
-    assert not (tmp_path / "work").exists()

@@ -1,13 +1,10 @@
 """Random teachers are as large as they were asked to be."""
 
 import pytest
-import torch
 
 from let_plugin.bench.throughput import suite
-from let_plugin.config import TeacherConfig
 from let_plugin.preflight.report import Student
 from let_plugin.runtime.models import llama_spec
-from let_plugin.teacher.open import open_teacher
 from let_plugin.trainer import with_let
 from tests.support.config_registry import tiny
 
@@ -35,16 +32,3 @@ def test_shares(shape):
         assert rest == 0 and head_width % 16 == 0
         # Shaped like the student, as far as so few parameters can be.
         assert 0.4 < (size["dim"] / size["num_layers"]) / (each.width / each.num_blocks) < 2.5
-
-
-def test_written_once_and_found(tmp_path):
-    state = torch.random.get_rng_state()
-    size = {"dim": 64, "num_layers": 2, "num_heads": 2, "hidden_dim": 96}
-    path = suite.write_teacher(size, 64, tmp_path)
-    before = {file.name: file.stat().st_mtime_ns for file in path.iterdir()}
-    assert suite.write_teacher(size, 64, tmp_path) == path
-    assert {file.name: file.stat().st_mtime_ns for file in path.iterdir()} == before
-    assert torch.equal(torch.random.get_rng_state(), state)
-    info = open_teacher(TeacherConfig(path=str(path), check_vocabulary=False)).info
-    assert (info.hidden_size, info.num_layers, info.vocab_size) == (size["dim"], size["num_layers"], 64)
-    assert info.num_trunk_params - info.num_embedding_params == num_params(**size)

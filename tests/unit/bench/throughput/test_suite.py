@@ -62,9 +62,10 @@ def measure(tmp_path, monkeypatch, parsed):
 
 
 def test_cases_run_in_turn_and_only_what_is_missing(measure, capsys):
-    assert measure(2) == ["plain, pair 1", "active, pair 1", "plain, pair 2", "active, pair 2"]
+    assert measure(2, text="--name how-much?") == ["plain, pair 1", "active, pair 1", "plain, pair 2", "active, pair 2"]
     assert "pair 2, active: 16 tokens/s, 0.500 s/step" in capsys.readouterr().out
     found = rows.read(measure.out)
+    assert {row["name"] for row in found} == {"how-much?"}
     assert [(row["label"], row["pair"]) for row in found] == [("plain", 0), ("active", 0), ("plain", 1), ("active", 1)]
     with pytest.raises(RunFailedError):
         measure(3, fails_at=2)

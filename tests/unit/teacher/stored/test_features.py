@@ -44,6 +44,8 @@ def test_a_run_that_it_is_for_is_reported(config, folder):
 def test_the_target_is_the_teachers_and_there_is_none(config, folder, trainer, tiny_teacher):
     stored = Guidance(trainer, trainer.terms, 0)
     assert stored.teacher is None
+    stored.start_step()
+    assert stored.metrics()["let/teacher_tokens_per_second"] == 0  # no time has passed in a teacher
     batches = iter(trainer.dataloader)  # with what the guidance has told it to add
     config.let.teacher = TeacherConfig(spec="tiny_teacher", path=str(tiny_teacher[0]), dtype="bfloat16")
     online = Guidance(trainer, trainer.terms, 0)
