@@ -11,7 +11,7 @@ import pandas as pd
 from let_plugin.bench import charts, frame, tables
 from let_plugin.bench.charts import Spec
 from let_plugin.bench.frame import Suite
-from let_plugin.bench.rows import BASELINE, CONVERGE, THROUGHPUT, Row
+from let_plugin.bench.rows import BASELINE, CONVERGE, THROUGHPUT
 from let_plugin.config.errors import ConfigError, Problem
 
 METRICS = ("loss_metrics/global_avg_loss", "validation_metrics/loss", "let/cosine", "let/lambda", "throughput(tps)")
@@ -84,14 +84,6 @@ def _figures(suite: Suite) -> list[Spec]:
     ]
 
 
-def _sources(rows: Sequence[Row]) -> list[str]:
-    times = [row["time"] for row in rows]
-    commits = sorted({f"{row['commit']}{' (changed since)' if row['dirty'] else ''}" for row in rows})
-    versions = {", ".join(f"{name} {version}" for name, version in row["versions"].items()) for row in rows}
-    when = f"{len(rows)} runs from {min(times)} to {max(times)}, commit {', '.join(commits)}"
-    return [f"{when}, with {'; '.join(sorted(versions))}.", *dict.fromkeys(row["command"] for row in rows)]
-
-
 def _metric_charts(logs: Sequence[Path]) -> list[Spec]:
     runs = [pd.DataFrame(map(json.loads, log.read_text().splitlines())).assign(run=log.parent.name) for log in logs]
     lines = pd.concat(runs).reindex(columns=["run", "step", *METRICS]).melt(["run", "step"], var_name="name")
@@ -108,7 +100,7 @@ def _write_page(out: Path, **content: Any) -> None:
         loader=jinja2.PackageLoader("let_plugin.bench", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     page = environment.get_template("report.html.jinja")
-    content |= {"light": charts.LIGHT, "axes": charts.AXES, "tables": tables, "sources": _sources}
+    content |= {"light": charts.LIGHT, "axes": charts.AXES, "tables": tables}
     content["library"] = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub wants a snippet
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page.render(content), encoding="utf-8")

@@ -25,14 +25,13 @@ _KEYS = (
     *("validator.enable", "validator.freq", "validator.steps", "checkpoint.enable", "checkpoint.interval"),
     *("metrics.log_freq", "compile.enable"),
 )
-_TEACHER_HELP = "folder, .gguf file, hub name, or the name of a teacher spec"
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs the command line. ConfigError for bad input, before anything is written."""
     parser = argparse.ArgumentParser(prog="let-train new", description="Writes a configuration of LET, with comments.")
     parser.add_argument("--base", required=True, metavar="MODULE.FUNCTION", help="the student's configuration function")
-    parser.add_argument("--teacher", required=True, metavar="PATH", help=_TEACHER_HELP)
+    parser.add_argument("--teacher", required=True, metavar="PATH", help="folder, .gguf file, hub name, or spec")
     parser.add_argument("--out", type=Path, metavar="FILE", help="a new file (standard output)")
     args = parser.parse_args(argv)
     if args.out is not None and args.out.exists():

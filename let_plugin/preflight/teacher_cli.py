@@ -40,8 +40,7 @@ def add_export(subparsers: Any) -> None:
     parser.add_argument("config", metavar="CONFIG.toml", help="the training configuration, as let-train takes it")
     parser.add_argument("--out", metavar="DIR", help="where to; let.teacher.features if that is set")
     parser.add_argument("--check", action="store_true", help="print the storage needed, and run nothing")
-    encoding_help = "how the states are stored (bfloat16)"
-    parser.add_argument("--encoding", choices=("bfloat16", "int8"), default="bfloat16", help=encoding_help)
+    parser.add_argument("--encoding", choices=("bfloat16", "int8"), default="bfloat16", help="of the states (bfloat16)")
     parser.set_defaults(run=_export)
 
 

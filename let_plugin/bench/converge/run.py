@@ -137,7 +137,7 @@ class Suite(runs.Suite):
             "tuning_seeds": list(self._args.tuning_seeds),
         }
         old = [row for row in rows.read(self._args.out) if row["kind"] == CHOICE and row["method"] == said["method"]]
-        if not old or any(old[-1][key] != value for key, value in said.items()):
+        if not old or any(old[-1].get(key) != value for key, value in said.items()):
             said |= {"command": self._command, "config": self._common, "seed": None, "unit": "nats/token"}
             rows.append(self._args.out, rows.row(CHOICE, self._origin, **said))
 

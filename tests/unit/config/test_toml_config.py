@@ -317,14 +317,10 @@ def test_a_check_finds_the_source_of_each_value():
         assert found(loaded, *(Problem(key, "bad") for key in keys)) == [(source, key) for key in keys]
     assert found(loaded, Problem("a", "bad", source="b.txt")) == [("b.txt", "a")]
     assert loaded.apply(lambda config: config.training.steps) == 3
+    twice = found(resolve_text('training.steps = "many"'), Problem("training.steps", "bad"), Problem("x", "bad"))
+    assert [key for _, key in twice] == ["training.steps", "x"]
     with pytest.raises(ConfigError, match="stepz"):
         resolve_text("[training]\nstepz = 3\n").apply(lambda config: None)
-
-
-def test_a_key_is_not_complained_about_twice():
-    loaded = resolve_text('[training]\nsteps = "many"\n')
-    own = Problem("training.seq_len", "too long")
-    assert [key for _, key in found(loaded, Problem("training.steps", "bad"), own)] == ["training.steps", own.key]
 
 
 # The data loader of the second holds a function, which TOML cannot write.

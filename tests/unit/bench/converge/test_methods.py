@@ -4,7 +4,6 @@ import dataclasses
 import json
 
 import pytest
-import tomli
 
 from let_plugin.bench import rows
 from let_plugin.bench.converge import data_selection
@@ -101,16 +100,6 @@ def test_a_file_of_methods(planned, tmp_path):
     with pytest.raises(ConfigError) as error:
         read_file(file)
     assert [problem.key for problem in error.value.problems] == ["a.options", "b.option", "c.like"]
-
-
-def test_a_run_is_the_users_configuration_but_for_the_method(planned):
-    planner = planned("--methods let --training.steps 8 --metrics.enable_tensorboard")
-    plain, let = (tomli.loads(planner.run(method, (), 5).config) for method in planner.methods)
-    assert (plain["let"].pop("enable"), let["let"].pop("enable")) == (False, True)
-    assert {key for key in let if plain[key] != let[key]} <= {"dump_folder", "let"}
-    assert not plain["metrics"]["enable_tensorboard"] and not plain["checkpoint"]["enable"]
-    assert plain["validator"]["dataloader"]["dataset"] == "let_demo_validation"
-    assert plain["validator"]["test"]["dataset"] == "let_demo_test"
 
 
 def test_costs(planned, tmp_path):
