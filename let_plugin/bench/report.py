@@ -28,7 +28,6 @@ def write(files: Sequence[Path], out: Path) -> None:
         "figures": [charts.losses(frame.curves(suite)) for suite in gains],
         "gains": [(suite, tables.table(suite)[_BRINGS].drop(index=BASELINE)) for suite in gains],
         "costs": [_cost_overview(costs)] if costs else [],
-        # What is above of a suite, is not shown again.
         "suites": [(suite, [] if suite in gains else _figures(suite)) for suite in suites],
     }
     _write_page(out, title="LET: what it brings and what it costs", **content)

@@ -45,7 +45,8 @@ def examine(config: Trainer.Config, world_size: int | None) -> Facts:
         facts.terms = [TermFacts(term) for term in plan.terms(config.let)]
         for check in LET_CHECKS:
             facts.attempt(check, facts)
-        for check in TEACHER_CHECKS if facts.needs_teacher else [check_pairs]:
+        needs_teacher = any(of_term.term.has_teacher for of_term in facts.active_terms)
+        for check in TEACHER_CHECKS if needs_teacher else [check_pairs]:
             facts.attempt(check, facts)
         if plan.changes_the_start(config.let):
             for check in START_CHECKS:

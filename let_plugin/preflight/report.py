@@ -82,10 +82,6 @@ class Facts:
         return [term for term in self.terms if term.ended_at is None]
 
     @property
-    def needs_teacher(self) -> bool:
-        return any(facts.term.has_teacher for facts in self.active_terms)
-
-    @property
     def num_data_parallel(self) -> int | None:
         """Number of data-parallel ranks."""
         dims = self.parallel_dims
