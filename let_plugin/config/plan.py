@@ -129,8 +129,7 @@ def stop_step(config: "Trainer.Config", term: Term, num_data_parallel: int) -> i
         if stop > steps:
             raise ConfigError(Problem(f"{key}.stop_step", f"must be at most training.steps = {steps}", stop))
     else:
-        # The decimal number that was written: 0.29 of 100 steps is 29, though the nearest binary number is less.
-        stop = int(Fraction(str(_DEFAULT_STOP_FRACTION if let.stop_fraction is None else let.stop_fraction)) * steps)
+        stop = int(part(_DEFAULT_STOP_FRACTION if let.stop_fraction is None else let.stop_fraction, steps))
     if let.warmup_steps > stop:
         raise ConfigError(Problem(f"{key}.warmup_steps", f"must be at most the stop step, {stop}", let.warmup_steps))
     return 0 if let.weight == 0 and changes_the_start(config.let) else stop
@@ -156,7 +155,12 @@ def microbatch_rows(config: "Trainer.Config") -> int:
 
 def num_teacher_rows(let: LetConfig, num_rows: int) -> int:
     """On how many of a microbatch's rows the teacher runs: `let.teacher.rows` of them, rounded up."""
-    return math.ceil(Fraction(str(let.teacher.rows)) * num_rows)
+    return math.ceil(part(let.teacher.rows, num_rows))
+
+
+def part(share: float, num: int) -> Fraction:
+    """A share, as the decimal number that was written: 0.29 of 100 is 29, though the nearest binary number is less."""
+    return Fraction(str(share)) * num
 
 
 def teacher_rows(let: LetConfig, step: int, num_rows: int) -> slice:

@@ -39,11 +39,9 @@ def main(argv: Sequence[str]) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when the client is imported
     text = new_config(args.base, args.teacher)
     if args.out is None:
-        print(text, end="")
-        return
+        return print(text, end="")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(text, encoding="utf-8")
-    print(f"wrote {args.out}; let-train {args.out} --check says what the run will do")
 
 
 def new_config(base: str, teacher: str) -> str:

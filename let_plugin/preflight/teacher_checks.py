@@ -143,11 +143,8 @@ def check_vocabulary(facts: Facts) -> None:
     facts.vocabulary = ["the student's tokenizer and the teacher's agree token by token"]
 
 
-# Of `[let.init]`, which sets weights of a run from scratch
-
-
 def check_parts(facts: Facts) -> None:
-    """Whether the student has the layers that are to be set, and nothing else sets them."""
+    """Whether the student has the layers that `[let.init]` sets, and nothing else sets them."""
     parts, student, settings = facts.config.let.init.parts, facts.student, facts.config.checkpoint
     for key in ("initial_load_path", "initial_load_in_hf"):
         if settings.enable and (value := getattr(settings, key, None)):

@@ -15,7 +15,6 @@ import json
 import shlex
 import time
 from collections.abc import Iterator, Sequence
-from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -68,7 +67,7 @@ def run(args: argparse.Namespace, options: Sequence[str]) -> str:
     nll_D = {key: sums[:, 0] / sums[:, 1].clamp(min=1) for key, sums in sums_D2.items()}
     # Of equal scores the first ones.
     order_D = torch.argsort(nll_D["--reference"] - nll_D["let.teacher"], descending=True, stable=True)
-    kept = set(order_D[: num_kept(args.keep, len(order_D))].tolist())
+    kept = set(order_D[: max(1, int(plan.part(args.keep, len(order_D))))].tolist())
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with fsspec.open(str(args.out), "wt", encoding="utf-8", compression="infer") as file:
         for number, text in enumerate(_texts(config)):
@@ -82,11 +81,6 @@ def run(args: argparse.Namespace, options: Sequence[str]) -> str:
     documents = f"{len(kept):,} of {len(order_D):,} documents"
     took = f"{flops:.3g} FLOPs, {seconds:.0f} s"
     return f"wrote {args.out}: {documents}; mean NLL per token and document: {means}; {took}"
-
-
-def num_kept(share: float, num_documents: int) -> int:
-    """How many of the documents a share of them is, rounded down; at least one."""
-    return max(1, int(Fraction(str(share)) * num_documents))
 
 
 def _document_losses(config: Any, tokenizer: Any, source: Any) -> torch.Tensor:

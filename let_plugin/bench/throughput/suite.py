@@ -186,11 +186,8 @@ def missing_rounds(found: Sequence[rows.Row], labels: Sequence[str], pairs: int)
     return list(range(first, first + max(pairs - num_complete, 0)))
 
 
-# Teachers of a chosen size with random weights: for what a teacher costs, its weights do not matter.
-
-
 def teacher_shape(student: Student, share: float) -> dict[str, int]:
-    """A llama of a share of the student's size: its depth and width scaled by one factor.
+    """A llama of a share of the student's size, its depth and width scaled by one factor; its weights do not matter.
 
     `share` is N_T / N_S of the FLOP bound. The feed-forward network's width makes up for what rounding has changed.
     """

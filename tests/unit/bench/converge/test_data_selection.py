@@ -40,7 +40,6 @@ def test_the_documents_that_the_teacher_finds_easier(config_file, tmp_path, caps
     option = f"--let.teacher.spec '' --let.teacher.path {reference}"
     cli.main([*command, option, "--out", str(out)])
     assert f"wrote {out}: 4 of 8 documents" in capsys.readouterr().out
-    assert data_selection.num_kept(0.29, 100) == 29  # the share as it is written: the nearest binary number is less
 
     tokenizer = HuggingFaceTokenizer(tokenizer_path=TOKENIZER)
     documents = [torch.tensor(tokenizer.encode(text, add_bos=True, add_eos=True)) for text in texts]
