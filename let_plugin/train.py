@@ -27,6 +27,7 @@ Trains a torchtitan configuration, given as TOML, with or without Late-to-Early 
   --help [SECTION]     lists the options of the configuration, or of one of its sections: --help let
   --check              resolves and validates everything, prints the preflight report, trains nothing
   --print-config       prints the effective configuration as TOML, trains nothing
+  --log plain|titan    a line per logged step (plain) or torchtitan's own output; under torchrun: --runtime.log
   new                  writes a configuration to start from, with comments
 
 On N processes: torchrun --nproc-per-node N -m let_plugin.train CONFIG.toml ...
@@ -86,11 +87,10 @@ def train(config: "Trainer.Config", on_built: "Callable[[Trainer], None] | None"
     """Builds the trainer of a checked configuration, trains, and takes the process group down."""
     import torch
     from torchtitan.observability import structured_logger
-    from torchtitan.tools.logging import init_logger
 
-    from let_plugin.runtime import host
+    from let_plugin.runtime import console, host
 
-    init_logger()
+    console.show(config.runtime.log)
     structured_logger.init_structured_logger(
         source="training", output_dir=config.dump_folder, enable=config.debug.enable_structured_logging
     )

@@ -19,11 +19,11 @@ from torchtitan.trainer import Trainer
 from let_plugin.config import LetConfig, RuntimeConfig, plan
 from let_plugin.guidance.guidance import Guidance
 from let_plugin.guidance.initialization import initialize
-from let_plugin.guidance.metrics import Disagreement, JsonlLogger, Progress
-from let_plugin.guidance.signals import METRIC_OF_SIGNAL
+from let_plugin.guidance.metrics import VALIDATION_LOSS, Disagreement, JsonlLogger, StepLines
 from let_plugin.guidance.stopping import TermProgress
 from let_plugin.runtime import upstream
 from let_plugin.runtime.batch_extras import take_extras
+from let_plugin.runtime.console import STEPS
 from let_plugin.runtime.ending import CleanEnd
 
 # A mixin's attributes and `super()` calls are those of the trainer that it is mixed into.
@@ -44,16 +44,16 @@ class LetTrainerMixin(_Base):
         self.let: LetConfig = config.let
         self.terms = [TermProgress(self, term) for term in plan.terms(self.let)] if self.let.enable else []
         self.guidance: Guidance | None = None
-        self._logged_metrics: dict[str, float] = {}
-        self._progress = Progress(config.training.steps)
+        self._logs = upstream.logs_on_this_rank(self)
+        self._step_lines = StepLines(config.training.steps, [progress.term for progress in self.terms])
         self._disagreements = [Disagreement() for _ in self.terms]
         self._clean_end = CleanEnd(self)
 
         self.metrics_processor.logger = JsonlLogger(
             self.metrics_processor.logger,
-            os.path.join(config.dump_folder, "metrics.jsonl") if upstream.logs_on_this_rank(self) else None,
+            os.path.join(config.dump_folder, "metrics.jsonl") if self._logs else None,
             self._metrics,
-            self._after_validation,
+            self._after_logging,
         )
         initialize(self)
 
@@ -68,8 +68,6 @@ class LetTrainerMixin(_Base):
 
         if self.guidance is not None:
             self.guidance.finish_step()
-        if self.metrics_processor.should_log(self.step):
-            self._print_progress()
         self._clean_end.after_step()
 
     def _start_step(self, steps_taken: int) -> None:
@@ -123,14 +121,17 @@ class LetTrainerMixin(_Base):
             upstream.recapture_cuda_graph(self)
         gc.collect()  # torchtitan has switched off the automatic collection; FSDP's modules are in cycles
         utils.device_module.empty_cache()
-        text = f"{', '.join(term.name for term in terms)} has ended"
-        if is_last:
-            text = "the alignment has ended and the teacher is freed"
-        logger.info(f"LET: step {self.step}: {text}")
+        names = ", ".join(term.name for term in terms)
+        ended = "the alignment has ended and the teacher is freed" if is_last else f"{names} has ended"
+        logger.info(f"LET: step {self.step}: {ended}")
 
-    def _after_validation(self, loss: float, step: int) -> None:
-        for progress in self.terms:
-            progress.after_validation(loss, step)
+    def _after_logging(self, metrics: dict[str, Any], step: int) -> None:
+        """After a logged step or a validation, on every rank."""
+        if self._logs and self.config.runtime.log == "plain":  # else torchtitan has said it
+            self._step_lines.say(metrics, step)
+        if VALIDATION_LOSS in metrics:
+            for progress in self.terms:
+                progress.after_validation(metrics[VALIDATION_LOSS], step)
 
     def _metrics(self) -> dict[str, float]:
         if not self.let.enable:
@@ -142,24 +143,9 @@ class LetTrainerMixin(_Base):
             for progress, disagreement in zip(self.terms, self._disagreements, strict=True):
                 grad_cosine = metrics.get(progress.term.metric("grad_cosine"))
                 progress.after_gradients(grad_cosine, self.step)
-                if advice := disagreement.advice(grad_cosine):
-                    logger.warning(f"LET: step {self.step}: {advice}")
-        self._logged_metrics = metrics
+                if (advice := disagreement.advice(grad_cosine)) and self._logs:
+                    STEPS.warning(f"LET: step {self.step}: {advice}")
         return metrics
-
-    def _print_progress(self) -> None:
-        parts = [f"step {self.step}/{self.config.training.steps}", f"eta {self._progress.eta(self.step)}"]
-        metrics = self._logged_metrics
-        for term in (progress.term for progress in self.terms):
-            name = METRIC_OF_SIGNAL[term.config.signal]
-            if (value := metrics.get(term.metric(name))) is not None:
-                weight = f"{metrics[term.metric('lambda')]:.4g}"
-                parts.append(f"{term.name or 'lambda'} {weight}  {name.replace('_', ' ')} {value:.4f}")
-        if "let/teacher_tokens_per_second" in metrics:
-            parts.append(f"teacher {metrics['let/teacher_tokens_per_second']:,.0f} tokens/s")
-        if self.let.enable and not metrics.get("let/active"):
-            parts.append("alignment ended")
-        logger.info(f"LET: {'  '.join(parts)}" if self.let.enable else "  ".join(parts))
 
 
 @functools.cache  # one class per base, so that two configurations of one kind compare equal

@@ -128,14 +128,11 @@ class MLP(nn.Sequential):
     def __init__(self, in_width: int, out_width: int, *, hidden_width: int = 2048, seed: int = 0) -> None:
         if hidden_width < 1:
             raise ValueError("hidden_width must be at least 1")
-        generator = _generator(seed)
-        super().__init__(
-            _linear(in_width, hidden_width, generator),
-            nn.SiLU(),
-            _linear(hidden_width, hidden_width, generator),
-            nn.SiLU(),
-            _linear(hidden_width, out_width, generator),
-        )
+        # Drawn from a generator of its own all the same: torch's is put back.
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.default_generator.manual_seed(seed)
+            first, middle = nn.Linear(in_width, hidden_width), nn.Linear(hidden_width, hidden_width)
+            super().__init__(first, nn.SiLU(), middle, nn.SiLU(), nn.Linear(hidden_width, out_width))
 
 
 class Orthogonal(nn.Module):
@@ -267,14 +264,6 @@ def _interpolation(in_width: int, out_width: int, *, align_corners: bool = False
 
 def _generator(seed: int) -> torch.Generator:
     return torch.Generator(device="cpu").manual_seed(seed)
-
-
-def _linear(in_width: int, out_width: int, generator: torch.Generator) -> nn.Linear:
-    """nn.Linear with its own distribution of initial values, drawn with this generator."""
-    layer = nn.utils.skip_init(nn.Linear, in_width, out_width, device="cpu")
-    for parameter in layer.parameters():
-        nn.init.uniform_(parameter, -(in_width**-0.5), in_width**-0.5, generator=generator)
-    return layer
 
 
 register_dimension_match("interpolate", Interpolate)

@@ -34,9 +34,6 @@ class Registry(Generic[T]):
             raise LookupError(f"unknown {self._kind} {name!r}; {suggest(name, self._entries)}")
         return self._entries[name]
 
-    def unregister(self, name: str) -> None:
-        del self._entries[name]
-
     def __iter__(self) -> Iterator[str]:
         self._load_entry_points()
         return iter(sorted(self._entries))

@@ -58,14 +58,15 @@ class Tap:
         model: nn.Module,
         places: Sequence[str],
         num_sums: int,
-        device: torch.device,
         *,
+        device: torch.device,
         name: str = "",
         context: Context = nullcontext,
+        own_share: torch.Tensor | None = None,
     ) -> None:
         self.kwarg = TARGET_KWARG + name
         self.coefficient = torch.zeros((), dtype=torch.float32, device=device)
-        self.own_share: torch.Tensor | None = None
+        self.own_share = own_share
         self.metric_sums = torch.zeros(num_sums, dtype=torch.float32, device=device)
         self.gradient_sums = torch.zeros(3, dtype=torch.float32, device=device)
         # Buffers: before its first step a pipeline runs a microbatch to learn the shapes, and then puts the buffers
@@ -159,20 +160,12 @@ class Tap:
 class AlignmentTap(Tap):
     """Adds the gradients of pairs to the outputs of `model.layers`.
 
-    Arguments as those of Tap, with `pairs`: name of a block -> its functions. `measured` must be the deepest aligned
+    Options as those of Tap. `pairs`: name of a block -> its functions. `measured` must be the deepest aligned
     block: at the others, the arriving gradient contains the alignment of deeper ones.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        pairs: Mapping[str, Sequence[PairFunction]],
-        device: torch.device,
-        *,
-        name: str = "",
-        context: Context = nullcontext,
-    ) -> None:
-        super().__init__(model, list(pairs), sum(map(len, pairs.values())), device, name=name, context=context)
+    def __init__(self, model: nn.Module, pairs: Mapping[str, Sequence[PairFunction]], **options: Any) -> None:
+        super().__init__(model, list(pairs), sum(map(len, pairs.values())), **options)
         self._waiting: set[str] = set()  # blocks that have not seen the target yet
         first = 0
         for block, functions in pairs.items():
@@ -206,22 +199,14 @@ class LogitTap(Tap):
     """Adds a gradient to the logits of `model.lm_head`, if this part of the model has one.
 
     A chunked loss calls the head for one part of the sequence after the other, after the model's forward pass.
-    Arguments as those of Tap.
+    Options as those of Tap.
     """
 
     PLACE = "lm_head"
 
-    def __init__(
-        self,
-        model: nn.Module,
-        function: PairFunction,
-        device: torch.device,
-        *,
-        name: str = "",
-        context: Context = nullcontext,
-    ) -> None:
+    def __init__(self, model: nn.Module, function: PairFunction, **options: Any) -> None:
         head: Any = model.lm_head
-        super().__init__(model, [self.PLACE] if head is not None else [], 1, device, name=name, context=context)
+        super().__init__(model, [self.PLACE] if head is not None else [], 1, **options)
         self._function = function
         self._num_seen = 0  # positions whose logits have been made
         if head is not None:

@@ -105,7 +105,8 @@ def _insert(tables: dict[str, Any], key: str, argument: Argument) -> bool:
 
 
 def _key(option: str) -> str:
-    return option.removeprefix("--").replace("-", "_")
+    key = option.removeprefix("--").replace("-", "_")
+    return "runtime.log" if key == "log" else key
 
 
 def _toml_value(text: str) -> Any:

@@ -5,6 +5,7 @@ overlay the fields of what it returns. `read` comes first and imports neither to
 """
 
 import importlib
+import logging
 import os
 import sys
 import sysconfig
@@ -128,6 +129,9 @@ def resolve(source: Source) -> Loaded:
     options, problems = command_line.parse(cli, command_line.choices(config))
     on_top = Overlay(command_line.SOURCE)
     config = on_top.configuration(_without_stops(config, options), options)
+    key, settings = "checkpoint.initial_load_model_only", config.checkpoint
+    if any(_is_given(key, given) for given in (tables, options)) and not getattr(settings, "initial_load_path", True):
+        logging.getLogger().warning(f"LET: {key} has no effect without its initial_load_path")
     return Loaded(config, base, file, tables, options, [*overlay.problems, *problems, *on_top.problems])
 
 

@@ -48,8 +48,8 @@ class Term:
         return self.config.signal != "labels"
 
     def metric(self, name: str) -> str:
-        """The name of one of its metrics."""
-        return f"let/{self.name}/{name}" if self.name else f"let/{name}"
+        """The name of one of its metrics. TensorBoard makes a folder of what is before the first slash."""
+        return f"let.{self.name}/{name}" if self.name else f"let/{name}"
 
 
 def terms(let: LetConfig) -> list[Term]:

@@ -9,10 +9,14 @@ from annotated_types import Ge, Gt, Interval
 
 @dataclass(kw_only=True, slots=True)
 class RuntimeConfig:
-    """The `[runtime]` table: where the run executes."""
+    """The `[runtime]` table: where the run executes, and what it says."""
 
     device: Literal["auto", "cpu"] = "auto"
     """"auto": the accelerator that torch reports, else the CPU. "cpu": the CPU (gloo) in any case."""
+
+    log: Literal["plain", "titan"] = "plain"
+    """What the console says. "plain": a line for each logged step, for people. "titan": torchtitan's own
+    output. `--log` is short for `--runtime.log`."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -152,7 +156,7 @@ class TermConfig:
     head. "labels": the cross-entropy of each block's output through the student's own head; it needs no teacher."""
 
     name: str = ""
-    """Names the term in metrics, as in let/NAME/lambda. Empty: its signal, with a number if others have the same."""
+    """Names the term in metrics, as in let.NAME/lambda. Empty: its signal, with a number if others have the same."""
 
     weight: Annotated[float, Ge(0)] = 0.1
     """lambda0, the weight of the term at step 0 (0.1: best of the paper's grid 0.01 ... 3)."""

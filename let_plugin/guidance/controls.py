@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from let_plugin.teacher.base import StateProvider, States, Teacher
+from let_plugin.teacher.base import StateProvider, States
 
 
 @torch.no_grad()
@@ -70,14 +70,7 @@ class ShuffledStates(StateProvider):
         self._seed = seed
         self._step = 0
         self._microbatch = 0
-        self.make_extras = inner.make_extras
-
-    @property
-    def teacher(self) -> Teacher | None:  # type: ignore[override]
-        return self._inner.teacher
-
-    def replace_teacher(self, teacher: Teacher | None) -> None:
-        self._inner.replace_teacher(teacher)
+        self.make_extras, self.teacher = inner.make_extras, inner.teacher
 
     def start_step(self, step: int) -> None:
         self._step, self._microbatch = step, 0

@@ -6,7 +6,6 @@ the ranks whose stage meets the teacher's states have a teacher; the others take
 Shape legend: B batch, L sequence, E teacher width, S the part of the sequence that this rank's block output covers.
 """
 
-import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -27,7 +26,7 @@ from let_plugin.guidance.signals import Signal
 from let_plugin.guidance.stopping import TermProgress
 from let_plugin.runtime import checkpoint
 from let_plugin.runtime.batch_extras import BatchExtras
-from let_plugin.teacher.base import StateProvider, Teacher, TeacherInfo, TeacherSource, num_blocks_to
+from let_plugin.teacher.base import StateProvider, Teacher, TeacherInfo, TeacherSource
 from let_plugin.teacher.open import make_provider, open_source, open_teacher
 from let_plugin.teacher.sharding import TargetProvider, TeacherShare, teacher_parallel_dims
 from let_plugin.teacher.stored.features import Features
@@ -51,7 +50,6 @@ class Guidance:
         self._trainer = trainer
         self._steps_taken = steps_taken
         self._provider: TargetProvider | None = None
-        self._layers: list[int | str] = []  # that the teacher of this rank returns
         self._extras: BatchExtras | None = None
         self._center: RunningMean | None = None
         self._num_accumulations_left = 0
@@ -59,7 +57,7 @@ class Guidance:
         self._num_targets: torch.Tensor | None = None  # of them, this data-parallel rank's, until they are reduced
         self._timer = DeviceTimer(device)
 
-        self._source = open_source(config.let.teacher) if any(p.term.has_teacher for p in progress) else None
+        source = open_source(config.let.teacher) if any(p.term.has_teacher for p in progress) else None
         # All ranks of the job communicate here, in this order. Only then a rank that meets no state may skip the
         # teacher, whose building is collective among the ranks of one pipeline stage alone.
         self._teacher_dims = teacher_parallel_dims(dims, tensor_parallel=config.let.teacher.tensor_parallel)
@@ -67,18 +65,18 @@ class Guidance:
         of_head = any(p.term.config.signal == "logits" for p in progress)
         self._share = TeacherShare(config, dims, device, of_head=of_head)
         # The numbers of the pairs, and the places of the layers, are the same when some terms have ended.
-        depth = self._source.info.num_layers if self._source else None
+        depth = source.info.num_layers if source else None
         pairs = [
             [] if term.has_teacher and depth is None else plan.pairs(config, term, depth)
             for term in plan.terms(config.let)
         ]
         firsts = [sum(map(len, pairs[:i])) for i in range(len(pairs))]
         self.signals = [Signal(trainer, p, pairs[p.term.index], firsts[p.term.index], self._keep) for p in progress]
-        if self._source is not None:
+        if source is not None:
             of_teacher = [pair for term in plan.teacher_terms(config.let) for pair in pairs[term.index]]
-            self._center = self._make_center(self._source.info, of_teacher)
+            self._center = self._make_center(source.info, of_teacher)
             if self._own_pairs():
-                self._add_teacher(self._source, of_teacher)
+                self._add_teacher(source, of_teacher)
 
     def _own_pairs(self) -> list[LayerPair]:
         """Of this rank, those that the teacher is needed for."""
@@ -86,8 +84,10 @@ class Guidance:
 
     def _add_teacher(self, source: TeacherSource | Features, pairs: Sequence[LayerPair]) -> None:
         config, device = self._trainer.config, self._trainer.device
-        self._layers = layers = plan.teacher_layers(self._own_pairs())
-        states = self._with_control(self._make_states(source, layers))
+        layers = plan.teacher_layers(self._own_pairs())
+        arguments: Any = {"config": config, "device": device, "parallel_dims": self._teacher_dims, "layers": layers}
+        states = make_provider(source, student_tokenizer=self._trainer.tokenizer, **arguments)
+        states = self._with_control(states)
         places = self._channels(source.info, plan.teacher_layers(pairs))
         channels_E = torch.cat([torch.arange(places[i].start, places[i].stop, device=device) for i in layers])
         self._provider = TargetProvider(
@@ -104,16 +104,6 @@ class Guidance:
             teacher = source if isinstance(source, TeacherSource) else open_teacher(config.let.teacher)
             channels = self._channels(source.info, layers)[source.info.num_layers - 1]
             signal.attach_logits(Distillation(self._trainer, signal.term, teacher, self._teacher_dims, channels))
-
-    def _make_states(self, source: TeacherSource | Features, layers: Sequence[int | str]) -> StateProvider:
-        return make_provider(
-            source,
-            config=self._trainer.config,
-            student_tokenizer=self._trainer.tokenizer,
-            device=self._trainer.device,
-            parallel_dims=self._teacher_dims,
-            layers=layers,
-        )
 
     def start_step(self, *, measures: bool = False) -> None:
         """Before a step's first microbatch; whether its metrics compare the gradients."""
@@ -205,7 +195,7 @@ class Guidance:
         deepest block, or the logits; the student's own includes what arrives there of other terms.
         """
         common = torch.zeros(4, dtype=torch.float64, device=self._trainer.device)
-        common[1] = self._timer.pop()
+        common[1] = sum(self._timer.pop())
         if self._provider is not None:
             common[0], common[2:] = self._provider.num_tokens, self._provider.coverage
             self._provider.num_tokens = 0
@@ -227,27 +217,15 @@ class Guidance:
         return metrics
 
     def end(self, terms: Sequence[plan.Term]) -> None:
-        """Lets go of terms, but not of all, and of what of the teacher the others do not need."""
+        """Lets go of terms, but not of all, and of the teacher if no other needs it."""
         indices = {term.index for term in terms}
         for signal in self.signals:
             if signal.term.index in indices:
                 signal.remove()
                 self._forget(signal.kept)
         self.signals = [signal for signal in self.signals if signal.term.index not in indices]
-        layers, provider = plan.teacher_layers(self._own_pairs()), self._provider
-        if provider is None:
-            return
-        if not layers:
+        if not self._own_pairs():
             self._remove_teacher()
-        elif provider.states.teacher is not None and num_blocks_to(layers) < num_blocks_to(self._layers):
-            # The deepest layers come last: those that stay are where they were.
-            self._layers = [layer for layer in self._layers if num_blocks_to([layer]) <= num_blocks_to(layers)]
-            provider.states.replace_teacher(None)
-            gc.collect()  # torchtitan has switched off the automatic collection; FSDP's modules are in cycles
-            assert self._source is not None
-            provider.states.replace_teacher(self._with_control(self._make_states(self._source, self._layers)).teacher)
-            channels = self._channels(self._source.info, self._layers)
-            provider.center_channels_E = provider.center_channels_E[: channels[self._layers[-1]].stop]
 
     def remove(self) -> None:
         """Leaves no trace on the student, its trainer and its checkpoints."""

@@ -20,7 +20,7 @@ from torchtitan.trainer import Trainer
 
 from let_plugin.alignment.losses import Alignment
 from let_plugin.alignment.tap import PairFunction
-from let_plugin.guidance.projectors import sum_placements
+from let_plugin.guidance.projectors import summed, whole
 
 _CHUNK = 2048  # tokens whose logits are there at the same time
 
@@ -68,7 +68,7 @@ class AuxiliaryHead:
         """Gathers the weights for this step and clears the gradients."""
         for name, weight in self._weights.items():
             if self._parameters:
-                weight.copy_(_whole(self._parameters[name]))
+                weight.copy_(whole(self._parameters[name].detach()))
             if self._pipeline is not None:
                 dist.broadcast(weight, self._owner, group=self._pipeline)
             self._gradients[name].zero_()
@@ -90,11 +90,9 @@ class AuxiliaryHead:
         for name, parameter in self._parameters.items():
             if not parameter.requires_grad:
                 continue  # frozen by the student's own settings
-            gradient = self._gradients[name]
+            gradient = summed(self._gradients[name], parameter, self._sequence_parallel)
             if isinstance(parameter, DTensor):
-                placements = sum_placements(parameter, self._sequence_parallel)
-                partial = DTensor.from_local(gradient, parameter.device_mesh, placements, run_check=False)
-                gradient = partial.redistribute(placements=parameter.placements)
+                gradient = gradient.redistribute(placements=parameter.placements)
             assert parameter.grad is not None
             parameter.grad.add_(gradient.to(parameter.grad.dtype))  # in place: a captured step writes to this address
 
@@ -123,8 +121,3 @@ class AuxiliaryHead:
         normed_TD = torch.func.functional_call(self._norm, norm, (hidden_TD,))
         logits_TV = F.linear(normed_TD, cast["lm_head.weight"], cast.get("lm_head.bias"))
         return F.cross_entropy(logits_TV.float(), labels_T, ignore_index=IGNORE_INDEX, reduction="sum")
-
-
-def _whole(parameter: torch.Tensor) -> torch.Tensor:
-    parameter = parameter.detach()
-    return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).float()

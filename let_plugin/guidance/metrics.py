@@ -1,25 +1,41 @@
-"""LET's numbers, through torchtitan's metrics processor to TensorBoard and W&B, and to `metrics.jsonl`."""
+"""LET's numbers, through torchtitan's metrics processor to TensorBoard and W&B, `metrics.jsonl` and the console."""
 
 import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from statistics import fmean
 from typing import Any, TextIO
 
 import torch
 from torchtitan.components.metrics import BaseLogger
 
-_VALIDATION_LOSS = "validation_metrics/loss"
+from let_plugin.config.plan import Term
+from let_plugin.guidance.signals import METRIC_OF_SIGNAL
+from let_plugin.runtime.console import STEPS
+from let_plugin.runtime.held_out import TEST_LOSS
+
+LOSS, VALIDATION_LOSS = "loss_metrics/global_avg_loss", "validation_metrics/loss"
+# What the console says of a logged step or a validation.
+_SHOWN = {
+    LOSS: "loss {:.4f}",
+    VALIDATION_LOSS: "validation loss {:.4f}",
+    TEST_LOSS: "test loss {:.4f}",
+    "grad_norm": "grad norm {:<5.3g}",
+    "throughput(tps)": "{:,.0f} tokens/s{}",
+    "memory/max_reserved(GiB)": "{:.2f} GiB",
+}
 
 
 class JsonlLogger(BaseLogger):
     """Adds LET's metrics to torchtitan's, hands them all on, and writes each logged step as one line of JSON.
 
-    A run that resumes continues its file without the lines after its checkpoint. What is not finite is null.
-    `extra_metrics`, of a logged training step, and `on_validation`, with its loss and step, are called on every rank
-    (they may communicate), also where `path` is None: on the ranks that do not write.
+    A run that resumes continues its file without the lines after its checkpoint; one that begins anew leaves the file
+    of the run before it, under another name. What is not finite is null. `extra_metrics`, of a logged training step,
+    and `on_logged`, with all metrics of a step or a validation and the step, are called on every rank (they may
+    communicate), also where `path` is None: on the ranks that do not write.
     """
 
     def __init__(
@@ -27,25 +43,24 @@ class JsonlLogger(BaseLogger):
         inner: BaseLogger,
         path: str | None,
         extra_metrics: Callable[[], dict[str, float]],
-        on_validation: Callable[[float, int], None] = lambda loss, step: None,
+        on_logged: Callable[[dict[str, Any], int], None] = lambda metrics, step: None,
     ) -> None:
         self._inner = inner
         self._extra_metrics = extra_metrics
-        self._on_validation = on_validation
+        self._on_logged = on_logged
         self._path = path
         self._file: TextIO | None = None
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
-        if "loss_metrics/global_avg_loss" in metrics:
+        if LOSS in metrics:
             metrics = {**metrics, **self._extra_metrics()}
-        elif _VALIDATION_LOSS in metrics:
-            self._on_validation(metrics[_VALIDATION_LOSS], step)
         self._inner.log(metrics, step)
+        self._on_logged(metrics, step)
         if self._path is None:
             return
         if self._file is None:
             os.makedirs(os.path.dirname(self._path), exist_ok=True)
-            _drop_lines_from(self._path, step, is_validation=_VALIDATION_LOSS in metrics)
+            _drop_lines_from(self._path, step, is_validation=VALIDATION_LOSS in metrics)
             self._file = open(self._path, "a", buffering=1)  # noqa: SIM115  # a killed run keeps what it logged
         line = {"step": step, "time": time.time(), **metrics}
         line = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in line.items()}
@@ -68,45 +83,48 @@ def _drop_lines_from(path: str, step: int, *, is_validation: bool) -> None:
                 logged = json.loads(line)
             except ValueError:
                 continue  # cut off when the run was killed
-            is_before = logged["step"] == step and is_validation and _VALIDATION_LOSS not in logged
+            is_before = logged["step"] == step and is_validation and VALIDATION_LOSS not in logged
             if logged["step"] < step or is_before:
                 kept.append(line)
+    if not kept:
+        older = time.strftime("metrics-%Y%m%d-%H%M%S.jsonl", time.localtime(os.path.getmtime(path)))
+        os.replace(path, os.path.join(os.path.dirname(path), older))
+        STEPS.info(f"LET: {path} was that of an earlier run, and is {older} now")
+        return
     with open(f"{path}.new", "w") as file:
         file.writelines(kept)
     os.replace(f"{path}.new", path)
 
 
 class DeviceTimer:
-    """Seconds that the device spends in a region, without making the host wait for it before `pop`."""
+    """Marks the device's time at the ends of regions, without making the host wait for it before `pop`."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._seconds = 0.0
-        self._started = 0.0
-        self._events: list[tuple[torch.Event, torch.Event]] = []
+        self._marks: list[Any] = []
 
-    def __enter__(self) -> "DeviceTimer":
+    def mark(self) -> None:
+        """Notes the time; on an accelerator by an event on its stream."""
         if self._device.type == "cpu":
-            self._started = time.perf_counter()
+            self._marks.append(time.perf_counter())
         else:
-            start, end = (torch.Event(self._device, enable_timing=True) for _ in range(2))
-            start.record()
-            self._events.append((start, end))
-        return self
+            self._marks.append(torch.Event(self._device, enable_timing=True))
+            self._marks[-1].record()
+
+    __enter__ = mark
 
     def __exit__(self, *_: object) -> None:
-        if self._device.type == "cpu":
-            self._seconds += time.perf_counter() - self._started
-        else:
-            self._events[-1][1].record()
+        self.mark()
 
-    def pop(self) -> float:
-        """Seconds since the last call; waits for the device."""
-        if self._events:
-            self._events[-1][1].synchronize()
-            self._seconds += sum(start.elapsed_time(end) for start, end in self._events) / 1000
-        seconds, self._seconds, self._events = self._seconds, 0.0, []
-        return seconds
+    def pop(self) -> list[float]:
+        """Seconds of each region since the last call; waits for the device."""
+        regions = list(zip(self._marks[::2], self._marks[1::2], strict=True))
+        self._marks = []
+        if self._device.type == "cpu":
+            return [end - start for start, end in regions]
+        if regions:
+            regions[-1][1].synchronize()
+        return [start.elapsed_time(end) / 1000 for start, end in regions]
 
 
 class Disagreement:
@@ -115,34 +133,52 @@ class Disagreement:
     PATIENCE = 5
 
     def __init__(self) -> None:
-        self._in_a_row = 0
-        self._sum = 0.0
+        self._in_a_row: list[float] = []
 
     def advice(self, grad_cosine: float | None) -> str | None:
         """What to tell the user after a measurement (None: there was none), once; None if there is nothing to say."""
-        if grad_cosine is None or self._in_a_row == self.PATIENCE:
+        if grad_cosine is None or len(self._in_a_row) == self.PATIENCE:
             return None
-        self._in_a_row, self._sum = (self._in_a_row + 1, self._sum + grad_cosine) if grad_cosine < 0 else (0, 0.0)
-        if self._in_a_row < self.PATIENCE:
+        self._in_a_row = [*self._in_a_row, grad_cosine] if grad_cosine < 0 else []
+        if len(self._in_a_row) < self.PATIENCE:
             return None
         return (
             f"the teacher works against the student: in the last {self.PATIENCE} measurements the gradient of the "
-            f"alignment pointed away from that of the student's loss (mean cosine {self._sum / self.PATIENCE:.3f}). "
+            f"alignment pointed away from that of the student's loss (mean cosine {fmean(self._in_a_row):.3f}). "
             "Stop the alignment earlier (let.stop_step), lower let.weight, or take another teacher"
         )
 
 
-class Progress:
-    """Time to the end of the run, from the pace since the last logged step."""
+class StepLines:
+    """What the console says of each logged step and each validation, in one line."""
 
-    def __init__(self, total_steps: int) -> None:
-        self._total_steps = total_steps
+    def __init__(self, num_steps: int, terms: Sequence[Term]) -> None:
+        self._num_steps, self._terms = num_steps, terms
+        self._per_rank = " per rank" if torch.distributed.get_world_size() > 1 else ""  # as in metrics.jsonl
         self._last: tuple[int, float] | None = None
 
+    def say(self, metrics: Mapping[str, Any], step: int) -> None:
+        parts = [form.format(metrics[key], self._per_rank) for key, form in _SHOWN.items() if key in metrics]
+        if LOSS in metrics:
+            parts = [parts[0], *self._of_terms(metrics), *parts[1:], f"eta {self.eta(step)}"]
+        STEPS.info("  ".join([f"step {step:{len(str(self._num_steps))}}/{self._num_steps}", *parts]))
+
+    def _of_terms(self, metrics: Mapping[str, float]) -> list[str]:
+        """Of each term its weight and what it measures, or that it has ended."""
+        said = []
+        for term in self._terms:
+            name = METRIC_OF_SIGNAL[term.config.signal]
+            if (value := metrics.get(term.metric(name))) is None:
+                said.append(f"{term.name or 'LET'} ended")
+            else:
+                weight = f"{term.name or 'lambda'} {metrics[term.metric('lambda')]:<6.4g}"
+                said.append(f"{weight}  {name.replace('_', ' ')} {value: .4f}")
+        return said
+
     def eta(self, step: int) -> str:
-        """`h:mm:ss` until the last step when `step` steps are done; a dash until the pace is known."""
+        """`h:mm:ss` until the last step, at the pace since the last logged one; a dash until the pace is known."""
         now = time.monotonic()
         last, self._last = self._last, (step, now)
         if last is None or step <= last[0]:
             return "-"
-        return str(timedelta(seconds=round((now - last[1]) / (step - last[0]) * (self._total_steps - step))))
+        return str(timedelta(seconds=round((now - last[1]) / (step - last[0]) * (self._num_steps - step))))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torchtitan.trainer import Trainer
 
 from let_plugin.alignment.pair import PairAlignment
@@ -53,7 +53,7 @@ class LearnedProjector(Stateful):
         self._module = nn.Module()  # holds the parameters, flat: dots are not allowed in their names
         self._names = {name: name.replace(".", "__") for name, _ in pair.match.named_parameters()}
         like = _dense_parameter(part.get_submodule(f"layers.{block}"))
-        self._sum_placements = sum_placements(like, config.parallelism.enable_sequence_parallel)
+        self._sequence_parallel = config.parallelism.enable_sequence_parallel
         for name, initial in pair.match.named_parameters():
             weight = initial.detach().float()
             self._module.register_parameter(self._names[name], nn.Parameter(_distribute(weight, like)))
@@ -73,18 +73,16 @@ class LearnedProjector(Stateful):
         self._optimizers.zero_grad()
         for name, flat in self._names.items():
             parameter = self._module.get_parameter(flat).detach()
-            self.weights[name].copy_(parameter.full_tensor() if isinstance(parameter, DTensor) else parameter)
+            self.weights[name].copy_(whole(parameter))
             self._gradients[name].zero_()
 
     def reduce(self) -> None:
         """After the last microbatch: sums the gradients over the ranks, where the student's clipping finds them."""
         for name, flat in self._names.items():
-            parameter, gradient = self._module.get_parameter(flat), self._gradients[name]
-            if isinstance(parameter, DTensor):
-                partial = DTensor.from_local(gradient, parameter.device_mesh, self._sum_placements, run_check=False)
-                parameter.grad = partial.redistribute(placements=parameter.placements)
-            else:
-                parameter.grad = gradient.clone()
+            parameter: Any = self._module.get_parameter(flat)
+            gradient = summed(self._gradients[name], parameter, self._sequence_parallel)
+            is_cut = isinstance(gradient, DTensor)
+            parameter.grad = gradient.redistribute(placements=parameter.placements) if is_cut else gradient.clone()
 
     def finish_step(self) -> None:
         """Takes the optimizer step, after the gradients have been clipped."""
@@ -124,8 +122,8 @@ class FittedProjector:
         self._match = pair.match
         self._pair = pair
         self._part = part
-        self._like = _dense_parameter(part.get_submodule(f"layers.{block}"))
-        self._sum_placements = sum_placements(self._like, config.parallelism.enable_sequence_parallel)
+        self.like = _dense_parameter(part.get_submodule(f"layers.{block}"))
+        self._sequence_parallel = config.parallelism.enable_sequence_parallel
         width, in_width = pair.match.weight.shape
         num_products = width + in_width if pair.match.wants_squares else width
         self._products = pair.match.weight.new_zeros(num_products, in_width)
@@ -137,9 +135,8 @@ class FittedProjector:
 
     def reduce(self) -> None:
         """After the last microbatch: sums over the ranks."""
-        if self._pair.products is not None and isinstance(self._like, DTensor):
-            partial = DTensor.from_local(self._products, self._like.device_mesh, self._sum_placements, run_check=False)
-            self._products.copy_(partial.full_tensor())
+        if self._pair.products is not None:
+            self._products.copy_(whole(summed(self._products, self.like, self._sequence_parallel)))
 
     @torch.no_grad()
     def finish_step(self) -> None:
@@ -164,7 +161,6 @@ class FittedThenLearned(LearnedProjector):
         super().__init__(pair, part, block, config, **kwargs)
         self._fitted = FittedProjector(pair, part, block, config, index=f"{kwargs['index']}_fit")
         self._match: Any = pair.match
-        self._like = _dense_parameter(part.get_submodule(f"layers.{block}"))
         self._fits = False
 
     def start_step(self, step: int) -> None:
@@ -182,7 +178,8 @@ class FittedThenLearned(LearnedProjector):
         super().finish_step()  # without a gradient in a step that fits
         self._fitted.finish_step()
         if self._fits:
-            self._module.get_parameter("weight").detach().copy_(_distribute(self._match.weight.detach(), self._like))
+            weight = _distribute(self._match.weight.detach(), self._fitted.like)
+            self._module.get_parameter("weight").detach().copy_(weight)
 
     def remove(self) -> None:
         super().remove()
@@ -218,12 +215,17 @@ def _distribute(weight: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(weight, like.device_mesh, placements, src_data_rank=None)
 
 
-def sum_placements(like: torch.Tensor, sequence_parallel: bool) -> list[Placement]:
-    """How a sum over this rank's tokens lies on the mesh of `like`: to be added up, but for replicas."""
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def summed(own: torch.Tensor, like: torch.Tensor, sequence_parallel: bool) -> Any:
+    """A sum over this rank's tokens as one over those of all ranks of the mesh of `like`; itself if that has none."""
     if not isinstance(like, DTensor):
-        return []
+        return own
     names = like.device_mesh.mesh_dim_names or ()
-    return [Replicate() if name == "tp" and not sequence_parallel else Partial() for name in names]
+    placements = [Replicate() if name == "tp" and not sequence_parallel else Partial() for name in names]
+    return DTensor.from_local(own, like.device_mesh, placements, run_check=False)
 
 
 def _optimizer_config(config: Trainer.Config, projector: ProjectorConfig) -> OptimizersContainer.Config:

@@ -93,7 +93,7 @@ class Signal:
     def attach_logits(self, distillation: Distillation) -> None:
         """Draws the student's predictions to the teacher's."""
         for part in self._trainer.model_parts:
-            self._add_tap(LogitTap(part, distillation, **self._tap_options()))
+            self.taps.append(LogitTap(part, distillation, **self._tap_options()))
 
     def start_step(self, *, measures: bool) -> None:
         """Before a step's first microbatch; whether its metrics compare the two gradients."""
@@ -174,15 +174,12 @@ class Signal:
             pairs: dict[str, list[PairFunction]] = {}
             for i in indices:
                 pairs.setdefault(str(self.pairs[i].student), []).append(make_pair(i, part))
-            self._add_tap(AlignmentTap(part, pairs, **self._tap_options()))
+            self.taps.append(AlignmentTap(part, pairs, **self._tap_options()))
 
     def _tap_options(self) -> dict[str, Any]:
         # What is added stays on this rank: torchtitan's check of how tensors are sharded does not apply to it.
-        return {"device": self._trainer.device, "name": self._name, "context": spmd.no_typecheck}
-
-    def _add_tap(self, tap: Tap) -> None:
-        tap.own_share = self._own_share
-        self.taps.append(tap)
+        own = {"name": self._name, "context": spmd.no_typecheck, "own_share": self._own_share}
+        return {"device": self._trainer.device, **own}
 
     def _pair(self, index: int, part: nn.Module, channels: slice) -> PairFunction:
         trainer, pair, term = self._trainer, self.pairs[index], self.term

@@ -56,11 +56,10 @@ def _export(args: argparse.Namespace) -> None:
     import torch
     from torchtitan.distributed import utils as dist_utils
     from torchtitan.tools import utils
-    from torchtitan.tools.logging import init_logger
 
     from let_plugin.preflight import export_rows
     from let_plugin.preflight.export_plan import Plan
-    from let_plugin.runtime import data
+    from let_plugin.runtime import console, data
 
     data.register()
     plan = loaded.apply(lambda config: Plan.make(config, args, int(os.environ["WORLD_SIZE"])))
@@ -69,7 +68,7 @@ def _export(args: argparse.Namespace) -> None:
     if args.check:
         return
     plan.check_folder()
-    init_logger()
+    console.show(source.runtime.log)
     utils.device_module.set_device(utils.get_local_device())
     dist_utils.init_distributed(plan.config.comm, base_folder=plan.config.dump_folder)
     try:

@@ -30,6 +30,8 @@ import torch.nn.functional as F
 from spmd_types.runtime import get_partition_spec
 from torch.distributed.tensor import DTensor
 
+from let_plugin.runtime import console
+
 if TYPE_CHECKING:
     from torchtitan.protocols.model_spec import ModelSpec
 
@@ -42,6 +44,7 @@ def set_up(device: Literal["auto", "cpu"] = "auto") -> torch.device:
     Without torchrun the process becomes rank 0 of 1; no environment variable is needed.
     """
     _set_single_process_environment()
+    console.quiet()
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if device == "auto" and accelerator is not None:
         return accelerator

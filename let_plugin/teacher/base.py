@@ -172,10 +172,6 @@ class StateProvider(ABC):
     def start_step(self, step: int) -> None:  # noqa: B027
         """Before the first microbatch of step `step` (0-based)."""
 
-    def replace_teacher(self, teacher: Teacher | None) -> None:
-        """Takes another teacher, whose states are the first channels of this one's, or none until the next call."""
-        self.teacher = teacher
-
     @abstractmethod
     def states(self, batch: Mapping[str, torch.Tensor], student_masks: Any = None) -> States:
         """The states of all tokens of "input"; `student_masks` as in Teacher.forward.

@@ -10,6 +10,7 @@ hooks as "inductor" does without generating code; `test_reference.py` has compil
 import json
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from let_plugin.alignment.projectors import LearnedLinear
 from tests.support import jobs, reference
@@ -179,6 +180,7 @@ def toml(folder, teacher, layout, compiled, checkpointing):
     text += "".join(table(name, values) for name, values in other_settings(layout).items())
     text += table("compile", {"enable": compiled, "backend": "aot_eager"})
     text += table("activation_checkpoint", {"type": checkpointing})
+    text += table("metrics", {"enable_tensorboard": "PP" in layout})
     if "ZeroBubble" in layout:
         # With torchtitan's chunked loss, the final norm gets no gradient under zero-bubble schedules, LET or not.
         text += table("loss", {"type": "CrossEntropyLoss"})
@@ -195,6 +197,7 @@ class Matrix:
         self._start = jobs.seed_checkpoint(folder / "seed", seed)
         self._probe = jobs.probe(folder / "probe", seed, *self._start)
         self._results = {}
+        self.folders = {}  # of the runs, by case
 
     def result(self, case):
         processes = LAYOUTS[case[0]][0]
@@ -229,8 +232,8 @@ class Matrix:
     def _run(self, processes):
         cases = {}
         for i, case in enumerate(case for case in self._cases if LAYOUTS[case[0]][0] == processes):
-            config = self._folder / f"{processes}-{i}.toml"
-            config.write_text(toml(self._folder / f"{processes}-{i}", self._teacher, *case))
+            config, self.folders[case] = self._folder / f"{processes}-{i}.toml", self._folder / f"{processes}-{i}/out"
+            config.write_text(toml(self.folders[case].parent, self._teacher, *case))
             cases[str(case)] = (config, self._start)
         return jobs.train_many(self._folder, cases, processes, check=False)
 
@@ -267,3 +270,11 @@ def test_gradients_losses_and_cosines_equal_plain_pytorch(matrix, layout, compil
     assert gradient <= 1e-5
     assert loss <= 1e-5
     assert max(cosine, agreement) <= 1e-6
+
+    lines = jobs.metrics(matrix.folders[case])
+    for name, key in (("loss", "loss_metrics/global_avg_loss"), ("let/cosine", "let/cosine")):
+        assert [(line["step"], line[key]) for line in lines] == list(enumerate((x[name] for x in got["logged"]), 1))
+        if "PP" in layout:  # of one process, the one that has the loss
+            (scalars,) = (EventAccumulator(str(folder)).Reload() for folder in matrix.folders[case].glob("tb/*"))
+            points = [(point.step, pytest.approx(point.value)) for point in scalars.Scalars(key)]
+            assert [(line["step"], line[key]) for line in lines] == points

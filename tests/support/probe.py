@@ -62,7 +62,9 @@ def record(trainer, num_steps=sys.maxsize):
 
     next(iter(trainer.optimizers)).register_step_pre_hook(before_optimizer_step)
     train_step, process = trainer.train_step, trainer.post_dataloading_process
-    log = trainer.metrics_processor.logger.log
+    logger = trainer.metrics_processor.logger
+    logger = getattr(logger, "_inner", logger)  # it gets what LET has added
+    log = logger.log
 
     def train_step_or_die(data_iterator):
         nonlocal in_train_step
@@ -86,10 +88,10 @@ def record(trainer, num_steps=sys.maxsize):
         log(metrics, step)
         if "grad_norm" in metrics:  # not a validation's
             own = {"loss": metrics["loss_metrics/global_avg_loss"], "grad_norm": metrics["grad_norm"]}
-            noted["logged"].append(own | getattr(trainer, "_logged_metrics", {}))
+            noted["logged"].append(own | {name: x for name, x in metrics.items() if name.startswith("let")})
 
     trainer.train_step, trainer.post_dataloading_process = train_step_or_die, note_batch
-    trainer.metrics_processor.logger.log = note_metrics
+    logger.log = note_metrics
     return noted
 
 

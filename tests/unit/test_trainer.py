@@ -3,12 +3,9 @@
 from pathlib import Path
 
 import pytest
-import torch
 import torchtitan.trainer
-from torchtitan.models.common.decoder import Decoder
 
-from let_plugin.alignment.tap import TARGET_KWARG, AlignmentTap
-from let_plugin.guidance.guidance import Guidance
+from let_plugin.alignment.tap import AlignmentTap
 from let_plugin.guidance.metrics import Disagreement
 from tests.support import jobs
 from tests.support.fields import set_all
@@ -48,19 +45,3 @@ def test_a_hook_that_is_lost_is_an_error_in_the_first_step(trainer, monkeypatch)
     with pytest.raises(RuntimeError, match="the tap was not reached"):
         trainer.train()
     assert trainer.step == 1
-
-
-def test_masks_that_are_the_same_are_made_once(trainer, batch, monkeypatch):
-    trainer.guidance = Guidance(trainer, trainer.terms, 0)
-    direct_BLE = trainer.guidance.targets(*batch)[TARGET_KWARG]
-    calls = []
-    make = Decoder.get_attention_masks
-
-    def counting(model, positions):
-        calls.append(model)
-        return make(model, positions)
-
-    monkeypatch.setattr(Decoder, "get_attention_masks", counting)
-    _, _, kwargs = trainer.post_dataloading_process(*batch)
-    assert torch.equal(kwargs[TARGET_KWARG], direct_BLE)
-    assert len(calls) == 1

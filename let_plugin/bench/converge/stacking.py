@@ -9,7 +9,6 @@ import copy
 import dataclasses
 import os
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +33,8 @@ def grow(config: Trainer.Config, depth: int, checkpoint: str, out: Path) -> None
     def shallow_name(name: str) -> str:
         return _BLOCK.sub(lambda match: f"layers.{int(match[1]) % depth}.", name)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that this process is no job: it is not meant to be one
-        shapes = export_hf.parameter_shapes(model)
-        weights = export_hf.read_checkpoint(checkpoint, shapes, source=shallow_name)
-        dcp.save(weights, checkpoint_id=os.fspath(out), no_dist=True)
+    weights = export_hf.read_checkpoint(checkpoint, export_hf.parameter_shapes(model), source=shallow_name)
+    dcp.save(weights, checkpoint_id=os.fspath(out), no_dist=True)
 
 
 def shorten(config: Trainer.Config, num_blocks: int) -> None:

@@ -20,6 +20,7 @@ from let_plugin.alignment.tap import ALIGNMENT_RANGE, INJECTION_RANGE
 from let_plugin.bench.throughput.turns import Turn
 from let_plugin.config import plan
 from let_plugin.guidance.guidance import TARGET_RANGE
+from let_plugin.guidance.metrics import DeviceTimer
 from let_plugin.runtime import host
 from let_plugin.teacher.base import MASK_RANGE
 from let_plugin.teacher.sharding import DELIVERY_RANGE, TEACHER_RANGE
@@ -53,14 +54,14 @@ class Watch:
         """Before the first step."""
         self._train_step, self.trainer.train_step = self.trainer.train_step, self._step
         self._device_module: Any = utils.device_module
-        self._marks: list[Any] = []  # start and end of each measured step
+        self._timer = DeviceTimer(self.trainer.device)  # of each measured step
         self._turn = Turn(self.turns) if self.turns is not None and os.environ["RANK"] == "0" else None
 
     def _step(self, data_iterator: Iterator[Any]) -> None:
         number = self.trainer.step  # counts from 1
         # What the loop did between two steps belongs to the one before.
         if number > self.warmup + 1:
-            self._mark()
+            self._timer.mark()
         if self.turns is not None:
             self._next_turn()
         if number == max(self.warmup, 1):
@@ -69,7 +70,7 @@ class Watch:
         if number == self.warmup + 1:
             self._begin()
         if number > self.warmup:
-            self._mark()
+            self._timer.mark()
         self._train_step(data_iterator)
         if number <= self.warmup:
             return
@@ -77,7 +78,7 @@ class Watch:
         if self.is_active != is_active:
             raise RuntimeError(f"step {number} was to be measured with LET {'off' if is_active else 'active'}")
         if number == self.total:
-            self._mark()
+            self._timer.mark()
             self._end()
 
     def _next_turn(self) -> None:
@@ -95,25 +96,11 @@ class Watch:
         self._device_module.reset_peak_memory_stats()
         self._started = time.perf_counter()
 
-    def _mark(self) -> None:
-        """Notes the time; on an accelerator by an event on its stream, read at the end, so that the host runs on."""
-        if self.trainer.device.type == "cpu":
-            self._marks.append(time.perf_counter())
-        else:
-            self._marks.append(torch.Event(self.trainer.device, enable_timing=True))
-            self._marks[-1].record()
-
-    def _step_seconds(self) -> list[float]:
-        pairs = zip(self._marks[::2], self._marks[1::2], strict=True)
-        if self.trainer.device.type == "cpu":
-            return [end - start for start, end in pairs]
-        return [start.elapsed_time(end) / 1000 for start, end in pairs]
-
     def _end(self) -> None:
         self._device_module.synchronize()
         wall_seconds = time.perf_counter() - self._started
         memory = local_peak_memory(self.trainer.device)  # before anything else is allocated
-        step_seconds = self._step_seconds()
+        step_seconds = self._timer.pop()
         dims = self.trainer.parallel_dims
         result: dict[str, Any] = {
             "wall_seconds": wall_seconds if self.turns is None else sum(step_seconds),  # the others' steps left out

@@ -33,8 +33,6 @@ PLAIN = "plain"
 # and the optimizer's state. All cases measure the same steps, so the same batches.
 ACTIVE_STEPS, WARMUP_STEPS = 2, 4
 
-_TURN_SECONDS = str(24 * 3600)
-
 
 @dataclass(frozen=True)
 class Case:
@@ -63,7 +61,7 @@ def case_options(case: Case, teacher: Path | None, args: argparse.Namespace) -> 
     # The first step is logged, which nobody measures, and then none.
     found += ["--training.steps", str(total), "--metrics.log_freq", str(total + 1)]
     if args.interleave:  # a process waits for its turn in a collective while others compile
-        found += ["--comm.init-timeout-seconds", _TURN_SECONDS, "--comm.train-timeout-seconds", _TURN_SECONDS]
+        found += ["--comm.init-timeout-seconds", "86400", "--comm.train-timeout-seconds", "86400"]
     if not case.has_teacher:
         return [*found, "--let.no-enable"]
     found += ["--let.enable", "--let.warmup-steps", "0", "--let.adaptive-stop.criterion", "none"]

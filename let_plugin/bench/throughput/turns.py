@@ -8,14 +8,12 @@ run gives it the turn, a byte back returns it, and a connection that is closed i
 import random
 import socket
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from functools import partial
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from let_plugin.bench.processes import Running
 
 _HOST = "127.0.0.1"
-_POLL_SECONDS = 0.5  # how soon a run that has died is noticed
 
 
 def take_turns(starts: Sequence[Callable[[str], Running]], seed: int = 0) -> list[dict[str, Any]]:
@@ -35,18 +33,22 @@ def take_turns(starts: Sequence[Callable[[str], Running]], seed: int = 0) -> lis
             runs.append(start(f"{_HOST}:{server.getsockname()[1]}"))
             stack.callback(runs[-1].stop)
         for number, (server, run) in enumerate(zip(servers, runs, strict=True)):
-            server.settimeout(_POLL_SECONDS)
-            connections[number] = open_connections.enter_context(_wait(server.accept, run)[0])
-            connections[number].settimeout(_POLL_SECONDS)
+            server.settimeout(0.5)  # seconds until a run that has died is noticed
+            while number not in connections:
+                run.check()
+                with suppress(TimeoutError):
+                    connections[number] = open_connections.enter_context(server.accept()[0])
         shuffle = random.Random(seed).shuffle
         while connections:
             lap = list(connections.items())
             shuffle(lap)
             for number, connection in lap:
-                connection.sendall(b".")
-                if not _wait(partial(connection.recv, 1), runs[number]):
-                    connections.pop(number).close()
-                    runs[number].result()  # waits for its end, which is not to be in the others' turns
+                with suppress(ConnectionError):  # as at its end
+                    connection.sendall(b".")
+                    if connection.recv(1):
+                        continue
+                connections.pop(number).close()
+                runs[number].result()  # waits for its end, which is not to be in the others' turns
         return [run.result() for run in runs]
 
 
@@ -67,14 +69,3 @@ class Turn:
     def end(self) -> None:
         """There will be no more steps."""
         self._connection.close()
-
-
-def _wait(wait: Callable[[], Any], run: Running) -> Any:
-    """What `wait` returns, tried again after each TimeoutError. RunFailedError if the run has ended meanwhile."""
-    while True:
-        try:
-            return wait()
-        except TimeoutError:
-            run.check()
-        except ConnectionResetError:  # as at its end
-            return b""

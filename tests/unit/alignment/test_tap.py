@@ -49,7 +49,7 @@ def reference_gradients(batch, pairs, coefficient):
 
 def tapped(model=None, pairs=None):
     model = model or Student()
-    tap = AlignmentTap(model, {"1": [negative_cosine]} if pairs is None else pairs, CPU)
+    tap = AlignmentTap(model, {"1": [negative_cosine]} if pairs is None else pairs, device=CPU)
     tap.coefficient.fill_(0.3)
     return model, tap
 

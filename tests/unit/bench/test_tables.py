@@ -34,14 +34,16 @@ def test_costs(path):
     assert "active 5%, profiled (1,000.0 ms/step; FLOP bound of LET 2.00% of plain):" in text
     assert cells(text, "teacher forward") == ["100.00", "10.00%"]
     assert cells(text, "the student's own step") == ["895.00", "89.50%"]
-    assert "memory is that of whole runs" not in text
+    assert "memory is that of whole runs" not in text and "is wide" not in text
 
 
 def test_what_limits_a_measurement_is_said(path):
     synthetic_rows.throughput(path, pairs=1, shares=(6.0,), peak_is_of_measured_steps=False, interleaved=True)
     text = tables.text([path])
     assert "memory is that of whole runs" in text and ", 1 process, steps in turn; " in text
-    assert cells(text, "active 600%")[-1] == "never"
+    assert cells(text, "active 600%")[-1] == "never" and "is wide" not in text
+    synthetic_rows.throughput(path, suite="noisy", pairs=2, shares=(0.1,), noise=0.2)
+    assert "The interval of active 10%, stopped 10% is wide: " in tables.text([path], "noisy")
 
 
 def test_gains(path):

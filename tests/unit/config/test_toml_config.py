@@ -151,9 +151,8 @@ def test_command_line_over_toml_over_base_and_the_next_load_starts_anew():
         ('compile.components = ["model", 3]', "compile.components = ['model', 3]: expected a string"),
         (f'{OPTIMIZER}.lr = "1e-3"', f"{OPTIMIZER}.lr = '1e-3': expected a number"),
         ("[trainign]\nsteps = 3", "trainign: unknown; did you mean 'training'?"),
-        ("metrics.enable_color_printing = true",
-         "metrics.enable_color_printing = True: a key of an older version; now: metrics.disable_color_printing"),
-        ('let.target = "labels"', "let.target = 'labels': a key of an older version; now: let.signal = "),
+        ("lr_scheduler.lr_min = 0.1",
+         "lr_scheduler.lr_min = 0.1: a key of an older version; now: lr_scheduler.min_lr_factor"),
         ("training.stop_step = 3", "training.stop_step = 3: unknown; did you mean let.stop_step"),
         ('model_spec = "x"', "model_spec = 'x': only Python can set it"),
         ("[optimizer.param_groups.1]\n", "optimizer.param_groups.1: no such element; valid names: 0"),
@@ -254,6 +253,12 @@ def test_read_knows_the_device(folder):
     (folder / "a.toml").write_text('base = "x.y"\n[runtime]\ndevice = "cpu"\n')
     assert read(["a.toml"]).runtime.device == "cpu"
     assert read(["a.toml", "--runtime.device", "auto", "--training.steps=3"]).runtime.device == "auto"
+
+
+def test_what_has_no_effect_is_said_to_those_who_have_set_it(folder, caplog):
+    for cli in ([], ["--checkpoint.folder", "x"], ["--checkpoint.initial-load-model-only"]):
+        resolve_text("", *cli)
+    assert caplog.messages == ["LET: checkpoint.initial_load_model_only has no effect without its initial_load_path"]
 
 
 MODULE = """

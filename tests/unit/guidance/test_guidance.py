@@ -27,12 +27,6 @@ def test_the_target_is_the_teachers_state_and_zero_where_the_label_does_not_coun
     assert torch.equal(target_BLE[~ignored_BL], states_BLE[~ignored_BL])
 
 
-def test_the_target_has_the_teachers_dtype(trainer, batch):
-    trainer.config.let.teacher.dtype = "bfloat16"
-    trainer.config.let.teacher.center = True
-    assert Guidance(trainer, trainer.terms, 0).targets(*batch)[TARGET_KWARG].dtype == torch.bfloat16
-
-
 def test_a_weight_may_be_a_share_of_the_students_gradient(request, config, monkeypatch):
     """lambda follows the ratios that the steps before have measured; with a momentum of 0, that of the last."""
     monkeypatch.setattr(torchtitan.trainer.time, "sleep", lambda seconds: None)

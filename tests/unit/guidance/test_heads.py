@@ -158,9 +158,9 @@ def test_several_terms_are_added_up(config, batch, request):
     gradients, _ = expected(trainer, batch, added)
     metrics = metrics_of_step(trainer, guidance, batch, gradients)
     assert {key: metrics[key] for key in metrics if key.endswith("lambda")} == pytest.approx(
-        {"let/states/lambda": 0.4, "let/labels/lambda": 0.3, "let/logits/lambda": 0.2}
+        {"let.states/lambda": 0.4, "let.labels/lambda": 0.3, "let.logits/lambda": 0.2}
     )
-    assert {"let/states/cosine/1-0", "let/labels/auxiliary_loss", "let/logits/grad_ratio"} < metrics.keys()
+    assert {"let.states/cosine/1-0", "let.labels/auxiliary_loss", "let.logits/grad_ratio"} < metrics.keys()
     guidance.end([trainer.terms[1].term])  # the labels'; it leaves nothing behind, and the others stay
     assert not any("labels" in name for name, _ in trainer.model_parts[0].named_buffers())
 

@@ -6,9 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from let_plugin.config.errors import ConfigError
-from let_plugin.guidance.teacher_loss import is_measurable
-from let_plugin.preflight import checks as preflight
 from let_plugin.runtime.held_out import TEST_LOSS, TwoSplitValidator
 from tests.support import jobs
 
@@ -51,10 +48,3 @@ def test_both_splits_are_those_of_plain_pytorch(trainer, config, tmp_path):
     assert validator.metrics_processor is processor
     validator.validate(trainer.model_parts, 2)  # the same batches again
     assert validator.losses == (validation, test)
-
-
-def test_preflight_knows_it(config):
-    assert is_measurable(config.validator)  # an adaptive stop can measure the teacher on the validation split
-    config.validator.test.dataset = "let_demo_tset"
-    with pytest.raises(ConfigError, match=r"validator\.test\.dataset.*did you mean 'let_demo_test'"):
-        preflight.run(config)
