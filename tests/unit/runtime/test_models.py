@@ -9,18 +9,13 @@ from let_plugin.runtime.models import llama_spec
 SHAPE = {"dim": 64, "num_layers": 3, "num_heads": 4, "hidden_dim": 96, "vocab_size": 512, "max_seq_len": 77}
 
 
-def build(spec=None, device="meta", **options):
-    spec = spec or llama_spec("test", **SHAPE, **options)
-    host.adapt_model_spec(spec)
-    with torch.device(device):
-        return spec.model.build()
-
-
 @pytest.mark.parametrize(("tied", "embedding_std"), [(False, 1.0), (False, 0.02), (True, 1.0)])
 def test_initial_weights(tied, embedding_std):
+    spec = llama_spec("test", **SHAPE, tie_embeddings=tied, embedding_init_std=embedding_std)
+    host.adapt_model_spec(spec)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = build(device="cpu", tie_embeddings=tied, embedding_init_std=embedding_std)
+        model = spec.model.build()
         model.init_weights(buffer_device=None)
     # A tied matrix is initialized as a head: logits of a fresh model are small either way.
     expected = 64**-0.5 if tied else embedding_std
