@@ -11,7 +11,6 @@ from let_plugin.bench.frame import Suite
 from let_plugin.bench.rows import BASELINE, THROUGHPUT, Row
 
 MIB = 2**20
-_WIDE = 0.05  # half of an interval of step times
 
 
 def text(files: Sequence[Path], suite: str | None = None) -> str:
@@ -57,7 +56,7 @@ def notes(suite: Suite) -> list[str]:
         if not first["peak_is_of_measured_steps"]:
             said.append("This kernel cannot reset a peak: memory is that of whole runs, also after the stop.")
         widths = suite.frame["step_time"].map(lambda ratio: ((ratio.high or 0) - (ratio.low or 0)) / 2)
-        if wide := list(widths[widths > _WIDE].index):
+        if wide := list(widths[widths > 0.05].index):
             said.append(f"The interval of {', '.join(wide)} is wide: take more --pairs, or --interleave.")
         if (slope := frame.slope(suite)) is not None:
             said.append(f"Overhead against N_T / N_S: slope {slope.text('.3f')}; the FLOP bound has 0.333.")

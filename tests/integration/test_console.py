@@ -14,8 +14,7 @@ STEP = r"\d\d:\d\d:\d\d  step (\d)/4  loss \d\.\d{4}  (.*)grad norm .* tokens/s 
 @pytest.mark.parametrize(("layout", "more"), [("FSDP2", ["--let.no-enable"]), ("pipeline", [])])
 def test_one_plain_line_for_each_step_and_what_matters_once(tiny_config, layout, more):
     """In a pipeline, the second process has the loss."""
-    warm_up = ["--lr_scheduler.warmup_steps", 9]
-    options = [*jobs.LAYOUTS[layout], *more, *warm_up, "--let.stop-step", 2]
+    options = [*jobs.LAYOUTS[layout], *more, "--lr_scheduler.warmup_steps", 9, "--let.stop-step", 2]
     result = jobs.run("let_plugin.train", tiny_config, *options, processes=2)
     lines = result.stdout.splitlines()
     found = [re.fullmatch(STEP, line).groups() for line in lines if " loss " in line]

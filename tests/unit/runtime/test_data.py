@@ -68,7 +68,6 @@ OTHER_KIND = r"files of one kind out of \.jsonl, "
     ("names", "path", "message"),
     [
         (["a.jsonl"], "", NO_FILE),
-        ([], "{}", NO_FILE),
         (["a.jsonl", "b.csv"], "{}", OTHER_KIND),
         (["a.json"], "{}/a.json", 'no field "text", only content'),
     ],
