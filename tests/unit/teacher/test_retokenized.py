@@ -70,7 +70,7 @@ def test_the_report_and_a_warning_if_little_is_aligned(other, short_teacher, cap
     lines = preflight.run(other)
     assert "two tokenizers, matched by bytes of text; of 256 rows of the data" in lines
     assert "64 tokens are" in lines and "with room for 80 (let.token_alignment.teacher_seq_len)" in lines
-    assert "x 80 / 64 tokens" in lines and "have a state" not in caplog.text
+    assert "x 1.25 of the tokens" in lines and "have a state" not in caplog.text
     other.let.teacher.spec = short_teacher  # for shorter sequences than the student's
     assert "with room for 32" in preflight.run(other)
     other.let.token_alignment.teacher_seq_len = 16
