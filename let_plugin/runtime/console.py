@@ -14,7 +14,7 @@ _WARNINGS = (
     (r"torch\.distributed\.tensor|torchtitan\.distributed\.utils", "DTensor .* support on cpu device mesh"),
     (r"torch\.distributed\.checkpoint", "torch.distributed is disabled, unavailable or uninitialized"),
     (r"torchdata\.stateful_dataloader", "'set_vital' is deprecated"),
-    (r"torch\._inductor", "Torchinductor does not support code generation for complex operators"),
+    (r"torch\.(_inductor|optim\.lr_scheduler)", "Torchinductor .* for complex operators|To get the last learning rate"),
 )
 # The same of what they log: (logger, module, message). torchtitan logs to the root.
 _LOGGED = (
