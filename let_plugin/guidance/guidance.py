@@ -6,6 +6,7 @@ the ranks whose stage meets the teacher's states have a teacher; the others take
 Shape legend: B batch, L sequence, E teacher width, S the part of the sequence that this rank's block output covers.
 """
 
+import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -26,7 +27,7 @@ from let_plugin.guidance.signals import Signal
 from let_plugin.guidance.stopping import TermProgress
 from let_plugin.runtime import checkpoint
 from let_plugin.runtime.batch_extras import BatchExtras
-from let_plugin.teacher.base import StateProvider, Teacher, TeacherInfo, TeacherSource
+from let_plugin.teacher.base import StateProvider, Teacher, TeacherInfo, TeacherSource, num_blocks_to
 from let_plugin.teacher.open import make_provider, open_source, open_teacher
 from let_plugin.teacher.sharding import TargetProvider, TeacherShare, teacher_parallel_dims
 from let_plugin.teacher.stored.features import Features
@@ -50,6 +51,7 @@ class Guidance:
         self._trainer = trainer
         self._steps_taken = steps_taken
         self._provider: TargetProvider | None = None
+        self._layers: list[int | str] = []  # that the teacher of this rank returns
         self._extras: BatchExtras | None = None
         self._center: RunningMean | None = None
         self._num_accumulations_left = 0
@@ -57,7 +59,7 @@ class Guidance:
         self._num_targets: torch.Tensor | None = None  # of them, this data-parallel rank's, until they are reduced
         self._timer = DeviceTimer(device)
 
-        source = open_source(config.let.teacher) if any(p.term.has_teacher for p in progress) else None
+        self._source = source = open_source(config.let.teacher) if any(p.term.has_teacher for p in progress) else None
         # All ranks of the job communicate here, in this order. Only then a rank that meets no state may skip the
         # teacher, whose building is collective among the ranks of one pipeline stage alone.
         self._teacher_dims = teacher_parallel_dims(dims, tensor_parallel=config.let.teacher.tensor_parallel)
@@ -75,7 +77,8 @@ class Guidance:
         if source is not None:
             of_teacher = [pair for term in plan.teacher_terms(config.let) for pair in pairs[term.index]]
             self._center = self._make_center(source.info, of_teacher)
-            if self._own_pairs():
+            self._layers = plan.teacher_layers(self._own_pairs())
+            if self._layers:
                 self._add_teacher(source, of_teacher)
 
     def _own_pairs(self) -> list[LayerPair]:
@@ -84,12 +87,9 @@ class Guidance:
 
     def _add_teacher(self, source: TeacherSource | Features, pairs: Sequence[LayerPair]) -> None:
         config, device = self._trainer.config, self._trainer.device
-        layers = plan.teacher_layers(self._own_pairs())
-        arguments: Any = {"config": config, "device": device, "parallel_dims": self._teacher_dims, "layers": layers}
-        states = make_provider(source, student_tokenizer=self._trainer.tokenizer, **arguments)
-        states = self._with_control(states)
+        states, channels = self._make_states(source), self._channels(source.info, self._layers)
         places = self._channels(source.info, plan.teacher_layers(pairs))
-        channels_E = torch.cat([torch.arange(places[i].start, places[i].stop, device=device) for i in layers])
+        channels_E = torch.cat([torch.arange(places[i].start, places[i].stop, device=device) for i in channels])
         self._provider = TargetProvider(
             states, self._share, center=self._center, center_channels_E=channels_E, timer=self._timer, let=config.let
         )
@@ -99,11 +99,11 @@ class Guidance:
             if not (signal.term.has_teacher and signal.own_pairs):
                 continue
             if signal.term.config.signal == "states":
-                signal.attach_states(self._channels(source.info, layers))
+                signal.attach_states(channels)
                 continue
             teacher = source if isinstance(source, TeacherSource) else open_teacher(config.let.teacher)
-            channels = self._channels(source.info, layers)[source.info.num_layers - 1]
-            signal.attach_logits(Distillation(self._trainer, signal.term, teacher, self._teacher_dims, channels))
+            arguments = self._trainer, signal.term, teacher, self._teacher_dims
+            signal.attach_logits(Distillation(*arguments, channels[source.info.num_layers - 1]))
 
     def start_step(self, *, measures: bool = False) -> None:
         """Before a step's first microbatch; whether its metrics compare the gradients."""
@@ -217,33 +217,38 @@ class Guidance:
         return metrics
 
     def end(self, terms: Sequence[plan.Term]) -> None:
-        """Lets go of terms, but not of all, and of the teacher if no other needs it."""
+        """Lets go of terms, and of what of the teacher the others do not need."""
         indices = {term.index for term in terms}
         for signal in self.signals:
             if signal.term.index in indices:
                 signal.remove()
                 self._forget(signal.kept)
         self.signals = [signal for signal in self.signals if signal.term.index not in indices]
-        if not self._own_pairs():
-            self._remove_teacher()
+        layers, provider = plan.teacher_layers(self._own_pairs()), self._provider
+        if provider is None or not layers:
+            if self._extras is not None:
+                self._extras.stop()
+            self._provider, self._extras = None, None
+        elif provider.states.teacher is not None and num_blocks_to(layers) < num_blocks_to(self._layers):
+            # The deepest layers come last: those that stay are where they were.
+            self._layers = [layer for layer in self._layers if num_blocks_to([layer]) <= num_blocks_to(layers)]
+            del provider.states
+            gc.collect()  # torchtitan has switched off the automatic collection; FSDP's modules are in cycles
+            assert self._source is not None
+            provider.states = self._make_states(self._source)
 
     def remove(self) -> None:
         """Leaves no trace on the student, its trainer and its checkpoints."""
-        for signal in self.signals:
-            signal.remove()
-            self._forget(signal.kept)
+        self.end([signal.term for signal in self.signals])
         if self._center is not None:
             self._forget([CENTER])
-        self._remove_teacher()
-        self.signals, self._center = [], None
+            self._center = None
 
-    def _remove_teacher(self) -> None:
-        if self._extras is not None:
-            self._extras.stop()
-        self._provider, self._extras = None, None
-
-    def _with_control(self, states: StateProvider) -> StateProvider:
-        control, dims = self._trainer.config.let.control, self._trainer.parallel_dims
+    def _make_states(self, source: TeacherSource | Features) -> StateProvider:
+        trainer, dims = self._trainer, self._trainer.parallel_dims
+        where: Any = {"device": trainer.device, "parallel_dims": self._teacher_dims, "layers": self._layers}
+        states = make_provider(source, config=trainer.config, student_tokenizer=trainer.tokenizer, **where)
+        control = trainer.config.let.control
         if control == "random_teacher":
             assert states.teacher is not None
             randomize_weights(states.teacher)

@@ -33,8 +33,15 @@ class Plan:
     def make(config: Trainer.Config, args: argparse.Namespace, num_processes: int) -> "Plan":
         """ConfigError if the run or the export is not as it should be. Reads no weights, writes nothing."""
         out = args.out or config.let.teacher.features
-        degree = _data_parallel_degree(config, num_processes)
-        if problems := _problems(config, args, out):
+        # As many streams of rows as the run will have data-parallel ranks, or else as the export has processes.
+        parallelism, degree = config.parallelism, num_processes
+        if parallelism.data_parallel_shard_degree != -1:
+            degree = parallelism.data_parallel_replicate_degree * parallelism.data_parallel_shard_degree
+        problems = _problems(config, args, out)
+        if degree < 1 or degree % num_processes:
+            message = f"data-parallel ranks: must be a multiple of the processes of the export, {num_processes}"
+            problems.append(Problem("parallelism.data_parallel_shard_degree", message, degree))
+        if problems:
             raise ConfigError(problems)
         batch_size = plan.microbatch_rows(config)
         teacher = dataclasses.replace(config.let.teacher, features="")
@@ -135,16 +142,3 @@ def _settings(config: Trainer.Config, info: TeacherInfo, encoding: str, batch_si
         "rows_per_rank": plan.last_step(config, degree) * rows_per_step(config, degree),
     }
     return dict(json.loads(json.dumps(settings)))
-
-
-def _data_parallel_degree(config: Trainer.Config, num_processes: int) -> int:
-    """How many streams of rows the run will have: as it says, or else as many as the export has processes.
-
-    ConfigError if they cannot be shared by the processes.
-    """
-    sharded = config.parallelism.data_parallel_shard_degree
-    degree = num_processes if sharded == -1 else config.parallelism.data_parallel_replicate_degree * sharded
-    if degree < 1 or degree % num_processes:
-        message = f"data-parallel ranks: must be a multiple of the processes of the export, {num_processes}"
-        raise ConfigError(Problem("parallelism.data_parallel_shard_degree", message, degree))
-    return degree

@@ -33,7 +33,17 @@ def export(plan: Plan) -> Manifest:
     if rank == 0:
         plan.folder.mkdir(parents=True, exist_ok=True)
         Manifest(settings=settings).write(plan.folder)
-    provider = _provider(plan)
+    degrees = {"dp_replicate": 1, "dp_shard": dist.get_world_size(), "cp": 1, "tp": 1, "pp": 1, "ep": 1}
+    dims = ParallelDims(**degrees, world_size=dist.get_world_size(), spmd_backend=SPMD_BACKEND)
+    dims.build_mesh()
+    provider = make_provider(  # the teacher is sharded over the processes of the export
+        open_source(plan.config.let.teacher),
+        config=plan.config,
+        student_tokenizer=plan.config.tokenizer.build(tokenizer_path=plan.config.hf_assets_path),
+        device=utils.get_local_device(),
+        parallel_dims=dims,
+        layers=settings["layers"],
+    )
     bar: dict[str, Any] = {"desc": "export", "unit": " tokens", "unit_scale": True, "mininterval": 1}
     progress = tqdm(total=plan.num_rows * settings["seq_len"], disable=rank != 0, **bar)
     for first in range(0, settings["data_parallel_degree"], dist.get_world_size()):
@@ -41,10 +51,7 @@ def export(plan: Plan) -> Manifest:
     progress.close()
     dist.barrier()
     shards = [Shard(path) for path in shard_paths(plan.folder)]
-    result = {
-        "num_shards": len(shards),
-        "num_rows": sum(len(shard.keys) for shard in shards),
-    }
+    result = {"num_shards": len(shards), "num_rows": sum(len(shard.keys) for shard in shards)}
     manifest = Manifest(settings=settings, result=result)
     if rank == 0:
         manifest.write(plan.folder)
@@ -53,21 +60,7 @@ def export(plan: Plan) -> Manifest:
     return manifest
 
 
-def _provider(plan: Plan) -> StateProvider:
-    """The teacher, sharded over the processes of the export."""
-    degrees = {"dp_replicate": 1, "dp_shard": dist.get_world_size(), "cp": 1, "tp": 1, "pp": 1, "ep": 1}
-    dims = ParallelDims(**degrees, world_size=dist.get_world_size(), spmd_backend=SPMD_BACKEND)
-    dims.build_mesh()
-    return make_provider(
-        open_source(plan.config.let.teacher),
-        config=plan.config,
-        student_tokenizer=plan.config.tokenizer.build(tokenizer_path=plan.config.hf_assets_path),
-        device=utils.get_local_device(),
-        parallel_dims=dims,
-        layers=plan.settings["layers"],
-    )
-
-
+@torch.no_grad()
 def _export_stream(plan: Plan, provider: StateProvider, stream: int, progress: Any) -> None:
     """Writes the rows of one data-parallel rank of the run."""
     settings, device = plan.settings, utils.get_local_device()
@@ -80,7 +73,9 @@ def _export_stream(plan: Plan, provider: StateProvider, stream: int, progress: A
         new = writer.new_rows(keys)
         # The teacher is sharded over the processes: it runs on all of them or on none.
         if _any(bool(new), device):
-            states_BLE = _states(provider, batch, device)
+            states_BLE, known_BL, _ = provider.states({name: tensor.to(device) for name, tensor in batch.items()})
+            if known_BL is not None:
+                states_BLE = states_BLE.masked_fill(~known_BL[..., None], 0)
             for i in new:
                 writer.add(keys[i], _encode(states_BLE[i], settings))
         progress.update(settings["batch_size"] * settings["seq_len"] * dist.get_world_size())
@@ -110,13 +105,6 @@ def _any(value: bool, device: torch.device) -> bool:
     flag = torch.tensor(int(value), device=device)
     dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)
-
-
-def _states(provider: StateProvider, batch: Mapping[str, torch.Tensor], device: torch.device) -> torch.Tensor:
-    """The states of a batch, on the device, [B, L, E]; zeros of tokens that have none."""
-    with torch.no_grad():
-        states_BLE, known_BL, _ = provider.states({name: tensor.to(device) for name, tensor in batch.items()})
-        return states_BLE if known_BL is None else states_BLE.masked_fill(~known_BL[..., None], 0)
 
 
 def _encode(states_LE: torch.Tensor, settings: Mapping[str, Any]) -> dict[str, torch.Tensor]:

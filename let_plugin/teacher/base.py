@@ -185,11 +185,10 @@ class OnlineStates(StateProvider):
     """The teacher runs on the student's tokens."""
 
     def __init__(self, teacher: Teacher) -> None:
-        self.teacher = teacher
+        self.teacher: Teacher = teacher
 
     def states(self, batch: Mapping[str, torch.Tensor], student_masks: Any = None) -> States:
         tokens_BL = batch["input"]
-        assert self.teacher is not None
         return States(self.teacher(tokens_BL, batch.get("positions"), student_masks), None, tokens_BL.numel())
 
 

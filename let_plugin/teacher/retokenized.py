@@ -28,12 +28,11 @@ class RetokenizedStates(StateProvider):
     """The teacher runs on its own tokens of the student's text, which the data loader makes by `retokenizer`."""
 
     def __init__(self, teacher: Teacher, retokenizer: Retokenizer) -> None:
-        self.teacher = teacher
+        self.teacher: Teacher = teacher
         self.make_extras = retokenizer
 
     def states(self, batch: Mapping[str, torch.Tensor], student_masks: Any = None) -> States:
         tokens_BT, index_BL = batch["teacher_tokens"], batch["teacher_index"]
-        assert self.teacher is not None
         states_BTE = self.teacher(tokens_BT, batch.get("teacher_positions"))
         states_BLE = states_BTE.take_along_dim(index_BL.clamp(min=0)[..., None], dim=1)
         return States(states_BLE, index_BL >= 0, tokens_BT.numel())

@@ -262,8 +262,9 @@ class TargetProvider:
             self.coverage += torch.stack([(counts_BL & known_BL).sum(), counts_BL.sum()])
             counts_BL &= known_BL
         if self.center is not None:
-            self.center.add(states_BLE, counts_BL, self.center_channels_E)
-            states_BLE = states_BLE - self.center.mean_C[self.center_channels_E]  # fp32, before it is rounded
+            channels_E = self.center_channels_E[: states_BLE.shape[-1]]  # the last layers' when a term has ended
+            self.center.add(states_BLE, counts_BL, channels_E)
+            states_BLE = states_BLE - self.center.mean_C[channels_E]  # fp32, before it is rounded
         states_BLE = states_BLE.to(dtype).masked_fill(~counts_BL[..., None], 0)
         with record_function(DELIVERY_RANGE):
             return share.deliver(states_BLE, num_rows)

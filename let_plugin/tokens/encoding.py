@@ -57,8 +57,7 @@ class TextEncoder:
 
     def __init__(self, tokenizer: Any, tokens: Tokens) -> None:
         self._tokens = tokens
-        inner = unwrapped(tokenizer)
-        self._inner = {at_start: _plain(inner, adds_space=at_start) for at_start in (True, False)}
+        self._inner = {at_start: _plain(unwrapped(tokenizer), adds_space=at_start) for at_start in (True, False)}
 
     def __call__(self, text: str, *, at_start: bool) -> tuple[list[int], list[int]]:
         """Token ids, and where each ends, in bytes of `text`: at or behind the last byte that it was made of.

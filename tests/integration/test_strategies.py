@@ -125,13 +125,14 @@ top_k = 100
 alpha = 0.5
 schedule = "constant"
 stop_fraction = 1""",
-    # Without a teacher from the third step on.
+    # Without the deepest of the teacher's layers from the second step on, and without a teacher from the third.
     "three terms": """\
 terms = [
     {signal = "logits", divergence = "jensen_shannon", weight = 0.5, stop_step = 1},
     {pairs = [{student = 0, teacher = 0}, {student = 3, teacher = 0}], dimension_match = "linear", stop_step = 2},
     {signal = "labels", student_block = 1, weight = 0.2, schedule = "constant", stop_step = 3},
-]""",
+]
+teacher.center = true""",
     "random teacher": 'control = "random_teacher"',
     "half of the rows": "teacher.rows = 0.5\nstop_step = 3",
     "shuffled targets": 'control = "shuffled_targets"\nteacher.tensor_parallel = true',

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from let_plugin.alignment.layer_mapping import EMBEDDING
 from let_plugin.teacher.base import LanguageModel, Teacher, TeacherInfo, TeacherSource, freeze, num_blocks_to
@@ -78,7 +79,11 @@ class HFTeacherSource(TeacherSource):
             teacher = HFTeacher(trunk, states)
             freeze(teacher)
             if parallel_dims.dp_shard_enabled:
-                _shard(trunk, blocks, parallel_dims)
+                # Only the sharding axis of the (perhaps 2-D) data-parallel mesh: the replicas along the other axis hold
+                # the same frozen weights, and have no gradients to agree on. To be resharded is said of each: by
+                # default FSDP2 leaves a root that never runs backward gathered.
+                for module in (trunk.get_input_embeddings(), *blocks, trunk):
+                    fully_shard(module, mesh=parallel_dims.get_mesh("fsdp"), reshard_after_forward=True)
             trunk._apply(lambda t: torch.empty_like(t, device=device))
             hand_out(tensors, tensors_of(trunk).items(), parallel_dims)
             width = sum(self.info.width(layer, final_norm) for layer in layers)
@@ -119,17 +124,6 @@ class HFTeacherSource(TeacherSource):
         logits_TV = model(**inputs).logits[:, 0]
         last_TE = model.base_model(**inputs).last_hidden_state[:, 0]
         return plain_head(head, last_TE, given[0], logits_TV)
-
-
-def _shard(trunk: Any, blocks: nn.ModuleList, parallel_dims: "ParallelDims") -> None:
-    from torch.distributed.fsdp import fully_shard
-
-    # Only the sharding axis of the (perhaps 2-D) data-parallel mesh: the replicas along the other axis hold the same
-    # frozen weights, and have no gradients to agree on.
-    mesh = parallel_dims.get_mesh("fsdp")
-    # Explicit: by default FSDP2 leaves a root that never runs backward gathered.
-    for module in (trunk.get_input_embeddings(), *blocks, trunk):
-        fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
 def _describe(checkpoint: Checkpoint, reason: str) -> TeacherInfo:

@@ -33,6 +33,7 @@ def pairs_of(config, teacher_depth):
     return plan.pairs(config, term, teacher_depth)
 
 
+LOGITS = TermConfig(signal="logits", top_k=4)
 # Settings -> what plan says of each: its key, and a word of the remedy.
 WRONG = [
     ({"stop_step": 11}, {"stop_step": "training.steps = 10"}),
@@ -68,17 +69,29 @@ WRONG = [
     ({"layer_mapping": "L2Early"}, {"layer_mapping": "did you mean 'L2E'?"}),
     ({"dimension_match": "interpolat"}, {"dimension_match": "did you mean 'interpolate'?"}),
     ({"loss": "cosin"}, {"loss": "did you mean 'cosine'?"}),
+    # What no term reads.
+    ({"temperature": 2.0}, {"temperature": "no meaning"}),
+    ({"weight": 1.0, "terms": [LOGITS]}, {"weight": "each of which has its own"}),
+    ({"terms": [TermConfig(signal="logits", loss="mse")]}, {"terms.0.loss": "no meaning"}),
+    ({"terms": [TermConfig(signal="labels", alpha=0.5)]}, {"terms.0.alpha": "no meaning"}),
+    ({"terms": [TermConfig(name="logits_1"), LOGITS, LOGITS]}, {"terms.2.name": "another"}),
+    ({"terms": [TermConfig(name="a.b")]}, {"terms.0.name": "letters, digits and _"}),
+    ({"terms": [LOGITS], "teacher": TeacherConfig(center=True)}, {"teacher.center": "last state as its head does"}),
+    ({"signal": "logits", "teacher": TeacherConfig(final_norm=False)}, {"teacher.final_norm": "leave it out"}),
+    ({"dimension_match": "random", "terms": [LOGITS]}, {"dimension_match": "write it there"}),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("let", "expected"), WRONG)
 def test_a_wrong_setting_names_its_key_and_the_remedy(let, expected):
     config, problems = config_of(**let), []
-    (term,) = plan.terms(config.let)
-    checks = [functools.partial(check, term) for check in (plan.schedule, plan.loss)]
-    checks += [lambda: plan.dimension_match(config.let)(32, 48), lambda: plan.stop_step(config, term, 1)]
-    checks.append(lambda: plan.check_terms(config.let))
-    for check in [*checks, lambda: plan.pairs(config, term, 2 if term.has_teacher else None)]:
+    checks = [functools.partial(plan.check_terms, config.let)]
+    for term in plan.terms(config.let):
+        checks += [functools.partial(check, term) for check in (plan.schedule, plan.loss)]
+        checks.append(lambda term=term: plan.dimension_match(term.config, term.key)(32, 48))
+        checks.append(functools.partial(plan.stop_step, config, term, 1))
+        checks.append(functools.partial(plan.pairs, config, term, 2 if term.has_teacher else None))
+    for check in checks:
         try:
             check()
         except ConfigError as error:
@@ -157,30 +170,6 @@ def test_the_teacher_takes_as_many_rows_in_each_step_and_all_in_turn(num_rows, p
     steps = [range(num_rows)[plan.teacher_rows(let, i, num_rows)] for i in range(step, step + -(-num_rows // num))]
     assert {len(rows) for rows in steps} == {num}
     assert set().union(*steps) == set(range(num_rows))
-
-
-LOGITS = TermConfig(signal="logits", top_k=4)
-WRONG_TERMS = [
-    ({"temperature": 2.0}, {"temperature": "no meaning"}),
-    ({"weight": 1.0, "terms": [LOGITS]}, {"weight": "each of which has its own"}),
-    ({"terms": [TermConfig(signal="logits", loss="mse")]}, {"terms.0.loss": "no meaning"}),
-    ({"terms": [TermConfig(signal="labels", alpha=0.5)]}, {"terms.0.alpha": "no meaning"}),
-    ({"terms": [TermConfig(name="logits_1"), LOGITS, LOGITS]}, {"terms.2.name": "another"}),
-    ({"terms": [TermConfig(name="a.b")]}, {"terms.0.name": "letters, digits and _"}),
-    ({"terms": [LOGITS], "teacher": TeacherConfig(center=True)}, {"teacher.center": "last state as its head does"}),
-    ({"signal": "logits", "teacher": TeacherConfig(final_norm=False)}, {"teacher.final_norm": "leave it out"}),
-    ({"dimension_match": "random", "terms": [LOGITS]}, {"dimension_match": "write it there"}),
-]
-
-
-@pytest.mark.parametrize(("let", "expected"), WRONG_TERMS)
-def test_what_no_term_reads_is_refused(let, expected):
-    with pytest.raises(ConfigError) as info:
-        plan.check_terms(LetConfig(**let))
-    assert {
-        problem.key.removeprefix("let."): problem.message for problem in info.value.problems
-    }.keys() == expected.keys()
-    assert all(text in p.message for p, text in zip(info.value.problems, expected.values(), strict=True))
 
 
 def test_terms_have_names_of_their_own_and_the_start_takes_the_first_of_states():

@@ -1,11 +1,12 @@
 """Losses at the student's head, in whole steps against plain PyTorch; `test_strategies.py` has several processes."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from let_plugin.alignment.divergences import Divergence
-from let_plugin.alignment.layer_mapping import LayerPair
 from let_plugin.alignment.tap import LogitTap
 from let_plugin.config import LetConfig, PairConfig, TermConfig
 from let_plugin.guidance import distillation, heads
@@ -131,25 +132,23 @@ def test_the_students_predictions_are_drawn_to_the_teachers(
 
 
 def test_several_terms_are_added_up(config, batch, request):
-    """One block has two of them; the teacher runs once for all of its layers."""
-    states = TermConfig(weight=0.4, pairs=[PairConfig(student=1, teacher=0), PairConfig(student=2)])
+    """One block has two of them; the teacher runs once for all of its layers, as deep as is still needed."""
+    states = TermConfig(weight=0.4, pairs=[PairConfig(student=1, teacher=0), PairConfig(student=2, teacher=0)])
     terms = [states, TermConfig(signal="labels", weight=0.3, student_block=1), TermConfig(signal="logits", weight=0.2)]
     config.let = LetConfig(enable=True, terms=terms, teacher=config.let.teacher)
     config.let.teacher.path = f"{config.dump_folder}/teacher"
     weights = jobs.make_teacher(config.let.teacher.path, with_head=True)
     trainer = request.getfixturevalue("trainer")
     guidance = Guidance(trainer, trainer.terms, 0)
-    layers = [LayerPair(1, 0), LayerPair(2, 1)]
     width, states_BLE = TEACHER_DIM, guidance.teacher(batch[0]["input"], batch[0]["positions"])
     valid_BL = batch[1] != reference.IGNORE_INDEX
 
     def added(params, hidden, logits_BLV):
         early_BLV = reference.rms_norm(hidden[1], params["norm.weight"]) @ params["lm_head.weight"].T
         total = 0.3 * F.cross_entropy(early_BLV.flatten(0, 1), batch[1].flatten())
-        for pair in layers:
-            target_BLE = states_BLE[..., pair.teacher * width : (pair.teacher + 1) * width]
-            target_BLD = F.interpolate(target_BLE, size=hidden[0].shape[-1], mode="linear")
-            cosine_BL = F.cosine_similarity(hidden[pair.student], target_BLD, dim=-1)
+        target_BLD = F.interpolate(states_BLE[..., :width], size=hidden[0].shape[-1], mode="linear")
+        for block in (1, 2):
+            cosine_BL = F.cosine_similarity(hidden[block], target_BLD, dim=-1)
             total = total - 0.4 * (cosine_BL * valid_BL).sum() / valid_BL.sum()
         p_BLV = F.softmax(states_BLE[..., width:] @ weights["lm_head.weight"].T, -1)
         kl_BL = divergence("forward_kl", F.softmax(logits_BLV, -1), p_BLV)
@@ -163,6 +162,10 @@ def test_several_terms_are_added_up(config, batch, request):
     assert {"let.states/cosine/1-0", "let.labels/auxiliary_loss", "let.logits/grad_ratio"} < metrics.keys()
     guidance.end([trainer.terms[1].term])  # the labels'; it leaves nothing behind, and the others stay
     assert not any("labels" in name for name, _ in trainer.model_parts[0].named_buffers())
+    deep = weakref.ref(guidance.teacher)
+    guidance.end([trainer.terms[2].term])  # that alone needed the teacher's second block
+    assert deep() is None and len(guidance.teacher.model.layers) == 1
+    assert torch.equal(guidance.teacher(batch[0]["input"], batch[0]["positions"]), states_BLE[..., :width])
 
 
 def test_microbatches_weigh_as_much_as_they_have_tokens(config, batch, request):
