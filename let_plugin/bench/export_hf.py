@@ -1,5 +1,6 @@
 """A torchtitan checkpoint of the llama3 type as a folder that `transformers` opens, as a LlamaForCausalLM."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -14,10 +15,10 @@ from torchtitan.trainer import Trainer
 
 from let_plugin.config.errors import ConfigError, Problem
 from let_plugin.runtime import dcp_files
+from let_plugin.teacher.titan.spec import ROPE_SCALING, fields_of
 
 WEIGHTS = "model.safetensors"
 
-_ROPE_TYPES = {"none": "default", "llama": "llama3"}
 _TOKENIZER = "tokenizer.json"
 # Copied if they are there: special tokens, and how text is cleaned up.
 _TOKENIZER_FILES = (_TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -73,14 +74,12 @@ def describe(spec: ModelSpec) -> dict[str, Any]:
     if not isinstance(model, Llama3Model.Config) or spec.state_dict_adapter is not Llama3StateDictAdapter:
         message = "only models of torchtitan's llama3 type can be exported to transformers"
         raise ConfigError(Problem("model_spec", message, spec.name))
-    attention: Any = model.first_attention
-    rope = attention.rope
-    if rope.scaling not in _ROPE_TYPES:
+    rope = model.first_attention.rope
+    if rope.scaling == "yarn":
         raise ConfigError(Problem("model_spec", "its rotary embedding's scaling cannot be exported", rope.scaling))
-    rope_parameters = {"rope_type": _ROPE_TYPES[rope.scaling], "rope_theta": rope.theta}
-    if rope.scaling == "llama":
-        names = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        rope_parameters |= {"factor": rope.scaling_factor} | {name: getattr(rope, name) for name in names}
+    fields = fields_of(dataclasses.replace(spec, name="llama3"))  # a user's spec may have another name
+    names = [name for name in ("rope_type", "rope_theta", *ROPE_SCALING) if name in fields]
+    rope_parameters = {name: fields.pop(name) for name in names}
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -88,11 +87,9 @@ def describe(spec: ModelSpec) -> dict[str, Any]:
         "hidden_size": model.dim,
         "intermediate_size": model.layers[0].feed_forward.w1.out_features,
         "num_hidden_layers": len(model.layers),
-        "num_attention_heads": attention.n_heads,
-        "num_key_value_heads": attention.n_kv_heads or attention.n_heads,
+        **fields,  # heads, epsilon, activation
+        "num_key_value_heads": fields["num_key_value_heads"] or fields["num_attention_heads"],
         "head_dim": rope.dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": model.norm.eps,
         "max_position_embeddings": rope.max_seq_len,
         "tie_word_embeddings": model.enable_weight_tying,
         "rope_theta": rope.theta,

@@ -124,7 +124,8 @@ class Suite(runs.Suite):
         return self._start(name, name, argv=argv, settings={}, num_blocks=num_blocks, test=test).result()
 
     def _note_choice(self, method: Method, points: Sequence[Point], losses: Sequence[float], best: int) -> None:
-        names = [_point_name(point) for point in points]
+        # The weight, if that is all that is tuned.
+        names = [float(p[0][1]) if [key for key, _ in p] == [WEIGHT] else settings_text(p) for p in points]
         finite = {name: loss for name, loss in zip(names, losses, strict=True) if math.isfinite(loss)}
         said: dict[str, Any] = {
             "suite": self.id,
@@ -163,10 +164,3 @@ def observed(own: Run, result: Mapping[str, Any]) -> dict[str, Any]:
     final = {f"final_{name}": last[name] for name in ("validation_loss", "test_loss")}
     measured = {"unit": "nats/token", "values": [last["test_loss"]], "active_steps": int(active.iloc[-1])}
     return {"kind": CONVERGE, **result, "curve": curve.to_dict("list"), **final, **measured}
-
-
-def _point_name(point: Point) -> float | str:
-    """The weight, if that is all that is tuned."""
-    if [key for key, _ in point] == [WEIGHT]:
-        return float(point[0][1])
-    return settings_text(point)

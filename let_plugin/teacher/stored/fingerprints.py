@@ -40,7 +40,11 @@ def teacher(config: TeacherConfig) -> str:
     if os.path.isfile(path):
         return _digest([Path(path)])
     if not os.path.isdir(path):
-        return f"{path}@{_hub_revision(path)}"
+        try:
+            cached = try_to_load_from_cache(path, "config.json")
+        except ValueError:  # no hub name at all
+            cached = None
+        return f"{path}@{Path(cached).parent.name if isinstance(cached, str) else 'unknown'}"
     files = sorted(f for f in Path(path).iterdir() if f.name.endswith(_TEACHER_ENDINGS) or f.name == "config.json")
     return _digest(files)
 
@@ -107,11 +111,3 @@ def _digest(files: list[Path]) -> str:
                 file.seek(i * (size - _SAMPLE_BYTES) // (_NUM_SAMPLES - 1))
                 digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()
-
-
-def _hub_revision(name: str) -> str:
-    try:
-        path = try_to_load_from_cache(name, "config.json")
-    except ValueError:  # no hub name at all
-        path = None
-    return Path(path).parent.name if isinstance(path, str) else "unknown"

@@ -29,7 +29,7 @@ _WANTED = {
     "use_bidirectional_attention": None,
     "partial_rotary_factor": 1.0,
 }
-_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _MIN_HEAD_WIDTH = 16  # of FlexAttention
 _LLAMA_NAMES = ("llama3", "qwen3")  # torchtitan's models whose config.json names the rotary fields as Llama's does
 
@@ -44,7 +44,7 @@ def obstacle(config: "PreTrainedConfig") -> str:
             return f"the native model has no {field} = {found!r}"
     rope = dict(config.rope_parameters or {})
     rope_type = rope.pop("rope_type", "default")
-    known = {"rope_theta", *(_SCALING if rope_type == "llama3" else ())}
+    known = {"rope_theta", *(ROPE_SCALING if rope_type == "llama3" else ())}
     if rope_type not in ("default", "llama3"):
         return f"the native model has no rope_type = {rope_type!r}"
     if extra := sorted(rope.keys() - known):
@@ -76,7 +76,7 @@ def make_spec(config: "PreTrainedConfig") -> ModelSpec:
     if rope.get("rope_type") == "llama3":
         for _, own, _, _ in spec.traverse(RoPE.Config):
             own.scaling, own.scaling_factor = "llama", rope["factor"]
-            for name in _SCALING[1:]:
+            for name in ROPE_SCALING[1:]:
                 setattr(own, name, rope[name])
     return spec
 
@@ -103,7 +103,7 @@ def check_agrees(hf_config: dict[str, Any], spec: ModelSpec, *, name: str) -> No
         found["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
     remedy = "take the spec of this checkpoint, or none: then its config.json is the spec"
     problems = []
-    for field, wanted in _fields(spec).items():
+    for field, wanted in fields_of(spec).items():
         value = found.get(field)
         if wanted is None or value is None or value == wanted:
             continue
@@ -115,7 +115,7 @@ def check_agrees(hf_config: dict[str, Any], spec: ModelSpec, *, name: str) -> No
         raise ConfigError(problems)
 
 
-def _fields(spec: ModelSpec) -> dict[str, Any]:
+def fields_of(spec: ModelSpec) -> dict[str, Any]:
     """What a torchtitan specification says, under the names of config.json."""
     model: Any = spec.model
     attention = model.first_attention
@@ -133,5 +133,5 @@ def _fields(spec: ModelSpec) -> dict[str, Any]:
             fields["rope_type"] = {"none": "default", "llama": "llama3", "yarn": "yarn"}[rope.scaling]
             if rope.scaling == "llama":
                 fields["factor"] = rope.scaling_factor
-                fields |= {name: getattr(rope, name) for name in _SCALING[1:]}
+                fields |= {name: getattr(rope, name) for name in ROPE_SCALING[1:]}
     return fields
