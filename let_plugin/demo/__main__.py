@@ -1,7 +1,7 @@
-"""`python -m let_plugin.demo [CONFIG.toml]`: trains a configuration with and without LET, and compares the two runs.
+"""`python -m let_plugin.demo [CONFIG.toml ...]`: trains configurations, and the first without LET, and compares them.
 
-Same seed, same order of the data; each run is a process of its own, so that neither warms the other up. What the
-runs logged is kept; the comparison is printed, plotted, and written to `result.json` with its provenance.
+Same seed, same order of the data; each run is a process of its own, so that none warms another up. What the runs
+logged is kept; the comparison is printed, plotted, and written to `result.json` with its provenance.
 """
 
 import argparse
@@ -19,7 +19,8 @@ from let_plugin.demo import compare
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m let_plugin.demo", description=__doc__.split("\n\n")[0])
-    parser.add_argument("config", nargs="?", default="train_configs/demo.toml", help="a TOML file with a [let] table")
+    configs = ["train_configs/demo.toml", "train_configs/demo_recipe.toml"]
+    parser.add_argument("configs", nargs="*", default=configs, help="TOML files with a [let] table")
     parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="parent of the new result folder")
     parser.add_argument("--record", type=Path, help="a .jsonl file to append the result to, as a row")
     args, options = parser.parse_known_args()
@@ -27,18 +28,19 @@ def main() -> None:
     origin = rows.provenance()
     out: Path = args.out / time.strftime("%Y%m%d-%H%M%S")
     started = time.monotonic()
-    let_train = [sys.executable, "-m", "let_plugin.train", args.config]
-    for name, switch in (("plain", "--let.no-enable"), ("let", "--let.enable")):
-        command = [*let_train, switch, *options, "--dump_folder", str(out / name)]
+    let_train = [sys.executable, "-m", "let_plugin.train"]
+    runs = {"plain": [args.configs[0], "--let.no-enable", *options]}
+    runs |= {Path(config).stem: [config, "--let.enable", *options] for config in args.configs}
+    for name, argv in runs.items():
+        command = [*let_train, *argv, "--dump_folder", str(out / name)]
         print(f"\n=== {name}: let-train {' '.join(command[3:])}", flush=True)
         code = subprocess.run(command).returncode
         if code != 0:
             raise SystemExit(code)
 
-    result = compare.compare(out / "plain", out / "let")
+    result = compare.compare({name: out / name for name in runs})
     seconds = round(time.monotonic() - started, 1)
-    # The configuration of the run with LET; the plain one has `let.enable = false`.
-    show = [*let_train, "--let.enable", *options, "--print-config"]
+    show = [*let_train, *list(runs.values())[-1], "--print-config"]
     config = subprocess.run(show, check=True, stdout=subprocess.PIPE, text=True).stdout
     row = rows.row(
         "demo",
@@ -47,14 +49,14 @@ def main() -> None:
         config=config,
         seed=tomli.loads(config).get("debug", {}).get("seed"),
         unit="nats/token",
-        values=list(result["held_out_loss"].values()),
+        values=[run["held_out_loss"] for run in result["runs"].values()],
         seconds=seconds,
         **result,
     )
     (out / "result.json").write_text(json.dumps(row) + "\n")
     if args.record is not None:
         rows.append(args.record, row)
-    report.plot([out / "plain", out / "let"], out / "comparison.png")
+    report.plot([out / name for name in runs], out / "comparison.png")
 
     print(f"\n{compare.table(result)}\n")
     print(f"plot         {out / 'comparison.png'}")

@@ -1,4 +1,4 @@
-"""The comparison of two runs, from `metrics.jsonl` to numbers and a table."""
+"""The comparison of runs, from `metrics.jsonl` to numbers and a table."""
 
 import json
 
@@ -25,35 +25,27 @@ def write_run(folder, validation, speed, stop=None):
     return folder
 
 
-@pytest.fixture
-def plain(tmp_path):
-    return write_run(tmp_path / "plain", {2: 5.0, 4: 4.0, 6: 3.0}, speed=100)
-
-
-def test_a_run_that_wins(plain, tmp_path):
-    result = compare(plain, write_run(tmp_path / "let", {2: 4.0, 4: 3.2, 6: 2.7}, speed=50, stop=4))
-    assert result == {
-        "steps": 6,
-        "held_out_loss": {"plain": 3.0, "let": 2.7},
-        "let_reached_plain_final_loss_at_step": pytest.approx(4.8),
-        # Without the first step; LET is active in steps 2 and 3, and has ended in steps 4 to 6.
-        "tokens_per_second": {"plain": 104.0, "let_active": 52.5, "let_ended": 55.0},
-        "peak_memory_gib": {"plain": 0.6, "let_active": 0.3, "let_ended": 0.6},
-    }
-    assert [line.split() for line in table(result).splitlines()[1:4]] == [
-        ["tokens/s", "(median)", "104", "52", "55"],
-        ["peak", "memory,", "GiB", "0.60", "0.30", "0.60"],
-        ["held-out", "loss,", "nats/token", "3.0000", "2.7000", "(-0.3000)"],
-    ]
-    assert table(result).endswith("\nLET reached the plain run's final loss at step 5 of 6: 1.25x fewer steps")
-
-
-@pytest.mark.parametrize(("stop", "missing"), [(4, []), (7, ["let_ended"]), (2, ["let_active"])])
-def test_a_run_that_loses_with_the_teacher_throughout_or_not_at_all(plain, tmp_path, stop, missing):
+def test_runs_beside_the_first(tmp_path):
     """A first step with the teacher does not count: it contains compilation."""
-    let = write_run(tmp_path / "let", {6: 3.25}, speed=50, stop=stop)
-    result = compare(plain, let)
-    for key in ("tokens_per_second", "peak_memory_gib"):
-        assert [name for name, value in result[key].items() if value is None] == missing
+    folders = {
+        "plain": write_run(tmp_path / "plain", {2: 5.0, 4: 4.0, 6: 3.0}, speed=100),
+        "wins": write_run(tmp_path / "wins", {2: 4.0, 4: 3.2, 6: 2.7}, speed=50, stop=4),
+        "loses": write_run(tmp_path / "loses", {6: 3.25}, speed=50, stop=7),
+        "stopped": write_run(tmp_path / "stopped", {6: 3.25}, speed=50, stop=2),
+    }
+    result = compare(folders)
     assert json.loads(json.dumps(result)) == result
-    assert table(result).endswith("3.2500 (+0.2500)\nLET did not reach the plain run's final loss in 6 steps")
+    assert result["steps"] == 6
+    keys = ("held_out_loss", "reached_first_at_step", "tokens_per_second_with_teacher", "tokens_per_second_without")
+    assert {name: [run[key] for key in keys] for name, run in result["runs"].items()} == {
+        "plain": [3.0, None, None, 104.0],
+        "wins": [2.7, pytest.approx(4.8), 52.5, 55.0],  # with the teacher in steps 2 and 3
+        "loses": [3.25, None, 54.0, None],
+        "stopped": [3.25, None, None, 54.0],
+    }
+    assert result["runs"]["wins"]["peak_memory_gib"] == 0.6
+    assert [line.split() for line in table(result).splitlines()[1:4]] == [
+        ["plain", "3.0000", "-", "-", "-", "104", "0.60"],
+        ["wins", "2.7000", "-0.3000", "5", "of", "6:", "1.25x", "fewer", "52", "55", "0.60"],
+        ["loses", "3.2500", "+0.2500", "not", "reached", "54", "-", "0.60"],
+    ]
