@@ -133,8 +133,8 @@ class InitConfig:
     parts: Literal["none", "embeddings", "head", "both"] = "none"
     """What is set from the teacher's, through the dimension match: the token embeddings, the language-model head."""
 
-    embedding_scale: Annotated[float, Gt(0)] = 1.0
-    """Factor of the embeddings."""
+    embedding_scale: Annotated[float | None, Gt(0)] = None
+    """Factor of the embeddings. Not given: that with which they are as large as the student's own first ones."""
 
     head_scale: Annotated[float | None, Gt(0)] = None
     """Factor of the head. Not given: that with which the student's logits are as large as the teacher's."""

@@ -24,37 +24,31 @@ def compare(folders: Mapping[str, Path]) -> dict[str, Any]:
         curve = lines[["step", VALIDATION_LOSS]].dropna()
         steps = lines[lines[VALIDATION_LOSS].isna()].iloc[1:]
         is_active = steps.get("let/active", pd.Series(0, steps.index)) == 1
-        of_phases = steps[TOKENS_PER_SECOND].groupby(is_active).median()
+        speed = steps[TOKENS_PER_SECOND].groupby(is_active).median()
+        target = next(iter(runs.values()))["held_out_loss"] if runs else None
         runs[name] = {
             "held_out_loss": curve[VALIDATION_LOSS].iloc[-1],
-            "reached_first_at_step": None,
-            "tokens_per_second_with_teacher": of_phases.get(True),
-            "tokens_per_second_without": of_phases.get(False),
+            "reached_first_at_step": step_at_loss(curve.to_numpy(), target) if target else None,
+            "tokens_per_second_with_teacher": speed.get(True),
+            "tokens_per_second_without": speed.get(False),
             "peak_memory_gib": steps[PEAK_MEMORY].max(),
         }
-        if len(runs) > 1:
-            runs[name]["reached_first_at_step"] = step_at_loss(
-                curve.to_numpy(), next(iter(runs.values()))["held_out_loss"]
-            )
     return {"steps": int(curve["step"].iloc[-1]), "runs": runs}
 
 
 def table(result: Mapping[str, Any]) -> str:
     """The comparison as a small table for the console."""
-    (first, plain), *others = result["runs"].items()
-    lines = {first: ["-", "-"]}
-    for name, run in others:
-        reached = run["reached_first_at_step"]
-        fewer = (
-            f"{reached:.0f} of {result['steps']}: {result['steps'] / reached:.2f}x fewer" if reached else "not reached"
-        )
-        lines[name] = [f"{run['held_out_loss'] - plain['held_out_loss']:+.4f}", fewer]
-    shown = pd.DataFrame.from_dict(lines, orient="index", columns=["difference", f"steps to {first}'s loss"])
-    shown.insert(0, "held-out loss, nats/token", [f"{run['held_out_loss']:.4f}" for run in result["runs"].values()])
-    for title, key, form in (
-        ("tokens/s with teacher", "tokens_per_second_with_teacher", "{:,.0f}"),
-        ("without", "tokens_per_second_without", "{:,.0f}"),
-        ("peak GiB", "peak_memory_gib", "{:.2f}"),
-    ):
-        shown[title] = ["-" if run[key] is None else form.format(run[key]) for run in result["runs"].values()]
+    runs, steps = pd.DataFrame.from_dict(result["runs"], orient="index").astype(float), result["steps"]
+    differences = runs["held_out_loss"] - runs["held_out_loss"].iloc[0]
+    fewer = runs["reached_first_at_step"].map(lambda step: f"{step:.0f} of {steps}: {steps / step:.2f}x fewer")
+    columns = {
+        "held-out loss, nats/token": runs["held_out_loss"].map("{:.4f}".format),
+        "difference": differences.map("{:+.4f}".format),
+        f"steps to {runs.index[0]}'s loss": fewer.mask(runs["reached_first_at_step"].isna(), "not reached"),
+        "tokens/s with teacher": runs["tokens_per_second_with_teacher"].map("{:,.0f}".format),
+        "without": runs["tokens_per_second_without"].map("{:,.0f}".format),
+        "peak GiB": runs["peak_memory_gib"].map("{:.2f}".format),
+    }
+    shown = pd.DataFrame(columns).replace("nan", "-")
+    shown.iloc[0, 1:3] = "-"
     return shown.to_string()

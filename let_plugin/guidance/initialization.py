@@ -80,17 +80,21 @@ def _set_outer_layers(trainer: Trainer, source: TeacherSource) -> None:
     hand_out(tensors, layers.items(), parallel_dims)
     layers = without_knowledge(layers, config.let.control)
     head_scale = init.head_scale or basis.logit_scale
-    maps_DE = {"embeddings": init.embedding_scale * basis.into_DE, "head": head_scale * basis.back_ED.T}
+    maps_DE = {"embeddings": basis.into_DE, "head": head_scale * basis.back_ED.T}
     for part in trainer.model_parts:
         for name, module in (("embeddings", part.tok_embeddings), ("head", part.lm_head)):
             if module is not None and init.parts in (name, "both"):
                 rows_VE = F.embedding_bag(flat_N, layers[name], lengths_V.cumsum(0) - lengths_V, mode="mean")
-                _set_rows(module.weight, F.linear(rows_VE, maps_DE[name].to(device)), lengths_V > 0)
+                scale = init.embedding_scale if name == "embeddings" else 1.0
+                _set_rows(module.weight, F.linear(rows_VE, maps_DE[name].to(device)), lengths_V > 0, scale)
 
 
-def _set_rows(parameter: torch.Tensor, new_VD: torch.Tensor, known_V: torch.Tensor) -> None:
-    """Sets the known rows of a parameter, which may be sharded in any way."""
+def _set_rows(parameter: torch.Tensor, new_VD: torch.Tensor, known_V: torch.Tensor, scale: float | None) -> None:
+    """Sets the known rows of a parameter, which may be sharded in any way; as large as they were if `scale` is None."""
     own_VD = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    if scale is None:
+        scale = float(own_VD[known_V].double().norm() / new_VD[known_V].double().norm())
+    new_VD = new_VD * scale
     whole_VD = torch.where(known_V[:, None], new_VD.to(own_VD.dtype), own_VD.to(new_VD.device))
     if isinstance(parameter, DTensor):  # each rank takes its own shard of what it has
         whole_VD = distribute_tensor(whole_VD, parameter.device_mesh, parameter.placements, src_data_rank=None)

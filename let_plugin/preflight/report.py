@@ -232,7 +232,11 @@ def _start_lines(facts: Facts) -> list[tuple[str, str]]:
         basis = plan.basis(facts.config, facts.start.info.hidden_size)
         match = plan.start_term(let).config.dimension_match
         scales = {"embeddings": let.init.embedding_scale, "head": let.init.head_scale or basis.logit_scale}
-        parts = [f"{name} times {scale:.4g}" for name, scale in scales.items() if let.init.parts in (name, "both")]
+        parts = [
+            f"{name} times {scale:.4g}" if scale else f"{name} as large as the student's own"
+            for name, scale in scales.items()
+            if let.init.parts in (name, "both")
+        ]
         ends = f"width {basis.into_DE.shape[1]} to {basis.into_DE.shape[0]} by {match}"
         lines.append(f"{' and '.join(parts)}, {ends}, of {facts.start.info.description}")
     if facts.pieces is not None:

@@ -135,7 +135,7 @@ RIGHT = [
     ({**INIT, "model_spec": student(vocab_size=4100)},
      "99.9% of the tokens take a row of the teacher's, 0.0% a mean of rows, 0.1% keep their own"),
     *(({**INIT, **ZERO, **without}, "blocks 1 and up at 0") for without in ({"let__weight": 0.0}, LOGITS)),
-    ({**INIT, "let__signal": "labels"}, "embeddings times 1 and head times 0.8122, width 32 to 48 by interpolate"),
+    ({**INIT, "let__signal": "labels"}, "embeddings as large as the student's own and head times 0.8122, width 32"),
     ({**INIT, "let__init__parts": "head", "model_spec": student(tie_embeddings=True)}, "start      head times"),
     ({**PIPELINE, "let__student_block": 2}, "student block 2"),
     ({**SHORT, "training__seq_len": 32}, ""),
