@@ -34,12 +34,10 @@ def main() -> None:
     for name, argv in runs.items():
         command = [*let_train, *argv, "--dump_folder", str(out / name)]
         print(f"\n=== {name}: let-train {' '.join(command[3:])}", flush=True)
-        code = subprocess.run(command).returncode
-        if code != 0:
+        if code := subprocess.run(command).returncode:
             raise SystemExit(code)
 
     result = compare.compare({name: out / name for name in runs})
-    seconds = round(time.monotonic() - started, 1)
     show = [*let_train, *list(runs.values())[-1], "--print-config"]
     config = subprocess.run(show, check=True, stdout=subprocess.PIPE, text=True).stdout
     row = rows.row(
@@ -50,7 +48,7 @@ def main() -> None:
         seed=tomli.loads(config).get("debug", {}).get("seed"),
         unit="nats/token",
         values=[run["held_out_loss"] for run in result["runs"].values()],
-        seconds=seconds,
+        seconds=round(time.monotonic() - started, 1),
         **result,
     )
     (out / "result.json").write_text(json.dumps(row) + "\n")

@@ -39,11 +39,10 @@ def compare(folders: Mapping[str, Path]) -> dict[str, Any]:
 def table(result: Mapping[str, Any]) -> str:
     """The comparison as a small table for the console."""
     runs, steps = pd.DataFrame.from_dict(result["runs"], orient="index").astype(float), result["steps"]
-    differences = runs["held_out_loss"] - runs["held_out_loss"].iloc[0]
     fewer = runs["reached_first_at_step"].map(lambda step: f"{step:.0f} of {steps}: {steps / step:.2f}x fewer")
     columns = {
         "held-out loss, nats/token": runs["held_out_loss"].map("{:.4f}".format),
-        "difference": differences.map("{:+.4f}".format),
+        "difference": (runs["held_out_loss"] - runs["held_out_loss"].iloc[0]).map("{:+.4f}".format),
         f"steps to {runs.index[0]}'s loss": fewer.mask(runs["reached_first_at_step"].isna(), "not reached"),
         "tokens/s with teacher": runs["tokens_per_second_with_teacher"].map("{:,.0f}".format),
         "without": runs["tokens_per_second_without"].map("{:,.0f}".format),

@@ -79,14 +79,13 @@ def _set_outer_layers(trainer: Trainer, source: TeacherSource) -> None:
     layers = {name: torch.empty(source.info.vocab_size, source.info.hidden_size, device=device) for name in dtypes}
     hand_out(tensors, layers.items(), parallel_dims)
     layers = without_knowledge(layers, config.let.control)
-    head_scale = init.head_scale or basis.logit_scale
-    maps_DE = {"embeddings": basis.into_DE, "head": head_scale * basis.back_ED.T}
+    scales = {"embeddings": init.embedding_scale, "head": init.head_scale or basis.logit_scale}
+    maps_DE = {"embeddings": basis.into_DE, "head": basis.back_ED.T}
     for part in trainer.model_parts:
         for name, module in (("embeddings", part.tok_embeddings), ("head", part.lm_head)):
             if module is not None and init.parts in (name, "both"):
                 rows_VE = F.embedding_bag(flat_N, layers[name], lengths_V.cumsum(0) - lengths_V, mode="mean")
-                scale = init.embedding_scale if name == "embeddings" else 1.0
-                _set_rows(module.weight, F.linear(rows_VE, maps_DE[name].to(device)), lengths_V > 0, scale)
+                _set_rows(module.weight, F.linear(rows_VE, maps_DE[name].to(device)), lengths_V > 0, scales[name])
 
 
 def _set_rows(parameter: torch.Tensor, new_VD: torch.Tensor, known_V: torch.Tensor, scale: float | None) -> None:

@@ -55,8 +55,8 @@ def test_the_start_is_that_of_the_formulas_and_all_else_as_it_was(starts, write)
     inverse_ED = torch.linalg.pinv(basis_DE.double()).float()
     scale = basis_DE.double().norm().item() / 48**0.5
     expected = dict(off)
-    expected["tok_embeddings.weight"] = weights["tok_embeddings.weight"] @ (0.5 * basis_DE).T
-    expected["lm_head.weight"] = head_VE @ (scale * inverse_ED)
+    expected["tok_embeddings.weight"] = weights["tok_embeddings.weight"] @ basis_DE.T * 0.5
+    expected["lm_head.weight"] = head_VE @ inverse_ED * scale
     for name in off:
         if name.startswith(("layers.1.", "layers.2.", "layers.3.")) and name.endswith(("wo.weight", "w2.weight")):
             expected[name] = torch.zeros_like(off[name])
