@@ -16,7 +16,7 @@ RERUN := --reruns 1 --only-rerun 'exitcode: -(6|11)\b'
 
 .PHONY: demo test test-quick lint format house fetch-smollm2 wheel clean
 
-demo: $(DEMO)  ## Train the demo's student plain and with LET, and compare
+demo: $(DEMO)  ## Train the demo's student plain, with LET and with the recipe, and compare
 	$(BIN)/python -m let_plugin.demo
 
 test: $(TEST) $(SMOLLM2)/tokenizer.json  ## Run all tests that this machine can run
