@@ -35,7 +35,7 @@ def _config(name: str) -> Trainer.Config:
     config.hf_assets_path = f"{CORPUS}/tokenizer"
     config.dataloader.dataset_path = f"{CORPUS}/train.jsonl"
     config.validator.dataloader.dataset_path = f"{CORPUS}/validation.jsonl"
-    config.optimizer = default_adamw(lr=2e-3)
+    config.optimizer = default_adamw(lr=4e-3)
     config.training.local_batch_size, config.training.seq_len = 32, 128
     config.training.steps, config.lr_scheduler.warmup_steps = 1000, 50
     config.validator.freq, config.validator.steps = 100, 16
@@ -78,7 +78,6 @@ def _teacher(name: str) -> Trainer.Config:
     config: Any = _config(name)
     steps = _TEACHER_STEPS[name]
     config.dump_folder = f"{CORPUS}/{name}"
-    config.optimizer = default_adamw(lr=4e-3)
     config.training.steps = steps
     config.validator.freq = steps // 10
     config.checkpoint.enable = True
