@@ -55,7 +55,7 @@ NO_TEXT = ("script", "style", "nav", "head", "pre", "table", "footer")
 BLOCKS = ("p", "li", "dd")
 MAX_CHARS, MIN_CHARS = 12_000, 200  # of a document
 HELD_OUT = 400  # documents, in the validation and in the test split each
-VOCAB_SIZE = 4096
+VOCAB_SIZE = 2048
 END_OF_TEXT = "<|endoftext|>"
 MANIFEST = Path(__file__).with_name("corpus_manifest.json")
 

@@ -14,7 +14,7 @@ from let_plugin.runtime.upstream import default_adamw
 from let_plugin.teacher.titan.source import register_teacher_spec
 
 CORPUS = "assets/corpus"
-_VOCAB_SIZE = 4096  # of the corpus's tokenizer
+_VOCAB_SIZE = 2048  # of the corpus's tokenizer
 _SHAPES: dict[str, dict[str, Any]] = {
     "weak_teacher": {"dim": 32, "num_layers": 1, "num_heads": 1, "hidden_dim": 96, "tie_embeddings": True},
     "strong_teacher": {"dim": 64, "num_layers": 2, "num_heads": 1, "hidden_dim": 192, "tie_embeddings": True},
@@ -36,7 +36,7 @@ def _config(name: str) -> Trainer.Config:
     config.dataloader.dataset_path = f"{CORPUS}/train.jsonl"
     config.validator.dataloader.dataset_path = f"{CORPUS}/validation.jsonl"
     config.optimizer = default_adamw(lr=2e-3)
-    config.training.local_batch_size, config.training.seq_len = 16, 256
+    config.training.local_batch_size, config.training.seq_len = 32, 128
     config.training.steps, config.lr_scheduler.warmup_steps = 1000, 50
     config.validator.freq, config.validator.steps = 100, 16
     config.metrics.enable_tensorboard = False
