@@ -86,8 +86,8 @@ def bucketed(predictions_V, is_top_V):
         {"divergence": "reverse_kl", "alpha": 0.75},
         {"divergence": "jensen_shannon", "temperature": 0.5, "top_k": 3},
         {"top_k": 50, "alpha": 1.0, "teacher__rows": 0.5},
-        {"divergence": "reverse_kl", "base": tiny_padded},  # of the two heads, one has padded rows
-        {"top_k": 50, "base": tiny_padded},
+        {"divergence": "reverse_kl", "padded": True},  # of the two heads, one has padded rows
+        {"top_k": 50, "padded": True},
         {"top_k": 3, "teacher__spec": "padded_teacher"},
     ],
     ids=str,
@@ -100,7 +100,7 @@ def test_the_students_predictions_are_drawn_to_the_teachers(
     settings = dict(settings)
     if settings.pop("compiled", False):
         set_all(config, compile__enable=True, compile__backend="aot_eager")
-    config.model_spec = settings.pop("base", tiny)().model_spec
+    config.model_spec = (tiny_padded if settings.pop("padded", False) else tiny)().model_spec
     set_all(config.let, signal="logits", **settings)
     config.let.teacher.path = f"{config.dump_folder}/teacher"
     weights = jobs.make_teacher(config.let.teacher.path, with_head=True, spec=config.let.teacher.spec)
