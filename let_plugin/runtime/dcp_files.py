@@ -39,6 +39,8 @@ _KNOWN: dict[tuple[str, str], Any] = {
     **{("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): _LAYOUTS.__getitem__,
+    # The first releases of Python 3.11 pickle a member of an enumeration as getattr(class, name).
+    ("builtins", "getattr"): lambda cls, name: metadata._MEM_FORMAT_ENCODING[name],
     # The path where the checkpoint was written; Python 3.13 has another name for the module.
     **{(module, "PosixPath"): pathlib.PurePosixPath for module in ("pathlib", "pathlib._local")},
 }
