@@ -12,13 +12,15 @@ from let_plugin.config.command_line import Argument
 from let_plugin.config.errors import Problem, suggest
 from let_plugin.config.schema import Arm, arms, config_classes, default_value, join, types_by_name
 
-# What keys and tables of torchtitan's own TOML files, up to version 0.2, are called now, where no suggestion would say
-# so. Only for messages: many of them mean something slightly different now.
+# What keys and tables of torchtitan's own TOML files, up to version 0.2, are called now, and one of [let], where no
+# suggestion would say so. Only for messages: many of them mean something slightly different now.
 OLD_KEYS = {
+    "let.target": 'let.signal = "states" (once "teacher"), "labels" or "logits"; several of them are [[let.terms]]',
     "job": "dump_folder is a top-level key, print_config and save_config_file are in [debug]; leave out the rest",
     "model": "`base` chooses the model; hf_assets_path (once tokenizer_path, too) is a top-level key",
     "experimental": "[parallelism] and [compile]; a function of your own is named in `base`",
     **dict.fromkeys(("float8", "mx", "quantize"), "gone; they are part of the model: choose a `base` that has them"),
+    "metrics.enable_color_printing": "metrics.disable_color_printing, with the opposite value",
     "metrics.rank_0_only": "metrics.save_for_all_ranks, with the opposite value",
     "optimizer.name": "optimizer.param_groups.0.optimizer_name",
     **dict.fromkeys(("optimizer.beta1", "optimizer.beta2"), "optimizer.param_groups.0.optimizer_kwargs.betas"),

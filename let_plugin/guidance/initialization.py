@@ -91,10 +91,11 @@ def _set_outer_layers(trainer: Trainer, source: TeacherSource) -> None:
 def _set_rows(parameter: torch.Tensor, new_VD: torch.Tensor, known_V: torch.Tensor, scale: float | None) -> None:
     """Sets the known rows of a parameter, which may be sharded in any way; as large as they were if `scale` is None."""
     own_VD = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    own_VD = own_VD.to(new_VD.device)
     if scale is None:
         scale = float(own_VD[known_V].double().norm() / new_VD[known_V].double().norm())
     new_VD = new_VD * scale
-    whole_VD = torch.where(known_V[:, None], new_VD.to(own_VD.dtype), own_VD.to(new_VD.device))
+    whole_VD = torch.where(known_V[:, None], new_VD.to(own_VD.dtype), own_VD)
     if isinstance(parameter, DTensor):  # each rank takes its own shard of what it has
         whole_VD = distribute_tensor(whole_VD, parameter.device_mesh, parameter.placements, src_data_rank=None)
     parameter.copy_(whole_VD)

@@ -153,6 +153,7 @@ def test_command_line_over_toml_over_base_and_the_next_load_starts_anew():
         ("[trainign]\nsteps = 3", "trainign: unknown; did you mean 'training'?"),
         ("lr_scheduler.lr_min = 0.1",
          "lr_scheduler.lr_min = 0.1: a key of an older version; now: lr_scheduler.min_lr_factor"),
+        ('let.target = "labels"', "let.target = 'labels': a key of an older version; now: let.signal"),
         ("training.stop_step = 3", "training.stop_step = 3: unknown; did you mean let.stop_step"),
         ('model_spec = "x"', "model_spec = 'x': only Python can set it"),
         ("[optimizer.param_groups.1]\n", "optimizer.param_groups.1: no such element; valid names: 0"),
