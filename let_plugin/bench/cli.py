@@ -4,6 +4,7 @@ import argparse
 import logging
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -22,9 +23,10 @@ _GOES_ON = f"Called again with the same settings, it continues where it was stop
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the command line; SystemExit with code 2 for bad input, 1 for a run that failed, 130 if interrupted."""
+    """Runs the command line; SystemExit: 2 for bad input, 1 for a run that failed, 130 if interrupted or terminated."""
     argv = sys.argv[1:] if argv is None else argv
     args, options = parse(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: it ends the run that it has started
     try:
         if missing := [name for name in _LIBRARIES if find_spec(name) is None]:
             raise ConfigError(Problem(_PROGRAM, f'needs {", ".join(missing)}; pip install "let-plugin[bench]"'))

@@ -53,6 +53,8 @@ class Suite:
         self._same = [*same, args.processes]
         self._origin = rows.provenance()
         self.id = rows.fingerprint(self._origin, *self._same)
+        self._folder = args.work_dir / self.id
+        self._folder.mkdir(parents=True, exist_ok=True)
 
     def _origin_now(self) -> dict[str, Any]:
         """Where the next row comes from. RunFailedError if the package has changed since the suite began."""
@@ -71,9 +73,8 @@ class Suite:
 
     def _start(self, name: str, what: str, **request: Any) -> Running:
         """A run of let-train that is measured; for `request` see `child`."""
-        out = self._args.work_dir / self.id / f"{name}.json"
+        out = self._folder / f"{name}.json"
         file = out.with_suffix(".request.json")
-        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps({"out": str(out), **request}))
         return Running("let_plugin.bench.child", [str(file)], out, what=what, num_processes=self._args.processes)
 

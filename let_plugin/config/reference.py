@@ -82,9 +82,7 @@ def _type(hint: Any) -> str:
 
 
 def _default(value: Any) -> str:
-    if value is None or value is MISSING:
-        return "" if value is None else "required"
-    return f"`{toml(value)}`"
+    return "" if value is None else "required" if value is MISSING else f"`{toml(value)}`"
 
 
 def toml(value: Any) -> str:

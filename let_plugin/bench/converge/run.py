@@ -1,10 +1,12 @@
 """`let-bench converge`: methods x seeds on the same data in the same order, tuned on one split and read on another."""
 
 import argparse
+import fcntl
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -23,6 +25,8 @@ from let_plugin.bench.rows import BASELINE, CHOICE, CONVERGE, DIVERGED
 from let_plugin.bench.runs import Run
 from let_plugin.config import load as toml_config
 
+_POLL_SECONDS = 5.0  # while other processes make what is missing
+
 
 def run(args: argparse.Namespace, options: Sequence[str], command: str) -> str:
     """Runs what is missing, and returns the table. ConfigError before any run, RunFailedError if one fails."""
@@ -33,7 +37,10 @@ def run(args: argparse.Namespace, options: Sequence[str], command: str) -> str:
 
 
 class Suite(runs.Suite):
-    """Runs what is not in the result file yet. A run that was broken off starts from zero."""
+    """Runs what is not in the result file yet. A run that was broken off starts from zero.
+
+    Several processes may do so at the same time: each takes a run that no other one has begun.
+    """
 
     def __init__(self, planner: Planner, args: argparse.Namespace, command: str) -> None:
         self._common = toml_config.dump(planner.setup.load([]))
@@ -61,30 +68,50 @@ class Suite(runs.Suite):
         """Runs all methods with one seed, then with the next."""
         cells = [(method, self._planner.chosen(method, self._chosen)) for method in self._planner.methods]
         planned = [self._planner.run(*cell, seed) for seed in self._args.seeds for cell in cells]
-        for made in self._run(planned, "result"):
-            if made["role"] != "result":  # it was run to tune, and is a result as well
-                rows.append(self._args.out, made | {"role": "result"})
+        self._run(planned, "result")
 
     def _run(self, planned: Sequence[Run], role: str) -> list[dict[str, Any]]:
-        """The rows of all of them; runs those that the file does not have."""
-        found = {row["run"]: row for row in rows.read(self._args.out) if row["kind"] in (CONVERGE, DIVERGED)}
-        made = []
-        progress = tqdm(total=len(planned), initial=sum(self._id(own) in found for own in planned), desc=role)
-        for own in planned:
-            id_ = self._id(own)
-            if id_ not in found:
-                found[id_] = self._make(own, role)
-                progress.update()
-            made.append(found[id_])
-            if role == "result" and made[-1]["kind"] == DIVERGED and made[-1]["method"] == BASELINE:
-                what = f"{BASELINE!r} has diverged with seed {made[-1]['seed']}"
-                raise RunFailedError(f"{what}: there is nothing to compare with. Change the configuration or the seeds")
-        progress.close()
-        return made
+        """The rows of all of them; runs those that the file does not have, and no other process is running."""
+        ids, found = [self._id(own) for own in planned], self._found(role)
+        progress = tqdm(total=len(ids), initial=sum(id_ in found for id_ in ids), desc=role)
+        while True:
+            for id_, own in zip(ids, planned, strict=True):
+                if id_ not in found:
+                    with self._claim(id_) as is_ours:
+                        found = self._found(role)
+                        if is_ours and id_ not in found:
+                            found[id_] = self._make(own, role)
+                progress.update(sum(id_ in found for id_ in ids) - progress.n)
+                made = found.get(id_, {})
+                if role == "result" and (made.get("kind"), made.get("method")) == (DIVERGED, BASELINE):
+                    what = f"{BASELINE!r} has diverged with seed {made['seed']}: there is nothing to compare with"
+                    raise RunFailedError(f"{what}. Change the configuration or the seeds")
+            if progress.n == len(ids):
+                return [found[id_] for id_ in ids]
+            time.sleep(_POLL_SECONDS)
+
+    def _found(self, role: str) -> dict[str, dict[str, Any]]:
+        """The rows of the file by their runs. One that was run to tune is no result until it has a row as such."""
+        known = [row for row in rows.read(self._args.out) if row["kind"] in (CONVERGE, DIVERGED)]
+        return {row["run"]: row for row in known if role in ("tuning", row["role"])}
+
+    @contextmanager
+    def _claim(self, what: str) -> Iterator[bool]:
+        """Whether this process is the one to do it now. A process that is killed gives up its claims."""
+        with (self._folder / f"{slug(what)}.lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            yield True
 
     def _make(self, own: Run, role: str) -> dict[str, Any]:
-        origin = self._origin_now()
-        new = self._append(own, origin=origin, run=self._id(own), role=role, **observed(own, self._execute(own)))
+        origin, id_ = self._origin_now(), self._id(own)
+        if tuned := self._found("tuning").get(id_):  # a result as well
+            rows.append(self._args.out, tuned | {"role": role})
+            return tuned
+        new = self._append(own, origin=origin, run=id_, role=role, **observed(own, self._execute(own)))
         text = f"diverged, by step {new['values'][0]}"
         if new["kind"] == CONVERGE:
             text = f"validation {new['final_validation_loss']:.4f}, test {new['final_test_loss']:.4f}"
@@ -137,10 +164,13 @@ class Suite(runs.Suite):
             "chosen": names[best],
             "tuning_seeds": list(self._args.tuning_seeds),
         }
-        old = [row for row in rows.read(self._args.out) if row["kind"] == CHOICE and row["method"] == said["method"]]
-        if not old or any(old[-1].get(key) != value for key, value in said.items()):
-            said |= {"command": self._command, "config": self._common, "seed": None, "unit": "nats/token"}
-            rows.append(self._args.out, rows.row(CHOICE, self._origin, **said))
+        with self._claim(f"choice-{said['method']}") as is_ours:
+            old = [
+                row for row in rows.read(self._args.out) if row["kind"] == CHOICE and row["method"] == said["method"]
+            ]
+            if is_ours and (not old or any(old[-1].get(key) != value for key, value in said.items())):
+                said |= {"command": self._command, "config": self._common, "seed": None, "unit": "nats/token"}
+                rows.append(self._args.out, rows.row(CHOICE, self._origin, **said))
 
     def _id(self, own: Run) -> str:
         """The same for the same run of the same code on the same device."""

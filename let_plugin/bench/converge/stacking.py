@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import os
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,7 @@ def grow(config: Trainer.Config, depth: int, checkpoint: str, out: Path) -> None
     assert config.model_spec is not None
     model: Any = config.model_spec.model
     model.update_from_config(config=config)
-
-    def shallow_name(name: str) -> str:
-        return _BLOCK.sub(lambda match: f"layers.{int(match[1]) % depth}.", name)
-
+    shallow_name = partial(_BLOCK.sub, lambda match: f"layers.{int(match[1]) % depth}.")
     weights = export_hf.read_checkpoint(checkpoint, export_hf.parameter_shapes(model), source=shallow_name)
     dcp.save(weights, checkpoint_id=os.fspath(out), no_dist=True)
 

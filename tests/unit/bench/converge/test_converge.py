@@ -1,6 +1,8 @@
 """From a command line to a suite: in which order it runs, what of it is left, and what is chosen."""
 
 import math
+import multiprocessing
+import os
 from collections import Counter
 
 import pytest
@@ -20,7 +22,7 @@ class Converge:
 
     def __init__(self, parsed):
         self._parsed = parsed
-        self.order, self.dies_at, self.diverging = [], None, set()
+        self.order, self.dies_at, self.diverging, self.meeting = [], None, set(), None
 
     def __call__(self, text):
         self.order = []
@@ -31,6 +33,9 @@ class Converge:
     def execute(self, suite, own):
         name = own.label, own.details["seed"]
         self.order.append(name)
+        if self.meeting:  # with another process, once
+            self.meeting.wait(60)
+            self.meeting = None
         if len(self.order) == self.dies_at:
             raise KeyboardInterrupt
         loss = LOSSES[own.label] + 0.001 * own.details["seed"]
@@ -94,6 +99,18 @@ def test_more_is_added_to_what_is_there(converge, out):
     converge("--methods let --grid let.weight 1 0.1 --tuning-seeds 0")
     assert converge.order == [("let@0.1", 0)]
     assert len({row["suite"] for row in rows.read(out)}) == 1
+
+
+def test_processes_share_a_suite(converge, out, monkeypatch):
+    """Each run is made once, whoever makes it. Those of seed 0 that were run to tune are results as well."""
+    monkeypatch.setattr(run, "_POLL_SECONDS", 0.01)
+    converge.meeting = multiprocessing.Barrier(2)
+    if not (other := os.fork()):
+        os._exit(len(converge(f"{TUNED} --tuning-seeds 0")[0]))
+    order, _ = converge(f"{TUNED} --tuning-seeds 0")
+    made = os.waitstatus_to_exitcode(os.waitpid(other, 0)[1])
+    assert 0 < made < 10 and made + len(order) == 10
+    assert Counter(row.get("role") for row in rows.read(out)) == {"tuning": 4, "result": 8, None: 2}
 
 
 def test_a_weight_that_diverges_is_not_chosen(converge, out):
