@@ -21,10 +21,11 @@ _SHAPES: dict[str, dict[str, Any]] = {
     # Initialized as Hugging Face's Llama: the alignment's gradient scales as 1/|h|, and torchtitan's 1.0 makes h large.
     "student": {"dim": 128, "num_layers": 4, "num_heads": 2, "hidden_dim": 384, "embedding_init_std": 0.02},
     "large_student": {"dim": 192, "num_layers": 6, "num_heads": 3, "hidden_dim": 576, "embedding_init_std": 0.02},
+    "gpu_teacher": {"dim": 256, "num_layers": 4, "num_heads": 4, "hidden_dim": 704, "tie_embeddings": True},
     "gpu_student": {"dim": 640, "num_layers": 8, "num_heads": 10, "hidden_dim": 1792, "embedding_init_std": 0.02},
 }
 _SPECS = {name: partial(llama_spec, name, vocab_size=_VOCAB_SIZE, **shape) for name, shape in _SHAPES.items()}
-_TEACHER_STEPS = {"weak_teacher": 1000, "strong_teacher": 8000}
+_TEACHER_STEPS = {"weak_teacher": 1000, "strong_teacher": 8000, "gpu_teacher": 6400}
 for _name, _steps in _TEACHER_STEPS.items():
     _path = f"{CORPUS}/{_name}/checkpoint/step-{_steps}"
     register_teacher_spec(_name, _SPECS[_name], path=_path, tokenizer_path=f"{CORPUS}/tokenizer")
@@ -58,7 +59,7 @@ def large_student() -> Trainer.Config:
 
 
 def gpu_student() -> Trainer.Config:
-    """8 blocks of width 640, about 45 million parameters; 105 million tokens, for one GPU."""
+    """8 blocks of width 640, 42 million parameters; 105 million tokens, for one GPU."""
     config = _config("gpu_student")
     config.training.local_batch_size, config.training.steps = 256, 3200
     return config
@@ -72,6 +73,13 @@ def weak_teacher() -> Trainer.Config:
 def strong_teacher() -> Trainer.Config:
     """2 blocks of width 64; 33 million tokens. The student of 4.1 million tokens does not reach it."""
     return _teacher("strong_teacher")
+
+
+def gpu_teacher() -> Trainer.Config:
+    """4 blocks of width 256, 9 % of gpu_student; 210 million tokens, for one GPU."""
+    config = _teacher("gpu_teacher")
+    config.training.local_batch_size = 256
+    return config
 
 
 def _teacher(name: str) -> Trainer.Config:

@@ -91,9 +91,8 @@ def train(config: "Trainer.Config", on_built: "Callable[[Trainer], None] | None"
     from let_plugin.runtime import console, host
 
     console.show(config.runtime.log)
-    structured_logger.init_structured_logger(
-        source="training", output_dir=config.dump_folder, enable=config.debug.enable_structured_logging
-    )
+    is_logged = config.debug.enable_structured_logging
+    structured_logger.init_structured_logger(source="training", output_dir=config.dump_folder, enable=is_logged)
     host.adapt_model_spec(config.model_spec)
     trainer = config.build()
     try:

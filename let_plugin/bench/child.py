@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,8 @@ def main(argv: list[str]) -> None:
         out, settings = request["out"], request["settings"]
         (Watch(trainer, out, **settings) if settings else Observer(trainer, out)).start()
 
-    train.main(
-        request["argv"],
-        on_loaded=lambda config: adapt(config, request.get("num_blocks"), request.get("test")),
-        on_built=watch,
-    )
+    adapted = partial(adapt, num_blocks=request.get("num_blocks"), test=request.get("test"))
+    train.main(request["argv"], on_loaded=adapted, on_built=watch)
 
 
 def adapt(config: Any, num_blocks: int | None, test: Sequence[str] | None) -> None:

@@ -95,9 +95,8 @@ def _write_page(out: Path, **content: Any) -> None:
     import jinja2
     import vl_convert
 
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("let_plugin.bench", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
+    loader = jinja2.PackageLoader("let_plugin.bench", ".")
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = environment.get_template("report.html.jinja")
     content |= {"light": charts.LIGHT, "axes": charts.AXES, "tables": tables}
     content["library"] = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub wants a snippet

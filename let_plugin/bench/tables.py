@@ -76,8 +76,8 @@ def notes(suite: Suite) -> list[str]:
             what = f"{before['what']}, {before['tokens']:,} tokens, {before['flops']:.3g} FLOPs, {seconds}"
             said.append(f"{label}: {what}.")
     for label, own in suite.diverged.items():
-        seeds_text = ", ".join(map(str, sorted(own)))
-        said.append(f"{label} has no result: it diverged with seed {seeds_text} (held-out loss is NaN).")
+        which = ", ".join(map(str, sorted(own)))
+        said.append(f"{label} has no result: it diverged with seed {which} (held-out loss is NaN).")
     return said
 
 
@@ -126,9 +126,7 @@ def profile_table(row: Row) -> tuple[str, pd.DataFrame]:
     """Caption and cells: where the time of a profiled step goes."""
     step = median(row["values"])
     parts = {**row["parts"], "the student's own step": step - sum(row["parts"].values())}
-    cells = [
-        {"ms/step": f"{1000 * seconds:,.2f}", "of the step": f"{seconds / step:.2%}"} for seconds in parts.values()
-    ]
+    cells = [{"ms/step": f"{1000 * own:,.2f}", "of the step": f"{own / step:.2%}"} for own in parts.values()]
     bound = f"FLOP bound of LET {row['flop_bound']:.2%} of plain"
     caption = f"{row['label']}, profiled ({1000 * step:,.1f} ms/step; {bound})"
     return caption, pd.DataFrame(cells, index=list(parts)).rename_axis(columns="part")

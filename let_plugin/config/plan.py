@@ -218,8 +218,8 @@ def pairs(config: "Trainer.Config", term: Term, teacher_depth: int | None) -> li
         mapped = _mapped_pairs(term, depth, depth if teacher_depth is None else teacher_depth)
         chosen = [(f"{term.key}.layer_mapping", pair) for pair in mapped]
     elif let.student_block is not None:
-        message = f"not together with {term.key}.pairs"
-        raise ConfigError(Problem(f"{term.key}.student_block", message, let.student_block))
+        key = f"{term.key}.student_block"
+        raise ConfigError(Problem(key, f"not together with {term.key}.pairs", let.student_block))
     if not chosen:
         raise ConfigError(Problem(f"{term.key}.layer_mapping", "it aligns nothing: there is no pair"))
     resolved = _resolved(chosen, depth, teacher_depth)
@@ -240,8 +240,7 @@ def _mapped_pairs(term: Term, student_depth: int, teacher_depth: int) -> list[La
     if block is None:
         return mapped
     if len(mapped) != 1:
-        message = f"{let.layer_mapping!r} aligns {len(mapped)} blocks; choose them by {term.key}.pairs"
-        raise ConfigError(Problem(key, message))
+        raise ConfigError(Problem(key, f"{let.layer_mapping!r} aligns {len(mapped)} blocks; give {term.key}.pairs"))
     if not 0 <= block < student_depth:
         raise ConfigError(Problem(key, f"the student has blocks 0 to {student_depth - 1}", block))
     return [LayerPair(block, mapped[0].teacher, mapped[0].weight)]

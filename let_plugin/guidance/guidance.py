@@ -115,14 +115,12 @@ class Guidance:
 
     def counted(self, batches: Iterator[_Batch]) -> Iterator[_Batch]:
         """The batches of a step, of which the tokens of the rows that have a target are counted on the way."""
-        return batches if self._trainer.config.let.teacher.rows == 1 else self._counted(batches)
-
-    def _counted(self, batches: Iterator[_Batch]) -> Iterator[_Batch]:
         let = self._trainer.config.let
-        self._num_targets = torch.zeros((), dtype=torch.int64)
+        self._num_targets = None if let.teacher.rows == 1 else torch.zeros((), dtype=torch.int64)
         for input_dict, labels_BL in batches:
-            rows = plan.teacher_rows(let, self._trainer.step - 1, len(labels_BL))
-            self._num_targets += (labels_BL[rows] != IGNORE_INDEX).sum()
+            if self._num_targets is not None:
+                rows = plan.teacher_rows(let, self._trainer.step - 1, len(labels_BL))
+                self._num_targets += (labels_BL[rows] != IGNORE_INDEX).sum()
             yield input_dict, labels_BL
 
     @contextmanager

@@ -65,8 +65,7 @@ def run(options: argparse.Namespace) -> None:
         _print({"tokenizer": f"{len(tokenizer.get_vocab()):,} tokens"})
         _print(_measure(source, tokenizer, options, device))
     elif options.text:
-        message = "the teacher comes without a tokenizer; name a folder with its tokenizer.json"
-        raise ConfigError(Problem("--tokenizer", message, options.tokenizer))
+        raise ConfigError(Problem("--tokenizer", "missing; name a folder with the teacher's tokenizer.json"))
     else:
         _print({"tokenizer": "none there: the loss is not measured (--tokenizer FOLDER)"})
 

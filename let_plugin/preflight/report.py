@@ -221,8 +221,8 @@ def report(facts: Facts) -> str:
         lines.append(("teacher", ended))
     if let.enable and plan.changes_the_start(let):
         lines += _start_lines(facts)
-    heading = "LET preflight" if let.enable else "preflight"
-    return "\n".join([heading, *(f"  {name:<10} {text}" for name, text in lines)])
+    shown = (f"  {name:<10} {text}" for name, text in lines)
+    return "\n".join(["LET preflight" if let.enable else "preflight", *shown])
 
 
 def _start_lines(facts: Facts) -> list[tuple[str, str]]:
@@ -306,8 +306,7 @@ def _term_lines(facts: Facts, term: plan.Term, pairs: Sequence[LayerPair]) -> li
     student, let = facts.student, term.config
     assert student
     if let.signal == "labels":
-        blocks = f"{', '.join(str(pair.student) for pair in pairs)} (of 0 to {student.num_blocks - 1})"
-        return [("blocks", blocks)]
+        return [("blocks", f"{', '.join(str(pair.student) for pair in pairs)} (of 0 to {student.num_blocks - 1})")]
     assert facts.source is not None
     if let.signal == "logits":
         text = f"the student's predictions with the teacher's, {let.divergence} at temperature {let.temperature:g}"
@@ -355,11 +354,10 @@ def _describe_pair(pair: LayerPair, student: Student, teacher: TeacherInfo, let:
 
 def _describe_schedule(facts: Facts, of_term: TermFacts) -> str:
     let = of_term.term.config
-    start = f"{let.weight:g} at step 0, {let.schedule}"
-    if let.warmup_steps > 0:
-        start = f"up to {let.weight:g} at step {let.warmup_steps}, then {let.schedule}"
+    start = f"{let.weight:g} at step {let.warmup_steps}"
+    start = f"up to {start}, then" if let.warmup_steps else f"{start},"
     of = " of the student's own gradient" if let.weight_by == "gradient" else ""
-    return f"{start} to 0 at step {of_term.stop_step} of {facts.config.training.steps}{of}"
+    return f"{start} {let.schedule} to 0 at step {of_term.stop_step} of {facts.config.training.steps}{of}"
 
 
 def mib(num_bytes: float) -> str:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.attention.flex_attention import BlockMask
 from torch.profiler import record_function
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.distributed import ParallelDims
@@ -168,16 +169,19 @@ class TeacherShare:
 
     def rows(self, tensor_BL: torch.Tensor) -> torch.Tensor:
         """This rank's rows of a microbatch that all its peers see."""
-        if not self.divides(tensor_BL.shape[0]):
-            return tensor_BL
-        assert self._mesh is not None
-        return tensor_BL.chunk(self._num_peers)[self._mesh.get_local_rank()]
+        return tensor_BL[self._rows(len(tensor_BL))]
 
     def masks(self, student_masks: Any, num_rows: int) -> Any:
-        """The student's attention masks of a microbatch, if they are those of this rank's rows too; else None."""
-        # Context parallelism has cut them. Those of rows that are shared cannot be cut here: a block mask keeps the
-        # function of all rows that it was made with.
-        return None if self._cuts_masks or self.divides(num_rows) else student_masks
+        """The same of the student's attention masks; None if they are of a kind that cannot be cut, or cut already."""
+        if self._cuts_masks:  # by context parallelism
+            return None
+        return masks_of(student_masks, self._rows(num_rows)) if self.divides(num_rows) else student_masks
+
+    def _rows(self, num_rows: int) -> slice:
+        if self._mesh is None or not self.divides(num_rows):
+            return slice(num_rows)
+        num = num_rows // self._num_peers
+        return slice(num * self._mesh.get_local_rank(), num * (self._mesh.get_local_rank() + 1))
 
     def part(self, tensor_BL: torch.Tensor) -> torch.Tensor:
         """This rank's part of the sequence: [B, L, ...] to [B, S, ...]."""
@@ -243,8 +247,8 @@ class TargetProvider:
         if self.let.teacher.rows == 1:
             return self._target(batch, labels_BL, student_masks)
         rows = plan.teacher_rows(self.let, self._step, len(labels_BL))
-        # The student's masks are those of all rows.
-        states_BSE = self._target({name: tensor[rows] for name, tensor in batch.items()}, labels_BL[rows], None)
+        masks = masks_of(student_masks, rows)
+        states_BSE = self._target({name: tensor[rows] for name, tensor in batch.items()}, labels_BL[rows], masks)
         target_BSE = states_BSE.new_zeros(len(labels_BL), *states_BSE.shape[1:])
         target_BSE[rows] = states_BSE
         return target_BSE
@@ -268,6 +272,18 @@ class TargetProvider:
         states_BLE = states_BLE.to(dtype).masked_fill(~counts_BL[..., None], 0)
         with record_function(DELIVERY_RANGE):
             return share.deliver(states_BLE, num_rows)
+
+
+def masks_of(masks: Any, rows: slice) -> Any:
+    """The attention masks of some rows of those of all; None for a kind that cannot be cut."""
+    masks = masks.to_local() if isinstance(masks, DTensor) else masks
+    if not isinstance(masks, torch.Tensor | BlockMask):
+        return None
+    found: Any = masks if masks.shape[0] == 1 else masks[rows]  # one: for all rows
+    if isinstance(masks, BlockMask) and found is not masks:
+        of_all, first = masks.mask_mod, torch.full((), rows.start, device=masks.kv_indices.device)
+        found.mask_mod = lambda b, h, q, kv: of_all(b + first, h, q, kv)
+    return found
 
 
 def _sequence_part(

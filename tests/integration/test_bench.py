@@ -10,6 +10,7 @@ from let_plugin.bench.throughput import suite as throughput
 from let_plugin.runtime import data
 from tests.support import jobs
 
+METHODS = jobs.ROOT / "train_configs/evidence/methods.toml"
 pytestmark = pytest.mark.slow
 
 
@@ -53,16 +54,17 @@ def test_throughput(bench, capsys):
 
 
 def test_converge(bench, tmp_path):
-    """The plain student, and one that grows out of a shallow one."""
-    own = "--methods gstack --seeds 0 --gstack-blocks 2 --gstack-steps 2 --test-dataset let_demo_test"
-    own += " --training.steps 2 --validator.freq 2 --validator.steps 1"
-    table, (plain, grown) = bench(converge, "converge", own)
-    assert [plain["label"], grown["label"]] == ["standard", "gstack [gstack_blocks 2, gstack_steps 2]"]
-    for row in (plain, grown):
+    """The plain student, one that grows out of a shallow one, and the recipe of the evidence suite."""
+    own = "--methods gstack basis_distil@1 --seeds 0 --gstack-blocks 2 --gstack-steps 2 --test-dataset let_demo_test"
+    own += f" --training.steps 2 --validator.freq 2 --validator.steps 1 --methods-file {METHODS}"
+    table, (plain, grown, recipe) = bench(converge, "converge", own)
+    assert [row["label"] for row in (plain, grown)] == ["standard", "gstack [gstack_blocks 2, gstack_steps 2]"]
+    assert (recipe["label"], recipe["active_steps"]) == ("basis_distil@1", 2)
+    for row in (plain, grown, recipe):
         assert row["curve"]["step"] == [1, 2] and row["curve"]["tokens"] == [256, 512]
         assert row["peak_memory_bytes"]["resident"] > 0 and row["wall_seconds"] > 0
     # Another start, out of the shallow model's checkpoint, and what it took is in the curve.
-    assert plain["curve"]["test_loss"][0] != grown["curve"]["test_loss"][0]
+    assert len({row["curve"]["test_loss"][0] for row in (plain, grown, recipe)}) == 3
     assert not list((tmp_path / "work").glob("*/*-shallow"))
     before = grown["preparation"]
     assert before["tokens"] == 512 and 0 < before["seconds"] < grown["curve"]["seconds"][0]

@@ -88,13 +88,9 @@ def _parts_of_teacher(teacher: Teacher) -> Iterator[tuple[str, Any]]:
 
 
 def _parts_of_module(name: str, module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
-    for kind, parts in (
-        ("module", module.named_modules()),
-        ("parameter", module.named_parameters()),
-        ("buffer", module.named_buffers()),
-    ):
-        for own, part in parts:
-            yield f"{name} {kind} {own}", part
+    for kind in ("modules", "parameters", "buffers"):
+        for own, part in getattr(module, f"named_{kind}")():
+            yield f"{name} {kind[:-1]} {own}", part
 
 
 def _named(name: str, value: Any) -> Iterator[tuple[str, Any]]:

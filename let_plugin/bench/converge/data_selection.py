@@ -78,9 +78,8 @@ def run(args: argparse.Namespace, options: Sequence[str]) -> str:
     costs = {"flops": flops, "tokens": num_tokens * len(sources), "seconds": seconds}  # tokens: each model reads them
     costs_file(args.out).write_text(json.dumps(costs, indent=1) + "\n")
     means = ", ".join(f"{key} {nll.mean():.3f}" for key, nll in nll_D.items())
-    documents = f"{len(kept):,} of {len(order_D):,} documents"
-    took = f"{flops:.3g} FLOPs, {seconds:.0f} s"
-    return f"wrote {args.out}: {documents}; mean NLL per token and document: {means}; {took}"
+    written = f"wrote {args.out}: {len(kept):,} of {len(order_D):,} documents"
+    return f"{written}; mean NLL per token and document: {means}; {flops:.3g} FLOPs, {seconds:.0f} s"
 
 
 def _document_losses(config: Any, tokenizer: Any, source: Any) -> torch.Tensor:

@@ -43,7 +43,6 @@ def _config(flavor: str, dimensions: dict[str, Any], vocab_size: int) -> Trainer
     return config
 
 
-# A size and a vocabulary each.
 llama_1_4b_opt = partial(_config, "1.4B_opt", _1_4B, _OPT)
 llama_1_4b_pythia = partial(_config, "1.4B_pythia", _1_4B, _PYTHIA)
 llama_1_4b_smollm = partial(_config, "1.4B_smollm", _1_4B, _SMOLLM)

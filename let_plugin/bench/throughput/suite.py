@@ -161,10 +161,8 @@ class Suite(runs.Suite):
             seconds = result.pop("step_seconds")
             speed = result["tokens_per_step"] * len(seconds) / result["wall_seconds"]
             own = {"unit": "s/step", "values": seconds, "tokens_per_second": speed, **result}
-            if number is None:
-                self._append(run, PROFILE, origin, **own)
-            else:
-                self._append(run, THROUGHPUT, origin, pair=number, interleaved=self._args.interleave, **own)
+            turn = {} if number is None else {"pair": number, "interleaved": self._args.interleave}
+            self._append(run, PROFILE if number is None else THROUGHPUT, origin, **turn, **own)
             tqdm.write(f"{what}, {run.label}: {speed:,.0f} tokens/s, {median(seconds):.3f} s/step")
 
     def _start_run(self, run: Run, what: str, turns: str | None) -> Running:

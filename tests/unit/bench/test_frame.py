@@ -22,15 +22,8 @@ def test_the_intervals_are_those_of_a_paired_t_test():
     assert back[:3] == (pytest.approx(1 / forth.value), pytest.approx(1 / forth.high), pytest.approx(1 / forth.low))
 
 
-@pytest.mark.parametrize(
-    ("loss", "step"),
-    [
-        (4.0, 20.0),  # exactly at an evaluation
-        (4.25, 17.5),
-        (9.0, 10.0),  # reached before the first evaluation, which is the first that is known
-        (3.4999, None),
-    ],
-)
+# At an evaluation; between two; before the first, which is the first that is known; never.
+@pytest.mark.parametrize(("loss", "step"), [(4.0, 20.0), (4.25, 17.5), (9.0, 10.0), (3.4999, None)])
 def test_step_at_loss(loss, step):
     rising_again = [(10, 5.0), (20, 4.0), (30, 3.5), (40, 5.0), (50, 3.5)]  # the first time counts
     assert step_at_loss(rising_again, loss) == (step if step is None else pytest.approx(step))

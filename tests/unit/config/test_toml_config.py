@@ -72,15 +72,8 @@ def assert_round_trip(loaded):
 
 
 OPTIMIZER = "optimizer.param_groups.0.optimizer_kwargs"
-TWO_GROUPS = """
-[[optimizer.param_groups]]
-pattern = "norm"
-optimizer_name = "Adam"
-optimizer_kwargs = { lr = 0.1, betas = [0.5, 0.6] }
-[[optimizer.param_groups]]
-pattern = ".*"
-optimizer_name = "AdamW"
-"""
+FIRST = '{pattern = "norm", optimizer_name = "Adam", optimizer_kwargs = {lr = 0.1, betas = [0.5, 0.6]}}'
+TWO_GROUPS = f'optimizer.param_groups = [{FIRST}, {{pattern = ".*", optimizer_name = "AdamW"}}]\n'
 
 
 @pytest.mark.parametrize(

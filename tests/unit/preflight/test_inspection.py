@@ -74,7 +74,7 @@ def test_what_a_spec_alone_and_a_checkpoint_without_a_tokenizer_say(inspect, tin
     assert said["tokenizer"].startswith("none there") and "loss" not in said
     with pytest.raises(SystemExit, match="2"):
         inspect(tiny_teacher[0], "--spec", "tiny_teacher", "--text", text_file)
-    assert "--tokenizer = '': the teacher comes without a tokenizer" in capsys.readouterr().err
+    assert "--tokenizer: missing; name a folder with the teacher's" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
