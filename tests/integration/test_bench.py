@@ -10,7 +10,6 @@ from let_plugin.bench.throughput import suite as throughput
 from let_plugin.runtime import data
 from tests.support import jobs
 
-METHODS = jobs.ROOT / "train_configs/evidence/methods.toml"
 pytestmark = pytest.mark.slow
 
 
@@ -56,12 +55,12 @@ def test_throughput(bench, capsys):
 def test_converge(bench, tmp_path):
     """The plain student, one that grows out of a shallow one, and the recipe of the evidence suite."""
     own = "--methods gstack basis_distil@1 --seeds 0 --gstack-blocks 2 --gstack-steps 2 --test-dataset let_demo_test"
-    own += f" --training.steps 2 --validator.freq 2 --validator.steps 1 --methods-file {METHODS}"
+    own += " --training.steps 2 --validator.freq 2 --validator.steps 1"
+    own += f" --methods-file {jobs.ROOT}/train_configs/evidence/methods.toml"
     table, (plain, grown, recipe) = bench(converge, "converge", own)
-    assert [row["label"] for row in (plain, grown)] == ["standard", "gstack [gstack_blocks 2, gstack_steps 2]"]
-    assert (recipe["label"], recipe["active_steps"]) == ("basis_distil@1", 2)
-    for row in (plain, grown, recipe):
-        assert row["curve"]["step"] == [1, 2] and row["curve"]["tokens"] == [256, 512]
+    labels = ["standard", "gstack [gstack_blocks 2, gstack_steps 2]", "basis_distil@1"]
+    for label, row in zip(labels, (plain, grown, recipe), strict=True):
+        assert row["label"] == label and row["curve"]["step"] == [1, 2] and row["curve"]["tokens"] == [256, 512]
         assert row["peak_memory_bytes"]["resident"] > 0 and row["wall_seconds"] > 0
     # Another start, out of the shallow model's checkpoint, and what it took is in the curve.
     assert len({row["curve"]["test_loss"][0] for row in (plain, grown, recipe)}) == 3

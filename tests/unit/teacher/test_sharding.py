@@ -39,10 +39,9 @@ def test_the_attention_masks_of_some_rows():
     def sees(b, h, q, kv):
         return (q >= kv) & (documents_BL[b, q] == documents_BL[b, kv])
 
-    blocks = create_block_mask(sees, 4, None, 256, 256, device="cpu")
     dense_B1LL = create_mask(sees, 4, None, 256, 256, device="cpu")
     assert torch.equal(masks_of(dense_B1LL, slice(1, 3)), dense_B1LL[1:3])
-    found = masks_of(blocks, slice(1, 3))
+    found = masks_of(blocks := create_block_mask(sees, 4, None, 256, 256, device="cpu"), slice(1, 3))
     assert torch.equal(found.to_dense(), blocks.to_dense()[1:3])
     assert torch.equal(create_mask(found.mask_mod, 2, None, 256, 256, device="cpu"), dense_B1LL[1:3])
     assert masks_of(dense_B1LL[:1], slice(1, 3)).shape[0] == 1 and masks_of(object(), slice(1, 3)) is None
