@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     """Runs the command line; SystemExit: 2 for bad input, 1 for a run that failed, 130 if interrupted or terminated."""
     argv = sys.argv[1:] if argv is None else argv
     args, options = parse(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: it ends the run that it has started
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: it ends the run that it has started
     try:
         if missing := [name for name in _LIBRARIES if find_spec(name) is None]:
             raise ConfigError(Problem(_PROGRAM, f'needs {", ".join(missing)}; pip install "let-plugin[bench]"'))
@@ -37,11 +37,12 @@ def main(argv: list[str] | None = None) -> None:
     except ConfigError as error:
         exit_with(error, _PROGRAM)
     except RunFailedError as error:
-        print(f"{_PROGRAM}: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        raise SystemExit(f"{_PROGRAM}: {error}") from None  # code 1
     except KeyboardInterrupt:
         print(f"\n{_PROGRAM}: interrupted; the same command continues from here", file=sys.stderr)
         raise SystemExit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -182,5 +183,4 @@ def _of_configuration(args: argparse.Namespace, options: list[str], command: str
         return data_selection.run(args, options)
     if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(Problem("--processes", "started under torchrun; start let-bench alone, and it starts them"))
-    suite = throughput if args.command == "throughput" else converge
-    return f"\n{suite.run(args, options, command)}"
+    return f"\n{(throughput if args.command == 'throughput' else converge).run(args, options, command)}"
