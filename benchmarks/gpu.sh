@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What this project asks of one GPU, in about 14 minutes. Needs assets/corpus (README.md, "The evidence suite").
+# What this project asks of one GPU. Planned for 14 minutes; it has not been run on one yet, only dry, on a CPU.
+# Needs assets/corpus (README.md, "The evidence suite").
 # `benchmarks/gpu.sh --dry-run` makes two steps of everything on whatever device there is.
 set -euo pipefail
 cd "$(dirname "$0")/.."

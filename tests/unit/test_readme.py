@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from let_plugin.bench import frame, tables
+from let_plugin.bench import frame, rows, tables
 from let_plugin.demo import compare
 from tests.support.jobs import ROOT
 
@@ -67,15 +67,14 @@ def test_what_it_costs():
 
 def test_tables_are_those_of_the_committed_rows(monkeypatch):
     monkeypatch.chdir(ROOT)
-    shown = dict(
-        re.findall(
-            r"<!-- let-bench table (\S+) -->\n```\n(.*?)\n```", (ROOT / "docs/results.md").read_text(), flags=re.S
-        )
-    )
+    text = (ROOT / "docs/results.md").read_text()
+    shown = dict(re.findall(r"<!-- let-bench table (\S+) -->\n```\n(.*?)\n```", text, flags=re.S))
     committed = {f"benchmarks/results/{path.name}" for path in RESULTS.glob("*.jsonl")}
     assert set(shown) == committed - {f"benchmarks/results/{name}.jsonl" for name in ("demo", "learning_rate")}
     for file, table in shown.items():
         assert table == tables.text([Path(file)])
+    for row in rows.read(RESULTS / "learning_rate.jsonl"):  # four suites of one run, in words
+        assert f" {row['final_validation_loss']:.3f}" in text
 
 
 def test_no_word_is_spelled_with_s():

@@ -2,7 +2,7 @@
 
 import math
 import multiprocessing
-import os
+import sys
 from collections import Counter
 
 import pytest
@@ -105,11 +105,12 @@ def test_processes_share_a_suite(converge, out, monkeypatch):
     """Each run is made once, whoever makes it. Those of seed 0 that were run to tune are results as well."""
     monkeypatch.setattr(run, "_POLL_SECONDS", 0.01)
     converge.meeting = multiprocessing.Barrier(2)
-    if not (other := os.fork()):
-        os._exit(len(converge(f"{TUNED} --tuning-seeds 0")[0]))
-    order, _ = converge(f"{TUNED} --tuning-seeds 0")
-    made = os.waitstatus_to_exitcode(os.waitpid(other, 0)[1])
-    assert 0 < made < 10 and made + len(order) == 10
+    own = f"{TUNED} --tuning-seeds 0"
+    other = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(len(converge(own)[0])))
+    other.start()
+    order, _ = converge(own)
+    other.join()
+    assert 0 < len(order) < 10 and other.exitcode + len(order) == 10
     assert Counter(row.get("role") for row in rows.read(out)) == {"tuning": 4, "result": 8, None: 2}
 
 
