@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from let_plugin.bench import rows
-from let_plugin.bench.rows import BASELINE, CHOICE, CONTROLS, CONVERGE, DIVERGED, PROFILE, THROUGHPUT, Row
+from let_plugin.bench.rows import BASELINE, CHOICE, CONTROLS, CONVERGE, DISTILLATION, DIVERGED, PROFILE, THROUGHPUT, Row
 from let_plugin.config.errors import ConfigError, Problem
 
 AXES = ("tokens", "flops", "seconds")  # what a curve may be drawn against
@@ -122,7 +122,7 @@ def suites(found: Sequence[Row]) -> list[Suite]:
 
 def costs(own: Sequence[Row]) -> Suite | None:
     """A suite's throughput rows, complete rounds only: a line per label. Bytes, seconds per step, ratios to plain."""
-    rounds = _complete([row for row in own if row["kind"] == THROUGHPUT], "pair")
+    rounds = _complete([row for row in own if row["kind"] == THROUGHPUT])
     lines = []
     for label, measured in rounds.items():
         first = measured[0]
@@ -160,7 +160,7 @@ def costs(own: Sequence[Row]) -> Suite | None:
 
 
 def gains(own: Sequence[Row]) -> Suite | None:
-    """A suite's convergence rows: a line per label, over the seeds that all labels have. Losses in nats per token.
+    """A suite's convergence rows: a line per label, over the seeds that BASELINE has too. Losses in nats per token.
 
     A speed-up is BASELINE's cost of its final loss over the method's cost of the same, each where the curve of that
     seed is first there. It is None if a seed never gets there: a mean over the others would flatter the method.
@@ -169,37 +169,39 @@ def gains(own: Sequence[Row]) -> Suite | None:
     for row in own:
         if row["kind"] == DIVERGED and row["role"] == "result":
             diverged.setdefault(row["label"], []).append(row["seed"])
-    results = [row for row in own if row["kind"] == CONVERGE and row["role"] == "result"]
-    seeds = _complete([row for row in results if row["label"] not in diverged], "seed")
-    if not seeds.get(BASELINE) or len(seeds) + len(diverged) < 2:
+    results = {
+        (row["label"], row["seed"]): row
+        for row in own
+        if row["kind"] == CONVERGE and row["role"] == "result" and row["label"] not in diverged
+    }
+    plain = {seed: row for (label, seed), row in results.items() if label == BASELINE}
+    paired = [(row, plain[seed]) for (_, seed), row in results.items() if seed in plain]
+    if not paired:
         return None
-    seeds = {BASELINE: seeds.pop(BASELINE)} | seeds
-    losses = {label: [row["final_test_loss"] for row in runs] for label, runs in seeds.items()}
+    kinds = {row["label"]: (row["method"], row["weight"]) for row in [*plain.values(), *(row for row, _ in paired)]}
+    losses = pd.Series({key: row["final_test_loss"] for key, row in results.items()}).unstack(0)
     lines = []
-    for label, runs in seeds.items():
-        line = {"label": label, "loss": mean(losses[label]), "preparation": runs[0]["preparation"]}
-        line["difference"] = difference(losses[label], losses[BASELINE])
+    for label in kinds:
+        pairs = [pair for pair in paired if pair[0]["label"] == label]
+        runs = [row for row, _ in pairs]
+        line = {"label": label, "loss": mean([row["final_test_loss"] for row in runs])}
+        line |= {"preparation": runs[0]["preparation"], "difference": _less(losses, label, BASELINE)}
         for axis in AXES:
-            pairs = zip(seeds[BASELINE], runs, losses[BASELINE], strict=True)
-            reached = [(_cost_of(base, loss, axis), _cost_of(run, loss, axis)) for base, run, loss in pairs]
+            reached = [[_cost_of(row, base["final_test_loss"], axis) for row in (base, run)] for run, base in pairs]
             missed = sum(own is None for _, own in reached)
             speed_up = None if missed else ratio(*zip(*reached, strict=True))
             line |= {f"{axis}_missed": missed, f"{axis}_ratio": speed_up}
             line[axis] = fmean(row["curve"][axis][-1] for row in runs)
         kind = list(runs[0]["peak_memory_bytes"])[-1]  # what an accelerator's allocator holds, not what it gave out
         lines.append(line | {"memory_kind": kind, "memory": fmean(row["peak_memory_bytes"][kind] for row in runs)})
-    compared = [(label, BASELINE) for label in seeds if label != BASELINE]
-    # A control says something about LET at its own weight only.
-    for label, (run, *_) in seeds.items():
-        controls = [o for o, (own, *_) in seeds.items() if own["method"] in CONTROLS and own["weight"] == run["weight"]]
-        compared += [(label, control) for control in controls if run["method"] == "let"]
+    compared = [(label, o) for label in kinds for o in kinds if label != o and _says(kinds[o], of=kinds[label])]
     return Suite(
         kind=CONVERGE,
         frame=pd.DataFrame(lines).set_index("label"),
-        rows=[row for runs in seeds.values() for row in runs],
+        rows=[row for row, _ in paired],
         choices=list({row["method"]: row for row in own if row["kind"] == CHOICE}.values()),
         diverged=diverged,
-        comparisons=[(a, b, difference(losses[a], losses[b])) for a, b in compared],
+        comparisons=[(*pair, known) for pair in compared if (known := _less(losses, *pair))],
     )
 
 
@@ -228,11 +230,24 @@ def slope(suite: Suite) -> Estimate | None:
     return mean([stats.linregress(active["share"], ys).slope for ys in zip(*active["ratios"], strict=True)])
 
 
-def _complete(found: Sequence[Row], index: str) -> dict[str, list[Row]]:
-    """Label -> its rows, one for each value of the field `index` that all labels have: the n-th of each are a pair."""
+def _less(losses: pd.DataFrame, label: str, other: str) -> Estimate | None:
+    """The mean difference over the seeds that both have; None if there is none."""
+    both = (losses[label] - losses[other]).dropna()
+    return mean(both.tolist()) if len(both) else None
+
+
+def _says(other: tuple[str, float | None], *, of: tuple[str, float | None]) -> bool:
+    """Whether a method, at its weight, is compared with another one."""
+    if other[0] in CONTROLS:  # they say something about LET at their own weight only
+        return of == ("let", other[1])
+    return of[0] != BASELINE and (other[0] == BASELINE or (other[0] in DISTILLATION and of[0] not in CONTROLS))
+
+
+def _complete(found: Sequence[Row]) -> dict[str, list[Row]]:
+    """Label -> its rows, one for each round that all labels have: the n-th of each are a pair."""
     by_label: dict[str, dict[int, Row]] = {}
     for row in found:
-        by_label.setdefault(row["label"], {})[row[index]] = row
+        by_label.setdefault(row["label"], {})[row["pair"]] = row
     complete = [key for key in next(iter(by_label.values()), ()) if all(key in own for own in by_label.values())]
     return {label: [own[key] for key in complete] for label, own in by_label.items()} if complete else {}
 

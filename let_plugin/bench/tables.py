@@ -63,7 +63,7 @@ def notes(suite: Suite) -> list[str]:
         return said
     seeds = list(dict.fromkeys(row["seed"] for row in suite.rows))
     said = [
-        f"{len(seeds)} seed{'' if len(seeds) == 1 else 's'} ({', '.join(map(str, seeds))}) of each method on {where}; "
+        f"Seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds))} on {where}; "
         f"{first['curve']['tokens'][-1]:,} tokens each, the same in the same order. A seed sets the initial weights.",
         "Test loss in nats per token, on a split on which nothing was chosen. Means over the seeds, with 95 % "
         "intervals of the mean paired difference, and of the mean ratio.",
@@ -85,12 +85,12 @@ def verdicts(suite: Suite) -> list[str]:
     """The comparisons of a convergence suite in words. What stands in no column has its number here."""
     if not suite.comparisons:
         return []
-    if suite.comparisons[0][2].num < 2:
+    if all(difference.num < 2 for _, _, difference in suite.comparisons):
         return ["One seed: no difference here can be told from chance. Take more (--seeds)."]
     found: dict[str, dict[str, list[str]]] = {}
     for label, other, difference in suite.comparisons:
-        groups = found.setdefault(other, {"better": [], "worse": [], "no difference resolved": []})
-        verdict = "better" if difference.value < 0 else "worse"
+        groups = found.setdefault(other, {"better": [], "worse": [], "no difference resolved": [], "one seed": []})
+        verdict = "one seed" if difference.num < 2 else "better" if difference.value < 0 else "worse"
         text = label if other == BASELINE else f"{label} ({difference.text('+.4f')})"
         groups["no difference resolved" if difference.contains(0) else verdict].append(text)
     said = []
@@ -153,7 +153,7 @@ def _cost_cells(line: pd.Series) -> dict[str, str]:
 
 def _gain_cells(line: pd.Series) -> dict[str, str]:
     is_baseline = line.name == BASELINE
-    cells = {"test loss": f"{line['loss'].value:.4f}"}
+    cells = {"seeds": f"{line['loss'].num}", "test loss": f"{line['loss'].value:.4f}"}
     cells[f"less {BASELINE}"] = "" if is_baseline else line["difference"].text("+.4f")
     for axis, name in (("tokens", "tokens"), ("flops", "FLOPs"), ("seconds", "seconds")):
         cells[f"speed-up, {name}"] = "1" if is_baseline else speed_up(line, axis)

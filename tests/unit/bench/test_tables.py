@@ -62,8 +62,8 @@ def test_gains(path):
     verdicts = "better: let@1, labels@1; worse: gstack; no difference resolved: let@0.1, rkd@1."
     assert lines_of(text, f"Against standard: {verdicts}")
     assert lines_of(text, "Against labels@1: better: let@1 (-0.1249 [-0.1249, -0.1249]).")
-    assert lines_of(text, "6 comparisons, each at 95 %")  # a control says nothing about another weight
-    assert lines_of(text, "5 seeds (0, 1, 2, 3, 4) of each method on a CPU")
+    assert lines_of(text, "9 comparisons, each at 95 %")  # a control says nothing about another weight
+    assert lines_of(text, "Seeds 0, 1, 2, 3, 4 on a CPU")
     assert lines_of(text, "rkd: weight 1, by the validation loss (seed 5) of 0.1: 4.5000, 1: 4.4000; at the end of the")
     assert lines_of(text, "gstack: shallow model, 2,000 tokens, 500 FLOPs, an unknown time.")
     assert lines_of(text, "salt@9 has no result: it diverged with seed 3 (held-out loss is NaN).")
@@ -78,7 +78,7 @@ def test_a_round_that_is_not_complete_does_not_count(path):
 def test_one_seed_says_nothing(path):
     synthetic_rows.converge(path, seeds=1)
     text = tables.text([path])
-    assert "1 seed (0) of each method" in text and "[" not in text and "Against" not in text
+    assert "Seed 0 on" in text and "[" not in text and "Against" not in text
     assert lines_of(text, "One seed: no difference here can be told from chance")
 
 
