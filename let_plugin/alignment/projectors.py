@@ -56,13 +56,9 @@ class Interpolate(nn.Module):
         super().__init__()
         self._width = out_width
         self._align_corners = align_corners
-        # Where each output channel lies among those of the input, in fp32, as F.interpolate has it.
-        channel_D = torch.arange(out_width, dtype=torch.float32, device="cpu")
-        if align_corners:
-            place_D = channel_D * ((in_width - 1) / max(out_width - 1, 1))
-        else:
-            place_D = (channel_D + 0.5) * (in_width / out_width) - 0.5
-        place_D = place_D.clamp(0, in_width - 1)
+        # Where each output channel lies among those of the input.
+        channel_11E = torch.arange(in_width, dtype=torch.float32, device="cpu")[None, None]
+        place_D = interpolate(channel_11E, out_width, align_corners=align_corners)[0, 0]
         self.register_buffer("_lower_D", place_D.long(), persistent=False)
         self.register_buffer("_upper_D", place_D.ceil().long(), persistent=False)
         self.register_buffer("_share_D", place_D.frac(), persistent=False)

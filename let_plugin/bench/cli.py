@@ -53,14 +53,11 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     def command(name: str, description: str) -> argparse.ArgumentParser:
         return subparsers.add_parser(name, help=description, description=description, allow_abbrev=False)
 
-    what = "tokens/s, step time and peak memory of a configuration with LET and without, each run in its own process"
-    throughput = command("throughput", f"{what}. {_GOES_ON}")
-    what = "held-out loss of LET and of what it is compared with, on the same data in the same order, over seeds"
-    converge = command("converge", f"{what}. {_GOES_ON}")
-    _add_throughput(throughput)
-    _add_converge(converge)
-    for suite, name in ((throughput, "throughput"), (converge, "converge")):
-        out = Path("outputs/bench")
+    costs = "tokens/s, step time and peak memory of a configuration with LET and without, each run in its own process"
+    gains = "held-out loss of LET and of what it is compared with, on the same data in the same order, over seeds"
+    for name, what, add in (("throughput", costs, _add_throughput), ("converge", gains, _add_converge)):
+        suite, out = command(name, f"{what}. {_GOES_ON}"), Path("outputs/bench")
+        add(suite)
         suite.add_argument("config", type=Path, metavar="CONFIG.toml")
         suite.add_argument("--processes", type=_number(int, 1), default=1, help="processes of a run, by torchrun (1)")
         suite.add_argument("--out", type=_file, default=out / f"{name}.jsonl", help="file of rows")

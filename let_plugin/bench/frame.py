@@ -29,9 +29,6 @@ class Estimate(NamedTuple):
     high: float | None
     num: int
 
-    def contains(self, value: float) -> bool:
-        return self.low is not None and self.high is not None and self.low <= value <= self.high
-
     def text(self, form: str, unit: str = "") -> str:
         """The value with a unit, and its interval, each in the format `form`."""
         interval = "" if self.low is None else f" [{self.low:{form}}, {self.high:{form}}]"
@@ -49,17 +46,12 @@ def mean(values: Sequence[float]) -> Estimate:
     return Estimate(center, center - half, center + half, num)
 
 
-def difference(values: Sequence[float], baselines: Sequence[float]) -> Estimate:
-    """The mean of values - baselines over pairs. ValueError if they are not pairs."""
-    return mean([a - b for a, b in zip(values, baselines, strict=True)])
-
-
 def ratio(values: Sequence[float], baselines: Sequence[float]) -> Estimate:
     """The geometric mean of values / baselines over pairs: the interval is that of the mean logarithm.
 
     The inverse ratio has the inverse estimate. ValueError if they are not pairs, or a value is not positive.
     """
-    logs = difference(*([math.log(value) for value in some] for some in (values, baselines)))
+    logs = mean([math.log(value / baseline) for value, baseline in zip(values, baselines, strict=True)])
     low, high = (None if log is None else math.exp(log) for log in (logs.low, logs.high))
     return Estimate(math.exp(logs.value), low, high, logs.num)
 
@@ -101,23 +93,17 @@ def read(files: Sequence[Path]) -> list[Row]:
     return [{"name": file.stem.replace("_", " "), **row} for file in dict.fromkeys(files) for row in rows.read(file)]
 
 
-def newest(made: Sequence[Suite]) -> list[Suite]:
-    """Of suites of a kind with the same name, the last."""
-    return list({(suite.kind, suite.name): suite for suite in made}.values())
-
-
 def suites(found: Sequence[Row]) -> list[Suite]:
     """In the order of their rows. ConfigError if there is nothing to compare in any of them."""
-    made = []
+    made: list[Suite] = []
     for suite in dict.fromkeys(row["suite"] for row in found if "suite" in row):
         own = [row for row in found if row.get("suite") == suite]
-        made += [costs(own), gains(own)]
-    shown = [suite for suite in made if suite is not None]
-    if not shown:
+        made += [one for one in (costs(own), gains(own)) if one is not None]
+    if not made:
         kinds = ", ".join(sorted({row["kind"] for row in found})) or "no rows at all"
         message = f"no complete pair of throughput runs and no results of a convergence suite in the rows ({kinds})"
         raise ConfigError(Problem("ROWS.jsonl", message))
-    return shown
+    return made
 
 
 def costs(own: Sequence[Row]) -> Suite | None:
@@ -165,15 +151,11 @@ def gains(own: Sequence[Row]) -> Suite | None:
     A speed-up is BASELINE's cost of its final loss over the method's cost of the same, each where the curve of that
     seed is first there. It is None if a seed never gets there: a mean over the others would flatter the method.
     """
+    ended = [row for row in own if row.get("role") == "result"]
     diverged: dict[str, list[int]] = {}
-    for row in own:
-        if row["kind"] == DIVERGED and row["role"] == "result":
-            diverged.setdefault(row["label"], []).append(row["seed"])
-    results = {
-        (row["label"], row["seed"]): row
-        for row in own
-        if row["kind"] == CONVERGE and row["role"] == "result" and row["label"] not in diverged
-    }
+    for row in (row for row in ended if row["kind"] == DIVERGED):
+        diverged.setdefault(row["label"], []).append(row["seed"])
+    results = {(row["label"], row["seed"]): row for row in ended if row["label"] not in diverged}
     plain = {seed: row for (label, seed), row in results.items() if label == BASELINE}
     paired = [(row, plain[seed]) for (_, seed), row in results.items() if seed in plain]
     if not paired:

@@ -21,7 +21,8 @@ _TEACHER_SHARE = 0.1  # the paper's: of several teachers the overview shows the 
 
 def write(files: Sequence[Path], out: Path) -> None:
     """Writes the page of the rows in `files` to `out`; an older one is replaced. ConfigError as `frame.suites`."""
-    suites = frame.newest(frame.suites(frame.read(files)))
+    # Of suites of a kind with the same name, the last.
+    suites = list({(suite.kind, suite.name): suite for suite in frame.suites(frame.read(files))}.values())
     gains = [suite for suite in suites if suite.kind == CONVERGE][-1:]
     costs = [suite for suite in suites if suite.kind == THROUGHPUT]
     content = {
@@ -48,8 +49,8 @@ def plot(paths: Sequence[Path], out: Path) -> None:
         raise ConfigError(problems)
     specs = _metric_charts(logs) if logs else []
     if files := [path for path in paths if not path.is_dir()]:
-        suites = [suite for suite in frame.suites(frame.read(files)) if suite.kind == CONVERGE]
-        specs += [charts.losses(frame.curves(suite)) | {"title": suite.name} for suite in frame.newest(suites)]
+        suites = {suite.name: suite for suite in frame.suites(frame.read(files)) if suite.kind == CONVERGE}
+        specs += [charts.losses(frame.curves(suite)) | {"title": name} for name, suite in suites.items()]
     if not specs:
         raise ConfigError(Problem("RUN", "nothing to draw in these", [str(path) for path in paths]))
     if out.suffix == ".html":

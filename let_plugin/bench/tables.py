@@ -90,9 +90,10 @@ def verdicts(suite: Suite) -> list[str]:
     found: dict[str, dict[str, list[str]]] = {}
     for label, other, difference in suite.comparisons:
         groups = found.setdefault(other, {"better": [], "worse": [], "no difference resolved": [], "one seed": []})
-        verdict = "one seed" if difference.num < 2 else "better" if difference.value < 0 else "worse"
+        is_open = (difference.low or 0) <= 0 <= (difference.high or 0)
+        verdict = "no difference resolved" if is_open else "better" if difference.value < 0 else "worse"
         text = label if other == BASELINE else f"{label} ({difference.text('+.4f')})"
-        groups["no difference resolved" if difference.contains(0) else verdict].append(text)
+        groups["one seed" if difference.num < 2 else verdict].append(text)
     said = []
     for other, groups in found.items():
         parts = (f"{verdict}: {', '.join(labels)}" for verdict, labels in groups.items() if labels)
@@ -116,10 +117,17 @@ def choices(suite: Suite) -> list[str]:
         chosen = row["chosen"] if isinstance(row["chosen"], str) else f"weight {row['chosen']:g}"
         line = f"{row['method']}: {chosen}, by the validation loss (seed {seeds}) of {losses}"
         line += f" (diverged: {', '.join(map(name, diverged))})" if diverged else ""
-        if not isinstance(row["chosen"], str) and len(grid) > 1 and row["chosen"] in (min(grid), max(grid)):
+        values = [value for value in map(_number, grid) if value is not None]
+        if len(values) > 1 and _number(row["chosen"]) in (min(values), max(values)):
             line += "; at the end of the grid, so a better one may lie beyond it"
         said.append(line)
     return said
+
+
+def _number(point: float | str) -> float | None:
+    """The value of a point of a grid of one key; None if it is no number, or there are several keys."""
+    *_, value = words = str(point).split(" ")
+    return float(value) if len(words) < 3 and value.replace(".", "").isdecimal() else None
 
 
 def profile_table(row: Row) -> tuple[str, pd.DataFrame]:

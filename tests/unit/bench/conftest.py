@@ -15,6 +15,11 @@ def config_file(tmp_path, tiny_teacher, monkeypatch):
 
 
 @pytest.fixture
+def path(tmp_path):
+    return tmp_path / "rows.jsonl"
+
+
+@pytest.fixture
 def parsed(config_file, tmp_path):
     """(arguments, options of let-train) of a command line, as text; it writes into the test's folder."""
 

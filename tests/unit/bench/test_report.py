@@ -34,12 +34,8 @@ def test_the_page_answers_first(page):
 
 def test_a_suite_is_named_and_the_newest_of_a_name_is_shown(tmp_path):
     path, out = tmp_path / "rows.jsonl", tmp_path / "page.html"
-    for suite, name, speed_up in (
-        ("a", "Which weight?", 2.0),
-        ("b", "Which teacher?", 3.0),
-        ("c", "Which weight?", 4.0),
-    ):
-        synthetic_rows.converge(path, seeds=2, methods={"standard": 1.0, "let@1": speed_up}, suite=suite, name=name)
+    for suite, name, gain in (("a", "Which weight?", 2.0), ("b", "Which teacher?", 3.0), ("c", "Which weight?", 4.0)):
+        synthetic_rows.converge(path, seeds=2, methods={"standard": 1.0, "let@1": gain}, suite=suite, name=name)
     report.write([path], out)
     main, _, _ = out.read_text().partition("</main>")
     assert re.findall("<h2>(.*?)</h2>", main) == ["Which weight?", "Which teacher?"]

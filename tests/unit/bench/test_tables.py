@@ -1,14 +1,7 @@
 """Tables say what the rows say, and nothing else."""
 
-import pytest
-
 from let_plugin.bench import cli, frame, rows, tables
 from tests.support import synthetic_rows
-
-
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "rows.jsonl"
 
 
 def cells(table, label):
@@ -52,7 +45,9 @@ def test_gains(path):
     synthetic_rows.converge(path, methods=methods)
     own = [row | {"preparation": before} if row["label"] == "gstack" else row for row in frame.read([path])]
     choice = {"method": "rkd", "weights": [0.1, 1.0], "values": [4.5, 4.4], "chosen": 1.0, "tuning_seeds": [5]}
-    own += [{"kind": rows.CHOICE, "suite": "c", **choice}]
+    scale = choice | {"method": "wide", "weights": ["a.scale 0.1", "a.scale 0.2"], "chosen": "a.scale 0.1"}
+    inside = choice | {"method": "let", "weights": [0.1, 1.0, 9.0], "values": [4.5, 4.4, 4.6]}
+    own += [{"kind": rows.CHOICE, "suite": "c", **more} for more in (choice, scale, inside)]
     own += [{"kind": rows.DIVERGED, "suite": "c", "label": "salt@9", "role": "result", "seed": 3}]
     text = tables.suite_text(frame.suites(own)[0])
     # log10(2) lower, with a tenth more FLOPs and time, and half more memory.
@@ -67,6 +62,7 @@ def test_gains(path):
     assert lines_of(text, "rkd: weight 1, by the validation loss (seed 5) of 0.1: 4.5000, 1: 4.4000; at the end of the")
     assert lines_of(text, "gstack: shallow model, 2,000 tokens, 500 FLOPs, an unknown time.")
     assert lines_of(text, "salt@9 has no result: it diverged with seed 3 (held-out loss is NaN).")
+    assert [line.endswith("it") for line in (*lines_of(text, "wide: a"), *lines_of(text, "let: w"))] == [True, False]
 
 
 def test_a_round_that_is_not_complete_does_not_count(path):
