@@ -20,7 +20,8 @@ _SHAPES: dict[str, dict[str, Any]] = {
     "strong_teacher": {"dim": 64, "num_layers": 2, "num_heads": 1, "hidden_dim": 192, "tie_embeddings": True},
     # Initialized as Hugging Face's Llama: the alignment's gradient scales as 1/|h|, and torchtitan's 1.0 makes h large.
     "student": {"dim": 128, "num_layers": 4, "num_heads": 2, "hidden_dim": 384, "embedding_init_std": 0.02},
-    "large_student": {"dim": 192, "num_layers": 6, "num_heads": 3, "hidden_dim": 576, "embedding_init_std": 0.02},
+    "large_student": {"dim": 192, "num_layers": 4, "num_heads": 3, "hidden_dim": 576, "embedding_init_std": 0.02},
+    "wide_student": {"dim": 1024, "num_layers": 8, "num_heads": 16, "hidden_dim": 2816, "embedding_init_std": 0.02},
     "gpu_teacher": {"dim": 256, "num_layers": 4, "num_heads": 4, "hidden_dim": 704, "tie_embeddings": True},
     "gpu_student": {"dim": 640, "num_layers": 8, "num_heads": 10, "hidden_dim": 1792, "embedding_init_std": 0.02},
 }
@@ -52,9 +53,16 @@ def student() -> Trainer.Config:
 
 
 def large_student() -> Trainer.Config:
-    """6 blocks of width 192; 20.5 million tokens."""
+    """4 blocks of width 192; 20.5 million tokens."""
     config = _config("large_student")
     config.training.steps = 5000
+    return config
+
+
+def wide_student() -> Trainer.Config:
+    """8 blocks of width 1024, 107 million parameters: for what a step costs, not for training."""
+    config = _config("wide_student")
+    config.training.local_batch_size = 48
     return config
 
 
