@@ -74,6 +74,7 @@ METHODS = {
 class _Entry:
     """A method in a file."""
 
+    base: str = ""
     options: list[str] = field(default_factory=list)
     like: str = ""
     grid: dict[str, list[str | int | float]] = field(default_factory=dict)
@@ -82,18 +83,17 @@ class _Entry:
 def read_file(path: Path) -> dict[str, Method]:
     """Methods of a TOML file beside the built-in ones, which it may replace. ConfigError lists what is wrong.
 
-    An entry is `name = ["--key", "value", ...]`, or a table of `options`, `like`, and a table `grid` of key = [values].
+    An entry is `name = ["--key", "value", ...]`, or a table: `options` after those of `base`, `like` and `grid`.
     """
-    found, overlay = dict(METHODS), Overlay(str(path))
+    found, overlay, named = dict(METHODS), Overlay(str(path)), list[tuple[str, str]]()
     for name, given in read_toml(path).items():
         entry = overlay.value(name, given if isinstance(given, dict) else {"options": given}, _Entry, _Entry())
-        grid = {_key(key): list(map(str, values)) for key, values in entry.grid.items()}
-        found[name] = Method(name=name, options=tuple(entry.options), like=entry.like, grid=grid or None)
-    problems = [
-        Problem(f"{method.name}.like", f"unknown method; {suggest(method.like, found)}", method.like, str(path))
-        for method in found.values()
-        if method.like and method.like not in found
-    ]
+        grid = {_key(key): list(map(str, values)) for key, values in entry.grid.items()} or None
+        base = found.get(entry.base, Method(name=name))
+        found[name] = replace(base, name=name, options=(*base.options, *entry.options), like=entry.like, grid=grid)
+        named += [(f"{name}.base", entry.base), (f"{name}.like", entry.like)]
+    wrong = [(key, method) for key, method in named if method and method not in found]
+    problems = [Problem(key, f"unknown method; {suggest(method, found)}", method, str(path)) for key, method in wrong]
     if problems := [*overlay.problems, *problems]:
         raise ConfigError(problems)
     return found

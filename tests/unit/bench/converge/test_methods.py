@@ -82,20 +82,22 @@ def test_a_file_of_methods(planned, tmp_path):
     file = tmp_path / "methods.toml"
     file.write_text(
         'early = ["--let.stop-step", "1"]\n[basis]\noptions = ["--let.loss", "mse"]\nlike = "early"\n'
-        '[wide]\noptions = []\ngrid = {"let.weight" = [0.1, 2, 3]}\n[narrow]\ngrid = {"let.weight" = [0.1]}\n'
+        '[wide]\nbase = "early"\noptions = ["--let.warmup-steps", "1"]\ngrid = {"let.weight" = [0.1, 2, 3]}\n'
+        '[narrow]\ngrid = {"let.weight" = [0.1]}\n'
     )
     planner = planned(f"--methods early basis wide --grid let.weight 0.3 0.4 --methods-file {file}")
     assert [method.name for method in planner.tuned()] == ["early", "wide"]
     assert [len(planner.points(method)) for method in planner.tuned()] == [2, 3]
-    early, basis = planner.methods[1:3]
+    early, basis, wide = planner.methods[1:]
+    assert wide.options == ("--let.stop-step", "1", "--let.warmup-steps", "1")
     basis = config_of(planner, basis, planner.chosen(basis, {early: planner.points(early)[1]}))
     assert (basis.let.loss, basis.let.weight) == ("mse", 0.4)
     with pytest.raises(ConfigError, match="every method gets the same budget"):
         planned(f"--methods wide narrow --methods-file {file}")
-    file.write_text('a = 3\n[b]\noption = []\n[c]\nlike = "d"\n')
+    file.write_text('a = 3\n[b]\noption = []\n[c]\nlike = "d"\nbase = "e"\n')
     with pytest.raises(ConfigError) as error:
         read_file(file)
-    assert [problem.key for problem in error.value.problems] == ["a.options", "b.option", "c.like"]
+    assert [problem.key for problem in error.value.problems] == ["a.options", "b.option", "c.base", "c.like"]
 
 
 def test_costs(planned, tmp_path):
