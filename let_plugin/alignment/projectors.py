@@ -58,7 +58,7 @@ class Interpolate(nn.Module):
         self._align_corners = align_corners
         # Where each output channel lies among those of the input.
         channel_11E = torch.arange(in_width, dtype=torch.float32, device="cpu")[None, None]
-        place_D = interpolate(channel_11E, out_width, align_corners=align_corners)[0, 0]
+        place_D = interpolate(channel_11E, out_width, align_corners=align_corners)[0, 0].clamp(0, in_width - 1)
         self.register_buffer("_lower_D", place_D.long(), persistent=False)
         self.register_buffer("_upper_D", place_D.ceil().long(), persistent=False)
         self.register_buffer("_share_D", place_D.frac(), persistent=False)
