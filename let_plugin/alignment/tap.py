@@ -14,7 +14,7 @@ part of the sequence whose logits are there at a time, V this rank's part of the
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -24,8 +24,9 @@ from torch.profiler import record_function
 
 from let_plugin.alignment.losses import Alignment
 
-# Name of the keyword argument that carries a tap's target, [B, L, ...], through the model's forward; the tap's follows.
-TARGET_KWARG = "let_target"
+# Names of the keyword arguments that carry a tap's target, [B, L, ...], and which rows of the batch it has, if not all,
+# [B], through the model's forward; the tap's follows.
+TARGET_KWARG, ROWS_KWARG = "let_target", "let_rows"
 
 # Names of ranges in a profile: the maths in the forward pass, the addition in the backward pass.
 ALIGNMENT_RANGE, INJECTION_RANGE = "let: alignment", "let: injection"
@@ -43,7 +44,7 @@ class Tap:
     are called in a context that `context` makes, inside the student's forward pass.
 
     Attributes:
-        kwarg: The keyword argument that carries its target.
+        kwarg, rows_kwarg: The keyword arguments that carry its target, and the rows that it has.
         coefficient: lambda / (number of valid tokens of the whole step), 0-dim fp32. Written in place.
         own_share: By how much the student's own gradient is scaled where a token has a target, 0-dim; None: not at all.
         metric_sums: Each function's sum over this rank's tokens since `reset`; fp32.
@@ -64,7 +65,7 @@ class Tap:
         context: Context = nullcontext,
         own_share: torch.Tensor | None = None,
     ) -> None:
-        self.kwarg = TARGET_KWARG + name
+        self.kwarg, self.rows_kwarg = TARGET_KWARG + name, ROWS_KWARG + name
         self.coefficient = torch.zeros((), dtype=torch.float32, device=device)
         self.own_share = own_share
         self.metric_sums = torch.zeros(num_sums, dtype=torch.float32, device=device)
@@ -79,6 +80,7 @@ class Tap:
         self._model = model
         self._context = context
         self._target: torch.Tensor | None = None
+        self._rows: torch.Tensor | None = None
         self._handles = [model.register_forward_pre_hook(self._take_target, prepend=True, with_kwargs=True)]
 
     def reset(self) -> None:
@@ -95,8 +97,9 @@ class Tap:
 
     @torch.compiler.disable
     def _take_target(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        self._target = kwargs.get(self.kwarg) if self.num_calls else None
-        return args, {name: value for name, value in kwargs.items() if name != self.kwarg}
+        own = self.kwarg, self.rows_kwarg
+        self._target, self._rows = (kwargs.get(name) if self.num_calls else None for name in own)
+        return args, {name: value for name, value in kwargs.items() if name not in own}
 
     def _add(
         self,
@@ -112,15 +115,19 @@ class Tap:
             with torch.no_grad():
                 target = target[:, part_L]
                 local = output.to_local() if isinstance(output, DTensor) else output.detach()
+                shape, rows = local.shape, self._rows
+                local = local if rows is None else local.index_select(0, rows)
                 alignments = [function(local, target, self.coefficient) for function in functions]
                 sums += torch.stack([alignment.metric_sum for alignment in alignments])
-                gradient = alignments[0].gradient_BLD
-                for alignment in alignments[1:]:
-                    gradient = gradient + alignment.gradient_BLD
+                gradient = reduce(torch.add, (alignment.gradient_BLD for alignment in alignments))
                 scale = None
                 if self.own_share is not None:
                     has_target = target.ne(0).any(dim=-1, keepdim=True)
                     scale = torch.where(has_target, self.own_share, 1.0).to(output.dtype)
+                if rows is not None:  # nothing is added to the others
+                    gradient = gradient.new_zeros(shape).index_copy_(0, rows, gradient)
+                    if scale is not None:
+                        scale = scale.new_ones(*shape[:2], 1).index_copy_(0, rows, scale)
             self._inject(place, output, gradient.to(output.dtype), scale)
 
     def _inject(self, place: str, output: torch.Tensor, added: torch.Tensor, scale: torch.Tensor | None) -> None:
@@ -178,15 +185,8 @@ class AlignmentTap(Tap):
         self._waiting = set(self.num_calls)
         return super()._take_target(module, args, kwargs)
 
-    def _tap_output(
-        self,
-        block: str,
-        functions: Sequence[PairFunction],
-        sums: torch.Tensor,
-        module: nn.Module,
-        args: Any,
-        output_BLD: torch.Tensor,
-    ) -> None:
+    def _tap_output(self, block: str, functions: Sequence[PairFunction], sums: torch.Tensor, *called: Any) -> None:
+        *_, output_BLD = called  # module, its arguments, its output
         target_BLE = self._target
         self._waiting.discard(block)
         if not self._waiting:

@@ -222,7 +222,7 @@ def _says(other: tuple[str, float | None], *, of: tuple[str, float | None]) -> b
     """Whether a method, at its weight, is compared with another one."""
     if other[0] in CONTROLS:  # they say something about LET at their own weight only
         return of == ("let", other[1])
-    return of[0] != BASELINE and (other[0] == BASELINE or (other[0] in DISTILLATION and of[0] not in CONTROLS))
+    return of[0] != BASELINE and (other[0] == BASELINE or (other[0].startswith(DISTILLATION) and of[0] not in CONTROLS))
 
 
 def _complete(found: Sequence[Row]) -> dict[str, list[Row]]:

@@ -25,7 +25,7 @@ CHOICE = "converge_choice"  # of a weight
 DIVERGED = "converge_diverged"  # a run whose held-out loss became NaN; its value is the step
 
 BASELINE = "standard"  # the method that the others are compared with
-DISTILLATION = ("rkd", "salt")  # and these
+DISTILLATION = ("rkd", "salt")  # and these, and those whose names begin so
 CONTROLS = ("labels", "random_teacher", "shuffled_targets")  # of LET, at its weight: what it does without knowledge
 
 _DISTRIBUTIONS = ("let-plugin", "torch", "torchtitan", "transformers")

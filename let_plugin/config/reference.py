@@ -48,7 +48,8 @@ def rows(cls: Any, prefix: str = "") -> Iterator[tuple[str, ...]]:
         if is_dataclass(default):
             yield from rows(type(default), key)
             continue
-        yield f"`{key}`", _type(hint), _default(default), bounds_text(hint), text_of[name]
+        shown = "" if default is None else "required" if default is MISSING else f"`{toml(default)}`"
+        yield f"`{key}`", _type(hint), shown, bounds_text(hint), text_of[name]
         for arm in arms(hint):
             for element in filter(is_dataclass, typing.get_args(arm.type)):
                 yield from rows(element, f"{key}.N")
@@ -79,10 +80,6 @@ def _type(hint: Any) -> str:
         elif arm.type is not NoneType:
             names.append(describe(arm.type).removeprefix("an ").removeprefix("a "))
     return " or ".join(names)
-
-
-def _default(value: Any) -> str:
-    return "" if value is None else "required" if value is MISSING else f"`{toml(value)}`"
 
 
 def toml(value: Any) -> str:

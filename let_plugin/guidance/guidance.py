@@ -160,21 +160,23 @@ class Guidance:
         """The keyword arguments of the model that carry a microbatch's targets to the taps of this rank.
 
         Those of blocks are the teacher's states, [B, S, E], as TargetProvider.target makes them, or the labels, [B, S];
-        that of the head has the states of its input, [B, L, E], cut by context parallelism alone. `input_dict` has
-        "input", token ids, and, for packed documents, "positions", of whole sequences, [B, L]; `extras` is what the
-        data loader has added for LET, `student_masks` the attention masks that the student will run with.
+        that of the head has the states of its input, [B, L, E], cut by context parallelism alone. If the teacher has
+        not run on all rows, a second argument says on which. `input_dict` has "input", token ids, and, for packed
+        documents, "positions", of whole sequences, [B, L]; `extras` is what the data loader has added for LET,
+        `student_masks` the attention masks that the student will run with.
         """
-        states: torch.Tensor | None = None
+        states, rows = None, None
         if self._provider is not None:
             batch = {name: input_dict[name] for name in ("input", "positions") if name in input_dict}
-            states = self._provider.target({**batch, **(extras or {})}, labels_BL, student_masks)
+            states, rows = self._provider.target({**batch, **(extras or {})}, labels_BL, student_masks)
         targets = {}
         for signal in filter(lambda signal: signal.taps, self.signals):
             target = states if signal.term.has_teacher else self._share.part(labels_BL)
             assert target is not None
-            targets[signal.taps[0].kwarg] = (
-                target if signal.term.config.signal == "logits" else self._share.block_part(target)
-            )
+            tap = signal.taps[0]
+            if signal.term.has_teacher and rows is not None:
+                targets[tap.rows_kwarg] = rows
+            targets[tap.kwarg] = target if signal.term.config.signal == "logits" else self._share.block_part(target)
         return targets
 
     def finish_step(self) -> None:

@@ -59,9 +59,8 @@ class Signal:
         self._valid_tokens = torch.ones((), device=device)
         self._measures = False
         # Ranks that measure the same tokens.
-        self._num_replicas = dims.cp * dims.tp // sequence_shards(trainer.config, dims)
-        if self._kind == "logits":
-            self._num_replicas = dims.tp
+        num_parts = dims.cp if self._kind == "logits" else sequence_shards(trainer.config, dims)
+        self._num_replicas = dims.cp * dims.tp // num_parts
         by_block = sorted(range(len(pairs)), key=lambda i: pairs[i].student)
         self.pairs_of_parts = [
             [i for i in by_block if str(pairs[i].student) in part.layers]

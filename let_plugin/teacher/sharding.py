@@ -237,21 +237,19 @@ class TargetProvider:
 
     def target(
         self, batch: Mapping[str, torch.Tensor], labels_BL: torch.Tensor, student_masks: Any = None
-    ) -> torch.Tensor:
-        """The states of a microbatch, [B, S, E], in the teacher's dtype; zeros for a token that does not count.
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The states of a microbatch, [B, S, E], in the teacher's dtype, and the indices of these rows; None: of all.
 
-        A token does not count if its label does not, or if the teacher has no state of it. A state of zeros has a
-        cosine and a gradient of 0, so no mask has to travel. Arguments as in StateProvider.states, but with all rows,
-        and the labels of the whole sequences.
+        Zeros for a token that does not count: if its label does not, or if the teacher has no state of it. A state of
+        zeros has a cosine and a gradient of 0, so no mask has to travel. Arguments as in StateProvider.states, but with
+        all rows, and the labels of the whole sequences.
         """
         if self.let.teacher.rows == 1:
-            return self._target(batch, labels_BL, student_masks)
+            return self._target(batch, labels_BL, student_masks), None
         rows = plan.teacher_rows(self.let, self._step, len(labels_BL))
         masks = masks_of(student_masks, rows)
         states_BSE = self._target({name: tensor[rows] for name, tensor in batch.items()}, labels_BL[rows], masks)
-        target_BSE = states_BSE.new_zeros(len(labels_BL), *states_BSE.shape[1:])
-        target_BSE[rows] = states_BSE
-        return target_BSE
+        return states_BSE, torch.arange(rows.start, rows.stop, device=states_BSE.device)
 
     def _target(self, batch: Mapping[str, torch.Tensor], labels_BL: torch.Tensor, student_masks: Any) -> torch.Tensor:
         share, num_rows = self.share, len(labels_BL)

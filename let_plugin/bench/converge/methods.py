@@ -88,7 +88,8 @@ def read_file(path: Path) -> dict[str, Method]:
     found, overlay, named = dict(METHODS), Overlay(str(path)), list[tuple[str, str]]()
     for name, given in read_toml(path).items():
         entry = overlay.value(name, given if isinstance(given, dict) else {"options": given}, _Entry, _Entry())
-        grid = {_key(key): list(map(str, values)) for key, values in entry.grid.items()} or None
+        # 10.0 as one writes it on a command line: the same run.
+        grid = {_key(key): [str(v).removesuffix(".0") for v in values] for key, values in entry.grid.items()} or None
         base = found.get(entry.base, Method(name=name))
         found[name] = replace(base, name=name, options=(*base.options, *entry.options), like=entry.like, grid=grid)
         named += [(f"{name}.base", entry.base), (f"{name}.like", entry.like)]

@@ -82,12 +82,13 @@ def test_a_file_of_methods(planned, tmp_path):
     file = tmp_path / "methods.toml"
     file.write_text(
         'early = ["--let.stop-step", "1"]\n[basis]\noptions = ["--let.loss", "mse"]\nlike = "early"\n'
-        '[wide]\nbase = "early"\noptions = ["--let.warmup-steps", "1"]\ngrid = {"let.weight" = [0.1, 2, 3]}\n'
+        '[wide]\nbase = "early"\noptions = ["--let.warmup-steps", "1"]\ngrid = {"let.weight" = [0.1, 2.0, 3]}\n'
         '[narrow]\ngrid = {"let.weight" = [0.1]}\n'
     )
     planner = planned(f"--methods early basis wide --grid let.weight 0.3 0.4 --methods-file {file}")
     assert [method.name for method in planner.tuned()] == ["early", "wide"]
-    assert [len(planner.points(method)) for method in planner.tuned()] == [2, 3]
+    values = [[value for ((_, value),) in planner.points(method)] for method in planner.tuned()]
+    assert values == [["0.3", "0.4"], ["0.1", "2", "3"]]
     early, basis, wide = planner.methods[1:]
     assert wide.options == ("--let.stop-step", "1", "--let.warmup-steps", "1")
     basis = config_of(planner, basis, planner.chosen(basis, {early: planner.points(early)[1]}))
