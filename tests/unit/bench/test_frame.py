@@ -46,16 +46,16 @@ def test_rows_of_a_suite_in_any_state(path):
     """Runs that tuned and a method that diverged are not in the frame; each other has the seeds that it has."""
     synthetic_rows.converge(path, seeds=1, methods={"rkd@0.1": 1.0}, role="tuning")
     assert frame.gains(frame.read([path])) is None
-    synthetic_rows.converge(path, seeds=2, methods={"rkd_linear@1": 1.5})
+    synthetic_rows.converge(path, seeds=2, methods={"rkd_l@1": 1.5})
     assert frame.gains(frame.read([path])) is None  # nothing to compare with
     synthetic_rows.converge(path, seeds=2, methods={"standard": 1.0})
     synthetic_rows.converge(path, seeds=1, methods={"let@1": 2.0, "wild@9": 1.0})
     synthetic_rows.append(path, rows.DIVERGED, [7], 1, label="wild@9", role="result", suite="c")
     made = suite(path)
     assert made.diverged == {"wild@9": [1]}
-    assert {label: loss.num for label, loss in made.frame["loss"].items()} == {"standard": 2, "rkd_linear@1": 2, "let@1": 1}
+    assert {label: loss.num for label, loss in made.frame["loss"].items()} == {"standard": 2, "rkd_l@1": 2, "let@1": 1}
     compared = [(label, other, difference.num) for label, other, difference in made.comparisons]
-    assert compared == [("rkd_linear@1", "standard", 2), ("let@1", "standard", 1), ("let@1", "rkd_linear@1", 1)]
+    assert compared == [("rkd_l@1", "standard", 2), ("let@1", "standard", 1), ("let@1", "rkd_l@1", 1)]
 
 
 def test_curves_have_the_mean_over_seeds_and_its_interval(path):
