@@ -16,6 +16,7 @@ RESULTS = ROOT / "benchmarks/results"
 # A line of README -> the row file and the label that it shows.
 BRINGS = {
     "LET, weight 0.1 (the paper's)": "let@0.1",
+    "LET, a tuned weight (100)": "let@100",
     "logit distillation, a tuned weight that falls": "rkd_linear@10",
     "the recipe": "recipe_linear@10",
     "the recipe, planned for 400 of 1,000 steps": "short@10",

@@ -86,11 +86,10 @@ def test_a_file_of_methods(planned, tmp_path):
         '[narrow]\ngrid = {"let.weight" = [0.1]}\n'
     )
     planner = planned(f"--methods early basis wide --grid let.weight 0.3 0.4 --methods-file {file}")
-    assert [method.name for method in planner.tuned()] == ["early", "wide"]
-    values = [[value for ((_, value),) in planner.points(method)] for method in planner.tuned()]
-    assert values == [["0.3", "0.4"], ["0.1", "2", "3"]]
     early, basis, wide = planner.methods[1:]
+    assert planner.tuned() == [early, wide]
     assert wide.options == ("--let.stop-step", "1", "--let.warmup-steps", "1")
+    assert [[v for ((_, v),) in planner.points(m)] for m in (early, wide)] == [["0.3", "0.4"], ["0.1", "2", "3"]]
     basis = config_of(planner, basis, planner.chosen(basis, {early: planner.points(early)[1]}))
     assert (basis.let.loss, basis.let.weight) == ("mse", 0.4)
     with pytest.raises(ConfigError, match="every method gets the same budget"):
