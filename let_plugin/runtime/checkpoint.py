@@ -129,7 +129,7 @@ def find(config: Trainer.Config) -> Resumption | None:
         dcp_files.load(state, reader)
     except Exception as error:
         message = f"the checkpoint {path} cannot be read: {type(error).__name__}: {error}".splitlines()[0]
-        if any(name.endswith(".safetensors") for name in filesystem.listdir(path)):
+        if key == "load_step" and any(name.endswith(".safetensors") for name in filesystem.listdir(path)):
             message = f"{path} has the weights of a run that has ended, no more; take another dump_folder or load_step"
         raise ConfigError(Problem(f"checkpoint.{key}", message, getattr(settings, key))) from error
     return Resumption(path, state[TRAIN_STATE]["step"], state.get("dataloader", {}).get("world_size"))

@@ -262,5 +262,5 @@ def test_a_checkpoint_of_weights_alone_says_nothing_of_the_end_and_a_damaged_one
     with open(f"{folder}/.metadata", "wb") as file:
         file.write(b"nothing")
     assert "cannot be read" in problems_of(config)["checkpoint.load_step"].message
-    os.mknod(f"{folder}/model.safetensors")  # as `last_save_in_hf` leaves it
+    os.link(f"{folder}/.metadata", f"{folder}/model.safetensors")  # as `last_save_in_hf` leaves it
     assert "take another dump_folder" in problems_of(config)["checkpoint.load_step"].message
