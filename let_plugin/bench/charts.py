@@ -92,7 +92,8 @@ def save(specs: Sequence[Spec], out: Path) -> None:
 
     config = _CONFIG | {"background": "white"}
     views = [{k: v for k, v in spec.items() if k != "config"} | {"width": 620} for spec in specs]
-    whole = {"config": config, "vconcat": views}
+    # Room on the right: a viewer's font may be wider than the one that the texts are measured with.
+    whole = {"config": config, "vconcat": views, "padding": {"left": 5, "top": 5, "right": 40, "bottom": 5}}
     out.parent.mkdir(parents=True, exist_ok=True)
     text = re.sub(r"var\(--([\w-]+)\)", lambda match: LIGHT[match[1]], json.dumps(whole))
     if out.suffix == ".svg":
