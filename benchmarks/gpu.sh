@@ -18,7 +18,7 @@ checkpoint=$out/teacher/checkpoint/step-$last
 teacher=(--let.teacher.path "$checkpoint")
 let-bench converge train_configs/evidence/gpu_student.toml --test-dataset text_files \
     --test-path assets/corpus/test.jsonl --methods-file train_configs/evidence/methods.toml \
-    --methods let@0.1 rkd@3 'recipe = recipe_linear@10 --optimizer.param-groups.0.optimizer-kwargs.lr 0.001' --seeds 0 \
+    --methods let@0.1 rkd_linear@10 'recipe = recipe_linear@10 --optimizer.param-groups.0.optimizer-kwargs.lr 0.001' --seeds 0 \
     --name "What pays at 40 million parameters?" \
     --out "$out/evidence_gpu.jsonl" --work-dir "$out/work" "${teacher[@]}" "${steps[@]}"
 python -m pytest -q "${tests[@]}" || echo "some tests failed"

@@ -7,6 +7,7 @@ from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.trainer import Trainer
 
 from let_plugin.demo import TEACHER, TOKENIZER
+from let_plugin.runtime import host
 from let_plugin.runtime.models import llama_spec, text_training
 from let_plugin.runtime.upstream import default_adamw
 from let_plugin.teacher.titan.source import register_teacher_spec
@@ -29,6 +30,8 @@ def _config(model_spec: ModelSpec) -> Trainer.Config:
     config.training.local_batch_size, config.training.seq_len, config.training.steps = 32, 256, 120
     config.validator.freq, config.validator.steps = 10, 4
     config.checkpoint.interval = 1000
+    if host.emulates_bfloat16():
+        config.training.mixed_precision_param = "float32"
     return config
 
 

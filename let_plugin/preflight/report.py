@@ -209,6 +209,9 @@ def report(facts: Facts) -> str:
     """The preflight report of a checked run, without a final line break."""
     let: LetConfig = facts.config.let
     lines = [("student", str(facts.student))]
+    if facts.config.training.mixed_precision_param == "bfloat16" and host.emulates_bfloat16():
+        text = 'bfloat16, which this CPU must emulate: training.mixed_precision_param = "float32" is many times faster'
+        lines.append(("precision", text))
     if not let.enable:
         lines.append(("LET", "off: plain torchtitan"))
     elif facts.active_terms:

@@ -52,6 +52,14 @@ def set_up(device: Literal["auto", "cpu"] = "auto") -> torch.device:
     return torch.device("cpu")
 
 
+def emulates_bfloat16() -> bool:
+    """Whether the run is on a CPU without instructions for bfloat16: products of it then take many times longer."""
+    from torchtitan.tools import utils
+
+    able = torch.cpu.get_capabilities()
+    return utils.device_type == "cpu" and not any(able.get(name) for name in ("avx512_bw", "avx_ne_convert", "bf16"))
+
+
 def adapt_model_spec(spec: "ModelSpec") -> None:
     """Replaces FlexAttention in a model specification, in place, on the CPU. No-op with an accelerator."""
     from torchtitan.models.common.attention import FlexAttention
