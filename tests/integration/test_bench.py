@@ -53,13 +53,13 @@ def test_throughput(bench, capsys):
 
 
 def test_converge(bench, tmp_path):
-    """The plain student, one that grows out of a shallow one, and the recipe of the evidence suite."""
+    """The headline pair of the evidence suite, tiny, and a student that grows out of a shallow one."""
     jobs.make_teacher(tmp_path / "teacher", with_head=True)
-    own = "--methods gstack basis_distil@1 --seeds 0 --gstack-blocks 2 --gstack-steps 2 --test-dataset let_demo_test"
+    own = "--methods gstack recipe_linear@10 --seeds 0 --gstack-blocks 2 --gstack-steps 2 --test-dataset let_demo_test"
     own += " --training.steps 2 --validator.freq 2 --validator.steps 1"
     own += f" --methods-file {jobs.ROOT}/train_configs/evidence/methods.toml --let.teacher.path {tmp_path}/teacher"
     table, (plain, grown, recipe) = bench(converge, "converge", own)
-    labels = ["standard", "gstack [gstack_blocks 2, gstack_steps 2]", "basis_distil@1"]
+    labels = ["standard", "gstack [gstack_blocks 2, gstack_steps 2]", "recipe_linear@10"]
     for label, row in zip(labels, (plain, grown, recipe), strict=True):
         assert row["label"] == label and row["curve"]["step"] == [1, 2] and row["curve"]["tokens"] == [256, 512]
         assert row["peak_memory_bytes"]["resident"] > 0 and row["wall_seconds"] > 0

@@ -1,10 +1,11 @@
 """Every number of the report, against one that is worked out by hand."""
 
 import pytest
+import torch
 
 from let_plugin.config import LetConfig, PairConfig, TermConfig
 from let_plugin.config.errors import ConfigError
-from let_plugin.config.load import load
+from let_plugin.config.load import load, load_base
 from let_plugin.demo import TEACHER
 from let_plugin.preflight import checks as preflight
 from let_plugin.runtime.models import llama_spec
@@ -121,6 +122,15 @@ def test_memory(config, teacher_dtype, student_dtype, teacher_bytes, student_byt
     assert lines["teacher"].endswith({2: "bfloat16", 4: "float32"}[teacher_bytes])
 
 
+@pytest.mark.parametrize(("able", "dtype"), [({}, "bfloat16"), ({}, "float32"), ({"bf16": True}, "bfloat16")])
+def test_a_cpu_that_has_to_emulate_bfloat16(config, monkeypatch, able, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    config.training.mixed_precision_param = dtype
+    is_slow = not able and dtype == "bfloat16"
+    assert ("precision" in lines_of(config)) == is_slow
+    assert load_base("let_plugin.demo.student").training.mixed_precision_param == ("bfloat16" if able else "float32")
+
+
 def test_memory_of_a_teacher_on_two_ranks(config):
     mib = TEACHER_TRUNK * 4 / 2**20
     assert f"teacher {mib / 2:.1f} MiB" in lines_of(config, 2)["memory"]
@@ -152,7 +162,7 @@ def test_a_base_that_is_no_decoder_runs_without_let_only(monkeypatch, tmp_path):
     config = load(path, []).config
     config.dump_folder = str(tmp_path / "out")
     lines = lines_of(config)
-    assert lines.keys() == {"student", "LET"} and lines["LET"] == "off: plain torchtitan"
+    assert lines.keys() - {"precision"} == {"student", "LET"} and lines["LET"] == "off: plain torchtitan"
     assert lines["student"].startswith("flux flux-debug: ") and "blocks" not in lines["student"]
     config.let = LetConfig(enable=True)
     with pytest.raises(ConfigError, match=r"^let\.enable = True: LET aligns the blocks of a decoder, and flux"):
