@@ -71,6 +71,9 @@ class LetTrainerMixin(_Base):
         self._clean_end.after_step()
 
     def _start_step(self, steps_taken: int) -> None:
+        # All terms have begun before any of them hears of the validation.
+        if any([progress.begin(steps_taken) for progress in self.terms]):
+            self.validator.validate(self.model_parts, steps_taken)
         active = [progress for progress in self.terms if progress.start_step(steps_taken)]
         if self.guidance is None and active:
             # Here rather than in __init__: only now is a restored step known, and a run that resumes after the stop

@@ -30,6 +30,13 @@ def tiny_teacher(tmp_path_factory):
     return folder, jobs.make_teacher(folder)
 
 
+@pytest.fixture(scope="session")
+def headed_teacher(tmp_path_factory):
+    """The same of the tiny teacher with a head."""
+    folder = tmp_path_factory.mktemp("headed")
+    return folder, jobs.make_teacher(folder, with_head=True)
+
+
 @pytest.fixture
 def tiny_config(tmp_path, tiny_teacher):
     """Path of a TOML file that trains the tiny student with the tiny teacher."""

@@ -10,8 +10,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-Kind = Literal["forward_kl", "reverse_kl", "jensen_shannon"]
-
 _OUT = -1e9  # the logit of a class that does not exist: its probability is exactly 0, and nothing is infinite
 
 
@@ -28,7 +26,7 @@ class Divergence(NamedTuple):
     `group`: the ranks that have a part of the vocabulary each. A few numbers a token are reduced, no logits gathered.
     """
 
-    kind: Kind = "forward_kl"
+    kind: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = "forward_kl"
     temperature: float = 1.0
     top_k: int | None = None
     group: dist.ProcessGroup | None = None

@@ -93,7 +93,7 @@ def alignment_of(entry: LossEntry, options: Mapping[str, Any]) -> AlignmentLoss:
 
 def cosine(student_BLD: torch.Tensor, target_BLD: torch.Tensor) -> torch.Tensor:
     """Negative cosine similarity, -<a, t> / (|a| |t|), per token (LET, arXiv 2602.05393)."""
-    return -(_normalize(student_BLD) * _normalize(target_BLD)).sum(dim=-1)
+    return -(F.normalize(student_BLD, dim=-1, eps=_EPS) * F.normalize(target_BLD, dim=-1, eps=_EPS)).sum(dim=-1)
 
 
 def negative_cosine(student_BLD: torch.Tensor, target_BLD: torch.Tensor, coefficient: torch.Tensor) -> Alignment:
@@ -101,7 +101,8 @@ def negative_cosine(student_BLD: torch.Tensor, target_BLD: torch.Tensor, coeffic
 
     With c = <a, t> / (|a| |t|), the gradient with respect to a is -(t / (|a| |t|) - c a / |a|^2); for t, exchange them.
     """
-    student_norm_BL1, target_norm_BL1 = _norm(student_BLD), _norm(target_BLD)
+    both = student_BLD, target_BLD
+    student_norm_BL1, target_norm_BL1 = (x.norm(dim=-1, keepdim=True).clamp_min(_EPS) for x in both)
     product_BL1 = (student_BLD * target_BLD).sum(dim=-1, keepdim=True)
     cosine_BL1 = product_BL1 / student_norm_BL1 / target_norm_BL1
     across_BL1 = coefficient / student_norm_BL1 / target_norm_BL1
@@ -117,7 +118,7 @@ def mse(student_BLD: torch.Tensor, target_BLD: torch.Tensor, *, normalize: bool 
     """Mean over channels of (a - t)^2, per token; `normalize`: of a and t of root mean square 1, 2 - 2 cos(a, t)."""
     if normalize:
         scale = student_BLD.shape[-1] ** 0.5  # of a vector whose root mean square is 1
-        student_BLD, target_BLD = _normalize(student_BLD) * scale, _normalize(target_BLD) * scale
+        student_BLD, target_BLD = (F.normalize(x, dim=-1, eps=_EPS) * scale for x in (student_BLD, target_BLD))
     return (student_BLD - target_BLD).square().mean(dim=-1)
 
 
@@ -142,7 +143,7 @@ def relational(student_BLD: torch.Tensor, target_BLD: torch.Tensor, *, stride: i
     """
     if not stride >= 1:
         raise ValueError("stride must be at least 1")
-    u_BMD, v_BMD = (_normalize(hidden_BLD[:, ::stride]) for hidden_BLD in (student_BLD, target_BLD))
+    u_BMD, v_BMD = (F.normalize(x_BLD[:, ::stride], dim=-1, eps=_EPS) for x_BLD in (student_BLD, target_BLD))
     counts_BM = target_BLD[:, ::stride].ne(0).any(dim=-1)
     difference_BMM = u_BMD @ u_BMD.detach().mT - v_BMD @ v_BMD.mT
     before_BMM = counts_BM[:, None, :].expand_as(difference_BMM).tril()
@@ -150,14 +151,6 @@ def relational(student_BLD: torch.Tensor, target_BLD: torch.Tensor, *, stride: i
     loss_BM = stride * (difference_BMM.square() * before_BMM).sum(dim=-1) / number_BM
     # Zeros for the tokens between the sampled ones.
     return F.pad(loss_BM[..., None], (0, stride - 1)).flatten(1)[:, : student_BLD.shape[1]]
-
-
-def _norm(hidden_BLD: torch.Tensor) -> torch.Tensor:
-    return hidden_BLD.norm(dim=-1, keepdim=True).clamp_min(_EPS)
-
-
-def _normalize(hidden_BLD: torch.Tensor) -> torch.Tensor:
-    return hidden_BLD / _norm(hidden_BLD)
 
 
 register_loss("cosine", cosine, closed_form=negative_cosine)

@@ -11,6 +11,8 @@ from torch import nn
 
 from let_plugin.alignment.losses import Alignment, AlignmentLoss
 
+Tensors = dict[str, torch.Tensor]  # by the names of a match's parameters
+
 
 class PairAlignment:
     """Computes what one pair contributes to a microbatch. The tap calls it in the student's forward pass.
@@ -68,12 +70,8 @@ class PairAlignment:
         return alignment
 
     def _gradients(
-        self,
-        student_BLD: torch.Tensor,
-        teacher_BLE: torch.Tensor,
-        coefficient: torch.Tensor,
-        weights: dict[str, torch.Tensor],
-    ) -> tuple[Alignment, dict[str, torch.Tensor]]:
+        self, student_BLD: torch.Tensor, teacher_BLE: torch.Tensor, coefficient: torch.Tensor, weights: Tensors
+    ) -> tuple[Alignment, Tensors]:
         match, dtype = self.match, self._dtype
         teacher_BLE = teacher_BLE[..., self._channels]
         counts_BL = teacher_BLE.ne(0).any(dim=-1)  # the states of tokens that do not count have been set to zero

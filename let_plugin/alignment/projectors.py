@@ -98,14 +98,10 @@ class RandomOrthonormal(nn.Module):
 class LearnedLinear(nn.Module):
     """A learned linear map; starts as the interpolation, or normal with a deviation of in_width**-0.5."""
 
+    Start = Literal["interpolate", "random"]
+
     def __init__(
-        self,
-        in_width: int,
-        out_width: int,
-        *,
-        init: Literal["interpolate", "random"] = "interpolate",
-        align_corners: bool = False,
-        seed: int = 0,
+        self, in_width: int, out_width: int, *, init: Start = "interpolate", align_corners: bool = False, seed: int = 0
     ) -> None:
         super().__init__()
         if init == "interpolate":

@@ -61,6 +61,7 @@ class GradientWeight:
     def __init__(self, *, momentum: float, device: torch.device) -> None:
         self.value = torch.zeros((), device=device)
         self._ratio = RunningMean(1, momentum=momentum, device=device)
+        self.state_dict, self.load_state_dict = self._ratio.state_dict, self._ratio.load_state_dict
 
     def start_step(self, share: float) -> None:
         """Before a step: makes its lambda."""
@@ -74,9 +75,3 @@ class GradientWeight:
         ratio = torch.where(is_measured, self.value * (own / added).sqrt(), 0)
         self._ratio.sums.copy_(torch.stack([ratio, is_measured])[:, None])
         self._ratio.finish_step()
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._ratio.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._ratio.load_state_dict(state_dict)

@@ -33,7 +33,6 @@ ALIGNMENT_RANGE, INJECTION_RANGE = "let: alignment", "let: injection"
 
 # (hidden state [B, L, D] or logits [B, C, V], the target of these tokens, coefficient 0-dim) -> what it contributes.
 PairFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Alignment]
-Context = Callable[[], AbstractContextManager[Any]]
 
 
 class Tap:
@@ -62,7 +61,7 @@ class Tap:
         *,
         device: torch.device,
         name: str = "",
-        context: Context = nullcontext,
+        context: Callable[[], AbstractContextManager[Any]] = nullcontext,
         own_share: torch.Tensor | None = None,
     ) -> None:
         self.kwarg, self.rows_kwarg = TARGET_KWARG + name, ROWS_KWARG + name

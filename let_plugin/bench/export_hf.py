@@ -13,7 +13,7 @@ from torchtitan.models.llama3.state_dict_adapter import Llama3StateDictAdapter
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.trainer import Trainer
 
-from let_plugin.config.errors import ConfigError, Problem
+from let_plugin.config.errors import ConfigError, Problem, raise_if_any
 from let_plugin.runtime import dcp_files
 from let_plugin.teacher.titan.spec import ROPE_SCALING, fields_of
 
@@ -38,8 +38,7 @@ def export(config: Trainer.Config, checkpoint: str, out: Path) -> None:
         problems.append(Problem("hf_assets_path", message, config.hf_assets_path))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         problems.append(Problem("--out", "is there already; give a new folder", str(out)))
-    if problems:
-        raise ConfigError(problems)
+    raise_if_any(problems)
     describe(spec)
     shapes = parameter_shapes(spec.model)
     if cast(Any, spec.model).enable_weight_tying:
@@ -123,8 +122,7 @@ def read_checkpoint(
         for name, shape in shapes.items()
         if found[name] != shape
     ]
-    if problems:
-        raise ConfigError(problems)
+    raise_if_any(problems)
     names = {source(name) for name in shapes}
     weights = {name: torch.empty(metadata[name].size, dtype=metadata[name].properties.dtype) for name in names}
     dcp_files.load(weights, reader)

@@ -15,7 +15,7 @@ import pandas as pd
 
 from let_plugin.bench import rows
 from let_plugin.bench.rows import BASELINE, CHOICE, CONTROLS, CONVERGE, DISTILLATION, DIVERGED, PROFILE, THROUGHPUT, Row
-from let_plugin.config.errors import ConfigError, Problem
+from let_plugin.config.errors import ConfigError, Problem, raise_if_any
 
 AXES = ("tokens", "flops", "seconds")  # what a curve may be drawn against
 CONFIDENCE = 0.95
@@ -88,8 +88,7 @@ class Suite:
 
 def read(files: Sequence[Path]) -> list[Row]:
     """The rows of the files, each with a `name`: its own or its file's. ConfigError lists what is no file or row."""
-    if missing := [file for file in files if not file.is_file()]:
-        raise ConfigError(Problem("ROWS.jsonl", "no such file", str(file)) for file in missing)
+    raise_if_any(Problem("ROWS.jsonl", "no such file", str(file)) for file in files if not file.is_file())
     return [{"name": file.stem.replace("_", " "), **row} for file in dict.fromkeys(files) for row in rows.read(file)]
 
 

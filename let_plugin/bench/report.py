@@ -12,7 +12,7 @@ from let_plugin.bench import charts, frame, tables
 from let_plugin.bench.charts import Spec
 from let_plugin.bench.frame import Suite
 from let_plugin.bench.rows import BASELINE, CONVERGE, THROUGHPUT
-from let_plugin.config.errors import ConfigError, Problem
+from let_plugin.config.errors import ConfigError, Problem, raise_if_any
 
 METRICS = ("loss_metrics/global_avg_loss", "validation_metrics/loss", "let/cosine", "let/lambda", "throughput(tps)")
 _BRINGS = [f"less {BASELINE}", "speed-up, tokens"]  # columns of the overview
@@ -45,8 +45,7 @@ def plot(paths: Sequence[Path], out: Path) -> None:
     logs = [path / "metrics.jsonl" for path in paths if path.is_dir()]
     absent = [str(log.parent) for log in logs if not log.is_file()]
     problems += [Problem("RUN", "no metrics.jsonl in this folder", folder) for folder in absent]
-    if problems:
-        raise ConfigError(problems)
+    raise_if_any(problems)
     specs = _metric_charts(logs) if logs else []
     if files := [path for path in paths if not path.is_dir()]:
         suites = {suite.name: suite for suite in frame.suites(frame.read(files)) if suite.kind == CONVERGE}

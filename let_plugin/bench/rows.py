@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import let_plugin
-from let_plugin.config.errors import ConfigError, Problem
+from let_plugin.config.errors import Problem, raise_if_any
 
 Row = Mapping[str, Any]
 
@@ -100,8 +100,7 @@ def read(path: Path) -> list[dict[str, Any]]:
                 problems.append(Problem(f"{path}:{number}", f"not a row: it has no {', '.join(sorted(missing))}"))
         except (json.JSONDecodeError, AttributeError):
             problems.append(Problem(f"{path}:{number}", "not a JSON object; if a write was cut off, remove the line"))
-    if problems:
-        raise ConfigError(problems)
+    raise_if_any(problems)
     return found
 
 

@@ -15,7 +15,7 @@ from let_plugin.bench import child, rows
 from let_plugin.bench.processes import RunFailedError, Running
 from let_plugin.config import load as toml_config
 from let_plugin.config import plan
-from let_plugin.config.errors import ConfigError, Problem
+from let_plugin.config.errors import ConfigError, Problem, raise_if_any
 from let_plugin.config.load import Loaded
 from let_plugin.preflight import checks as preflight
 from let_plugin.preflight.report import Cost, Student, cost
@@ -113,8 +113,7 @@ class Setup:
                 loaded.apply(preflight.run)
             except ConfigError as error:
                 problems += [problem for problem in error.problems if problem not in problems]
-        if problems:
-            raise ConfigError(problems)
+        raise_if_any(problems)
 
     def run(self, label: str, options: Sequence[str], **fields: Any) -> Run:
         """A `Run`, of a configuration that has been checked."""

@@ -7,7 +7,7 @@ from dataclasses import MISSING
 from types import NoneType
 from typing import Any, get_args, get_origin
 
-from let_plugin.config.errors import ConfigError, Problem
+from let_plugin.config.errors import Problem, raise_if_any
 from let_plugin.config.schema import Arm, arms, config_classes, default_value, join, owner, settable_fields
 
 
@@ -22,8 +22,7 @@ def to_tables(config: Any, base: Any) -> dict[str, Any]:
     """
     problems: list[Problem] = []
     tables = _fields("", config, base, problems)
-    if problems:
-        raise ConfigError(problems)
+    raise_if_any(problems)
     return tables
 
 

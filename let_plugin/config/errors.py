@@ -39,6 +39,12 @@ class ConfigError(ValueError):
         super().__init__("\n".join(map(str, self.problems)))
 
 
+def raise_if_any(problems: Iterable[Problem]) -> None:
+    """ConfigError with all of these problems, if there are any."""
+    if found := list(problems):
+        raise ConfigError(found)
+
+
 def exit_with(error: ConfigError, program: str = "let-train") -> NoReturn:
     """Prints a heading and a line for each problem, and exits with code 2."""
     if os.environ.get("RANK", "0") != "0":

@@ -20,7 +20,7 @@ import tomli_w
 
 from let_plugin.config import RuntimeConfig, command_line
 from let_plugin.config.dump import to_tables
-from let_plugin.config.errors import ConfigError, Problem, suggest
+from let_plugin.config.errors import ConfigError, Problem, raise_if_any, suggest
 from let_plugin.config.overlay import Overlay
 from let_plugin.config.tables import STOPS
 
@@ -79,8 +79,7 @@ class Loaded:
                 if problem.key not in wrong
             ]
             raise ConfigError([*self.problems, *found]) from error
-        if self.problems:
-            raise ConfigError(self.problems)
+        raise_if_any(self.problems)
         return result
 
     def origin(self, key: str) -> str:
@@ -105,8 +104,7 @@ def read(argv: Sequence[str]) -> Source:
 def load(path: Path, cli: Sequence[str]) -> Loaded:
     """The configuration of a TOML file with the options `cli` on top. ConfigError with the mistakes in both."""
     loaded = resolve(read([str(path), *cli]))
-    if loaded.problems:
-        raise ConfigError(loaded.problems)
+    raise_if_any(loaded.problems)
     return loaded
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from let_plugin.config.errors import ConfigError, Problem
+from let_plugin.config.errors import ConfigError, Problem, raise_if_any
 from let_plugin.config.overlay import Overlay
 
 
@@ -28,8 +28,7 @@ def bind(function: Callable[..., Any], options: dict[str, Any], *, key: str) -> 
     ]
     defaults, overlay = dataclasses.make_dataclass("Options", fields)(), Overlay("")
     table = overlay.value(key, options, type(defaults), defaults)
-    if overlay.problems:
-        raise ConfigError(overlay.problems)
+    raise_if_any(overlay.problems)
     values = {name: getattr(table, name) for name in options}
 
     @functools.wraps(function)

@@ -12,12 +12,11 @@ from torch import nn
 from let_plugin.alignment.adaptive_stop import AdaptiveStop
 from let_plugin.alignment.layer_mapping import LAYER_MAPPINGS, LayerPair
 from let_plugin.alignment.losses import AlignmentLoss, LossEntry, alignment_of, get_loss
-from let_plugin.alignment.pair import PairAlignment
 from let_plugin.alignment.projectors import DIMENSION_MATCHES
 from let_plugin.alignment.schedules import SCHEDULES, Schedule, with_warmup
 from let_plugin.alignment.shared_basis import SharedBasis, shared_basis
 from let_plugin.config import LetConfig, options
-from let_plugin.config.errors import ConfigError, Problem, lookup
+from let_plugin.config.errors import ConfigError, Problem, lookup, raise_if_any
 from let_plugin.config.schema import settable_fields
 from let_plugin.config.tables import STOPS, TermConfig
 
@@ -89,8 +88,7 @@ def check_terms(let: LetConfig) -> None:
         message = 'not with signal = "logits", which needs the teacher\'s last state as its head does; leave it out'
         for name in _changed(let.teacher, ("final_norm", "center")):
             problems.append(Problem(f"let.teacher.{name}", message, getattr(let.teacher, name)))
-    if problems:
-        raise ConfigError(problems)
+    raise_if_any(problems)
 
 
 def _changed(table: object, names: Iterable[str]) -> list[str]:
@@ -266,8 +264,7 @@ def _resolved(pairs: Sequence[tuple[str, LayerPair]], student_depth: int, teache
         if not wrong:
             result.append(LayerPair(student, teacher, pair.weight))
         problems += wrong
-    if problems:
-        raise ConfigError(problems)
+    raise_if_any(problems)
     return result
 
 
@@ -318,21 +315,6 @@ def loss(term: Term) -> AlignmentLoss:
 def loss_entry(term: Term) -> LossEntry:
     """What is registered under `loss`. ConfigError for an unknown name."""
     return lookup(get_loss, term.config.loss, key=f"{term.key}.loss")
-
-
-def pair_alignment(
-    config: "Trainer.Config", term: Term, match: nn.Module, *, channels: slice = slice(None), weight: float = 1.0
-) -> PairAlignment:
-    """The maths of one pair (see PairAlignment), compiled if torchtitan compiles."""
-    return PairAlignment(
-        match,
-        loss(term),
-        dtype=getattr(torch, config.let.math_dtype),
-        side=term.config.projector.side,
-        channels=channels,
-        weight=weight,
-        compile_options=compile_options(config),
-    )
 
 
 def compile_options(config: "Trainer.Config") -> dict[str, Any] | None:

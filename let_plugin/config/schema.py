@@ -16,7 +16,7 @@ import tyro
 from annotated_types import Ge
 from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
-from let_plugin.config.errors import ConfigError, Problem, suggest
+from let_plugin.config.errors import Problem, raise_if_any, suggest
 
 _SubcommandMarker: Any = type(tyro.conf.subcommand("name"))  # tyro does not export the class
 
@@ -147,8 +147,7 @@ def bounded(key: str, hint: Any) -> Any:
 def check_bounds(config: Any) -> None:
     """ConfigError that lists every number of a configuration, wherever it comes from, that is out of its bounds."""
     judged = ((key, value, out_of_bounds(value, bounded(key, hint))) for key, hint, value in walk(config))
-    if problems := [Problem(key, message, value) for key, value, message in judged if message]:
-        raise ConfigError(problems)
+    raise_if_any(Problem(key, message, value) for key, value, message in judged if message)
 
 
 def describe(expected: Any) -> str:

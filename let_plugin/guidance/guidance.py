@@ -95,15 +95,13 @@ class Guidance:
         )
         if states.make_extras is not None:
             self._extras = BatchExtras(self._trainer.dataloader, states.make_extras)
-        for signal in self.signals:
-            if not (signal.term.has_teacher and signal.own_pairs):
-                continue
+        for signal in (signal for signal in self.signals if signal.term.has_teacher and signal.own_pairs):
             if signal.term.config.signal == "states":
                 signal.attach_states(channels)
-                continue
-            teacher = source if isinstance(source, TeacherSource) else open_teacher(config.let.teacher)
-            arguments = self._trainer, signal.term, teacher, self._teacher_dims
-            signal.attach_logits(Distillation(*arguments, channels[source.info.num_layers - 1]))
+            else:
+                teacher = source if isinstance(source, TeacherSource) else open_teacher(config.let.teacher)
+                arguments = self._trainer, signal.term, teacher, self._teacher_dims
+                signal.attach_logits(Distillation(*arguments, channels[source.info.num_layers - 1]))
 
     def start_step(self, *, measures: bool = False) -> None:
         """Before a step's first microbatch; whether its metrics compare the gradients."""

@@ -64,9 +64,7 @@ class LearnedProjector(Stateful):
         part.register_module(self.name, self._module)
         self._hook = part.register_state_dict_post_hook(_hide)
         self._optimizers = _optimizer_config(config, settings).build(model_parts=[self._module])
-        self._lr_schedulers = config.lr_scheduler.build(
-            optimizers=self._optimizers, training_steps=config.training.steps
-        )
+        self._schedulers = config.lr_scheduler.build(optimizers=self._optimizers, training_steps=config.training.steps)
 
     def start_step(self, step: int) -> None:
         """Gathers the weights for this step and clears the gradients."""
@@ -87,7 +85,7 @@ class LearnedProjector(Stateful):
     def finish_step(self) -> None:
         """Takes the optimizer step, after the gradients have been clipped."""
         self._optimizers.step()
-        self._lr_schedulers.step()
+        self._schedulers.step()
 
     def remove(self) -> None:
         self._hook.remove()
@@ -97,14 +95,14 @@ class LearnedProjector(Stateful):
         return {
             "weights": {flat: self._module.get_parameter(flat).detach() for flat in self._names.values()},
             "optimizer": self._optimizers.state_dict(),
-            "lr_scheduler": self._lr_schedulers.state_dict(),
+            "lr_scheduler": self._schedulers.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for flat, weight in state_dict["weights"].items():
             self._module.get_parameter(flat).detach().copy_(weight)
         self._optimizers.load_state_dict(state_dict["optimizer"])
-        self._lr_schedulers.load_state_dict(state_dict["lr_scheduler"])
+        self._schedulers.load_state_dict(state_dict["lr_scheduler"])
 
 
 class FittedProjector:
@@ -120,6 +118,7 @@ class FittedProjector:
         assert isinstance(pair.match, FittedMatch)
         self.name = f"{PROJECTOR}_{index}"
         self._match = pair.match
+        self.state_dict, self.load_state_dict = pair.match.state_dict, pair.match.load_state_dict
         self._pair = pair
         self._part = part
         self.like = _dense_parameter(part.get_submodule(f"layers.{block}"))
@@ -146,12 +145,6 @@ class FittedProjector:
 
     def remove(self) -> None:
         delattr(self._part, self.name)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._match.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._match.load_state_dict(state_dict)
 
 
 class FittedThenLearned(LearnedProjector):

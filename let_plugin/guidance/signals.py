@@ -13,6 +13,7 @@ from torch import nn
 from torchtitan.trainer import Trainer
 
 from let_plugin.alignment.layer_mapping import LayerPair
+from let_plugin.alignment.pair import PairAlignment
 from let_plugin.alignment.projectors import FittedMatch
 from let_plugin.alignment.running_mean import GradientWeight
 from let_plugin.alignment.tap import AlignmentTap, LogitTap, PairFunction, Tap
@@ -123,13 +124,9 @@ class Signal:
             sums = self._gradient_sums()
             torch.distributed.all_reduce(sums)
             self._gradient_weight.finish_step(sums)
-        for tap in self.taps:
-            for place, num_calls in tap.num_calls.items():
-                if num_calls == 0:
-                    place = f"layers.{place}" if place.isdecimal() else place
-                    raise RuntimeError(
-                        f"LET: the tap was not reached in a training step: the hooks of {place} did not run"
-                    )
+        if lost := [place for tap in self.taps for place, num_calls in tap.num_calls.items() if num_calls == 0]:
+            place = f"layers.{lost[0]}" if lost[0].isdecimal() else lost[0]
+            raise RuntimeError(f"LET: the tap was not reached in a training step: the hooks of {place} did not run")
 
     def sums(self) -> torch.Tensor:
         """What `metrics` takes, of this rank, to be added up over all: fp64, of each pair, then of the gradients."""
@@ -146,9 +143,7 @@ class Signal:
             means = [mean / coverage for mean in means]
         metrics = {METRIC_OF_SIGNAL[self._kind]: sum(means) / len(means)}
         if self._kind == "states" and len(means) > 1:
-            metrics |= {
-                f"cosine/{pair.student}-{pair.teacher}": mean for pair, mean in zip(self.pairs, means, strict=True)
-            }
+            metrics |= {f"cosine/{p.student}-{p.teacher}": mean for p, mean in zip(self.pairs, means, strict=True)}
         if self._measures and own > 0 and added > 0:
             metrics |= {"grad_cosine": dot / math.sqrt(own * added), "grad_ratio": math.sqrt(added / own)}
         metrics["lambda"] = self.progress.weight if self._gradient_weight is None else self._lambda.item()
@@ -185,7 +180,9 @@ class Signal:
         config: Any = trainer.config
         make_match = plan.dimension_match(term.config, term.key)
         match = make_match(channels.stop - channels.start, config.model_spec.model.dim).to(trainer.device)
-        alignment = plan.pair_alignment(config, term, match, channels=channels, weight=pair.weight)
+        options: Any = {"dtype": getattr(torch, config.let.math_dtype), "compile_options": plan.compile_options(config)}
+        options |= {"side": term.config.projector.side, "channels": channels, "weight": pair.weight}
+        alignment = PairAlignment(match, plan.loss(term), **options)
         arguments: Any = (alignment, part, str(pair.student), config)
         index += self._first_index
         projector: LearnedProjector | FittedProjector

@@ -64,17 +64,14 @@ class TermProgress:
         """lambda of the current step, where it is one of the loss (`weight_by`)."""
         return self.term.config.weight * self.fraction
 
-    def start_step(self, steps_taken: int) -> bool:
-        """Before each step: whether the term is active in it."""
-        self._begin(steps_taken)
-        is_active = steps_taken < self.step
-        self.fraction = self._schedule(steps_taken, stop_step=self.step) if is_active else 0.0
-        return is_active
+    def begin(self, steps_taken: int) -> bool:
+        """Before each step, and before `start_step` of any term; does its work the first time.
 
-    def _begin(self, steps_taken: int) -> None:
-        """The first time, restores the state, and measures the teacher's loss if nobody knows it."""
+        Restores the state, and measures the teacher's loss if nobody knows it. Returns whether the last validation is
+        to be repeated: the checkpoint was saved before it.
+        """
         if self._has_begun or self._adaptive is None:
-            return
+            return False
         self._has_begun = True
         has_resumed = steps_taken > 0 and self._trainer.config.checkpoint.enable
         if self._trainer.config.checkpoint.enable:
@@ -83,14 +80,18 @@ class TermProgress:
             checkpoint.restore(_state_name(self.term), self, self._trainer.config, steps_taken)
             self._come_forward()
         if self._settings.criterion != "validation" or steps_taken >= self.step:
-            return
+            return False
         if self.teacher_loss is None:
             # Now, when neither the teacher that guides nor the student's activations take any memory.
             self.teacher_loss = measure_teacher_loss(self._trainer)
             logger.info(f"LET: the teacher's own loss on the validation data is {self.teacher_loss:.4f} nats per token")
-        if has_resumed and self._trainer.validator.should_validate(steps_taken):
-            # What was measured after the checkpoint had been saved.
-            self._trainer.validator.validate(self._trainer.model_parts, steps_taken)
+        return has_resumed and self._trainer.validator.should_validate(steps_taken)
+
+    def start_step(self, steps_taken: int) -> bool:
+        """Before each step: whether the term is active in it."""
+        is_active = steps_taken < self.step
+        self.fraction = self._schedule(steps_taken, stop_step=self.step) if is_active else 0.0
+        return is_active
 
     def after_gradients(self, grad_cosine: float | None, steps_taken: int) -> None:
         """After a logged step's metrics, on every rank. None: this step has not measured it."""

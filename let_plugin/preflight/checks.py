@@ -14,7 +14,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.trainer import Trainer
 
 from let_plugin.config import LetConfig, plan
-from let_plugin.config.errors import ConfigError, Problem, suggest
+from let_plugin.config.errors import ConfigError, Problem, raise_if_any, suggest
 from let_plugin.config.schema import check_bounds
 from let_plugin.guidance import stopping, teacher_loss
 from let_plugin.preflight import teacher_checks
@@ -30,8 +30,7 @@ def run(config: Trainer.Config, world_size: int | None = None) -> str:
     `world_size` is the number of processes that it is to run on; None: that of this job.
     """
     facts = examine(config, world_size)
-    if facts.problems:
-        raise ConfigError(facts.problems)
+    raise_if_any(facts.problems)
     return report(facts)
 
 
@@ -158,10 +157,6 @@ def _check_dataset(key: str, loader: Any) -> None:
         raise ConfigError(Problem(f"{key}.dataset_path", "no such file or folder", path))
 
 
-def check_dump_folder(facts: Facts) -> None:
-    check_writable("dump_folder", facts.config.dump_folder)
-
-
 def check_writable(key: str, folder: str) -> None:
     """ConfigError, naming the field `key`, if `folder` is none and cannot become one, or cannot be written to."""
     existing = existing_parent(folder)
@@ -178,9 +173,14 @@ def existing_parent(path: str | Path) -> Path:
 
 
 def find_resumption(facts: Facts) -> None:
-    facts.resumption = checkpoint.find(facts.config)
-    if facts.resumption is not None and facts.num_data_parallel is not None:
-        facts.resumption.check_data_parallel(facts.num_data_parallel)
+    facts.resumption = found = checkpoint.find(facts.config)
+    if found and None not in (degrees := (found.num_data_parallel, facts.num_data_parallel)) and len(set(degrees)) > 1:
+        message = (  # torchtitan cannot share the places anew
+            f"the checkpoint {found.path} has the places in the data of {degrees[0]} data-parallel ranks, and this run "
+            f"has {degrees[1]}: run with as many, or begin with the data anew "
+            '(checkpoint.exclude_from_loading = ["dataloader"])'
+        )
+        facts.refuse("parallelism", message)
 
 
 def find_end(facts: Facts) -> None:
@@ -268,7 +268,7 @@ GENERAL_CHECKS = [
     find_student,
     check_tokenizer,
     check_datasets,
-    check_dump_folder,
+    lambda facts: check_writable("dump_folder", facts.config.dump_folder),
     find_resumption,
 ]
 LET_CHECKS = [check_strategies, check_validation, check_let_parallelism, teacher_checks.check_rows, find_end]

@@ -11,7 +11,7 @@ from torchtitan.config import ParallelismConfig
 from torchtitan.trainer import Trainer
 
 from let_plugin.config import plan
-from let_plugin.config.errors import ConfigError, Problem
+from let_plugin.config.errors import ConfigError, Problem, raise_if_any
 from let_plugin.preflight import checks as preflight
 from let_plugin.preflight.report import mib
 from let_plugin.teacher.base import TeacherInfo
@@ -41,8 +41,7 @@ class Plan:
         if degree < 1 or degree % num_processes:
             message = f"data-parallel ranks: must be a multiple of the processes of the export, {num_processes}"
             problems.append(Problem("parallelism.data_parallel_shard_degree", message, degree))
-        if problems:
-            raise ConfigError(problems)
+        raise_if_any(problems)
         batch_size = plan.microbatch_rows(config)
         teacher = dataclasses.replace(config.let.teacher, features="")
         config = dataclasses.replace(

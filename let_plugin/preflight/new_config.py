@@ -13,7 +13,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from let_plugin.config.errors import ConfigError, Problem
+from let_plugin.config.errors import ConfigError, Problem, raise_if_any
 
 _ALIGNMENT = "let.token_alignment.enable"
 _KEYS = (
@@ -76,8 +76,7 @@ def new_config(base: str, teacher: str) -> str:
             else:
                 facts, notes[key] = now, f"Not {old!r} as in the base: {problem.message}."
     hopeless = {"let.enable"} if table.spec or may_be_on_hub(table.path) else {"let.enable", "let.teacher.path"}
-    if fatal := [problem for problem in facts.problems if problem.key in hopeless]:
-        raise ConfigError(fatal)
+    raise_if_any(problem for problem in facts.problems if problem.key in hopeless)
     notes |= {problem.key: f"Still wrong: {problem.message}." for problem in facts.problems}
     if notes.keys() & {"hf_assets_path", "let.teacher.path"} and not let.token_alignment.enable:
         notes.setdefault(_ALIGNMENT, "Set this if the two tokenizers differ.")

@@ -21,6 +21,9 @@ from let_plugin.teacher.retokenized import teacher_seq_len
 from let_plugin.teacher.sharding import num_peers, sequence_shards, teacher_parallel_dims
 from let_plugin.teacher.stored.features import Features
 
+# Terms of the loss, each with its pairs.
+Terms = Sequence[tuple[plan.Term, Sequence[LayerPair]]]
+
 
 class Student:
     """How large the student is, read off the meta device. Raises what torchtitan raises for a bad configuration.
@@ -127,13 +130,9 @@ class Cost:
 
 
 def cost(
-    config: Trainer.Config,
-    student: Student,
-    source: TeacherSource | Features | None,
-    terms: Sequence[tuple[plan.Term, Sequence[LayerPair]]],
-    parallel_dims: ParallelDims,
+    config: Trainer.Config, student: Student, source: TeacherSource | Features | None, terms: Terms, dims: ParallelDims
 ) -> Cost:
-    """The cost of terms of a checked configuration that are active together, each with its pairs.
+    """The cost of terms of a checked configuration that are active together.
 
     With states that were made beforehand no teacher runs.
     """
@@ -141,7 +140,7 @@ def cost(
     total = Cost(0, 0.0, 0.0, {})
     if of_teacher:
         assert source is not None
-        total = _teacher_cost(config, student, source, of_teacher, parallel_dims)
+        total = _teacher_cost(config, student, source, of_teacher, dims)
     overhead, memory = total.overhead, dict(total.memory)
     if num_blocks := sum(len(pairs) for term, pairs in terms if not term.has_teacher):
         # In fp32: the gathered norm and head, and their gradient.
@@ -151,11 +150,7 @@ def cost(
 
 
 def _teacher_cost(
-    config: Trainer.Config,
-    student: Student,
-    source: TeacherSource | Features,
-    terms: Sequence[tuple[plan.Term, Sequence[LayerPair]]],
-    parallel_dims: ParallelDims,
+    config: Trainer.Config, student: Student, source: TeacherSource | Features, terms: Terms, dims: ParallelDims
 ) -> Cost:
     let: LetConfig = config.let
     teacher, features = source.info, source if isinstance(source, Features) else None
@@ -164,8 +159,8 @@ def _teacher_cost(
     widths = {layer: teacher.width(layer, let.teacher.final_norm) for layer in layers}
     num_tokens = training.local_batch_size * training.seq_len
     # The ranks of a pipeline stage share the teacher; each holds the states of its part of the sequence.
-    num_held = num_tokens // sequence_shards(config, parallel_dims)
-    num_shards = teacher_parallel_dims(parallel_dims).dp_shard
+    num_held = num_tokens // sequence_shards(config, dims)
+    num_shards = teacher_parallel_dims(dims).dp_shard
     itemsize = TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize
     blocks = [pair.student for term, pairs in terms if term.config.signal == "states" for pair in pairs]
     num_teacher, ratio, weights = 0, 1.0, {}
@@ -179,7 +174,7 @@ def _teacher_cost(
         ratio = seq_len / training.seq_len * plan.num_teacher_rows(let, num_rows) / num_rows
         weights = {"teacher": num_kept * dtype.itemsize // num_shards}
         if not teacher.is_native:
-            num_rows, peers = training.local_batch_size, num_peers(config, parallel_dims)
+            num_rows, peers = training.local_batch_size, num_peers(config, dims)
             num_rows = num_rows // peers if num_rows % peers == 0 else num_rows
             # [B, 1, L, L]: boolean, and in the query's dtype while SDPA uses it.
             weights["teacher's dense attention mask"] = num_rows * seq_len**2 * (1 + dtype.itemsize)
@@ -187,8 +182,8 @@ def _teacher_cost(
         num_head = num_terms * teacher.vocab_size * teacher.hidden_size  # each term has its own copy
         num_teacher += num_head
         num_chunks = getattr(config.loss, "num_chunks", 1)
-        num_logits = num_tokens // parallel_dims.cp // num_chunks * student.vocab_size // parallel_dims.tp
-        memory["teacher's head"] = num_head * dtype.itemsize // parallel_dims.tp
+        num_logits = num_tokens // dims.cp // num_chunks * student.vocab_size // dims.tp
+        memory["teacher's head"] = num_head * dtype.itemsize // dims.tp
         memory["gradient"] += num_terms * num_logits * itemsize
         # In fp32: the two models' predictions, their logarithms and the gradient, of some tokens at a time.
         memory["predictions"] = 6 * 4 * min(num_logits, MAX_LOGITS)
@@ -293,7 +288,7 @@ def _named(term: plan.Term, line: tuple[str, str]) -> tuple[str, str]:
     return (line[0], f"{term.name}: {line[1]}" if term.name else line[1])
 
 
-def _spent_steps(facts: Facts, active: Sequence[tuple[plan.Term, Sequence[LayerPair]]]) -> float:
+def _spent_steps(facts: Facts, active: Terms) -> float:
     """How many plain steps cost as much as what the terms cost beside theirs."""
     assert facts.student and facts.parallel_dims
     spent, start = 0.0, 0

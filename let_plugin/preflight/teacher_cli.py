@@ -75,7 +75,3 @@ def _export(args: argparse.Namespace) -> None:
         export_rows.export(plan)
     finally:
         torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

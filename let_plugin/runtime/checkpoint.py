@@ -85,16 +85,6 @@ class Resumption:
     steps_taken: int  # optimizer steps
     num_data_parallel: int | None = None  # ranks whose places in the data it has; None: not known
 
-    def check_data_parallel(self, num_data_parallel: int) -> None:
-        """ConfigError if a run of so many data-parallel ranks cannot go on: torchtitan cannot share the places anew."""
-        if self.num_data_parallel not in (None, num_data_parallel):
-            message = (
-                f"the checkpoint {self.path} has the places in the data of {self.num_data_parallel} data-parallel "
-                f"ranks, and this run has {num_data_parallel}: run with as many, or begin with the data anew "
-                '(checkpoint.exclude_from_loading = ["dataloader"])'
-            )
-            raise ConfigError(Problem("parallelism", message))
-
 
 def find(config: Trainer.Config) -> Resumption | None:
     """The checkpoint that torchtitan will resume from; None for a run that starts at step 0. Reads no weights.

@@ -43,7 +43,12 @@ def set_up(device: Literal["auto", "cpu"] = "auto") -> torch.device:
 
     Without torchrun the process becomes rank 0 of 1; no environment variable is needed.
     """
-    _set_single_process_environment()
+    if "RANK" not in os.environ:
+        from torch.distributed.elastic.utils.distributed import get_free_port
+
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="localhost")
+        # A fixed port would make two single-process runs on one machine collide.
+        os.environ.setdefault("MASTER_PORT", str(get_free_port()))
     console.quiet()
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if device == "auto" and accelerator is not None:
@@ -80,16 +85,6 @@ def adapt_model_spec(spec: "ModelSpec") -> None:
             setattr(parent, str(field_name), replacement)
 
 
-def _set_single_process_environment() -> None:
-    if "RANK" in os.environ:
-        return
-    from torch.distributed.elastic.utils.distributed import get_free_port
-
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="localhost")
-    # A fixed port would make two single-process runs on one machine collide.
-    os.environ.setdefault("MASTER_PORT", str(get_free_port()))
-
-
 def _patch_for_cpu() -> None:
     from torchtitan.tools import utils
 
@@ -112,21 +107,18 @@ def _patch_for_cpu() -> None:
                 setattr(module, name, value)
 
     fsdp.CPUOffloadPolicy = functools.partial(fsdp.CPUOffloadPolicy, pin_memory=False)
-    fsdp.disable_fsdp_gradient_division = _with_sum_reduction(fsdp.disable_fsdp_gradient_division)
+    fsdp.disable_fsdp_gradient_division = functools.partial(_sum_reduction, fsdp.disable_fsdp_gradient_division)
     attention._compiled_create_block_mask = _dense_mask
-    context_parallel.cp_shard = _with_dense_masks(context_parallel.cp_shard)
+    context_parallel.cp_shard = functools.partial(_shard_dense_masks, context_parallel.cp_shard)
 
 
-def _with_sum_reduction(disable_fsdp_gradient_division: Callable[[Any], None]) -> Callable[[Any], None]:
+def _sum_reduction(disable_fsdp_gradient_division: Callable[[Any], None], model: torch.nn.Module) -> None:
     from torch.distributed.fsdp import FSDPModule
 
-    def disable(model: torch.nn.Module) -> None:
-        disable_fsdp_gradient_division(model)
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.set_force_sum_reduction_for_comms(True)
-
-    return disable
+    disable_fsdp_gradient_division(model)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)
 
 
 def _dense_mask(mask_mod: Any, B: int | None, H: int | None, L: int, K: int, *, device: Any, **_: Any) -> torch.Tensor:
@@ -136,25 +128,21 @@ def _dense_mask(mask_mod: Any, B: int | None, H: int | None, L: int, K: int, *, 
     return create_mask(mask_mod, B, H, L, K, device=str(device))
 
 
-def _with_dense_masks(cp_shard: Callable[..., Any]) -> Callable[..., Any]:
+def _shard_dense_masks(
+    cp_shard: Any, cp_mesh: Any, inputs: Any, attention_masks: Any, load_balancer_type: Any = "headtail", **kwargs: Any
+) -> Any:
     """torchtitan cuts attention masks that are described in blocks; dense ones, [B, 1, Q, KV], are cut here.
 
     A rank keeps its own queries and sees the keys of all ranks, in the order of the ranks.
     """
-
-    def shard(
-        cp_mesh: Any, inputs: Any, attention_masks: Any, load_balancer_type: Any = "headtail", *args: Any, **kwargs: Any
-    ) -> Any:
-        if not isinstance(attention_masks, torch.Tensor):
-            return cp_shard(cp_mesh, inputs, attention_masks, load_balancer_type, *args, **kwargs)
-        inputs, _ = cp_shard(cp_mesh, inputs, None, load_balancer_type, *args, **kwargs)
-        index_1L = torch.arange(attention_masks.shape[-1], device=attention_masks.device)[None]
-        queries = cp_shard(cp_mesh, (index_1L,), None, load_balancer_type)[0][0][0].contiguous()
-        keys = torch.empty_like(index_1L[0])
-        torch.distributed.all_gather_into_tensor(keys, queries, group=cp_mesh.get_group())
-        return inputs, attention_masks.index_select(2, queries).index_select(3, keys)
-
-    return shard
+    if not isinstance(attention_masks, torch.Tensor):
+        return cp_shard(cp_mesh, inputs, attention_masks, load_balancer_type, **kwargs)
+    inputs, _ = cp_shard(cp_mesh, inputs, None, load_balancer_type, **kwargs)
+    index_1L = torch.arange(attention_masks.shape[-1], device=attention_masks.device)[None]
+    queries = cp_shard(cp_mesh, (index_1L,), None, load_balancer_type)[0][0][0].contiguous()
+    keys = torch.empty_like(index_1L[0])
+    torch.distributed.all_gather_into_tensor(keys, queries, group=cp_mesh.get_group())
+    return inputs, attention_masks.index_select(2, queries).index_select(3, keys)
 
 
 @functools.cache

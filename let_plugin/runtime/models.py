@@ -33,7 +33,6 @@ def llama_spec(
     norm_eps: float = 1e-5,
     tie_embeddings: bool = False,
     embedding_init_std: float = 1.0,
-    attn_backend: str = "flex",
 ) -> ModelSpec:
     """A llama3-type ModelSpec of the given size, initialized as torchtitan initializes its own.
 
@@ -44,16 +43,13 @@ def llama_spec(
         max_seq_len: Longest sequence in tokens.
         tie_embeddings: Share the token embedding with the language-model head.
         embedding_init_std: Standard deviation of the token embedding at initialization (1: torchtitan's).
-        attn_backend: torchtitan's name of the attention implementation.
     """
-    embedding_init = skip_param_init if tie_embeddings else partial(nn.init.normal_, std=embedding_init_std)
+    init = skip_param_init if tie_embeddings else partial(nn.init.normal_, std=embedding_init_std)
     model = Llama3Model.Config(
         dim=dim,
         vocab_size=vocab_size,
         enable_weight_tying=tie_embeddings,
-        tok_embeddings=Embedding.Config(
-            num_embeddings=vocab_size, embedding_dim=dim, param_init={"weight": embedding_init}
-        ),
+        tok_embeddings=Embedding.Config(num_embeddings=vocab_size, embedding_dim=dim, param_init={"weight": init}),
         norm=RMSNorm.Config(normalized_shape=dim, param_init={"weight": nn.init.ones_}),
         lm_head=Linear.Config(in_features=dim, out_features=vocab_size, param_init=upstream.llama3_head_init(dim)),
         layers=upstream.llama3_layers(
@@ -63,7 +59,7 @@ def llama_spec(
             n_kv_heads=num_kv_heads,
             hidden_dim=hidden_dim,
             rope=ComplexRoPE.Config(dim=dim // num_heads, max_seq_len=max_seq_len, theta=rope_theta),
-            attn_backend=attn_backend,
+            attn_backend="flex",
         ),
     )
     for _, norm, _, _ in model.traverse(RMSNorm.Config):

@@ -23,10 +23,8 @@ if TYPE_CHECKING:
     from torchtitan.distributed import ParallelDims
     from torchtitan.trainer import Trainer
 
-
 # Name of a range in a profile: what a native teacher makes of the documents' positions, if not the student's masks.
 MASK_RANGE = "let: mask"
-
 
 # A whole, frozen model: tokens and positions as in Teacher.forward -> logits [B, L, V] in its dtype.
 LanguageModel = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -73,16 +71,14 @@ class Teacher(nn.Module, ABC):
     """
 
     @abstractmethod
-    def forward(
-        self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor | None, student_masks: Any = None
-    ) -> torch.Tensor:
+    def forward(self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor | None, masks: Any = None) -> torch.Tensor:
         """The layers' states, concatenated along channels, [B, L, E], in the teacher's dtype.
 
         Args:
             tokens_BL: Token ids, int64.
             positions_BL: Position of each token within its own document, int64: 0 starts a document, and no token
                 sees another document's. None: one document per row.
-            student_masks: What torchtitan has made of the same positions for the student, if anything. A teacher that
+            masks: What torchtitan has made of the same positions for the student, if anything. A teacher that
                 would make the same attention masks takes these.
         """
 

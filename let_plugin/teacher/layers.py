@@ -4,6 +4,7 @@ Shape legend: B batch, L sequence, E width of a layer's state; after the concate
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ class LayerStates:
             if isinstance(layer, str):
                 blocks[0].register_forward_pre_hook(self._keep_input, with_kwargs=True)
             elif layer != output_layer:
-                blocks[layer].register_forward_hook(self._output_keeper(layer))
+                blocks[layer].register_forward_hook(torch.compiler.disable(partial(self._keep_output, layer)))
 
     def collect(self, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The layers' states in `forward()`, which runs the model, [B, L, E]; of a single layer without a copy."""
@@ -53,9 +54,5 @@ class LayerStates:
         # The first time: some models run their blocks in loops.
         self._states.setdefault(EMBEDDING, args[0] if args else kwargs["hidden_states"])
 
-    def _output_keeper(self, layer: int) -> Callable[[nn.Module, Any, Any], None]:
-        @torch.compiler.disable
-        def keep(block: nn.Module, args: Any, output: Any) -> None:
-            self._states[layer] = output[0] if isinstance(output, tuple) else output
-
-        return keep
+    def _keep_output(self, layer: int, block: nn.Module, args: Any, output: Any) -> None:
+        self._states[layer] = output[0] if isinstance(output, tuple) else output

@@ -15,7 +15,7 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
-from let_plugin.config.errors import ConfigError, Problem
+from let_plugin.config.errors import ConfigError, Problem, raise_if_any
 from let_plugin.teacher.base import StateProvider, States, Teacher, TeacherInfo, TeacherSource
 from let_plugin.tokens.alignment import Retokenizer
 from let_plugin.tokens.token_bytes import token_bytes
@@ -54,8 +54,7 @@ def teacher_tokenizer(config: Trainer.Config, student: Any, source: TeacherSourc
     if (highest := max(teacher.get_vocab().values(), default=-1)) >= source.info.vocab_size:
         message = f"it has {source.info.vocab_size:,} rows, its tokenizer ids up to {highest:,}; it is not its own"
         problems.append(Problem("let.teacher.path", message, config.let.teacher.path))
-    if problems:
-        raise ConfigError(problems)
+    raise_if_any(problems)
     return teacher
 
 

@@ -25,7 +25,7 @@ from torchtitan.trainer import Trainer
 
 from let_plugin.alignment.running_mean import RunningMean
 from let_plugin.config import LetConfig, plan
-from let_plugin.config.errors import ConfigError, Problem
+from let_plugin.config.errors import ConfigError, Problem, raise_if_any
 from let_plugin.runtime import upstream
 from let_plugin.teacher.base import StateProvider
 
@@ -67,8 +67,7 @@ def raise_together(problems: list[Problem], parallel_dims: ParallelDims) -> None
         found: list[list[Problem]] = [[] for _ in range(dist.get_world_size(group))]
         dist.all_gather_object(found, problems, group=group)
         problems = list(dict.fromkeys(problem for of_rank in found for problem in of_rank))
-    if problems:
-        raise ConfigError(problems)
+    raise_if_any(problems)
 
 
 def read_once(
@@ -142,9 +141,7 @@ class TeacherShare:
     cuts that of the blocks out of it.
     """
 
-    def __init__(
-        self, config: Trainer.Config, student: ParallelDims, device: torch.device, *, of_head: bool = False
-    ) -> None:
+    def __init__(self, config: Trainer.Config, student: ParallelDims, device: torch.device, *, of_head: bool) -> None:
         cuts_blocks = student.tp_enabled and config.parallelism.enable_sequence_parallel
         # The tensor-parallel mesh that has yet to cut what is delivered.
         self._block_mesh = student.get_mesh("tp") if of_head and cuts_blocks else None

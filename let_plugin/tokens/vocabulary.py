@@ -22,8 +22,8 @@ def open_tokenizer(config: TeacherConfig) -> Any | None:
     """
     key = "let.teacher.tokenizer_path" if config.tokenizer_path else "let.teacher.path"
     path = config.tokenizer_path or config.path
-    is_folder = os.path.isdir(path)
-    if is_folder:
+    is_dir = os.path.isdir(path)
+    if is_dir:
         try:
             if Path(path, "tokenizer.json").is_file():
                 return HuggingFaceTokenizer(tokenizer_path=path)
@@ -31,17 +31,15 @@ def open_tokenizer(config: TeacherConfig) -> Any | None:
                 return TikTokenTokenizer.Config().build(tokenizer_path=path)
         except Exception as error:  # the tokenizers library raises plain Exception
             raise ConfigError(Problem(key, f"tokenizer.json cannot be read: {error}", path)) from error
-    has_files = is_folder and any(Path(path, name).is_file() for name in _FILES)
+    has_files = is_dir and any(Path(path, name).is_file() for name in _FILES)
     if config.tokenizer_path and not has_files:
         raise ConfigError(Problem(key, "no tokenizer there; give a folder with tokenizer.json or leave it empty", path))
-    if not path or (is_folder and not has_files):
+    if not path or (is_dir and not has_files):
         return None
     try:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(
-            path, local_files_only=is_folder, trust_remote_code=config.trust_remote_code
-        )
+        return AutoTokenizer.from_pretrained(path, local_files_only=is_dir, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # a package or a file that is missing or damaged, the hub
         message = f"its tokenizer cannot be read: {error}"
         if "trust_remote_code" in message:

@@ -21,9 +21,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def config(folder):
-    jobs.make_teacher(folder / "teacher", with_head=True)
-    return jobs.tiny(folder, folder / "teacher", PAIRS)
+def config(folder, headed_teacher):
+    return jobs.tiny(folder, headed_teacher[0], PAIRS)
 
 
 @pytest.fixture(scope="module")

@@ -96,7 +96,6 @@ LAYOUTS = {
 CHECKPOINTING = ("none", "selective", "full")
 MODES = [(compiled, checkpointing) for compiled in (False, True) for checkpointing in CHECKPOINTING]
 
-
 # Variations of a layout that runs in all modes; they run in one eager and one compiled one.
 VARIATIONS = ("projector", "_dtensor", "GPipe", "1F1B, accumulation", "not divisible", "load balancing", "teacher too")
 # What runs without `-m matrix`: each feature in each kind of parallelism once, and all kinds compiled.
@@ -170,7 +169,6 @@ def other_settings(layout):
 
 
 def toml(folder, teacher, layout, compiled, checkpointing):
-
     def table(name, values):
         lines = [f"{k} = {json.dumps('none' if v is None else v)}" for k, v in values.items()]
         return "\n".join([f"\n[{name}]", *lines, ""])

@@ -5,13 +5,14 @@ The tests start this file; `_worker` is what each process runs. Shape legend: B 
 
 import gc
 import math
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from let_plugin.config import TeacherConfig
 from let_plugin.config.errors import ConfigError
@@ -20,7 +21,7 @@ from let_plugin.runtime.models import llama_spec
 from let_plugin.teacher.base import Teacher
 from let_plugin.teacher.open import open_teacher
 from let_plugin.teacher.titan.source import register_teacher_spec
-from tests.support import jobs
+from tests.support import hf_models, jobs
 from tests.support.gguf_files import write_llama
 
 pytestmark = pytest.mark.slow
@@ -142,15 +143,10 @@ def folder(tmp_path_factory):
         "gpt2": transformers.GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64),
     }
     for name, config in configs.items():
-        model = transformers.AutoModelForCausalLM.from_config(config)
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.1)
-        model.save_pretrained(folder / name)
-        if name == "opt":
-            model.save_pretrained(folder / "spoiled")
-    weights = load_file(folder / "spoiled/model.safetensors")
-    weights["model.decoder.layers.1.fc2.weight"][-1, -1] = math.nan
-    save_file(weights, folder / "spoiled/model.safetensors", metadata={"format": "pt"})
+        hf_models.save(folder / name, config)
+    weight = "model.decoder.layers.1.fc2.weight"
+    shutil.copytree(folder / "opt", folder / "spoiled")
+    hf_models.weights(lambda tensors: tensors | {weight: tensors[weight] * math.nan})(folder / "spoiled")
     write_llama(folder / "tiny.gguf")
     return folder
 

@@ -178,18 +178,16 @@ SEVERAL = [
 
 
 @pytest.fixture(scope="module")
-def runs(request, tmp_path_factory):
+def runs(request, tmp_path_factory, headed_teacher):
     """(layout, row) -> what the run did, of the rows that this session selects."""
     items = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
     selected = [item.callspec.params for item in items]
     several = [(item["layout"], item["name"]) for item in selected if item.keys() >= {"layout", "name"}]
     single = {name for _, name in several} | {item["name"] for item in selected if "name" in item}
     folder = tmp_path_factory.mktemp("strategies")
-    teacher = folder / "teacher"
-    jobs.make_teacher(teacher, with_head=True)
 
     def write(file, lines):
-        text = jobs.TINY.format(folder=file.with_suffix(""), teacher=teacher).replace("stop_step = 4", lines)
+        text = jobs.TINY.format(folder=file.with_suffix(""), teacher=headed_teacher[0]).replace("stop_step = 4", lines)
         file.write_text(text.replace("weight = 0.5\n", "", 1) if "terms = " in lines else text)
         return file
 
@@ -243,10 +241,9 @@ def test_nothing_is_left_of_an_alignment_that_has_ended(runs, layout):
     assert num_ended >= 2
 
 
-def test_a_part_of_the_head_may_end_in_padded_rows(tmp_path):
+def test_a_part_of_the_head_may_end_in_padded_rows(tmp_path, headed_teacher):
     """Of the student's 4,102 rows the teacher lacks the last six, which are in the second rank's part."""
-    jobs.make_teacher(tmp_path / "teacher", with_head=True)
-    config = jobs.tiny(tmp_path, tmp_path / "teacher", 'signal = "logits"\ntop_k = 100\n')
+    config = jobs.tiny(tmp_path, headed_teacher[0], 'signal = "logits"\ntop_k = 100\n')
     config.write_text(config.read_text().replace("tests.support.tiny", "tests.support.tiny_padded"))
     start = [*jobs.seed_checkpoint(tmp_path / "seed", config), "--training.steps", 1, "--let.stop_step", 1]
     one, two = (

@@ -77,14 +77,12 @@ def run(module, *args, processes=1, check=True, timeout=_JOB, **env):
     in new interpreters, several of them under torchrun. `check`: a failure is one of the test.
     """
     if env.keys() - _LATE:
-        command = [sys.executable]
+        argv = [sys.executable]
         if processes > 1:
             # --standalone: torchrun itself takes a port that is free, and keeps it.
-            command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        command += ["-m", module, *map(str, args)]
-        result = subprocess.run(
-            command, cwd=ROOT, env=environment(**env), capture_output=True, text=True, timeout=timeout
-        )
+            argv += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        argv += ["-m", module, *map(str, args)]
+        result = subprocess.run(argv, cwd=ROOT, env=environment(**env), capture_output=True, text=True, timeout=timeout)
     else:
         result = _run_forked(module, [*map(str, args)], processes, environment(**env, **_NO_ACCELERATOR), timeout)
     if check:
@@ -177,12 +175,8 @@ def seed_checkpoint(folder, config, *args):
     """
     seed = ["--checkpoint.enable", "--checkpoint.create_seed_checkpoint", "--dump_folder", folder]
     run("let_plugin.train", config, *args, *seed, "--let.no-enable")
-    return [
-        "--checkpoint.enable",
-        "--checkpoint.load_only",
-        "--checkpoint.initial_load_path",
-        folder / "checkpoint/step-0",
-    ]
+    start = ["--checkpoint.enable", "--checkpoint.load_only"]
+    return [*start, "--checkpoint.initial_load_path", folder / "checkpoint/step-0"]
 
 
 def metrics(folder):

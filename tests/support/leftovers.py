@@ -68,7 +68,7 @@ def _parts(guidance: Guidance) -> Iterator[tuple[str, Any]]:
         if isinstance(projector, LearnedProjector):
             yield from _parts_of_module(projector.name, projector._module)
             yield from _named(f"{projector.name} weights", projector.weights)
-            yield f"{projector.name} schedule", projector._lr_schedulers
+            yield f"{projector.name} schedule", projector._schedulers
             for optimizer in projector._optimizers:
                 yield f"{projector.name} optimizer", optimizer
                 for i, state in enumerate(optimizer.state.values()):

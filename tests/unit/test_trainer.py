@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torchtitan.trainer
 
 from let_plugin.alignment.tap import AlignmentTap
 from let_plugin.guidance.metrics import Disagreement
@@ -13,9 +12,8 @@ from tests.support.leftovers import Leftovers
 
 
 @pytest.fixture
-def validated(config, monkeypatch):
+def validated(config):
     """Three steps, of which the last is without a teacher, and a validation of each."""
-    monkeypatch.setattr(torchtitan.trainer.time, "sleep", lambda seconds: None)
     set_all(config, training__steps=3, validator__enable=True, validator__freq=1, validator__steps=1)
 
 

@@ -27,7 +27,7 @@ from torchtitan.tools import utils
 
 from let_plugin.config import load as toml_config
 from let_plugin.config import plan
-from let_plugin.config.errors import ConfigError, Problem
+from let_plugin.config.errors import ConfigError, Problem, raise_if_any
 from let_plugin.runtime.upstream import DATASETS
 from let_plugin.teacher.language_model import row_loss_sums
 from let_plugin.teacher.open import open_teacher
@@ -122,8 +122,7 @@ def _check(config: Any, out: Path) -> None:
     dataset = getattr(config.dataloader, "dataset", None)
     if dataset not in DATASETS:
         problems.append(Problem("dataloader", "has no documents of torchtitan's table of datasets", dataset))
-    if problems:
-        raise ConfigError(problems)
+    raise_if_any(problems)
 
 
 def _texts(config: Any) -> Iterator[str]:

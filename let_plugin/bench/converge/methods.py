@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from let_plugin.bench.rows import BASELINE
-from let_plugin.config.errors import ConfigError, Problem, suggest
+from let_plugin.config.errors import ConfigError, Problem, raise_if_any, suggest
 from let_plugin.config.load import read_toml
 from let_plugin.config.overlay import Overlay
 
@@ -95,8 +95,7 @@ def read_file(path: Path) -> dict[str, Method]:
         named += [(f"{name}.base", entry.base), (f"{name}.like", entry.like)]
     wrong = [(key, method) for key, method in named if method and method not in found]
     problems = [Problem(key, f"unknown method; {suggest(method, found)}", method, str(path)) for key, method in wrong]
-    if problems := [*overlay.problems, *problems]:
-        raise ConfigError(problems)
+    raise_if_any([*overlay.problems, *problems])
     return found
 
 

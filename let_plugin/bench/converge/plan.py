@@ -15,7 +15,7 @@ from let_plugin.bench.processes import slug
 from let_plugin.bench.rows import BASELINE
 from let_plugin.bench.runs import QUIET, Run, Setup, active_cost
 from let_plugin.config import plan
-from let_plugin.config.errors import ConfigError, Problem
+from let_plugin.config.errors import ConfigError, Problem, raise_if_any
 from let_plugin.preflight.report import Student
 from let_plugin.runtime.held_out import TwoSplitValidator
 from let_plugin.teacher.retokenized import teacher_seq_len
@@ -30,8 +30,7 @@ class Planner:
 
     def __init__(self, args: argparse.Namespace, options: Sequence[str]) -> None:
         self._args = args
-        if short := [grid for grid in args.grid if len(grid) < 2]:
-            raise ConfigError(Problem("--grid", "give a key and its values", grid) for grid in short)
+        raise_if_any(Problem("--grid", "give a key and its values", grid) for grid in args.grid if len(grid) < 2)
         self._grid: dict[str, Sequence[str]] = {key.replace("-", "_"): values for key, *values in args.grid}
         self._known, self.methods = _asked(args)  # those that were asked for: the baseline first
         test = (args.test_dataset, args.test_path) if args.test_dataset else None
@@ -136,8 +135,7 @@ class Planner:
         for method in self.methods:
             absent = [f"--{need.replace('_', '-')}" for need in method.needs if getattr(self._args, need) is None]
             problems += [Problem(option, f"missing; {method.name} needs it") for option in absent]
-        if problems:
-            raise ConfigError(problems)
+        raise_if_any(problems)
         cells: list[tuple[Method, Point]] = [(method, ()) for method in [*self.methods, *self.tuned()]]
         for method in self.tuned():  # each value of a grid once, not each combination
             own = method.tuned_over(self._grid)
@@ -162,6 +160,5 @@ def _asked(args: argparse.Namespace) -> tuple[dict[str, Method], list[Method]]:
     if len(set(budgets.values())) > 1:
         message = f"every method gets the same budget, and the grids have {budgets} points"
         problems.append(Problem("--methods-file", message))
-    if problems:
-        raise ConfigError(problems)
+    raise_if_any(problems)
     return known, list(dict.fromkeys(found))

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.distributed.tensor import DTensor
 
-from let_plugin.config.errors import ConfigError, Problem
+from let_plugin.config.errors import Problem, raise_if_any
 from let_plugin.teacher.base import bad_path
 
 INDEX = "model.safetensors.index.json"
@@ -99,8 +99,7 @@ def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
         except (OSError, SafetensorError) as error:
             message = f"{file.name} is truncated or not a safetensors file: {error}; fetch it again"
             problems += bad_path(str(file.parent), message).problems
-    if problems:
-        raise ConfigError(problems)
+    raise_if_any(problems)
     return tensors
 
 

@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
@@ -44,11 +45,9 @@ def fetch(config: TeacherConfig, commit: str | None, *, weights: bool) -> str:
     `commit` is what `find` returns: without one, nothing is fetched. ConfigError for what cannot be had.
     """
     patterns = [*_SMALL_FILES, *(["*.py"] if config.trust_remote_code else []), *(["*.safetensors"] if weights else [])]
-    revision = commit or config.revision or None
+    options: Any = {"revision": commit or config.revision or None, "local_files_only": commit is None}
     try:
-        folder = snapshot_download(
-            config.path, revision=revision, allow_patterns=patterns, local_files_only=commit is None
-        )
+        folder = snapshot_download(config.path, allow_patterns=patterns, **options)
     except Exception as error:  # OSError, ValueError and the hub client's own
         message = f"it cannot be fetched from the hub: {error}"
         if commit is None:

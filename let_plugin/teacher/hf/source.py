@@ -37,10 +37,8 @@ class HFTeacher(Teacher):
         self.trunk = trunk
         self._states = states
 
-    def forward(
-        self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor | None, student_masks: Any = None
-    ) -> torch.Tensor:
-        """See Teacher. `student_masks` are not used: `transformers` has its own kind."""
+    def forward(self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor | None, masks: Any = None) -> torch.Tensor:
+        """See Teacher. `masks` are not used: `transformers` has its own kind."""
         # Reads no tensor on the host, except in families whose rotary frequencies depend on the length of the input
         # ("dynamic" and "longrope" scaling): `transformers` does it there.
         inputs = model_inputs(tokens_BL, positions_BL)

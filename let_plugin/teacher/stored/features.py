@@ -16,7 +16,7 @@ import torch
 from torchtitan.trainer import Trainer
 
 from let_plugin.config import plan
-from let_plugin.config.errors import ConfigError, Problem
+from let_plugin.config.errors import ConfigError, Problem, raise_if_any
 from let_plugin.teacher.base import StateProvider, States, TeacherInfo
 from let_plugin.teacher.stored import fingerprints, shards
 from let_plugin.teacher.stored.shards import FEATURES_KEY, MISSING, RowReader, decode, shard_paths, write_safely
@@ -84,11 +84,9 @@ class Features:
         made = f"{FEATURES_KEY} = {folder!r} was made"
         problems = self._differences(config, layers, f"{made} with")
         if num_data_parallel != stored["data_parallel_degree"]:
-            message = (
-                f"{made} for {stored['data_parallel_degree']} data-parallel ranks; run with as many, or export again"
-            )
+            message = f"{made} for {stored['data_parallel_degree']} data-parallel ranks; run with as many"
             degree = f"--parallelism.data_parallel_shard_degree {num_data_parallel}"
-            problems.append(Problem("parallelism", f"{message} with {degree}"))
+            problems.append(Problem("parallelism", f"{message}, or export again with {degree}"))
         if missing := [layer for layer in layers if layer not in stored["layers"]]:
             message = f"has the states of the teacher's layers {stored['layers']}, not of {missing}; export again"
             problems.append(Problem(FEATURES_KEY, message, folder))
@@ -101,8 +99,7 @@ class Features:
             steps = stored["rows_per_rank"] // rows
             message = f"has {steps:,} steps; the alignment lasts {stop_step:,}; set let.stop_step = {steps}"
             problems.append(Problem(FEATURES_KEY, f"{message}, or export again", folder))
-        if problems:
-            raise ConfigError(problems)
+        raise_if_any(problems)
 
     def _differences(self, config: Trainer.Config, layers: Sequence[int | str], made_with: str) -> list[Problem]:
         """Keys that decide what the states are, and are not as they were."""
@@ -158,9 +155,8 @@ class StoredStates(StateProvider):
             message = "a row of the training data is not stored there: the data, or their order, have become others"
             folder = str(self._features.folder)
             raise ConfigError(Problem(FEATURES_KEY, f"{message}; export again, or name the teacher instead", folder))
-        states = [
-            decode({name: batch[f"{layer}.{name}"] for name in self._columns}, self._dtype) for layer in self._layers
-        ]
+        columns = [{name: batch[f"{layer}.{name}"] for name in self._columns} for layer in self._layers]
+        states = [decode(of_layer, self._dtype) for of_layer in columns]
         states_BLE = states[0] if len(states) == 1 else torch.cat(states, dim=-1)
         known_BL = states_BLE.ne(0).any(dim=-1) if self._features.is_partial else None
         return States(states_BLE, known_BL, 0)  # no teacher has run: the speed that is logged is 0

@@ -194,11 +194,9 @@ class TitanTeacher(Teacher):
         blocks = list(model.layers.values())
         self._states = LayerStates(blocks, layers, output_layer=len(blocks) - 1)
 
-    def forward(
-        self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor | None, student_masks: Any = None
-    ) -> torch.Tensor:
-        if student_masks is not None and self._takes_student_masks:
-            arguments = positions_BL, student_masks
+    def forward(self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor | None, masks: Any = None) -> torch.Tensor:
+        if masks is not None and self._takes_student_masks:
+            arguments = positions_BL, masks
         else:
             with record_function(base.MASK_RANGE):
                 arguments = _positions_and_masks(self.model, tokens_BL, positions_BL)

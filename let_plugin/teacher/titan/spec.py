@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torchtitan.models.common import FeedForward, RoPE
 from torchtitan.protocols.model_spec import ModelSpec
 
-from let_plugin.config.errors import ConfigError, Problem
+from let_plugin.config.errors import Problem, raise_if_any
 from let_plugin.runtime.models import llama_spec
 from let_plugin.teacher.base import bad_path
 
@@ -111,8 +111,7 @@ def check_agrees(hf_config: dict[str, Any], spec: ModelSpec, *, name: str) -> No
         if not numbers or not math.isclose(value, wanted, rel_tol=1e-6):
             message = f"its config.json has {field} = {value!r}, the spec {wanted!r}; {remedy}"
             problems.append(Problem("let.teacher.spec", message, name))
-    if problems:
-        raise ConfigError(problems)
+    raise_if_any(problems)
 
 
 def fields_of(spec: ModelSpec) -> dict[str, Any]:

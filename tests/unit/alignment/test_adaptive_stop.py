@@ -35,11 +35,7 @@ def test_the_average_is_corrected_for_its_start():
 
 
 @given(
-    st.lists(st.floats(-1, 1), max_size=20),
-    st.integers(0, 20),
-    st.floats(-0.5, 0.5),
-    st.floats(0, 0.99),
-    st.integers(1, 4),
+    st.lists(st.floats(-1, 1), max_size=20), st.integers(0, 20), st.floats(-1, 1), st.floats(0, 0.99), st.integers(1, 4)
 )
 def test_restored_at_any_point_it_goes_on_as_if_nothing_had_happened(values, cut, threshold, smoothing, patience):
     settings = {"threshold": threshold, "smoothing": smoothing, "patience": patience}

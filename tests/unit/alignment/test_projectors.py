@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from let_plugin.alignment.projectors import DIMENSION_MATCHES, MLP, LearnedLinear, interpolate
+from tests.unit.alignment.test_losses import assert_near
 
 CASES = [
     ("interpolate", {}),
@@ -81,13 +82,6 @@ def reference(name, hidden_BLE, weights, width, options):
     return torch.einsum("ble,de->bld", hidden_BLE, matrix_DE)
 
 
-def assert_near(got, expected, tolerance):
-    """Within `tolerance` of the largest element, or of 1 where the formula gives zeros."""
-    largest = expected.abs().max().item()
-    scale = largest if largest > 1e-6 else 1.0
-    torch.testing.assert_close(got.double(), expected, rtol=0, atol=tolerance * scale)
-
-
 @pytest.mark.parametrize(("shape", "dtype", "tolerance", "compiles"), GRID, ids=str)
 @all_matches
 def test_values_and_gradients_equal_the_formula_also_compiled(name, options, shape, dtype, tolerance, compiles):
@@ -137,9 +131,7 @@ def test_making_one_takes_no_random_numbers_and_gives_the_same_again(name, optio
 
 @pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize(("in_width", "out_width"), [(8, 13), (13, 8)])
-def test_the_learned_map_starts_as_the_interpolation_or_keeps_the_size_of_the_channels(
-    in_width, out_width, align_corners
-):
+def test_the_learned_map_starts_as_the_interpolation_or_keeps_the_channels_size(in_width, out_width, align_corners):
     hidden_BLE = torch.randn(2, 3, in_width)
     match = LearnedLinear(in_width, out_width, align_corners=align_corners)
     torch.testing.assert_close(match(hidden_BLE), interpolate(hidden_BLE, out_width, align_corners=align_corners))

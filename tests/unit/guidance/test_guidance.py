@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torchtitan.trainer
 from torchtitan.components.loss import IGNORE_INDEX
 
 from let_plugin.alignment.tap import TARGET_KWARG
@@ -27,9 +26,8 @@ def test_the_target_is_the_teachers_state_and_zero_where_the_label_does_not_coun
     assert torch.equal(target_BLE[~ignored_BL], states_BLE[~ignored_BL])
 
 
-def test_a_weight_may_be_a_share_of_the_students_gradient(request, config, monkeypatch):
+def test_a_weight_may_be_a_share_of_the_students_gradient(request, config):
     """lambda follows the ratios that the steps before have measured; with a momentum of 0, that of the last."""
-    monkeypatch.setattr(torchtitan.trainer.time, "sleep", lambda seconds: None)
     set_all(config, let__weight_by="gradient", let__weight_momentum=0.0, let__weight=0.3, let__schedule="constant")
     set_all(config, let__stop_step=4, training__steps=4)
     request.getfixturevalue("trainer").train()

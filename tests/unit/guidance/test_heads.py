@@ -131,13 +131,12 @@ def test_the_students_predictions_are_drawn_to_the_teachers(
     assert tap.num_calls == {LogitTap.PLACE: 8} and tap._target is None  # the chunks of torchtitan's loss
 
 
-def test_several_terms_are_added_up(config, batch, request):
+def test_several_terms_are_added_up(config, batch, request, headed_teacher):
     """One block has two of them; the teacher runs once for all of its layers, as deep as is still needed."""
     states = TermConfig(weight=0.4, pairs=[PairConfig(student=1, teacher=0), PairConfig(student=2, teacher=0)])
     terms = [states, TermConfig(signal="labels", weight=0.3, student_block=1), TermConfig(signal="logits", weight=0.2)]
     config.let = LetConfig(enable=True, terms=terms, teacher=config.let.teacher)
-    config.let.teacher.path = f"{config.dump_folder}/teacher"
-    weights = jobs.make_teacher(config.let.teacher.path, with_head=True)
+    config.let.teacher.path, weights = str(headed_teacher[0]), headed_teacher[1]
     trainer = request.getfixturevalue("trainer")
     guidance = Guidance(trainer, trainer.terms, 0)
     width, states_BLE = TEACHER_DIM, guidance.teacher(batch[0]["input"], batch[0]["positions"])
@@ -168,11 +167,10 @@ def test_several_terms_are_added_up(config, batch, request):
     assert torch.equal(guidance.teacher(batch[0]["input"], batch[0]["positions"]), states_BLE[..., :width])
 
 
-def test_microbatches_weigh_as_much_as_they_have_tokens(config, batch, request):
+def test_microbatches_weigh_as_much_as_they_have_tokens(config, batch, request, headed_teacher):
     """Two of 4 and 60 valid labels have the gradient of both at once."""
     set_all(config.let, signal="logits", alpha=0.5)
-    config.let.teacher.path = f"{config.dump_folder}/teacher"
-    jobs.make_teacher(config.let.teacher.path, with_head=True)
+    config.let.teacher.path = str(headed_teacher[0])
     trainer = request.getfixturevalue("trainer")
     inputs, labels_BL = batch[0], batch[0]["input"].roll(-1, dims=1)
     labels_BL[0, 4:] = labels_BL[1, 60:] = reference.IGNORE_INDEX

@@ -73,15 +73,13 @@ def test_a_token_takes_the_mean_of_its_pieces_and_one_without_any_stays_as_it_is
 
 def test_a_control_starts_without_the_teachers_knowledge(config, teacher, trainer):
     """With rows of the same size, or the same rows for other tokens."""
-    found = {}
+    got = {}
     for control in ("none", "random_teacher", "shuffled_targets"):
         config.let.control = control
         initialize(trainer)
         parameters = dict(trainer.model_parts[0].named_parameters())
-        found[control] = [
-            parameters[name].full_tensor().clone() for name in ("tok_embeddings.weight", "lm_head.weight")
-        ]
-    for real_VD, random_VD, shuffled_VD in zip(*found.values(), strict=True):
+        got[control] = [parameters[name].full_tensor().clone() for name in ("tok_embeddings.weight", "lm_head.weight")]
+    for real_VD, random_VD, shuffled_VD in zip(*got.values(), strict=True):
         assert abs(torch.corrcoef(torch.stack([real_VD.flatten(), random_VD.flatten()]))[0, 1]) < 0.05
         torch.testing.assert_close(random_VD.std(), real_VD.std(), rtol=0.1, atol=0)
         norms_V, other_V = real_VD.norm(dim=-1), shuffled_VD.norm(dim=-1)

@@ -3,6 +3,7 @@
 import pytest
 
 from let_plugin.config import AdaptiveStopConfig, plan
+from let_plugin.guidance import stopping
 from let_plugin.guidance.stopping import ADAPTIVE_STOP, TermProgress
 
 
@@ -27,7 +28,7 @@ def test_the_gradients_bring_it_forward(trainer, cosines, steps_taken, expected)
     trainer.checkpointer.states = {}
     trainer.config.let.adaptive_stop = AdaptiveStopConfig(criterion="gradient", patience=2, smoothing=0.0)
     stopping = progress_of(trainer)
-    stopping.start_step(0)
+    stopping.begin(0)
     for cosine in cosines:
         stopping.after_gradients(cosine, steps_taken)  # counted from 0, it is the next step's number
     assert stopping.step == expected
@@ -38,9 +39,7 @@ def test_the_gradients_bring_it_forward(trainer, cosines, steps_taken, expected)
 def measured(monkeypatch):
     """Counts the measurements of the teacher's loss, each of which says 3.0."""
     calls = []
-    monkeypatch.setattr(
-        "let_plugin.guidance.stopping.measure_teacher_loss", lambda trainer: calls.append(trainer) or 3.0
-    )
+    monkeypatch.setattr(stopping, "measure_teacher_loss", lambda trainer: calls.append(trainer) or 3.0)
     return calls
 
 
@@ -60,7 +59,7 @@ def test_the_held_out_loss_brings_it_forward_and_the_teachers_is_measured_once_w
     trainer.config.let.adaptive_stop = settings
     stopping = progress_of(trainer)
     for _ in range(2):
-        stopping.start_step(steps_taken)
+        assert not stopping.begin(steps_taken)
     assert len(measured) == num_measured
     if stopping.teacher_loss is not None:
         stopping.after_gradients(-1.0, 1)  # not what it goes by
@@ -75,9 +74,9 @@ def test_the_measured_loss_is_in_the_state_and_the_given_one_counts(trainer, mea
     trainer.config.let.adaptive_stop = AdaptiveStopConfig(criterion="validation")
     stopping = progress_of(trainer)
     assert stopping.state_dict()["teacher_loss"].isnan()
-    stopping.start_step(0)
+    stopping.begin(0)
     trainer.config.let.adaptive_stop = AdaptiveStopConfig(criterion="validation", teacher_loss=given)
     resumed = progress_of(trainer)
     resumed.load_state_dict(stopping.state_dict())
-    resumed.start_step(1)
+    resumed.begin(1)
     assert resumed.teacher_loss == expected and len(measured) == 1

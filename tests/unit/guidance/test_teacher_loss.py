@@ -10,14 +10,7 @@ from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
 
 from let_plugin.guidance.teacher_loss import is_measurable, measure_teacher_loss
 from tests.support import config_registry as tiny
-from tests.support import jobs, reference
-
-
-@pytest.fixture(scope="module")
-def headed_teacher(tmp_path_factory):
-    """(folder of a DCP checkpoint of the tiny teacher with a head, its weights)."""
-    folder = tmp_path_factory.mktemp("headed")
-    return folder, jobs.make_teacher(folder, with_head=True)
+from tests.support import reference
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import torchtitan.trainer
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torchtitan.tools.logging import logger
 
@@ -20,7 +19,6 @@ def fake_ranks(monkeypatch):
     """The environment of a dry run of 32 ranks; whatever process group it makes is gone in the end."""
     monkeypatch.setenv("NGPU", "32")
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr(torchtitan.trainer.time, "sleep", lambda seconds: None)  # "for other ranks to complete"
     _clear_sharding_prop_cache()  # it keeps device meshes of earlier groups
     handlers = logger.handlers[:]
     yield

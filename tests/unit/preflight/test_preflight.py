@@ -153,9 +153,7 @@ def apply(config, changes, files):
 
 
 @pytest.mark.parametrize(("changes", "start", "message"), MISTAKES, ids=[f"{row[1]}: {row[2]}" for row in MISTAKES])
-def test_a_mistake_is_refused_with_its_key_its_value_and_the_remedy(
-    config, files, short_teacher, changes, start, message
-):
+def test_a_mistake_is_refused_with_its_key_and_the_remedy(config, files, short_teacher, changes, start, message):
     problem = problem_of(config, apply(config, changes, files))
     assert re.match(f"{start}: .*{message}".replace("{files}", files), str(problem))
 

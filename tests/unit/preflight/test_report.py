@@ -59,7 +59,6 @@ PAIRS = [PairConfig(student=1, teacher=0, weight=0.5), PairConfig(student=3, tea
 CONTROL = {"let__signal": "labels", "let__pairs": [PairConfig(student=0), PairConfig(student=2)]}
 STUDENT_SIDE = {"let__loss": "mse", "let__dimension_match": "linear", "let__projector__side": "student"}
 
-
 LOGITS = TermConfig(signal="logits", weight=1.0, top_k=8, alpha=0.5, stop_step=1, schedule="constant")
 TERMS = {"let__weight": 0.1, "let__stop_step": None}
 TERMS |= {"let__terms": [TermConfig(stop_step=2), LOGITS, TermConfig(signal="labels", student_block=2, stop_step=4)]}

@@ -60,15 +60,11 @@ def test_a_folder_and_a_glob_in_order_of_name(tmp_path):
     assert texts(f"{tmp_path}/run?1?/[ab].*") == ["one", "zwei"] * 2
 
 
-NO_FILE = "no such file; give a file, a folder or a glob pattern"
-OTHER_KIND = r"files of one kind out of \.jsonl, "
-
-
 @pytest.mark.parametrize(
     ("names", "path", "message"),
     [
-        (["a.jsonl"], "", NO_FILE),
-        (["a.jsonl", "b.csv"], "{}", OTHER_KIND),
+        (["a.jsonl"], "", "no such file; give a file, a folder or a glob pattern"),
+        (["a.jsonl", "b.csv"], "{}", r"files of one kind out of \.jsonl, "),
         (["a.json"], "{}/a.json", 'no field "text", only content'),
     ],
 )

@@ -16,9 +16,8 @@ from tests.support import reference
 
 MIB = 2**20
 # Packed documents: 3 boundaries, at other places in each row; documents of one token too.
-POSITIONS_BL = torch.stack(
-    [torch.cat([torch.arange(n) for n in lengths]) for lengths in ([5, 1, 11], [16, 1], [2, 3, 12])]
-)
+ROWS = ([5, 1, 11], [16, 1], [2, 3, 12])
+POSITIONS_BL = torch.stack([torch.cat([torch.arange(n) for n in lengths]) for lengths in ROWS])
 
 
 def test_every_copy_of_torchtitans_device_is_the_cpu():

@@ -61,12 +61,7 @@ def converge(parsed, monkeypatch):
     return made
 
 
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "rows.jsonl"
-
-
-def test_the_grid_first_then_each_method_with_one_seed_after_the_other(converge, out, capsys):
+def test_the_grid_first_then_each_method_with_one_seed_after_the_other(converge, path, capsys):
     """Killed at a run of the grid, then at one of the results; each time it goes on with what is missing."""
     ran = []
     for converge.dies_at in (2, 6):
@@ -83,25 +78,25 @@ def test_the_grid_first_then_each_method_with_one_seed_after_the_other(converge,
     assert "tuning, rkd@1, seed 2: validation 4.2020, test 4.2120" in said and "result, " in said
     assert "let: weight 1, by the validation loss (seed 2) of 0.1: 3.9020, 1: 3.7020" in text
     assert "let@1" in text and "-0.3000" in text
-    found = rows.read(out)
+    found = rows.read(path)
     assert Counter(row["kind"] for row in found) == {"converge": 12, "converge_choice": 2}
     assert Counter(row.get("role") for row in found) == {"tuning": 4, "result": 8, None: 2}
     assert all(row["suite"] and row["let_train"].startswith("let-train ") for row in found if row["kind"] == "converge")
     assert {row["name"] for row in found} == {"why?"} and converge(TUNED) == ([], text)  # all there
-    assert rows.read(out) == found
+    assert rows.read(path) == found
 
 
-def test_more_is_added_to_what_is_there(converge, out):
+def test_more_is_added_to_what_is_there(converge, path):
     converge("--methods let@1")
     converge("--methods let@1 rkd@1 --seeds 0 1 2")
     assert converge.order == [("rkd@1", 0), ("rkd@1", 1), ("standard", 2), ("let@1", 2), ("rkd@1", 2)]
     # A tuning seed that is also one of the results': the same run.
     converge("--methods let --grid let.weight 1 0.1 --tuning-seeds 0")
     assert converge.order == [("let@0.1", 0)]
-    assert len({row["suite"] for row in rows.read(out)}) == 1
+    assert len({row["suite"] for row in rows.read(path)}) == 1
 
 
-def test_processes_share_a_suite(converge, out, monkeypatch):
+def test_processes_share_a_suite(converge, path, monkeypatch):
     """Each run is made once, whoever makes it. Those of seed 0 that were run to tune are results as well."""
     monkeypatch.setattr(run, "_POLL_SECONDS", 0.01)
     converge.meeting = multiprocessing.Barrier(2)
@@ -111,28 +106,28 @@ def test_processes_share_a_suite(converge, out, monkeypatch):
     order, _ = converge(own)
     other.join()
     assert 0 < len(order) < 10 and other.exitcode + len(order) == 10
-    assert Counter(row.get("role") for row in rows.read(out)) == {"tuning": 4, "result": 8, None: 2}
+    assert Counter(row.get("role") for row in rows.read(path)) == {"tuning": 4, "result": 8, None: 2}
 
 
-def test_a_weight_that_diverges_is_not_chosen(converge, out):
+def test_a_weight_that_diverges_is_not_chosen(converge, path):
     converge.diverging = {("let@1", 2)}
     order, text = converge("--grid let.weight 0.1 1 --methods let rkd")
     assert {("let@0.1", 0), ("rkd@0.1", 0)} < set(order) and ("let@1", 0) not in order
     assert "let: weight 0.1, by the validation loss (seed 2) of 0.1: 3.9020 (diverged: 1); at the end of" in text
     converge.diverging |= {("let@0.1", 2)}
-    out.unlink()
+    path.unlink()
     with pytest.raises(RunFailedError, match="'let' has diverged at each point of the grid; take smaller values"):
         converge(TUNED)
-    assert len(rows.read(out)) == 4  # and rkd's, which were run
+    assert len(rows.read(path)) == 4  # and rkd's, which were run
 
 
-def test_a_method_of_which_one_seed_diverges_has_no_result(converge, out):
+def test_a_method_of_which_one_seed_diverges_has_no_result(converge, path):
     converge.diverging = {("let@1", 1)}
     order, text = converge("--methods let@1 rkd@0.1")
     assert len(order) == 6
     assert "let@1 has no result: it diverged with seed 1" in text and "Against standard: better: rkd@0.1." in text
-    assert tables.text([out]) == text
-    (diverged,) = [row for row in rows.read(out) if row["kind"] == "converge_diverged"]
+    assert tables.text([path]) == text
+    (diverged,) = [row for row in rows.read(path) if row["kind"] == "converge_diverged"]
     assert (diverged["label"], diverged["seed"], diverged["values"], diverged["unit"]) == ("let@1", 1, [2], "step")
     assert converge("--methods let@1 rkd@0.1") == ([], text)
 

@@ -91,9 +91,7 @@ def test_the_student_s_masks_serve_for_both_where_they_are_the_same(tiny_teacher
 
 
 @torch.no_grad()
-def test_weights_that_are_not_finite_are_named_and_those_of_blocks_behind_the_layers_not_read(
-    tiny_teacher, tmp_path, build
-):
+def test_weights_that_are_not_finite_are_named_and_blocks_behind_the_layers_not_read(tiny_teacher, tmp_path, build):
     weights = {name: weight.clone() for name, weight in tiny_teacher[1].items()}
     weights["layers.1.attention.wo.weight"][3, 5] = torch.inf
     weights["norm.weight"][3] = torch.nan
