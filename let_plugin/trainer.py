@@ -71,8 +71,8 @@ class LetTrainerMixin(_Base):
         self._clean_end.after_step()
 
     def _start_step(self, steps_taken: int) -> None:
-        # All terms have begun before any of them hears of the validation.
-        if any([progress.begin(steps_taken) for progress in self.terms]):
+        repeats = [progress.begin(steps_taken) for progress in self.terms]
+        if any(repeats):  # now that all terms have begun, for all of them hear of it
             self.validator.validate(self.model_parts, steps_taken)
         active = [progress for progress in self.terms if progress.start_step(steps_taken)]
         if self.guidance is None and active:

@@ -1,5 +1,6 @@
 """Runs, each in a process of its own."""
 
+import hashlib
 import json
 import os
 import re
@@ -74,5 +75,6 @@ class Running:
 
 
 def slug(label: str) -> str:
-    """`label` as a file name; the end of it if it is long."""
-    return re.sub(r"[^\w.]+", "-", label)[-100:].strip("-")
+    """`label` as a file name; of a long one the beginning, and a hash."""
+    name = re.sub(r"[^\w.]+", "-", label).strip("-")
+    return name if len(name) <= 100 else f"{name[:80]}-{hashlib.sha256(label.encode()).hexdigest()[:12]}"

@@ -126,8 +126,11 @@ def choices(suite: Suite) -> list[str]:
 
 def _number(point: float | str) -> float | None:
     """The value of a point of a grid of one key; None if it is no number, or there are several keys."""
-    *_, value = words = str(point).split(" ")
-    return float(value) if len(words) < 3 and value.replace(".", "").isdecimal() else None
+    *keys, value = str(point).split(" ")
+    try:
+        return float(value) if len(keys) < 2 else None
+    except ValueError:
+        return None
 
 
 def profile_table(row: Row) -> tuple[str, pd.DataFrame]:

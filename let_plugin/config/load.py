@@ -122,7 +122,7 @@ def resolve(source: Source) -> Loaded:
         raise ConfigError(replace(problem, source=file) for problem in error.problems) from error
     config = overlay.configuration(_without_stops(config, tables), tables)
     if "--help" in cli:
-        section = [word for word in cli[cli.index("--help") + 1 :] if not word.startswith("--")][:1]
+        section = [word for word in cli[cli.index("--help") + 1 :][:1] if not word.startswith("--")]
         command_line.print_help(config, "".join(section), f"let-train {file}")
     options, problems = command_line.parse(cli, command_line.choices(config))
     on_top = Overlay(command_line.SOURCE)

@@ -48,7 +48,10 @@ def run(args: argparse.Namespace, options: Sequence[str]) -> str:
     """
     reference = ["--let.teacher.path", args.reference, "--let.teacher.spec", ""]
     if args.reference.lstrip().startswith("--"):
-        reference = ["--let.teacher.path", "", *shlex.split(args.reference)]
+        try:
+            reference = ["--let.teacher.path", "", *shlex.split(args.reference)]
+        except ValueError as error:
+            raise ConfigError(Problem("--reference", f"not options of let-train: {error}", args.reference)) from error
     common = [*options, "--let.teacher.features", ""]
     config: Any = toml_config.load(args.config, common).config
     second: Any = toml_config.load(args.config, [*common, *reference]).config

@@ -88,8 +88,7 @@ def read_file(path: Path) -> dict[str, Method]:
     found, overlay, named = dict(METHODS), Overlay(str(path)), list[tuple[str, str]]()
     for name, given in read_toml(path).items():
         entry = overlay.value(name, given if isinstance(given, dict) else {"options": given}, _Entry, _Entry())
-        # 10.0 as one writes it on a command line: the same run.
-        grid = {_key(key): [str(v).removesuffix(".0") for v in values] for key, values in entry.grid.items()} or None
+        grid = {_key(key): list(map(_word, values)) for key, values in entry.grid.items()} or None
         base = found.get(entry.base, Method(name=name))
         found[name] = replace(base, name=name, options=(*base.options, *entry.options), like=entry.like, grid=grid)
         named += [(f"{name}.base", entry.base), (f"{name}.like", entry.like)]
@@ -106,7 +105,11 @@ def parse(text: str, known: Mapping[str, Method]) -> Method:
     """
     new, equals, definition = text.partition("=")
     if equals and not new.strip().startswith("-"):
-        base, *options = shlex.split(definition)
+        try:
+            base, *options = shlex.split(definition)
+        except ValueError as error:
+            message = f"expected 'NAME = METHOD --key value ...': {error}"
+            raise ConfigError(Problem("--methods", message, text)) from error
         method = parse(base, known)
         return replace(method, name=new.strip(), options=(*method.options, *options))
     name, at, weight = text.partition("@")
@@ -116,6 +119,11 @@ def parse(text: str, known: Mapping[str, Method]) -> Method:
     if at and _OFF in method.options:
         raise ConfigError(Problem("--methods", f"{name} has no weight", text))
     return replace(method, options=(*method.options, f"--{WEIGHT}", weight), asked=text) if at else method
+
+
+def _word(value: str | int | float) -> str:
+    """As one writes it on a command line: 10.0 is 10, the same run."""
+    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def _key(option: str) -> str:

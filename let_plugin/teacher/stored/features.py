@@ -91,7 +91,7 @@ class Features:
             message = f"has the states of the teacher's layers {stored['layers']}, not of {missing}; export again"
             problems.append(Problem(FEATURES_KEY, message, folder))
         key, named = ("let.teacher.path", let.path) if let.path else ("let.teacher.spec", let.spec)
-        if named and (fingerprint := fingerprints.teacher(let)) != stored["teacher"]["fingerprint"]:
+        if (fingerprint := fingerprints.teacher(let)) not in ("", stored["teacher"]["fingerprint"]):
             message = f"{fingerprint} is not the teacher whose states are in {folder!r} ({self.info.description})"
             problems.append(Problem(key, message, named))
         stop_step, rows = plan.last_step(config, num_data_parallel), rows_per_step(config, num_data_parallel)

@@ -31,12 +31,13 @@ def teacher(config: TeacherConfig) -> str:
 
     Of each file with weights: its size and 16 samples of 64 KiB, evenly spread, the first and the last among them. Of a
     hub name: the name and the revision that is in the cache. Of another place that is not on this machine: its name.
+    Empty if no weights are named.
     """
-    path = config.path
-    if config.spec and not path:
-        from let_plugin.teacher.titan.source import with_spec_paths
+    from let_plugin.teacher.titan.source import TRANSFORMERS, with_spec_paths
 
-        path = with_spec_paths(config).path
+    path = config.path if config.spec in ("", TRANSFORMERS) else with_spec_paths(config).path
+    if not path:
+        return ""
     if os.path.isfile(path):
         return _digest([Path(path)])
     if not os.path.isdir(path):
@@ -45,7 +46,7 @@ def teacher(config: TeacherConfig) -> str:
         except ValueError:  # no hub name at all
             cached = None
         return f"{path}@{Path(cached).parent.name if isinstance(cached, str) else 'unknown'}"
-    files = sorted(f for f in Path(path).iterdir() if f.name.endswith(_TEACHER_ENDINGS) or f.name == "config.json")
+    files = sorted(f for f in Path(path).rglob("*") if f.name.endswith(_TEACHER_ENDINGS) or f.name == "config.json")
     return _digest(files)
 
 

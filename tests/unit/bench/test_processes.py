@@ -37,6 +37,11 @@ def test_the_environment_of_a_run(start, monkeypatch):
     assert start(write).result()["THP_MEM_ALLOC_ENABLE"] == "0"
 
 
+def test_long_labels_have_names_of_their_own():
+    names = {processes.slug(f"{method}@1 [{'key ' * 40}]") for method in ("let", "rkd")}
+    assert len(names) == 2 and all(len(name) <= 100 for name in names) and processes.slug("let@0.1") == "let-0.1"
+
+
 def test_a_run_that_does_not_end_by_sigterm_is_killed(start, monkeypatch, tmp_path):
     monkeypatch.setattr(processes, "_GRACE_SECONDS", 0.1)
     run = start("signal.signal(signal.SIGTERM, signal.SIG_IGN); open(sys.argv[1], 'w'); time.sleep(600)")

@@ -45,7 +45,7 @@ def test_gains(path):
     synthetic_rows.converge(path, methods=methods)
     own = [row | {"preparation": before} if row["label"] == "gstack" else row for row in frame.read([path])]
     choice = {"method": "rkd", "weights": [0.1, 1.0], "values": [4.5, 4.4], "chosen": 1.0, "tuning_seeds": [5]}
-    scale = choice | {"method": "wide", "weights": ["a.scale 0.1", "a.scale 0.2"], "chosen": "a.scale 0.1"}
+    scale = choice | {"method": "wide", "weights": ["a.scale 1e-1", "a.scale 0.2"], "chosen": "a.scale 1e-1"}
     inside = choice | {"method": "let", "weights": [0.1, 1.0, 9.0], "values": [4.5, 4.4, 4.6]}
     own += [{"kind": rows.CHOICE, "suite": "c", **more} for more in (choice, scale, inside)]
     own += [{"kind": rows.DIVERGED, "suite": "c", "label": "salt@9", "role": "result", "seed": 3}]

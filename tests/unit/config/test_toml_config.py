@@ -195,7 +195,7 @@ def test_help_of_all_and_of_a_section(capfd):
         assert not info.value.code
         return capfd.readouterr().out
 
-    assert "--training.steps" in printed()
+    assert "--training.steps" in printed() and "--training.steps" in printed("--training.steps", "3")
     let = printed("let")
     assert "--let.weight" in let and "--let.teacher.path" in let and "--training" not in let
     assert "--let.teacher.path" in (teacher := printed("let.teacher")) and "--let.weight" not in teacher

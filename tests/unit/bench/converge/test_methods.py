@@ -35,7 +35,7 @@ def test_names():
     mine = parse("mine = rkd@2 --let.temperature 3 --let.teacher.path 'a b'", METHODS)
     own = ("--let.weight", "2", "--let.temperature", "3", "--let.teacher.path", "a b")
     assert (mine.name, mine.options) == ("mine", (*METHODS["rkd"].options, *own))
-    for name in ("lett", "standard@1", "gstack@2", "mine=lett"):
+    for name in ("lett", "standard@1", "gstack@2", "mine=lett", "mine =", "mine = let 'a"):
         with pytest.raises(ConfigError, match="--methods"):
             parse(name, METHODS)
     assert {method.name for method in METHODS.values() if method.like == "let"} == set(rows.CONTROLS)
@@ -84,7 +84,9 @@ def test_a_file_of_methods(planned, tmp_path):
         'early = ["--let.stop-step", "1"]\n[basis]\noptions = ["--let.loss", "mse"]\nlike = "early"\n'
         '[wide]\nbase = "early"\noptions = ["--let.warmup-steps", "1"]\ngrid = {"let.weight" = [0.1, 2.0, 3]}\n'
         '[narrow]\ngrid = {"let.weight" = [0.1]}\n'
+        '[others]\ngrid = {"let.teacher.path" = ["v1.0"]}\n'
     )
+    assert read_file(file)["others"].grid == {"let.teacher.path": ["v1.0"]}
     planner = planned(f"--methods early basis wide --grid let.weight 0.3 0.4 --methods-file {file}")
     early, basis, wide = planner.methods[1:]
     assert planner.tuned() == [early, wide]

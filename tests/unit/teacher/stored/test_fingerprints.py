@@ -22,6 +22,11 @@ def test_a_teacher_is_its_files_not_their_place(tmp_path, tiny_teacher):
     content[-1] ^= 1
     shard.write_bytes(content)
     assert fingerprints.teacher(TeacherConfig(path=str(copy))) != before
+    (copy / "below").mkdir()
+    (copy / "below/model.safetensors").write_bytes(content)
+    before = fingerprints.teacher(TeacherConfig(path=str(copy)))
+    (copy / "below/model.safetensors").write_bytes(content[:-1])
+    assert fingerprints.teacher(TeacherConfig(path=str(copy))) != before
 
 
 def test_large_files_are_sampled_at_both_ends(tmp_path):
@@ -39,6 +44,7 @@ def test_a_registered_spec_brings_its_weights_and_what_is_elsewhere_goes_by_its_
 
     assert fingerprints.teacher(TeacherConfig(spec="demo_teacher")) == fingerprints.teacher(TeacherConfig(path=TEACHER))
     assert fingerprints.teacher(TeacherConfig(path="org/no-such-model")) == "org/no-such-model@unknown"
+    assert fingerprints.teacher(TeacherConfig(spec="transformers")) == ""
 
 
 @pytest.mark.parametrize("files", ["corpus.jsonl", "corpus/*.jsonl"])
