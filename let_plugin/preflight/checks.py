@@ -174,10 +174,12 @@ def existing_parent(path: str | Path) -> Path:
 
 def find_resumption(facts: Facts) -> None:
     facts.resumption = found = checkpoint.find(facts.config)
-    if found and None not in (degrees := (found.num_data_parallel, facts.num_data_parallel)) and len(set(degrees)) > 1:
-        message = (  # torchtitan cannot share the places anew
-            f"the checkpoint {found.path} has the places in the data of {degrees[0]} data-parallel ranks, and this run "
-            f"has {degrees[1]}: run with as many, or begin with the data anew "
+    if found is None or None in (found.num_data_parallel, facts.num_data_parallel):
+        return
+    if found.num_data_parallel != facts.num_data_parallel:  # torchtitan cannot share the places anew
+        message = (
+            f"the checkpoint {found.path} has the places in the data of {found.num_data_parallel} data-parallel ranks, "
+            f"and this run has {facts.num_data_parallel}: run with as many, or begin with the data anew "
             '(checkpoint.exclude_from_loading = ["dataloader"])'
         )
         facts.refuse("parallelism", message)
