@@ -14,7 +14,10 @@ from let_plugin.bench.frame import Suite
 from let_plugin.bench.rows import BASELINE, CONVERGE, THROUGHPUT
 from let_plugin.config.errors import ConfigError, Problem, raise_if_any
 
-METRICS = ("loss_metrics/global_avg_loss", "validation_metrics/loss", "let/cosine", "let/lambda", "throughput(tps)")
+METRICS = (
+    *("loss_metrics/global_avg_loss", "validation_metrics/loss", "let/cosine", "let/distillation_loss"),
+    *("let/auxiliary_loss", "let/lambda", "throughput(tps)"),
+)
 _BRINGS = [f"less {BASELINE}", "speed-up, tokens"]  # columns of the overview
 _TEACHER_SHARE = 0.1  # the paper's: of several teachers the overview shows the one nearest to it
 

@@ -128,7 +128,7 @@ def resolve(source: Source) -> Loaded:
     on_top = Overlay(command_line.SOURCE)
     config = on_top.configuration(_without_stops(config, options), options)
     key, settings = "checkpoint.initial_load_model_only", config.checkpoint
-    if any(_is_given(key, given) for given in (tables, options)) and not getattr(settings, "initial_load_path", True):
+    if _is_given(key, options) and not getattr(settings, "initial_load_path", True):  # --print-config has all keys
         logging.getLogger().warning(f"LET: {key} has no effect without its initial_load_path")
     return Loaded(config, base, file, tables, options, [*overlay.problems, *problems, *on_top.problems])
 

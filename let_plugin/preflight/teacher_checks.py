@@ -118,10 +118,12 @@ def check_vocabulary(facts: Facts) -> None:
     let, source, student = facts.config.let, facts.start or facts.source, facts.student_vocabulary
     if not isinstance(source, TeacherSource) or let.token_alignment.enable or student is None:
         return
+    compares_logits = any(term.config.signal == "logits" for term in plan.terms(let))
+    remedy = "" if compares_logits else ", or have the text encoded anew for it (let.token_alignment.enable = true)"
     # Both heads may have more rows than there are tokens; a token without a row would be an error on the device.
     if (highest := max(student.values(), default=-1)) >= source.info.vocab_size:
         rows = f"its vocabulary has {source.info.vocab_size:,} rows, the student's tokenizer ids up to {highest:,}"
-        message = f"{rows}; take another teacher, or have the text encoded anew for it (let.token_alignment.enable)"
+        message = f"{rows}; take another teacher{remedy}"
         return facts.refuse("let.teacher.path", message, let.teacher.path)
     if not let.teacher.check_vocabulary:
         facts.vocabulary = ["not compared (let.teacher.check_vocabulary = false)"]
@@ -136,8 +138,8 @@ def check_vocabulary(facts: Facts) -> None:
     if differing := compare_vocabularies(student, teacher):
         message = (
             f"its vocabulary is not the student's: {len(differing):,} of {len(student):,} ids differ "
-            f"({'; '.join(differing[:3])}). Train the student on the teacher's tokenizer (hf_assets_path), take "
-            "another teacher, or have the text encoded anew for it (let.token_alignment.enable = true)"
+            f"({'; '.join(differing[:3])}). Train the student on the teacher's tokenizer (hf_assets_path), or take "
+            f"another teacher{remedy}"
         )
         return facts.refuse("let.teacher.path", message, let.teacher.path)
     facts.vocabulary = ["the student's tokenizer and the teacher's agree token by token"]
@@ -161,7 +163,7 @@ def check_upper_blocks(facts: Facts) -> None:
     if upper_blocks == "keep" or student is None or facts.resumption is not None:
         return
     facts.first_upper_block = first = first_upper_block(facts.config)
-    message = f"there is no block above layers.{first - 1}, which is aligned" if first == student.num_blocks else ""
+    message = f"there is no block above layers.{first - 1} (let.student_block)" if first == student.num_blocks else ""
     for block in (f"layers.{i}." for i in range(first, student.num_blocks)):
         if sum(name.startswith(block) and bool(OUTPUT_PROJECTION.search(name)) for name in student.names) < 2:
             message = f"it is not known which parameters of {block} are its output projections"

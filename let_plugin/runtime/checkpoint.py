@@ -107,11 +107,12 @@ def find(config: Trainer.Config) -> Resumption | None:
     if model_only or TRAIN_STATE in settings.exclude_from_loading:
         return None
     state: dict[str, Any] = {TRAIN_STATE: {"step": 0}}
+    is_weights = False
     try:
         reader = dcp_files.open_checkpoint(path)
         names = reader.read_metadata().state_dict_metadata
-        if f"{TRAIN_STATE}.step" not in names:
-            return None  # weights only: torchtitan says so
+        if is_weights := f"{TRAIN_STATE}.step" not in names:
+            raise ValueError("it has weights only; checkpoint.initial_load_model_only = true starts from them")
         # A loader of the user's own may share its places among any number of ranks.
         is_titans = type(config.dataloader).__module__.startswith("torchtitan.")
         if is_titans and "dataloader.world_size" in names and "dataloader" not in settings.exclude_from_loading:
@@ -119,8 +120,10 @@ def find(config: Trainer.Config) -> Resumption | None:
         dcp_files.load(state, reader)
     except Exception as error:
         message = f"the checkpoint {path} cannot be read: {type(error).__name__}: {error}".splitlines()[0]
-        if key == "load_step" and any(name.endswith(".safetensors") for name in filesystem.listdir(path)):
+        is_weights = is_weights or any(name.endswith(".safetensors") for name in filesystem.listdir(path))
+        if key == "load_step" and is_weights:
             message = f"{path} has the weights of a run that has ended, no more; take another dump_folder or load_step"
+            message += " (checkpoint.last_save_model_only = false saves the rest, too)"
         raise ConfigError(Problem(f"checkpoint.{key}", message, getattr(settings, key))) from error
     return Resumption(path, state[TRAIN_STATE]["step"], state.get("dataloader", {}).get("world_size"))
 

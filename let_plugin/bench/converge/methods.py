@@ -110,6 +110,8 @@ def parse(text: str, known: Mapping[str, Method]) -> Method:
         except ValueError as error:
             message = f"expected 'NAME = METHOD --key value ...': {error}"
             raise ConfigError(Problem("--methods", message, text)) from error
+        if "@" in new:
+            raise ConfigError(Problem("--methods", "a name of your own has no @: labels add the weight to it", text))
         method = parse(base, known)
         return replace(method, name=new.strip(), options=(*method.options, *options))
     name, at, weight = text.partition("@")

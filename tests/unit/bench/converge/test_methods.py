@@ -35,7 +35,7 @@ def test_names():
     mine = parse("mine = rkd@2 --let.temperature 3 --let.teacher.path 'a b'", METHODS)
     own = ("--let.weight", "2", "--let.temperature", "3", "--let.teacher.path", "a b")
     assert (mine.name, mine.options) == ("mine", (*METHODS["rkd"].options, *own))
-    for name in ("lett", "standard@1", "gstack@2", "mine=lett", "mine =", "mine = let 'a"):
+    for name in ("lett", "standard@1", "gstack@2", "mine=lett", "mine =", "mine = let 'a", "mine@1 = let@1"):
         with pytest.raises(ConfigError, match="--methods"):
             parse(name, METHODS)
     assert {method.name for method in METHODS.values() if method.like == "let"} == set(rows.CONTROLS)
