@@ -19,10 +19,11 @@ BRINGS = {
     "LET, a tuned weight (100)": "let@100",
     "logit distillation, a tuned weight that falls": "rkd_linear@10",
     "the recipe": "recipe_linear@10",
-    "the recipe, planned for 400 of 1,000 steps": "short@10",
+    "the recipe, in 400 of 1,000 steps": "short@10",
 }
 COSTS = {
     "10 % teacher, 2 CPU cores": ("throughput_10_percent", "active 10%"),
+    "distillation from a 10 % teacher, 2 CPU cores": ("throughput_recipe", "rkd 10%"),
     "10 % teacher, H200, 1.4 B student": ("throughput_h200", "active 10%"),
     "after the stop, 2 CPU cores": ("throughput_after_stop", "stopped"),
 }
