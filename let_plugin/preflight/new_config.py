@@ -17,14 +17,17 @@ from let_plugin.config.errors import ConfigError, Problem, raise_if_any
 
 _ALIGNMENT = "let.token_alignment.enable"
 _KEYS = (
-    *("hf_assets_path", "dump_folder", "let.weight", "let.stop_fraction"),
-    *("let.teacher.spec", "let.teacher.path", "let.teacher.tokenizer_path", _ALIGNMENT),
+    *("hf_assets_path", "dump_folder", "let.signal", "let.weight", "let.stop_fraction", "let.init.parts"),
+    *("let.init.upper_blocks", "let.teacher.spec", "let.teacher.path", "let.teacher.tokenizer_path", _ALIGNMENT),
     *("training.local_batch_size", "training.global_batch_size", "training.seq_len", "training.steps"),
-    *("optimizer.param_groups.0.optimizer_kwargs.lr", "lr_scheduler.warmup_steps"),
-    *("dataloader.dataset", "dataloader.dataset_path", "dataloader.num_workers"),
+    *(f"optimizer.param_groups.{number}.optimizer_kwargs.lr" for number in range(8)),
+    *("lr_scheduler.warmup_steps", "dataloader.dataset", "dataloader.dataset_path", "dataloader.num_workers"),
     *("validator.enable", "validator.freq", "validator.steps", "checkpoint.enable", "checkpoint.interval"),
     *("metrics.log_freq", "compile.enable"),
 )
+# What brought most in docs/results.md, with half the learning rate.
+_RECIPE = {"let.signal": "logits", "let.weight": 10.0, "let.stop_fraction": 1.0}
+_RECIPE |= {"let.init.parts": "both", "let.init.upper_blocks": "zero"}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -32,19 +35,20 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="let-train new", description="Writes a configuration of LET, with comments.")
     parser.add_argument("--base", required=True, metavar="MODULE.FUNCTION", help="the student's configuration function")
     parser.add_argument("--teacher", required=True, metavar="PATH", help="folder, .gguf file, hub name, or spec")
+    parser.add_argument("--recipe", action="store_true", help="what brought most in docs/results.md, not the paper's")
     parser.add_argument("--out", type=Path, metavar="FILE", help="a new file (standard output)")
     args = parser.parse_args(argv)
     if args.out is not None and args.out.exists():
         raise ConfigError(Problem("--out", "is there already; give a new file", str(args.out)))
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when the client is imported
-    text = new_config(args.base, args.teacher)
+    text = new_config(args.base, args.teacher, recipe=args.recipe)
     if args.out is None:
         return print(text, end="")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(text, encoding="utf-8")
 
 
-def new_config(base: str, teacher: str) -> str:
+def new_config(base: str, teacher: str, *, recipe: bool = False) -> str:
     """The TOML file for a configuration function and a teacher. ConfigError for what is wrong with either."""
     from let_plugin.runtime import data, host
 
@@ -56,25 +60,31 @@ def new_config(base: str, teacher: str) -> str:
     from let_plugin.teacher.titan.source import is_spec, with_spec_paths
 
     config: Any = load_base(base)
-    let, table = config.let, config.let.teacher
+    let, table, notes = config.let, config.let.teacher, dict[str, str]()
     let.enable, let.stop_fraction = True, 0.5
     setattr(table, "spec" if is_spec(teacher) else "path", teacher)
+    if recipe:
+        for key, value in _RECIPE.items():
+            setattr(*_place(config, key), value)
+        for number, group in enumerate(config.optimizer.param_groups):
+            group.optimizer_kwargs["lr"] /= 2
+            notes[f"optimizer.param_groups.{number}.optimizer_kwargs.lr"] = "Half of the base's."
     paths = with_spec_paths(table) if table.spec else table
-    facts, notes = examine(config, 1), dict[str, str]()
+    facts = examine(config, 1)
     longest = facts.source.info.max_seq_len if facts.source else None
     # What may mend a mistake; a student without a tokenizer takes the teacher's, as the paper's do.
-    mends = {"hf_assets_path": ("hf_assets_path", paths.tokenizer_path or paths.path)}
+    mends: dict[str, tuple[str, Any]] = {"hf_assets_path": ("hf_assets_path", paths.tokenizer_path or paths.path)}
     mends |= {"let.teacher.path": (_ALIGNMENT, True), "training.seq_len": ("training.seq_len", longest)}
+    mends |= {key: (key, value) for key, value in (("let.init.parts", "embeddings"), ("let.init.upper_blocks", "keep"))}
     for wrong, (key, value) in mends.items():
-        owner, name = attrgetter(key.rpartition(".")[0])(config) if "." in key else config, key.rpartition(".")[2]
-        problem, old = {p.key: p for p in facts.problems}.get(wrong), getattr(owner, name)
+        problem, old = {p.key: p for p in facts.problems}.get(wrong), getattr(*_place(config, key))
         if problem is not None and value is not None:
-            setattr(owner, name, value)
+            setattr(*_place(config, key), value)
             now = examine(config, 1)
             if any(p.key == wrong for p in now.problems):
-                setattr(owner, name, old)
+                setattr(*_place(config, key), old)
             else:
-                facts, notes[key] = now, f"Not {old!r} as in the base: {problem.message}."
+                facts, notes[key] = now, f"Not {old!r}: {problem.message}."
     hopeless = {"let.enable"} if table.spec or may_be_on_hub(table.path) else {"let.enable", "let.teacher.path"}
     raise_if_any(problem for problem in facts.problems if problem.key in hopeless)
     notes |= {problem.key: f"Still wrong: {problem.message}." for problem in facts.problems}
@@ -82,6 +92,12 @@ def new_config(base: str, teacher: str) -> str:
         notes.setdefault(_ALIGNMENT, "Set this if the two tokenizers differ.")
     title = f"{base}, guided by {teacher}. `let-train THIS_FILE --check` says what the run will do."
     return "\n".join([*_comment(title), f'base = "{base}"', *_lines(config, notes), ""])
+
+
+def _place(config: Any, key: str) -> tuple[Any, str]:
+    """The table that a key is in, and its name there."""
+    table, dot, name = key.rpartition(".")
+    return attrgetter(table)(config) if dot else config, name
 
 
 def _lines(config: Any, notes: Mapping[str, str]) -> list[str]:

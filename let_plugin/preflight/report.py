@@ -312,7 +312,7 @@ def _term_lines(facts: Facts, term: plan.Term, pairs: Sequence[LayerPair]) -> li
         sizes = student.vocab_size, facts.source.info.vocab_size
         text += f", the first {min(sizes):,} rows of each head" if sizes[0] != sizes[1] else ""
         text += f", the student's own loss times {1 - let.alpha:g} at first" if let.alpha else ""
-        return [("alignment", text)]
+        return [("signal", text)]
     return [("alignment", _describe_pair(pair, student, facts.source.info, facts.config.let, let)) for pair in pairs]
 
 

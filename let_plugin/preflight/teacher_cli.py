@@ -7,14 +7,15 @@ import argparse
 import os
 from typing import Any
 
+from let_plugin.config import TeacherConfig
 from let_plugin.config.errors import ConfigError, exit_with
 from let_plugin.preflight import inspection
 
 _EXPORT = """\
 Runs the teacher of a training configuration once over the data of its first S_stop steps and writes its states to DIR.
 A run with let.teacher.features = "DIR" reads them and loads no teacher. On N processes: torchrun --nproc-per-node N -m
-let_plugin.teacher.export CONFIG.toml --out DIR. Further options override the configuration, as let-train takes them:
---parallelism.data_parallel_shard_degree, if the run will have other data-parallel ranks than the export processes."""
+let_plugin.preflight.teacher_cli export CONFIG.toml --out DIR. Further options override the configuration, as let-train
+takes them: --parallelism.data_parallel_shard_degree, if the run will have other data-parallel ranks than the export."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -23,6 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     subparsers = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
     inspection.add_parser(subparsers)
     add_export(subparsers)
+    add_tokenizer(subparsers)
     args, overrides = parser.parse_known_args(argv)
     if overrides and args.command != "export":  # only an export has a configuration to override
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
@@ -75,3 +77,25 @@ def _export(args: argparse.Namespace) -> None:
         export_rows.export(plan)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def add_tokenizer(subparsers: Any) -> None:
+    """Adds the subcommand `tokenizer`."""
+    summary = "write a .gguf file's tokenizer in the form that torchtitan reads, so that a student can be trained on it"
+    parser = subparsers.add_parser("tokenizer", help=summary, description=summary)
+    parser.add_argument("path", metavar="FILE.gguf", help="as let.teacher.path")
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder to write it to")
+    parser.set_defaults(run=_tokenizer)
+
+
+def _tokenizer(args: argparse.Namespace) -> None:
+    from let_plugin.teacher.base import bad_path, require
+
+    require("transformers")
+    from let_plugin.teacher.hf.checkpoint import Checkpoint
+
+    tokenizer = Checkpoint(TeacherConfig(path=args.path)).tokenizer()
+    if tokenizer is None or tokenizer.eos_token is None:  # torchtitan puts one between documents
+        raise bad_path(args.path, "its tokenizer has no end-of-sequence token")
+    tokenizer.save_pretrained(args.out)
+    print(f"wrote {args.out}/tokenizer.json")

@@ -46,7 +46,7 @@ def exported(folder, config, cross):
     """Name -> folder with the states of one data-parallel rank."""
     files = {"same": config, "cross": cross}
     for name, file in files.items():
-        jobs.run("let_plugin.teacher.export", file, "--out", folder / name, *RUN)
+        jobs.run("let_plugin.preflight.teacher_cli", "export", file, "--out", folder / name, *RUN)
     return {name: folder / name for name in files}
 
 

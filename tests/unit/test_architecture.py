@@ -27,8 +27,6 @@ FLOORS = (
 )
 FLOOR = {room: len(FLOORS) - i for i, rooms in enumerate(FLOORS) for room in rooms}
 EXCEPTIONS = {
-    # A command that users were told of; it passes the call on.
-    ("teacher/export.py", "let_plugin.preflight"),
     # A loaded configuration builds the trainer with LET mixed in.
     ("config/load.py", "let_plugin.trainer"),
 }

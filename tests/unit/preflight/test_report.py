@@ -85,8 +85,9 @@ SPENT = 2 * OVERHEADS[0] + (OVERHEADS[1] - OVERHEADS[0]) + 4 * OVERHEADS[2]
         (CONTROL, "blocks", "0, 2 (of 0 to 3)"),
         (CONTROL, "overhead", f"+ {2 * STUDENT_EMBEDDING / STUDENT:.1%} FLOPs while active: {STUDENT_EMBEDDING:,}"),
         (TERMS, "blocks", "labels: 2 (of 0 to 3)"),
-        (TERMS, "alignment", "norm), width 32 to 48 by interpolate, cosine\nlogits: the student's predictions with the "
-         "teacher's, forward_kl at temperature 1, the 8 likeliest tokens, the student's own loss times 0.5 at first"),
+        (TERMS, "alignment", "norm), width 32 to 48 by interpolate, cosine"),
+        (TERMS, "signal", "logits: the student's predictions with the teacher's, forward_kl at temperature "
+         "1, the 8 likeliest tokens, the student's own loss times 0.5 at first"),
         (TERMS, "lambda", "states: 0.1 at step 0, linear to 0 at step 2 of 4\nlogits: 1 at step 0, constant to 0 at "
          "step 1 of 4\nlabels: 0.1 at step 0, linear to 0 at step 4 of 4"),
         (TERMS, "overhead", "\n".join(f"{name}: + {overhead:.1%} FLOPs by itself" for name, overhead in

@@ -14,7 +14,7 @@ pytest.importorskip("gguf", reason="pip install let-plugin[hf]")
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 from let_plugin.demo import TOKENIZER
-from let_plugin.teacher import gguf as gguf_command
+from let_plugin.preflight import teacher_cli
 from tests.support.gguf_files import write_llama
 from tests.support.hf_models import language_model, opened
 from tests.support.problems import problem_of
@@ -39,7 +39,7 @@ def test_smollm2_predicts_english() -> None:
 
 def test_the_tokenizer_is_written_for_torchtitan(tmp_path) -> None:
     file = write_llama(tmp_path / "tiny.gguf")
-    gguf_command.main([file, "--tokenizer", str(tmp_path / "tokenizer")])
+    teacher_cli.main(["tokenizer", str(file), "--out", str(tmp_path / "tokenizer")])
     tokenizer = HuggingFaceTokenizer(tokenizer_path=str(tmp_path / "tokenizer"))
     demo = HuggingFaceTokenizer(tokenizer_path=TOKENIZER)
     text = "Late to early: 135 tokens,\n\tand more."
@@ -67,7 +67,7 @@ def test_a_file_that_is_missing_truncated_or_no_gguf(tmp_path, name, content, me
     problem = problem_of(opened, file)
     assert (problem.key, problem.value) == ("let.teacher.path", str(file)) and message in problem.message
     with pytest.raises(SystemExit, match="2"):
-        gguf_command.main([str(file), "--tokenizer", str(tmp_path / "out")])
+        teacher_cli.main(["tokenizer", str(file), "--out", str(tmp_path / "out")])
     assert f"let.teacher.path = '{file}'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
