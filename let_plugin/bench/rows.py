@@ -37,18 +37,16 @@ def provenance() -> dict[str, Any]:
 
     The commit is that of this package's own checkout; None for an installed package. `code` is a hash of its modules.
     """
+    from torch.backends.cpu import get_cpu_capability  # imports torch, which a table does without
+
     folder = Path(let_plugin.__file__).parent
-    commit = dirty = None
-    if _git(folder, "ls-files", "--error-unmatch", "__init__.py") is not None:
-        commit = _git(folder, "rev-parse", "--short", "HEAD")
-        dirty = _git(folder, "status", "--porcelain", "--", ".") != ""
-    content = b"".join(file.read_bytes() for file in sorted(folder.rglob("*.py")))
+    is_checkout = _git(folder, "ls-files", "--error-unmatch", "__init__.py") is not None
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "commit": commit,
-        "dirty": dirty,
-        "code": hashlib.sha256(content).hexdigest()[:12],
-        "device": f"{platform.machine()} {platform.system()}, {os.cpu_count()} cores",
+        "commit": _git(folder, "rev-parse", "--short", "HEAD") if is_checkout else None,
+        "dirty": _git(folder, "status", "--porcelain", "--", ".") != "" if is_checkout else None,
+        "code": hashlib.sha256(b"".join(f.read_bytes() for f in sorted(folder.rglob("*.py")))).hexdigest()[:12],
+        "device": f"{platform.machine()} {platform.system()}, {os.cpu_count()} cores, {get_cpu_capability()}",
         "versions": {name: version(name) for name in _DISTRIBUTIONS if any(distributions(name=name))},
     }
 
