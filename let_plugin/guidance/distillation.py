@@ -14,6 +14,7 @@ from torchtitan.trainer import Trainer
 from let_plugin.alignment.divergences import Divergence
 from let_plugin.alignment.losses import Alignment
 from let_plugin.config import plan
+from let_plugin.guidance.controls import without_knowledge
 from let_plugin.teacher.base import TeacherSource
 from let_plugin.teacher.sharding import hand_out, read_once
 
@@ -42,6 +43,8 @@ class Distillation:
         shapes = {"weight": (size, width), "bias": (size,)}
         whole = {name: torch.empty(shapes[name], device=device) for name in dtypes}
         hand_out(tensors, whole.items(), teacher_dims)
+        if config.let.control == "random_teacher":
+            whole |= without_knowledge({"weight": whole["weight"]}, config.let.control)
         # As torchtitan cuts the student's head among its tensor-parallel ranks.
         head: Any = trainer.model_parts[-1].lm_head
         num_rows, first = head.out_features, 0

@@ -10,6 +10,7 @@ from let_plugin.alignment.divergences import Divergence
 from let_plugin.alignment.tap import LogitTap
 from let_plugin.config import LetConfig, PairConfig, TermConfig
 from let_plugin.guidance import distillation, heads
+from let_plugin.guidance.controls import without_knowledge
 from let_plugin.guidance.guidance import Guidance
 from tests.support import jobs, reference
 from tests.support.config_registry import STUDENT, TEACHER_DIM, tiny, tiny_padded
@@ -86,6 +87,7 @@ def bucketed(predictions_V, is_top_V):
         {"divergence": "reverse_kl", "alpha": 0.75},
         {"divergence": "jensen_shannon", "temperature": 0.5, "top_k": 3},
         {"top_k": 50, "alpha": 1.0, "teacher__rows": 0.5},
+        {"control": "random_teacher"},
         {"divergence": "reverse_kl", "padded": True},  # of the two heads, one has padded rows
         {"top_k": 50, "padded": True},
         {"top_k": 3, "teacher__spec": "padded_teacher"},
@@ -108,7 +110,8 @@ def test_the_students_predictions_are_drawn_to_the_teachers(
     guidance = Guidance(trainer, trainer.terms, 0)
     let, rows = config.let, slice(0, 1 if "teacher__rows" in settings else 2)
     states_BLE = guidance.teacher(batch[0]["input"], batch[0]["positions"])
-    p_BLV = F.softmax(states_BLE @ weights["lm_head.weight"][:4096].T / let.temperature, -1)
+    head_VE = without_knowledge({"head": weights["lm_head.weight"]}, let.control)["head"][:4096]
+    p_BLV = F.softmax(states_BLE @ head_VE.T / let.temperature, -1)
     has_target_BL = torch.zeros_like(batch[1], dtype=torch.bool)
     has_target_BL[rows] = batch[1][rows] != reference.IGNORE_INDEX
 
