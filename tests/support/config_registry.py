@@ -3,7 +3,7 @@
 from let_plugin.bench.paper import config_registry as paper
 from let_plugin.demo import config_registry as demo
 from let_plugin.runtime.models import llama_spec
-from let_plugin.teacher.titan.source import TEACHER_SPECS, register_teacher_spec
+from let_plugin.teacher.titan.source import register_teacher_spec
 from tests.support.data_loaders import GlobalOrderDataLoader
 
 STUDENT = {"num_layers": 4, "num_heads": 2}
@@ -68,13 +68,6 @@ def tiny_float8():
     config = tiny()
     converter = Float8LinearConverter.Config(emulate=True, filter_fqns=["lm_head"]).build()
     config.model_spec.model = converter.convert(config.model_spec.model)
-    return config
-
-
-def demo_teacher():
-    """The demo's teacher as a student: a model that has learnt something."""
-    config = tiny()
-    config.model_spec = TEACHER_SPECS.get("demo_teacher").make_spec()
     return config
 
 
