@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 USAGE = """\
 usage: let-train CONFIG.toml [--check | --print-config] [--section.key VALUE ...]
-       let-train new --base MODULE.FUNCTION --teacher PATH [--out FILE]
+       let-train new --base MODULE.FUNCTION --teacher PATH [--recipe] [--out FILE]
 
 Trains a torchtitan configuration, given as TOML, with or without Late-to-Early Training.
 

@@ -16,10 +16,11 @@ from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
+from let_plugin.alignment.adaptive_stop import AdaptiveStop
 from let_plugin.config import LetConfig, RuntimeConfig, plan
 from let_plugin.guidance.guidance import Guidance
 from let_plugin.guidance.initialization import initialize
-from let_plugin.guidance.metrics import VALIDATION_LOSS, Disagreement, JsonlLogger, StepLines
+from let_plugin.guidance.metrics import VALIDATION_LOSS, JsonlLogger, StepLines
 from let_plugin.guidance.stopping import TermProgress
 from let_plugin.runtime import upstream
 from let_plugin.runtime.batch_extras import take_extras
@@ -28,6 +29,12 @@ from let_plugin.runtime.ending import CleanEnd
 
 # A mixin's attributes and `super()` calls are those of the trainer that it is mixed into.
 _Base: Any = Trainer if TYPE_CHECKING else object
+
+_PATIENCE = 5  # measurements in a row of gradients that point apart (HASTE, arXiv 2505.16792), until the run says so
+_ADVICE = (
+    "the teacher works against the student: the gradient of the alignment has lastingly pointed away from that of the "
+    "student's loss. Stop the alignment earlier (let.stop_step), lower let.weight, or take another teacher"
+)
 
 
 class LetTrainerMixin(_Base):
@@ -46,7 +53,7 @@ class LetTrainerMixin(_Base):
         self.guidance: Guidance | None = None
         self._logs = upstream.logs_on_this_rank(self)
         self._step_lines = StepLines(config.training.steps, [progress.term for progress in self.terms])
-        self._disagreements = [Disagreement() for _ in self.terms]
+        self._disagreements = [AdaptiveStop(threshold=0, smoothing=0, patience=_PATIENCE) for _ in self.terms]
         self._clean_end = CleanEnd(self)
 
         self.metrics_processor.logger = JsonlLogger(
@@ -146,8 +153,10 @@ class LetTrainerMixin(_Base):
             for progress, disagreement in zip(self.terms, self._disagreements, strict=True):
                 grad_cosine = metrics.get(progress.term.metric("grad_cosine"))
                 progress.after_gradients(grad_cosine, self.step)
-                if (advice := disagreement.advice(grad_cosine)) and self._logs:
-                    STEPS.warning(f"LET: step {self.step}: {advice}")
+                if grad_cosine is not None and disagreement.stop_step is None:
+                    disagreement.update(grad_cosine, next_step=self.step)
+                    if disagreement.stop_step is not None and self._logs:
+                        STEPS.warning(f"LET: step {self.step}: {_ADVICE}")
         return metrics
 
 

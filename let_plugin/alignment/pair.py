@@ -64,6 +64,7 @@ class PairAlignment:
             self.weight_gradients[name].add_(gradient)
         if self.products is not None:
             student, teacher = (x.flatten(0, 1).float() for x in (student_BLD, teacher_BLE[..., self._channels]))
+            student = student * teacher.ne(0).any(dim=-1, keepdim=True)  # without the tokens that do not count
             given, wanted = (teacher, student) if self._matches_teacher else (student, teacher)
             left = wanted if len(self.products) == wanted.shape[1] else torch.cat([wanted, given], dim=1)
             self.products.addmm_(left.T, given)

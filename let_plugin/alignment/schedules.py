@@ -41,8 +41,6 @@ def cosine(step: int, *, stop_step: int) -> float:
 
 def with_warmup(schedule: Schedule, warmup_steps: int) -> Schedule:
     """`schedule` after `warmup_steps` in which the value rises linearly: (step + 1) / (warmup_steps + 1)."""
-    if warmup_steps == 0:
-        return schedule
 
     def warmed_up(step: int, *, stop_step: int) -> float:
         if step >= stop_step:

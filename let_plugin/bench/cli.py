@@ -62,7 +62,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         suite.add_argument("--processes", type=_number(int, 1), default=1, help="processes of a run, by torchrun (1)")
         suite.add_argument("--out", type=_file, default=out / f"{name}.jsonl", help="file of rows")
         suite.add_argument("--name", default="", metavar="QUESTION", help="what it answers: its title on the page")
-        suite.add_argument("--work-dir", type=_folder, default=out / name, help="for logs and what runs write")
+        suite.add_argument("--work-dir", type=Path, default=out / name, help="for logs and what runs write")
     table = command("table", "the tables of rows that are there, as their suites print them")
     report = command("report", "one page of what the rows say, that needs nothing beside it")
     report.add_argument("--out", type=_file, required=True, metavar="PAGE.html", help="an older page is replaced")
@@ -141,12 +141,6 @@ def _file(text: str) -> Path:
     return path
 
 
-def _folder(text: str) -> Path:
-    if (path := Path(text)).is_file():
-        raise argparse.ArgumentTypeError(f"{text} is a file; expected a folder")
-    return path
-
-
 def _show(args: argparse.Namespace) -> str:
     """Shows what is there: rows as tables or a page, or the curves of runs."""
     from let_plugin.bench import report, tables
@@ -171,6 +165,7 @@ def _of_configuration(args: argparse.Namespace, options: list[str], command: str
     from let_plugin.bench.converge import data_selection
     from let_plugin.bench.converge import run as converge
     from let_plugin.bench.throughput import suite as throughput
+    from let_plugin.preflight.checks import check_writable
 
     logger.setLevel(logging.ERROR)  # torchtitan's remarks on each of many configurations
     if args.command == "export":
@@ -180,4 +175,6 @@ def _of_configuration(args: argparse.Namespace, options: list[str], command: str
         return data_selection.run(args, options)
     if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(Problem("--processes", "started under torchrun; start let-bench alone, and it starts them"))
+    check_writable("--work-dir", args.work_dir)
+    check_writable("--out", args.out.parent)
     return f"\n{(throughput if args.command == 'throughput' else converge).run(args, options, command)}"

@@ -87,7 +87,10 @@ def _figures(suite: Suite) -> list[Spec]:
 
 
 def _metric_charts(logs: Sequence[Path]) -> list[Spec]:
-    runs = [pd.DataFrame(map(json.loads, log.read_text().splitlines())).assign(run=log.parent.name) for log in logs]
+    names = [log.parent.name for log in logs]
+    names = names if len(set(names)) == len(names) else [str(log.parent) for log in logs]
+    texts = zip(names, (log.read_text().splitlines() for log in logs), strict=True)
+    runs = [pd.DataFrame(map(json.loads, lines)).assign(run=name) for name, lines in texts]
     lines = pd.concat(runs).reindex(columns=["run", "step", *METRICS]).melt(["run", "step"], var_name="name")
     known = lines.replace([math.inf, -math.inf], math.nan).dropna()
     return [charts.metric(own, str(name)) for name, own in known.groupby("name", sort=False)]

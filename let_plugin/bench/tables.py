@@ -62,9 +62,10 @@ def notes(suite: Suite) -> list[str]:
             said.append(f"Overhead against N_T / N_S: slope {slope.text('.3f')}; the FLOP bound has 0.333.")
         return said
     seeds = list(dict.fromkeys(row["seed"] for row in suite.rows))
+    tokens = " to ".join(f"{num:,}" for num in sorted({row["curve"]["tokens"][-1] for row in suite.rows}))
     said = [
         f"Seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds))} on {where}; "
-        f"{first['curve']['tokens'][-1]:,} tokens each, the same in the same order. A seed sets the initial weights.",
+        f"{tokens} tokens each, the same in the same order. A seed sets the initial weights.",
         "Test loss in nats per token, on a split on which nothing was chosen. Means over the seeds, with 95 % "
         "intervals of the mean paired difference, and of the mean ratio.",
         f"Speed-up: how many times less it takes to reach {BASELINE}'s final test loss. FLOPs and seconds include the "

@@ -243,7 +243,7 @@ class LetConfig(TermConfig):
     """Takes the teacher's knowledge away, and leaves all else: with random matrices, or other tokens' states."""
 
     diagnosis_freq: Annotated[int, Ge(0)] = 1
-    """Every how many logged steps let/grad_cosine and let/grad_ratio are measured. 0: never."""
+    """let/grad_cosine and let/grad_ratio are measured in logged steps that are multiples of this. 0: never."""
 
     math_dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the maths of the states: resizing, normalizing, the loss and its gradient."""

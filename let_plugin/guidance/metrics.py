@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from statistics import fmean
 from typing import Any, TextIO
 
 import torch
@@ -125,28 +124,6 @@ class DeviceTimer:
         if regions:
             regions[-1][1].synchronize()
         return [start.elapsed_time(end) / 1000 for start, end in regions]
-
-
-class Disagreement:
-    """Notices gradients that point apart, `PATIENCE` measurements in a row (HASTE, arXiv 2505.16792)."""
-
-    PATIENCE = 5
-
-    def __init__(self) -> None:
-        self._in_a_row: list[float] = []
-
-    def advice(self, grad_cosine: float | None) -> str | None:
-        """What to tell the user after a measurement (None: there was none), once; None if there is nothing to say."""
-        if grad_cosine is None or len(self._in_a_row) == self.PATIENCE:
-            return None
-        self._in_a_row = [*self._in_a_row, grad_cosine] if grad_cosine < 0 else []
-        if len(self._in_a_row) < self.PATIENCE:
-            return None
-        return (
-            f"the teacher works against the student: in the last {self.PATIENCE} measurements the gradient of the "
-            f"alignment pointed away from that of the student's loss (mean cosine {fmean(self._in_a_row):.3f}). "
-            "Stop the alignment earlier (let.stop_step), lower let.weight, or take another teacher"
-        )
 
 
 class StepLines:

@@ -120,19 +120,23 @@ def check_tokenizer(facts: Facts) -> None:
     vocab_size: int | None = getattr(config.model_spec.model, "vocab_size", None)
     if vocab_size is None:
         return  # not a model of tokens: its own tokenizer knows what it needs
-    path = config.hf_assets_path
+    tokenizer = student_tokenizer(config)
+    vocabulary: dict[str, int] = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
+    if (highest := max(vocabulary.values(), default=-1)) >= vocab_size:
+        message = f"its ids go up to {highest}, the model has {vocab_size} embeddings; choose a base with more"
+        return facts.refuse("hf_assets_path", message, config.hf_assets_path)
+    facts.student_vocabulary = vocabulary
+
+
+def student_tokenizer(config: Any) -> Any:
+    """Of torchtitan's kind. ConfigError if `hf_assets_path` has none."""
     try:
-        tokenizer: Any = config.tokenizer.build(tokenizer_path=path)
+        return config.tokenizer.build(tokenizer_path=config.hf_assets_path)
     except ConfigError:
         raise
     except Exception as error:  # the tokenizers library raises plain Exception
         message = f"{error}; it must be a folder with the student's tokenizer"
-        return facts.refuse("hf_assets_path", message, path)
-    vocabulary: dict[str, int] = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
-    if (highest := max(vocabulary.values(), default=-1)) >= vocab_size:
-        message = f"its ids go up to {highest}, the model has {vocab_size} embeddings; choose a base with more"
-        return facts.refuse("hf_assets_path", message, path)
-    facts.student_vocabulary = vocabulary
+        raise ConfigError(Problem("hf_assets_path", message, config.hf_assets_path)) from error
 
 
 def check_datasets(facts: Facts) -> None:
@@ -158,14 +162,14 @@ def _check_dataset(key: str, loader: Any) -> None:
         raise ConfigError(Problem(f"{key}.dataset_path", "no such file or folder", path))
 
 
-def check_writable(key: str, folder: str) -> None:
+def check_writable(key: str, folder: str | Path) -> None:
     """ConfigError, naming the field `key`, if `folder` is none and cannot become one, or cannot be written to."""
     existing = existing_parent(folder)
     try:
         tempfile.TemporaryFile(dir=existing).close()  # no permission says so: root may not write into /proc
     except OSError as error:
         what = "is not writable" if existing.is_dir() else "is a file"
-        raise ConfigError(Problem(key, f"{existing} {what}; choose another folder", folder)) from error
+        raise ConfigError(Problem(key, f"{existing} {what}; choose another folder", str(folder))) from error
 
 
 def existing_parent(path: str | Path) -> Path:

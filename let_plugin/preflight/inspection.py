@@ -6,6 +6,8 @@ A loss that is what one expects of the teacher shows that the right weights were
 import argparse
 import importlib
 import math
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from let_plugin.config import TeacherConfig
@@ -46,6 +48,7 @@ def run(options: argparse.Namespace) -> None:
     from let_plugin.teacher.open import open_teacher
     from let_plugin.teacher.titan.source import TRANSFORMERS, describe_spec, with_spec_paths
 
+    sys.path.append(os.getcwd())  # which a console script does not have there
     for module in options.modules:
         try:
             importlib.import_module(module)

@@ -67,8 +67,9 @@ def new_config(base: str, teacher: str, *, recipe: bool = False) -> str:
         for key, value in _RECIPE.items():
             setattr(*_place(config, key), value)
         for number, group in enumerate(config.optimizer.param_groups):
-            group.optimizer_kwargs["lr"] /= 2
-            notes[f"optimizer.param_groups.{number}.optimizer_kwargs.lr"] = "Half of the base's."
+            if (rate := group.optimizer_kwargs.get("lr")) is not None:
+                group.optimizer_kwargs = {**group.optimizer_kwargs, "lr": rate / 2}  # which several groups may share
+                notes[f"optimizer.param_groups.{number}.optimizer_kwargs.lr"] = "Half of the base's."
     paths = with_spec_paths(table) if table.spec else table
     facts = examine(config, 1)
     longest = facts.source.info.max_seq_len if facts.source else None
@@ -81,7 +82,7 @@ def new_config(base: str, teacher: str, *, recipe: bool = False) -> str:
         if problem is not None and value is not None:
             setattr(*_place(config, key), value)
             now = examine(config, 1)
-            if any(p.key == wrong for p in now.problems):
+            if any(p.key in (wrong, key) for p in now.problems):
                 setattr(*_place(config, key), old)
             else:
                 facts, notes[key] = now, f"Not {old!r}: {problem.message}."

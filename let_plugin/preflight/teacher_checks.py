@@ -35,8 +35,8 @@ def check_dimension_match(facts: Facts) -> None:
 
 def check_sequence_length(facts: Facts) -> None:
     """Whether the teacher takes the student's rows."""
-    if facts.source is None or (isinstance(facts.source, TeacherSource) and facts.config.let.token_alignment.enable):
-        return
+    if not isinstance(facts.source, TeacherSource) or facts.config.let.token_alignment.enable:
+        return  # stored states are those of a length
     longest, seq_len = facts.source.info.max_seq_len, facts.config.training.seq_len
     if longest is not None and seq_len > longest:
         facts.refuse("training.seq_len", f"the teacher was built for at most {longest} tokens", seq_len)

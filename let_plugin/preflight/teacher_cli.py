@@ -89,13 +89,16 @@ def add_tokenizer(subparsers: Any) -> None:
 
 
 def _tokenizer(args: argparse.Namespace) -> None:
+    from let_plugin.preflight.checks import check_writable
     from let_plugin.teacher.base import bad_path, require
 
     require("transformers")
     from let_plugin.teacher.hf.checkpoint import Checkpoint
 
-    tokenizer = Checkpoint(TeacherConfig(path=args.path)).tokenizer()
-    if tokenizer is None or tokenizer.eos_token is None:  # torchtitan puts one between documents
-        raise bad_path(args.path, "its tokenizer has no end-of-sequence token")
+    check_writable("--out", args.out)
+    tokenizer: Any = Checkpoint(TeacherConfig(path=args.path)).tokenizer()
+    # torchtitan puts that token between documents.
+    if not hasattr(tokenizer, "save_pretrained") or tokenizer.eos_token is None:
+        raise bad_path(args.path, "no .gguf file with a tokenizer that has an end-of-sequence token")
     tokenizer.save_pretrained(args.out)
     print(f"wrote {args.out}/tokenizer.json")

@@ -14,7 +14,7 @@ _FILES = ("tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model",
 
 
 def open_tokenizer(config: TeacherConfig) -> Any | None:
-    """The tokenizer in `let.teacher.tokenizer_path`, or else in the teacher's own folder or hub repository.
+    """The tokenizer in `let.teacher.tokenizer_path`, or else in the teacher's own folder.
 
     tokenizer.json and Llama-3's rank file are read as torchtitan's tokenizers read them, so that a student and a
     teacher with the same files have the same tokenizer. Other files go through AutoTokenizer of `transformers`. None
@@ -22,25 +22,22 @@ def open_tokenizer(config: TeacherConfig) -> Any | None:
     """
     key = "let.teacher.tokenizer_path" if config.tokenizer_path else "let.teacher.path"
     path = config.tokenizer_path or config.path
-    is_dir = os.path.isdir(path)
-    if is_dir:
-        try:
-            if Path(path, "tokenizer.json").is_file():
-                return HuggingFaceTokenizer(tokenizer_path=path)
-            if rank_file(path) is not None:
-                return TikTokenTokenizer.Config().build(tokenizer_path=path)
-        except Exception as error:  # the tokenizers library raises plain Exception
-            raise ConfigError(Problem(key, f"tokenizer.json cannot be read: {error}", path)) from error
-    has_files = is_dir and any(Path(path, name).is_file() for name in _FILES)
-    if config.tokenizer_path and not has_files:
+    try:
+        if Path(path, "tokenizer.json").is_file():
+            return HuggingFaceTokenizer(tokenizer_path=path)
+        if os.path.isdir(path) and rank_file(path) is not None:
+            return TikTokenTokenizer.Config().build(tokenizer_path=path)
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise ConfigError(Problem(key, f"tokenizer.json cannot be read: {error}", path)) from error
+    if not any(Path(path, name).is_file() for name in _FILES):
+        if not config.tokenizer_path:
+            return None
         raise ConfigError(Problem(key, "no tokenizer there; give a folder with tokenizer.json or leave it empty", path))
-    if not path or (is_dir and not has_files):
-        return None
     try:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(path, local_files_only=is_dir, trust_remote_code=config.trust_remote_code)
-    except Exception as error:  # a package or a file that is missing or damaged, the hub
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=config.trust_remote_code)
+    except Exception as error:  # a package or a file that is missing or damaged
         message = f"its tokenizer cannot be read: {error}"
         if "trust_remote_code" in message:
             message = "its tokenizer is Python code of its own; set let.teacher.trust_remote_code if you trust it"

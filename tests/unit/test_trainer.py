@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from let_plugin.alignment.tap import AlignmentTap
-from let_plugin.guidance.metrics import Disagreement
 from tests.support import jobs
 from tests.support.fields import set_all
 from tests.support.leftovers import Leftovers
@@ -27,7 +26,7 @@ def test_at_the_end_of_the_alignment_all_that_it_brought_is_gone(validated, trai
 
 def test_a_teacher_that_works_against_the_student_is_spoken_of(request, config, monkeypatch, caplog):
     """Once, as soon as the gradients have pointed apart for as long as it takes; here, for one step."""
-    monkeypatch.setattr(Disagreement, "PATIENCE", 1)
+    monkeypatch.setattr("let_plugin.trainer._PATIENCE", 1)
     caplog.set_level("WARNING")
     set_all(config, training__steps=8, let__stop_step=8, metrics__log_freq=1)
     trainer = request.getfixturevalue("trainer")

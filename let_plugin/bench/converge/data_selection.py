@@ -28,6 +28,7 @@ from torchtitan.tools import utils
 from let_plugin.config import load as toml_config
 from let_plugin.config import plan
 from let_plugin.config.errors import ConfigError, Problem, raise_if_any
+from let_plugin.preflight.checks import student_tokenizer
 from let_plugin.runtime.upstream import DATASETS
 from let_plugin.teacher.language_model import row_loss_sums
 from let_plugin.teacher.open import open_teacher
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace, options: Sequence[str]) -> str:
     config: Any = toml_config.load(args.config, common).config
     second: Any = toml_config.load(args.config, [*common, *reference]).config
     _check(config, args.out)
-    tokenizer = config.tokenizer.build(tokenizer_path=config.hf_assets_path)
+    tokenizer = student_tokenizer(config)
     teachers = {"let.teacher": config.let.teacher, "--reference": second.let.teacher}
     sources = {key: open_teacher(teacher) for key, teacher in teachers.items()}
     for key, source in sources.items():

@@ -113,7 +113,7 @@ def parse(text: str, known: Mapping[str, Method]) -> Method:
         if "@" in new:
             raise ConfigError(Problem("--methods", "a name of your own has no @: labels add the weight to it", text))
         method = parse(base, known)
-        return replace(method, name=new.strip(), options=(*method.options, *options))
+        return replace(method, name=new.strip(), options=(*method.options, *options), asked="")
     name, at, weight = text.partition("@")
     if name not in known:
         raise ConfigError(Problem("--methods", f"unknown method; {suggest(name, known)}", text))

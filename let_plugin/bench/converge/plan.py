@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
@@ -19,7 +20,7 @@ from let_plugin.config.errors import ConfigError, Problem, raise_if_any
 from let_plugin.preflight.report import Student
 from let_plugin.runtime.held_out import TwoSplitValidator
 from let_plugin.teacher.retokenized import teacher_seq_len
-from let_plugin.teacher.stored.features import Features, Manifest
+from let_plugin.teacher.stored.features import Features
 
 # A point of a grid: (key, value) of each of its keys.
 Point = tuple[tuple[str, str], ...]
@@ -71,6 +72,9 @@ class Planner:
         tokens_per_step = plan.tokens_per_step(config, self._dims.dp_replicate * self._dims.dp_shard)
         flops = 6.0 * student.num_matmul_params * tokens_per_step  # attention between tokens is not counted
         costs = active_cost(config, student, self._dims)
+        if config.training.steps % config.validator.freq:
+            message = f"{method.name}: {config.training.steps} steps must be a multiple of it, to evaluate the last one"
+            raise ConfigError(Problem("validator.freq", message, config.validator.freq))
         weight = config.let.weight if config.let.enable else None
         name = method.name if not weight else f"{method.name}@{weight:g}"
         settings = [(need, getattr(self._args, need)) for need in method.needs]
@@ -92,21 +96,20 @@ class Planner:
 
     def _preparation(self, method: Method, config: Any, tokens_per_step: int) -> dict[str, Any]:
         """What had to be done before the run: its FLOPs, the tokens that went through a model, and its seconds."""
-        if (selection := data_selection.costs_file(getattr(config.dataloader, "dataset_path", None))).is_file():
-            return {"what": "selection of documents", **json.loads(selection.read_text())}
         if "gstack_blocks" in method.needs:
             shallow = Student(self.setup.load(self._options(method), self._args.gstack_blocks).config)
             tokens = tokens_per_step * self._args.gstack_steps
             flops = 6.0 * shallow.num_matmul_params * tokens
             return {"what": "shallow model", "flops": flops, "tokens": tokens, "seconds": None}
+        if (selection := data_selection.costs_file(getattr(config.dataloader, "dataset_path", None))).is_file():
+            return {"what": "selection of documents", **json.loads(selection.read_text())}
         if config.let.enable and plan.teacher_terms(config.let) and config.let.teacher.features:
             features = Features(config.let.teacher.features)
             info = features.info
             layers = plan.all_teacher_layers(config, info.num_layers)
-            result = Manifest.read(features.folder).result or {}
             aligned = config.let.token_alignment.enable  # the teacher's own tokens, if it has a tokenizer of its own
             length = teacher_seq_len(config, info) if aligned else features.settings["seq_len"]
-            tokens = result["num_rows"] * length
+            tokens = features.num_rows * length
             num_params = info.num_params_to(layers) - info.num_embedding_params
             return {"what": "stored states", "flops": 2.0 * num_params * tokens, "tokens": tokens, "seconds": None}
         return {"what": "nothing", "flops": 0.0, "tokens": 0, "seconds": 0.0}
@@ -156,9 +159,15 @@ def _asked(args: argparse.Namespace) -> tuple[dict[str, Method], list[Method]]:
             found.append(methods.parse(text, known))
         except ConfigError as error:
             problems += error.problems
-    budgets = {method.name: math.prod(map(len, method.grid.values())) for method in found if method.grid}
+    found = list(dict.fromkeys(found))
+    names = Counter(method.asked or method.name for method in found)
+    problems += [Problem("--methods", "several methods have this name", name) for name, num in names.items() if num > 1]
+    common = {key: values for key, *values in args.grid}
+    tuned = {method.name: method.tuned_over(common) for method in found if not method.like}  # without what is given
+    whole = {method.name: tuned[method.name] for method in found if tuned.get(method.name) == (method.grid or common)}
+    budgets = {name: math.prod(map(len, grid.values())) for name, grid in whole.items()}
     if len(set(budgets.values())) > 1:
         message = f"every method gets the same budget, and the grids have {budgets} points"
         problems.append(Problem("--methods-file", message))
     raise_if_any(problems)
-    return known, list(dict.fromkeys(found))
+    return known, found

@@ -92,8 +92,8 @@ class Suite(runs.Suite):
 
     def _found(self, role: str) -> dict[str, dict[str, Any]]:
         """The rows of the file by their runs. One that was run to tune is no result until it has a row as such."""
-        known = [row for row in rows.read(self._args.out) if row["kind"] in (CONVERGE, DIVERGED)]
-        return {row["run"]: row for row in known if role in ("tuning", row["role"])}
+        own = [row for row in rows.read(self._args.out) if row.get("suite") == self.id and "run" in row]
+        return {row["run"]: row for row in own if role in ("tuning", row["role"])}
 
     @contextmanager
     def _claim(self, what: str) -> Iterator[bool]:
@@ -144,7 +144,7 @@ class Suite(runs.Suite):
         started = time.perf_counter()
         config = toml_config.load(self._args.config, list(argv[1:])).config
         stacking.grow(config, blocks, str(scratch / "saved" / f"step-{steps}"), scratch / "initial")
-        return observed["wall_seconds"] + time.perf_counter() - started
+        return observed["curve"]["seconds"][-1] + time.perf_counter() - started
 
     def _observe(self, argv: Sequence[str], name: str, num_blocks: int | None = None) -> dict[str, Any]:
         test = self._planner.setup.test

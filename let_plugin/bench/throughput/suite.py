@@ -41,7 +41,6 @@ class Case:
     options: tuple[str, ...] = ()
     is_active: bool = False  # the teacher is there in the measured steps; a run where it is not so is an error
     has_teacher: bool = True  # it runs with LET, and once for each size of teacher
-    is_throughout: bool = False  # the teacher would stay for a whole run, whatever the configuration's stop
 
 
 CASES = {
@@ -50,7 +49,7 @@ CASES = {
     "active": Case(is_active=True),
     "rows": Case(("--let.teacher.rows", "0.25"), is_active=True),
     "stopped": Case(),
-    "rkd": Case((*METHODS["rkd"].defaults, *METHODS["rkd"].options), is_active=True, is_throughout=True),
+    "rkd": Case((*METHODS["rkd"].defaults, *METHODS["rkd"].options), is_active=True),
 }
 
 
@@ -119,7 +118,7 @@ def plan_runs(args: argparse.Namespace, options: Sequence[str]) -> list[Run]:
             "flop_bound": costs.overhead if case.is_active else 0.0,
             "memory_bound_bytes": held if case.is_active else 0,
             "run_steps": base.training.steps,
-            "stop_step": base.training.steps if case.is_throughout else stop_step,
+            "stop_step": base.training.steps if name == "rkd" else stop_step,
             "warmup_steps": WARMUP_STEPS,
         }
         settings = {"warmup": WARMUP_STEPS, "total": WARMUP_STEPS + args.steps, "is_active": case.is_active}

@@ -25,6 +25,7 @@ from let_plugin.teacher.hf.checks import check_is_decoder, check_isolates_docume
 from let_plugin.teacher.hf.files import check_finite, check_names, linked, read_headers, some_names, weight_files
 from let_plugin.tokens.vocabulary import open_tokenizer
 
+_OLD_BUFFERS = r"(inv_freq|masked_bias|\.attn\.bias|attention\.bias)"  # which no version reads now
 _MISFITS = "tensors that are not as its configuration says"
 
 
@@ -76,7 +77,9 @@ class Checkpoint:
         check_isolates_documents(self.model_config, self.trunk, config.path)
         if is_on_hub:
             self.folder = hub.fetch(config, commit, weights=True)
-        if not self.is_gguf:
+        if self.is_gguf:
+            self._check_gguf()
+        else:
             headers = read_headers(weight_files(Path(self.folder)))
             integers = {name for name, stored in headers.items() if not stored.is_floating}
             self._from_pretrained(AutoModel, integers, device_map="meta", dtype=torch.float32)
@@ -147,18 +150,33 @@ class Checkpoint:
             messages.append(f"{_MISFITS}: {some_names(wrong)}")
         if surplus := self._surplus(model, info["unexpected_keys"]):
             depth = self.model_config.num_hidden_layers
-            messages.append(f"the checkpoint has more layers than its configuration ({depth}): {some_names(surplus)}")
+            messages.append(f"its layers have more than its configuration ({depth} layers): {some_names(surplus)}")
         if messages:
             raise bad_path(self.config.path, *messages)
         return model
 
     def _surplus(self, model: nn.Module, unexpected: Iterable[str]) -> list[str]:
-        """A head, or a buffer of an old version, may be left over; a whole layer means a wrong config.json."""
-        num_layers = self.model_config.num_hidden_layers
-        layers = find_layers(model, num_layers)
-        prefix = next(name for name, module in model.named_modules() if module is layers).rpartition(".")[2]
-        in_layers = re.compile(rf"(^|\.){re.escape(prefix)}\.(\d+)\.")
-        return [name for name in unexpected if (match := in_layers.search(name)) and int(match[2]) >= num_layers]
+        """A head, or a buffer of an old version, may be left over; what is in a layer means a wrong config.json."""
+        layers = find_layers(model, self.model_config.num_hidden_layers)
+        path = next(name for name, module in model.named_modules() if module is layers)
+        in_layers = re.compile(rf"(\w+\.)?{re.escape(path)}\.\d+\.(?!.*{_OLD_BUFFERS}$)")
+        return list(filter(in_layers.match, unexpected))
+
+    def _check_gguf(self) -> None:
+        """`transformers` leaves out what it does not know of a .gguf file, without a word: that is refused here."""
+        from gguf import GGUFReader
+
+        reader = GGUFReader(self.config.path)
+        names = [tensor.name for tensor in reader.tensors]
+        lost = [name for name in names if name.startswith("rope_")]
+        scaled = [name for name in reader.fields if name.endswith(".rope.scaling.type")]
+        lost += [name for name in scaled if reader.fields[name].contents() != "none"]
+        biases = [name for name in names if name.startswith("blk.") and name.endswith(".bias")]
+        if len(biases) > sum(name.endswith(".bias") for name, _ in self.trunk.named_parameters()):
+            lost += biases
+        if lost:
+            message = f"transformers would leave out {some_names(lost)}; take the same model as a folder of safetensors"
+            raise bad_path(self.config.path, message)
 
     def _unreadable(self, what: str, error: Exception) -> ConfigError:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"

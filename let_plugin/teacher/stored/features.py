@@ -67,6 +67,7 @@ class Features:
         self.settings = manifest.settings
         try:
             num_shards: int = manifest.result["num_shards"]
+            self.num_rows: int = manifest.result["num_rows"]
             # Whether there may be tokens without a state.
             self.is_partial: bool = self.settings["run"]["let.token_alignment.enable"]
             info: dict[str, Any] = self.settings["teacher"]["info"]

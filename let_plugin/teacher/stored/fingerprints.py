@@ -42,7 +42,7 @@ def teacher(config: TeacherConfig) -> str:
         return _digest([Path(path)])
     if not os.path.isdir(path):
         try:
-            cached = try_to_load_from_cache(path, "config.json")
+            cached = try_to_load_from_cache(path, "config.json", revision=config.revision or None)
         except ValueError:  # no hub name at all
             cached = None
         return f"{path}@{Path(cached).parent.name if isinstance(cached, str) else 'unknown'}"

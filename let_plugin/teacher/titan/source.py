@@ -246,10 +246,13 @@ def _find_spec(name: str) -> TeacherSpec:
         message = f"torchtitan has no such model; {suggest(model, upstream.MODELS)}"
         raise ConfigError(Problem("let.teacher.spec", message, name))
     module = importlib.import_module(f"torchtitan.models.{model}")
-    flavors = getattr(module, f"{model}_configs", {flavor})
+    flavors = next((own for name, own in vars(module).items() if name.endswith("_configs")), {flavor})
     if flavor not in flavors:
         raise ConfigError(Problem("let.teacher.spec", f"{model} has no such flavor; {suggest(flavor, flavors)}", name))
-    return TeacherSpec(make_spec=lambda: module.model_registry(flavor))
+    spec = module.model_registry(flavor)
+    if not isinstance(spec.model, Decoder.Config):
+        raise ConfigError(Problem("let.teacher.spec", "is no decoder; give one of a language model", name))
+    return TeacherSpec(make_spec=lambda: spec)
 
 
 def _model_config(spec: ModelSpec, config: Trainer.Config) -> Any:

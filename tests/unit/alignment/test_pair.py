@@ -78,8 +78,9 @@ def test_the_products_of_the_states_are_summed_while_they_are_asked_for(side):
     own = pair(match, side=side, channels=slice(4, 12))
     with torch.no_grad():
         own(student_BLD, teacher_BLE, torch.tensor(1.0))
-        own.products = products = torch.zeros_like(match.weight)
+        own.products = products = torch.zeros(20, match.weight.shape[1])
         for _ in range(2):
             own(student_BLD, teacher_BLE, torch.tensor(1.0))
-    expected = torch.einsum("bld,ble->de", student_BLD, own_BLE)
-    torch.testing.assert_close(products, 2 * (expected if side == "teacher" else expected.T))
+    student, teacher = (x[own_BLE.any(dim=-1)] for x in (student_BLD, own_BLE))  # of the tokens that count
+    given, wanted = (teacher, student) if side == "teacher" else (student, teacher)
+    torch.testing.assert_close(products, 2 * torch.cat([wanted, given], dim=1).T @ given)

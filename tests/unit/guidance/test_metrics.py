@@ -9,7 +9,7 @@ from torchtitan.components.metrics import BaseLogger
 
 from let_plugin.config import LetConfig, TermConfig, plan
 from let_plugin.guidance import metrics
-from let_plugin.guidance.metrics import Disagreement, JsonlLogger, StepLines
+from let_plugin.guidance.metrics import JsonlLogger, StepLines
 from let_plugin.runtime.held_out import TEST_LOSS
 
 TRAINING = {"loss_metrics/global_avg_loss": 2.5, "grad_norm": 0.25}
@@ -93,12 +93,3 @@ def test_a_line_for_each_logged_step_and_validation(monkeypatch, caplog):
         f"step   20/1000  loss 2.5000  states ended  distil ended  {rest} 0:16:20",
         f"step   20/1000  loss 2.5000  states ended  distil ended  {rest} -",
     ]
-
-
-def test_a_lasting_disagreement_is_said_once():
-    disagreement = Disagreement()
-    values = [-0.5, -0.5, 0.1, -0.1, None, -0.2, -0.3, -0.2, -0.2, -0.9, -0.9, 0.5, *[-0.9] * 9]
-    said = [(i, advice) for i, value in enumerate(values) if (advice := disagreement.advice(value))]
-    ((i, advice),) = said
-    assert i == 8  # the fifth in a row; steps that measure nothing do not count
-    assert "-0.200" in advice and "let.stop_step" in advice and "let.weight" in advice

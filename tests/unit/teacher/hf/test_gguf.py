@@ -85,6 +85,11 @@ def test_tensors_that_are_wrong_are_named_when_they_are_read(tmp_path, name, wei
     assert message in problem_of(language_model, source).message
 
 
+@pytest.mark.parametrize("more", ["rope_freqs.weight", "blk.0.attn_q.bias", "llama.rope.scaling.type"])
+def test_what_transformers_would_leave_out_is_refused(tmp_path, more) -> None:
+    assert f"would leave out {more}" in problem_of(opened, write_llama(tmp_path / "a.gguf", more=more)).message
+
+
 def test_a_path_that_cannot_be_read_and_a_package_that_is_not_there(tmp_path, monkeypatch) -> None:
     os.mkfifo(tmp_path / "pipe.gguf")
     os.symlink("/proc/self/mem", tmp_path / "memory.gguf")  # a real I/O error: a process's memory from its start

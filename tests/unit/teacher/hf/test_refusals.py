@@ -59,7 +59,11 @@ OPENED = [  # damage to a folder, part of the error
         weights(lambda tensors: {**tensors, DOWN: tensors[DOWN].to(torch.int8)}),
         "layers.0.mlp.down_proj.weight (file integers, configuration floating-point numbers)",
     ),
-    (config_with(num_hidden_layers=2), "more layers than its configuration (2): model.layers.2."),
+    (config_with(num_hidden_layers=2), "its layers have more than its configuration (2 layers): model.layers.2."),
+    (
+        weights(lambda tensors: {**tensors, "model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}),
+        "(3 layers): model.layers.0.self_attn.q_proj.bias",
+    ),
     (lambda f: (pickled(f), content(b"{}", f"{FILE}.index.json")(f)), "index.json cannot be read"),
     (content(b"x" * 100), "model.safetensors is truncated or not a safetensors file"),
 ]

@@ -125,6 +125,8 @@ def test_a_built_teacher_is_frozen_and_headless_and_nothing_else_is_changed(tiny
         ("tiny_teachr", "did you mean 'tiny_teacher'?"),
         ("llama3:1b", "'1B'"),
         ("llama3:", "valid names: 1B"),
+        ("deepseek_v3:nope", "no such flavor"),
+        ("flux:flux-debug", "is no decoder"),
         ("lama3:1B", "'llama3'"),
     ],
 )
