@@ -7,7 +7,7 @@ of LET, and a step runs the same code as plain torchtitan.
 import functools
 import gc
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from let_plugin.config import LetConfig, RuntimeConfig, plan
 from let_plugin.guidance.guidance import Guidance
 from let_plugin.guidance.initialization import initialize
 from let_plugin.guidance.metrics import VALIDATION_LOSS, JsonlLogger, StepLines
+from let_plugin.guidance.signals import Signal
 from let_plugin.guidance.stopping import TermProgress
 from let_plugin.runtime import upstream
 from let_plugin.runtime.batch_extras import take_extras
@@ -88,8 +89,8 @@ class LetTrainerMixin(_Base):
             self.guidance = Guidance(self, active, steps_taken)
         if self.guidance is None:
             return
-        if ended := [s.term for s in self.guidance.signals if all(p.term.index != s.term.index for p in active)]:
-            self._end_alignment(ended)
+        if len(active) < len(self.guidance.signals):
+            self._end_alignment([signal for signal in self.guidance.signals if signal.progress not in active])
         if self.guidance is not None:
             self.guidance.start_step(measures=self._measures())
 
@@ -117,21 +118,19 @@ class LetTrainerMixin(_Base):
             return freq > 0  # a captured step does the same each time
         return freq > 0 and self.metrics_processor.should_log(self.step) and (self.step == 1 or self.step % freq == 0)
 
-    def _end_alignment(self, terms: Sequence[plan.Term]) -> None:
+    def _end_alignment(self, signals: list[Signal]) -> None:
         """Of these terms; of all, it takes the teacher along."""
         assert self.guidance is not None
-        is_last = len(terms) == len(self.guidance.signals)
-        if is_last:
-            self.guidance.remove()
+        names = ", ".join(signal.term.name for signal in signals)
+        self.guidance.end(signals)
+        signals.clear()  # or their teacher would outlive the collection below
+        if is_last := not self.guidance.signals:
             self.guidance = None
-        else:
-            self.guidance.end(terms)
         if not self.config.training.disable_cuda_graphs:
             # The captured step has the tap in it, and an input that is no longer there.
             upstream.recapture_cuda_graph(self)
         gc.collect()  # torchtitan has switched off the automatic collection; FSDP's modules are in cycles
         utils.device_module.empty_cache()
-        names = ", ".join(term.name for term in terms)
         ended = "the alignment has ended and the teacher is freed" if is_last else f"{names} has ended"
         logger.info(f"LET: step {self.step}: {ended}")
 

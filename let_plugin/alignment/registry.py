@@ -16,16 +16,14 @@ class Registry(Generic[T]):
 
     def __init__(self, kind: str, group: str) -> None:
         self._kind = kind
-        self._group = group
+        self._groups = [group]  # whose entry points are to be loaded, at the first use
         self._entries: dict[str, T] = {}
-        self._entry_points_loaded = False
 
-    def register(self, name: str, entry: T) -> T:
-        """Adds `entry` under `name` and returns it; ValueError if the name is taken."""
+    def register(self, name: str, entry: T) -> None:
+        """Adds `entry` under `name`; ValueError if the name is taken."""
         if name in self._entries:
             raise ValueError(f"{self._kind} {name!r} is registered already; choose another name")
         self._entries[name] = entry
-        return entry
 
     def get(self, name: str) -> T:
         """The entry called `name`; LookupError that suggests the nearest one if there is none."""
@@ -39,11 +37,9 @@ class Registry(Generic[T]):
         return iter(sorted(self._entries))
 
     def _load_entry_points(self) -> None:
-        if self._entry_points_loaded:
-            return
-        self._entry_points_loaded = True
-        for entry_point in entry_points(group=self._group):
-            self.register(entry_point.name, entry_point.load())
+        while self._groups:
+            for entry_point in entry_points(group=self._groups.pop()):
+                self.register(entry_point.name, entry_point.load())
 
 
 def suggest(name: str, valid: Iterable[str]) -> str:

@@ -62,7 +62,7 @@ def notes(suite: Suite) -> list[str]:
             said.append(f"Overhead against N_T / N_S: slope {slope.text('.3f')}; the FLOP bound has 0.333.")
         return said
     seeds = list(dict.fromkeys(row["seed"] for row in suite.rows))
-    tokens = " to ".join(f"{num:,}" for num in sorted({row["curve"]["tokens"][-1] for row in suite.rows}))
+    tokens = " or ".join(f"{num:,}" for num in sorted({row["curve"]["tokens"][-1] for row in suite.rows}))
     said = [
         f"Seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds))} on {where}; "
         f"{tokens} tokens each, the same in the same order. A seed sets the initial weights.",

@@ -214,14 +214,15 @@ class Guidance:
             metrics["let/aligned_fraction"] = num_aligned / num_counted
         return metrics
 
-    def end(self, terms: Sequence[plan.Term]) -> None:
-        """Lets go of terms, and of what of the teacher the others do not need."""
-        indices = {term.index for term in terms}
-        for signal in self.signals:
-            if signal.term.index in indices:
-                signal.remove()
-                self._forget(signal.kept)
-        self.signals = [signal for signal in self.signals if signal.term.index not in indices]
+    def end(self, signals: Sequence[Signal] | None = None) -> None:
+        """Lets go of terms, and of what of the teacher the others do not need. None: of all; it leaves no trace."""
+        ended = self.signals if signals is None else signals
+        for signal in ended:
+            signal.remove()
+            self._forget(signal.kept)
+        self.signals = [signal for signal in self.signals if signal not in ended]
+        if not self.signals and self._center is not None:
+            self._forget([CENTER])
         layers, provider = plan.teacher_layers(self._own_pairs()), self._provider
         if provider is None or not layers:
             if self._extras is not None:
@@ -234,13 +235,6 @@ class Guidance:
             gc.collect()  # torchtitan has switched off the automatic collection; FSDP's modules are in cycles
             assert self._source is not None
             provider.states = self._make_states(self._source)
-
-    def remove(self) -> None:
-        """Leaves no trace on the student, its trainer and its checkpoints."""
-        self.end([signal.term for signal in self.signals])
-        if self._center is not None:
-            self._forget([CENTER])
-            self._center = None
 
     def _make_states(self, source: TeacherSource | Features) -> StateProvider:
         trainer, dims = self._trainer, self._trainer.parallel_dims

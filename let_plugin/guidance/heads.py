@@ -7,6 +7,7 @@ and added to the student's once, before these are clipped.
 Shape legend: B batch, L sequence (this rank's part of it), D student width, T tokens, V vocabulary.
 """
 
+from collections import OrderedDict
 from functools import partial
 from typing import Any
 
@@ -38,10 +39,8 @@ class AuxiliaryHead:
         model: Any = config.model_spec.model
         # Copies without parameters of their own: FSDP's hooks are on the student's modules.
         with torch.device("meta"):
-            self._norm: nn.Module = model.norm.build()
-            head: nn.Module = model.lm_head.build()
-        shapes = {f"norm.{name}": p.shape for name, p in self._norm.named_parameters()}
-        shapes |= {f"lm_head.{name}": p.shape for name, p in head.named_parameters()}
+            self._head = nn.Sequential(OrderedDict(norm=model.norm.build(), lm_head=model.lm_head.build()))
+        shapes = {name: p.shape for name, p in self._head.named_parameters()}
         # The student's own, by the same names; empty on the ranks that do not have them.
         self._parameters: dict[str, nn.Parameter] = {}
         for part in trainer.model_parts:
@@ -117,7 +116,5 @@ class AuxiliaryHead:
     def _loss(self, labels_T: torch.Tensor, weights: dict[str, torch.Tensor], hidden_TD: torch.Tensor) -> torch.Tensor:
         """Sum of the tokens' cross-entropies with their labels, fp32."""
         cast = {name: weight.to(self._dtype) for name, weight in weights.items()}
-        norm = {name.removeprefix("norm."): w for name, w in cast.items() if name.startswith("norm.")}
-        normed_TD = torch.func.functional_call(self._norm, norm, (hidden_TD,))
-        logits_TV = F.linear(normed_TD, cast["lm_head.weight"], cast.get("lm_head.bias"))
+        logits_TV = torch.func.functional_call(self._head, cast, (hidden_TD,))
         return F.cross_entropy(logits_TV.float(), labels_T, ignore_index=IGNORE_INDEX, reduction="sum")

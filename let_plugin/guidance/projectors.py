@@ -153,16 +153,17 @@ class FittedThenLearned(LearnedProjector):
     def __init__(self, pair: PairAlignment, part: nn.Module, block: str, config: Trainer.Config, **kwargs: Any) -> None:
         super().__init__(pair, part, block, config, **kwargs)
         self._fitted = FittedProjector(pair, part, block, config, index=f"{kwargs['index']}_fit")
-        self._match: Any = pair.match
-        self._fits = False
+        self._pair: Any = pair
 
     def start_step(self, step: int) -> None:
+        if self._pair.match.is_fitted_in(step - 1):  # a checkpoint of a step that fits has given the optimizer a state
+            for optimizer in self._optimizers:
+                optimizer.state.clear()
         super().start_step(step)
         self._fitted.start_step(step)
-        self._fits = self._match.is_fitted_in(step)
 
     def reduce(self) -> None:
-        if self._fits:
+        if self._pair.products is not None:
             self._fitted.reduce()
         else:
             super().reduce()
@@ -170,8 +171,8 @@ class FittedThenLearned(LearnedProjector):
     def finish_step(self) -> None:
         super().finish_step()  # without a gradient in a step that fits
         self._fitted.finish_step()
-        if self._fits:
-            weight = _distribute(self._match.weight.detach(), self._fitted.like)
+        if self._pair.products is not None:
+            weight = _distribute(self._pair.match.weight.detach(), self._fitted.like)
             self._module.get_parameter("weight").detach().copy_(weight)
 
     def remove(self) -> None:

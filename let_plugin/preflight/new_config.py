@@ -25,9 +25,6 @@ _KEYS = (
     *("validator.enable", "validator.freq", "validator.steps", "checkpoint.enable", "checkpoint.interval"),
     *("metrics.log_freq", "compile.enable"),
 )
-# What brought most in docs/results.md, with half the learning rate.
-_RECIPE = {"let.signal": "logits", "let.weight": 10.0, "let.stop_fraction": 1.0}
-_RECIPE |= {"let.init.parts": "both", "let.init.upper_blocks": "zero"}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -63,9 +60,9 @@ def new_config(base: str, teacher: str, *, recipe: bool = False) -> str:
     let, table, notes = config.let, config.let.teacher, dict[str, str]()
     let.enable, let.stop_fraction = True, 0.5
     setattr(table, "spec" if is_spec(teacher) else "path", teacher)
-    if recipe:
-        for key, value in _RECIPE.items():
-            setattr(*_place(config, key), value)
+    if recipe:  # what brought most in docs/results.md
+        let.signal, let.weight, let.stop_fraction = "logits", 10.0, 1.0
+        let.init.parts, let.init.upper_blocks = "both", "zero"
         for number, group in enumerate(config.optimizer.param_groups):
             if (rate := group.optimizer_kwargs.get("lr")) is not None:
                 group.optimizer_kwargs = {**group.optimizer_kwargs, "lr": rate / 2}  # which several groups may share
@@ -78,12 +75,13 @@ def new_config(base: str, teacher: str, *, recipe: bool = False) -> str:
     mends |= {"let.teacher.path": (_ALIGNMENT, True), "training.seq_len": ("training.seq_len", longest)}
     mends |= {key: (key, value) for key, value in (("let.init.parts", "embeddings"), ("let.init.upper_blocks", "keep"))}
     for wrong, (key, value) in mends.items():
-        problem, old = {p.key: p for p in facts.problems}.get(wrong), getattr(*_place(config, key))
+        owner, name = attrgetter(key.rpartition(".")[0])(config) if "." in key else config, key.rpartition(".")[2]
+        problem, old = {p.key: p for p in facts.problems}.get(wrong), getattr(owner, name)
         if problem is not None and value is not None:
-            setattr(*_place(config, key), value)
+            setattr(owner, name, value)
             now = examine(config, 1)
             if any(p.key in (wrong, key) for p in now.problems):
-                setattr(*_place(config, key), old)
+                setattr(owner, name, old)
             else:
                 facts, notes[key] = now, f"Not {old!r}: {problem.message}."
     hopeless = {"let.enable"} if table.spec or may_be_on_hub(table.path) else {"let.enable", "let.teacher.path"}
@@ -93,12 +91,6 @@ def new_config(base: str, teacher: str, *, recipe: bool = False) -> str:
         notes.setdefault(_ALIGNMENT, "Set this if the two tokenizers differ.")
     title = f"{base}, guided by {teacher}. `let-train THIS_FILE --check` says what the run will do."
     return "\n".join([*_comment(title), f'base = "{base}"', *_lines(config, notes), ""])
-
-
-def _place(config: Any, key: str) -> tuple[Any, str]:
-    """The table that a key is in, and its name there."""
-    table, dot, name = key.rpartition(".")
-    return attrgetter(table)(config) if dot else config, name
 
 
 def _lines(config: Any, notes: Mapping[str, str]) -> list[str]:

@@ -8,11 +8,11 @@ import numpy as np
 from let_plugin.demo import TOKENIZER
 
 
-def write_llama(file: Path, *, width: int = 8, hidden: int = 16, more: str = "", **changed: np.ndarray | None) -> str:
+def write_llama(file: Path, *, width: int = 8, hidden: int = 16, more: str = "", **changed: np.ndarray | None):
     """Writes one with random weights, one block of two heads and a vocabulary of 32; returns the path.
 
-    `changed` has tensors that take the place of others, "blk_0_attn_q" for instance; None leaves one out. `more` is the
-    name of one more tensor, or of a field.
+    `changed` has tensors that take the place of others, "blk_0_attn_q" for instance; None leaves one out. `more`: one
+    more tensor, or field.
     """
     from gguf import GGUFWriter
 
@@ -40,10 +40,9 @@ def write_llama(file: Path, *, width: int = 8, hidden: int = 16, more: str = "",
         weights = changed.get(name.replace(".", "_"), generator.normal(0, 0.3, shape).astype(np.float32))
         if weights is not None:
             writer.add_tensor(f"{name}.weight", weights)
-    if more.endswith("type"):
-        writer.add_string(more, "linear")
-    elif more:
-        writer.add_tensor(more, np.ones(width, np.float32))
+    if more:
+        add = writer.add_string if more.endswith("type") else writer.add_tensor
+        add(more, "linear" if more.endswith("type") else np.ones(width, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

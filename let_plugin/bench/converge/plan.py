@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -135,6 +134,10 @@ class Planner:
         names = {name for method in self.methods for name in (method.name, method.like)}
         if "let" in names and found != "signal = 'states', control = 'none'":
             problems.append(Problem("let", f"must be LET itself, which the others are compared with, not {found}"))
+        whole = [m for m in self.tuned() if m.tuned_over(self._grid) == (m.grid or self._grid)]  # no key is given
+        budgets = {method.name: len(self.points(method)) for method in whole}
+        if len(set(budgets.values())) > 1:
+            problems.append(Problem("--grid", f"every method gets the same budget; points of the grids: {budgets}"))
         for method in self.methods:
             absent = [f"--{need.replace('_', '-')}" for need in method.needs if getattr(self._args, need) is None]
             problems += [Problem(option, f"missing; {method.name} needs it") for option in absent]
@@ -162,12 +165,5 @@ def _asked(args: argparse.Namespace) -> tuple[dict[str, Method], list[Method]]:
     found = list(dict.fromkeys(found))
     names = Counter(method.asked or method.name for method in found)
     problems += [Problem("--methods", "several methods have this name", name) for name, num in names.items() if num > 1]
-    common = {key: values for key, *values in args.grid}
-    tuned = {method.name: method.tuned_over(common) for method in found if not method.like}  # without what is given
-    whole = {method.name: tuned[method.name] for method in found if tuned.get(method.name) == (method.grid or common)}
-    budgets = {name: math.prod(map(len, grid.values())) for name, grid in whole.items()}
-    if len(set(budgets.values())) > 1:
-        message = f"every method gets the same budget, and the grids have {budgets} points"
-        problems.append(Problem("--methods-file", message))
     raise_if_any(problems)
     return known, found

@@ -11,6 +11,7 @@ from let_plugin.bench import cli
         ("throughput", "--pairs", "1", "argument --pairs: expected a number at least 2, not 1"),
         ("throughput", "--teacher-share", "150", "expected a number from 0.01 to 100, not 150"),
         ("throughput", "--out", ".", "argument --out: . is a folder; expected a file"),
+        ("throughput", "--work-dir", "/proc/x", "  --work-dir = '/proc/x': /proc is not writable"),
         ("converge", "--methods", "lett", "let-bench: 1 problem in the configuration\n  --methods = 'lett': unknown"),
         ("table", "--training.steps", "2", "unrecognized arguments: --training.steps 2"),
     ],

@@ -71,7 +71,7 @@ def test_the_controls_are_switched_on_by_their_names(trainer, batch):
         guidance = Guidance(trainer, trainer.terms, 0)
         guidance.start_step()
         states[control] = guidance.targets(*batch)[TARGET_KWARG]
-        guidance.remove()
+        guidance.end()
     real, random, shuffled = states.values()
     counts_BL = real.any(dim=-1)
     assert not torch.allclose(real[counts_BL], random[counts_BL], atol=0.1)

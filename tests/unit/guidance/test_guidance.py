@@ -56,6 +56,6 @@ def test_nothing_is_left_of_it(trainer, signal, match):
     assert list(states) == ["let_projector_0"] * ((signal, match) == ("states", "linear"))
     assert list(part.state_dict()) == before[1]  # not even while it is there
     part.load_state_dict(part.state_dict(), strict=False)  # as torchtitan loads
-    guidance.remove()
+    guidance.end()
     assert traces() == before
     assert guidance.teacher is None

@@ -130,7 +130,12 @@ def test_one_that_is_fitted_first_is_trained_from_there(part, config):
     fitted_DE = weight.detach().clone()
     train(projector, 1, start=2)
     assert weight.grad is not None and 0 < (weight - fitted_DE).norm() < 0.1
-    resumed = FittedThenLearned(pair_of(again), Part(), "0", config, **arguments)
+    resumed = FittedThenLearned(pair_of(again), other := Part(), "0", config, **arguments)
+    for number in range(2):
+        fit_step(resumed, number)
+        resumed.state_dict()  # a checkpoint within the fit leaves no trace
+    train(resumed, 1, start=2)
+    assert torch.equal(other.get_parameter(f"{PROJECTOR}_0.weight"), weight)
     resumed.load_state_dict(copy.deepcopy(projector.state_dict()))
     assert torch.equal(again.weight, match.weight) and torch.equal(again.sums, match.sums)
     projector.remove()

@@ -162,10 +162,10 @@ def test_several_terms_are_added_up(config, batch, request, headed_teacher):
         {"let.states/lambda": 0.4, "let.labels/lambda": 0.3, "let.logits/lambda": 0.2}
     )
     assert {"let.states/cosine/1-0", "let.labels/auxiliary_loss", "let.logits/grad_ratio"} < metrics.keys()
-    guidance.end([trainer.terms[1].term])  # the labels'; it leaves nothing behind, and the others stay
+    guidance.end([guidance.signals[1]])  # the labels'; it leaves nothing behind, and the others stay
     assert not any("labels" in name for name, _ in trainer.model_parts[0].named_buffers())
     deep = weakref.ref(guidance.teacher)
-    guidance.end([trainer.terms[2].term])  # that alone needed the teacher's second block
+    guidance.end([guidance.signals[1]])  # that alone needed the teacher's second block
     assert deep() is None and len(guidance.teacher.model.layers) == 1
     assert torch.equal(guidance.teacher(batch[0]["input"], batch[0]["positions"]), states_BLE[..., :width])
 
@@ -187,7 +187,7 @@ def test_microbatches_weigh_as_much_as_they_have_tokens(config, batch, request, 
         for input_dict, own_labels_BL in microbatches:
             counts = torch.tensor(64)
             trainer.forward_backward_step(input_dict=input_dict, labels=own_labels_BL, global_valid_tokens=counts)
-        trainer.guidance.remove()
+        trainer.guidance.end()
         found.append({name: full(p.grad) for name, p in trainer.model_parts[0].named_parameters()})
     assert jobs.relative_difference(*found) <= 1e-6
 

@@ -41,7 +41,7 @@ def test_the_same_tokenizer_gives_the_targets_of_the_direct_path(config, trainer
     input_dict, labels_BL, extras = first_batch(trainer)
     assert extras["teacher_tokens"].shape[1] == (length or 80)
     target_BLE = guidance.targets(input_dict, labels_BL, extras)[TARGET_KWARG]
-    guidance.remove()
+    guidance.end()
     config.let.token_alignment = TokenAlignmentConfig()
     direct_BLE = Guidance(trainer, trainer.terms, 0).targets(input_dict, labels_BL)[TARGET_KWARG]
     assert direct_BLE.any()

@@ -34,7 +34,7 @@ def test_names():
     assert parse("let@0.1", METHODS).options == (*METHODS["let"].options, "--let.weight", "0.1")
     mine = parse("mine = rkd@2 --let.temperature 3 --let.teacher.path 'a b'", METHODS)
     own = ("--let.weight", "2", "--let.temperature", "3", "--let.teacher.path", "a b")
-    assert (mine.name, mine.options) == ("mine", (*METHODS["rkd"].options, *own))
+    assert (mine.name, mine.options, mine.asked) == ("mine", (*METHODS["rkd"].options, *own), "")
     for name in ("lett", "standard@1", "gstack@2", "mine=lett", "mine =", "mine = let 'a", "mine@1 = let@1"):
         with pytest.raises(ConfigError, match="--methods"):
             parse(name, METHODS)
@@ -83,19 +83,18 @@ def test_a_file_of_methods(planned, tmp_path):
     file.write_text(
         'early = ["--let.stop-step", "1"]\n[basis]\noptions = ["--let.loss", "mse"]\nlike = "early"\n'
         '[wide]\nbase = "early"\noptions = ["--let.warmup-steps", "1"]\ngrid = {"let.weight" = [0.1, 2.0, 3]}\n'
-        '[narrow]\ngrid = {"let.weight" = [0.1]}\n'
         '[others]\ngrid = {"let.teacher.path" = ["v1.0"]}\n'
     )
     assert read_file(file)["others"].grid == {"let.teacher.path": ["v1.0"]}
-    planner = planned(f"--methods early basis wide --grid let.weight 0.3 0.4 --methods-file {file}")
+    planner = planned(f"--methods early basis wide --grid let.weight 0.3 0.4 1 --methods-file {file}")
     early, basis, wide = planner.methods[1:]
     assert planner.tuned() == [early, wide]
     assert wide.options == ("--let.stop-step", "1", "--let.warmup-steps", "1")
-    assert [[v for ((_, v),) in planner.points(m)] for m in (early, wide)] == [["0.3", "0.4"], ["0.1", "2", "3"]]
+    assert [[v for ((_, v),) in planner.points(m)] for m in (early, wide)] == [["0.3", "0.4", "1"], ["0.1", "2", "3"]]
     basis = config_of(planner, basis, planner.chosen(basis, {early: planner.points(early)[1]}))
     assert (basis.let.loss, basis.let.weight) == ("mse", 0.4)
     with pytest.raises(ConfigError, match="every method gets the same budget"):
-        planned(f"--methods wide narrow --methods-file {file}")
+        planned(f"--methods wide let --grid let.weight 1 2 --methods-file {file}")
     file.write_text('a = 3\n[b]\noption = []\n[c]\nlike = "d"\nbase = "e"\n')
     with pytest.raises(ConfigError) as error:
         read_file(file)
@@ -152,4 +151,7 @@ def test_mistakes(planned, tmp_path, text, keys):
     with pytest.raises(ConfigError) as error:
         planned(text)
     assert sorted(problem.key for problem in error.value.problems) == sorted(keys)
+    for more, key in (("standard = rkd", "--methods"), ("short = let --training.steps 5", "validator.freq")):
+        with pytest.raises(ConfigError, match=key):
+            planned("--methods let", more)
     assert not (tmp_path / "work").exists()
