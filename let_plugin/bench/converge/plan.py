@@ -43,8 +43,8 @@ class Planner:
 
     def tuned(self) -> list[Method]:
         """The methods whose settings are chosen out of the grid. A control takes those of the method it is like."""
-        own = dict.fromkeys(self._known.get(method.like, method) for method in self.methods)
-        return [method for method in own if method.tuned_over(self._grid)]
+        pairs = [(self._known.get(method.like, method), method) for method in self.methods]
+        return list(dict.fromkeys(own for own, method in pairs if method.tuned_over(own.tuned_over(self._grid))))
 
     def points(self, method: Method) -> list[Point]:
         """The points of a method's grid."""

@@ -42,7 +42,7 @@ def find(config: TeacherConfig) -> str | None:
 def fetch(config: TeacherConfig, commit: str | None, *, weights: bool) -> str:
     """The folder, in the hub client's cache, with the files of a checkpoint, fetched if they are not there.
 
-    `commit` is what `find` returns; without one nothing is fetched. The cache notes revisions, not commits. ConfigError for what cannot be had.
+    `commit` is what `find` returns: without one, nothing is fetched. ConfigError for what cannot be had.
     """
     patterns = [*_SMALL_FILES, *(["*.py"] if config.trust_remote_code else []), *(["*.safetensors"] if weights else [])]
     options: Any = {"revision": config.revision or None, "local_files_only": commit is None}

@@ -75,7 +75,8 @@ def test_a_grid_over_any_option(planned, tmp_path):
     config = config_of(tuned, labels, best, 5)
     assert (config.let.weight, config.debug.seed) == (1.0, 5)
 
-    assert planned("--methods labels --grid let.weight 1").tuned() == [METHODS["let"]]  # whose weight it takes
+    asked = ("labels", "labels@2")  # whose weight it takes, if it has none of its own
+    assert [planned(f"--methods {m} --grid let.weight 1").tuned() for m in asked] == [[METHODS["let"]], []]
 
 
 def test_a_file_of_methods(planned, tmp_path):
@@ -88,8 +89,7 @@ def test_a_file_of_methods(planned, tmp_path):
     assert read_file(file)["others"].grid == {"let.teacher.path": ["v1.0"]}
     planner = planned(f"--methods early basis wide --grid let.weight 0.3 0.4 1 --methods-file {file}")
     early, basis, wide = planner.methods[1:]
-    assert planner.tuned() == [early, wide]
-    assert wide.options == ("--let.stop-step", "1", "--let.warmup-steps", "1")
+    assert planner.tuned() == [early, wide] and wide.options == ("--let.stop-step", "1", "--let.warmup-steps", "1")
     assert [[v for ((_, v),) in planner.points(m)] for m in (early, wide)] == [["0.3", "0.4", "1"], ["0.1", "2", "3"]]
     basis = config_of(planner, basis, planner.chosen(basis, {early: planner.points(early)[1]}))
     assert (basis.let.loss, basis.let.weight) == ("mse", 0.4)
