@@ -1,6 +1,5 @@
 """`let-bench report`: one page of what rows say. `let-bench plot`: curves of runs or rows."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -89,8 +88,7 @@ def _figures(suite: Suite) -> list[Spec]:
 def _metric_charts(logs: Sequence[Path]) -> list[Spec]:
     names = [log.parent.name for log in logs]
     names = names if len(set(names)) == len(names) else [str(log.parent) for log in logs]
-    texts = zip(names, (log.read_text().splitlines() for log in logs), strict=True)
-    runs = [pd.DataFrame(map(json.loads, lines)).assign(run=name) for name, lines in texts]
+    runs = [pd.read_json(log, lines=True).assign(run=name) for name, log in zip(names, logs, strict=True)]
     lines = pd.concat(runs).reindex(columns=["run", "step", *METRICS]).melt(["run", "step"], var_name="name")
     known = lines.replace([math.inf, -math.inf], math.nan).dropna()
     return [charts.metric(own, str(name)) for name, own in known.groupby("name", sort=False)]

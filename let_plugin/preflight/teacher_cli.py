@@ -97,8 +97,11 @@ def _tokenizer(args: argparse.Namespace) -> None:
 
     check_writable("--out", args.out)
     tokenizer: Any = Checkpoint(TeacherConfig(path=args.path)).tokenizer()
-    # torchtitan puts that token between documents.
     if not hasattr(tokenizer, "save_pretrained") or tokenizer.eos_token is None:
         raise bad_path(args.path, "no .gguf file with a tokenizer that has an end-of-sequence token")
     tokenizer.save_pretrained(args.out)
     print(f"wrote {args.out}/tokenizer.json")
+
+
+if __name__ == "__main__":
+    main()
