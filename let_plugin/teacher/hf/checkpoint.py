@@ -169,8 +169,7 @@ class Checkpoint:
         reader = GGUFReader(self.config.path)
         names = [tensor.name for tensor in reader.tensors]
         lost = [name for name in names if name.startswith("rope_")]
-        scaled = [name for name in reader.fields if name.endswith(".rope.scaling.type")]
-        lost += [name for name in scaled if reader.fields[name].contents() != "none"]
+        lost += [n for n, x in reader.fields.items() if n.endswith(".rope.scaling.type") and x.contents() != "none"]
         biases = [name for name in names if name.startswith("blk.") and name.endswith(".bias")]
         if len(biases) > sum(name.endswith(".bias") for name, _ in self.trunk.named_parameters()):
             lost += biases
