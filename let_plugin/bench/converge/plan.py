@@ -71,7 +71,7 @@ class Planner:
         tokens_per_step = plan.tokens_per_step(config, self._dims.dp_replicate * self._dims.dp_shard)
         flops = 6.0 * student.num_matmul_params * tokens_per_step  # attention between tokens is not counted
         costs = active_cost(config, student, self._dims)
-        if config.training.steps % config.validator.freq:
+        if config.training.steps % max(config.validator.freq, 1):
             message = f"{method.name}: {config.training.steps} steps must be a multiple of it, to evaluate the last one"
             raise ConfigError(Problem("validator.freq", message, config.validator.freq))
         weight = config.let.weight if config.let.enable else None
