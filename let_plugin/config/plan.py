@@ -84,7 +84,12 @@ def check_terms(let: LetConfig) -> None:
             problems.append(Problem(f"{term.key}.{name}", message, getattr(term.config, name)))
         if any(other.name == term.name for other in all_terms[: term.index]) or not f"_{term.name}".isidentifier():
             problems.append(Problem(f"{term.key}.name", "must be letters, digits and _, not another's", term.name))
-    if any(term.config.signal == "logits" for term in all_terms):
+    of_logits = [term for term in all_terms if term.config.signal == "logits"]
+    for term in of_logits[1:]:
+        if term.config.alpha > 0:
+            message = f"would scale the gradient of {of_logits[0].key} as well; give it to that term"
+            problems.append(Problem(f"{term.key}.alpha", message, term.config.alpha))
+    if of_logits:
         message = 'not with signal = "logits", which needs the teacher\'s last state as its head does; leave it out'
         for name in _changed(let.teacher, ("final_norm", "center")):
             problems.append(Problem(f"let.teacher.{name}", message, getattr(let.teacher, name)))

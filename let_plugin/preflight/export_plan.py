@@ -89,15 +89,18 @@ class Plan:
         return shutil.disk_usage(preflight.existing_parent(self.folder)).free
 
     def check_folder(self) -> None:
-        """ConfigError if the folder has something else in it, a complete export, or not enough space."""
+        """ConfigError if the folder has something else in it, a complete export, or not enough space.
+
+        One that lacks files is not complete: these are written again.
+        """
         preflight.check_writable("--out", str(self.folder))
         num_stored, message = 0, ""
         if (self.folder / MANIFEST).exists():
-            manifest = Manifest.read(self.folder)
-            num_stored = sum(path.stat().st_size for path in shard_paths(self.folder))
+            manifest, paths = Manifest.read(self.folder), shard_paths(self.folder)
+            num_stored = sum(path.stat().st_size for path in paths)
             if names := [name for name, value in self.settings.items() if manifest.settings.get(name) != value]:
                 message = f"holds an export of other settings ({', '.join(names)}); give another folder"
-            elif manifest.result is not None:
+            elif manifest.result is not None and len(paths) == manifest.result.get("num_shards"):
                 message = "holds this export already, and it is complete"
         elif self.folder.is_dir() and any(self.folder.iterdir()):
             message = "is not empty and holds no export; give another folder"

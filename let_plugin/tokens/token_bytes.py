@@ -6,10 +6,12 @@ It is what different tokenizers have in common: the bytes of a text's tokens, on
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from tiktoken import Encoding
 from tokenizers import Tokenizer
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -54,11 +56,24 @@ def token_bytes(tokenizer: Any) -> list[bytes | None]:
 
 
 def unwrapped(tokenizer: Any) -> Encoding | Tokenizer:
-    """The library's own tokenizer in one of torchtitan's or `transformers`'. ValueError if it is of no known kind."""
+    """The library's own tokenizer in one of torchtitan's or `transformers`'. ValueError if it is of no known kind.
+
+    torchtitan adds all that tokenizer_config.json lists as special tokens; here those are special that it calls so.
+    """
+    listed: dict[str, Any] = {}
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        settings = Path(tokenizer.tokenizer_path, "tokenizer_config.json")
+        listed = json.loads(settings.read_text()).get("added_tokens_decoder", {}) if settings.is_file() else {}
+    ordinary = {token["content"] for token in listed.values() if not token.get("special", True)}
     for name in ("tokenizer", "backend_tokenizer"):
         tokenizer = getattr(tokenizer, name, tokenizer)
     if not isinstance(tokenizer, Encoding | Tokenizer):
         raise ValueError(f"no way is known to the bytes of the tokens of a {type(tokenizer).__qualname__}")
+    if ordinary:
+        state = json.loads(tokenizer.to_str())
+        for token in state["added_tokens"]:
+            token["special"] = token["special"] and token["content"] not in ordinary
+        tokenizer = Tokenizer.from_str(json.dumps(state))
     return tokenizer
 
 

@@ -73,6 +73,7 @@ WRONG = [
     ({"temperature": 2.0}, {"temperature": "no meaning"}),
     ({"weight": 1.0, "terms": [LOGITS]}, {"weight": "each of which has its own"}),
     ({"terms": [TermConfig(signal="logits", loss="mse")]}, {"terms.0.loss": "no meaning"}),
+    ({"terms": [LOGITS, TermConfig(signal="logits", alpha=0.5)]}, {"terms.1.alpha": "gradient of let.terms.0 as well"}),
     ({"terms": [TermConfig(signal="labels", alpha=0.5)]}, {"terms.0.alpha": "no meaning"}),
     ({"terms": [TermConfig(name="logits_1"), LOGITS, LOGITS]}, {"terms.2.name": "another"}),
     ({"terms": [TermConfig(name="a.b")]}, {"terms.0.name": "letters, digits and _"}),

@@ -1,10 +1,13 @@
 """The bytes of tokens. That those of a text's tokens are the text: see `test_text_encoding.py`."""
 
+import json
+
 import pytest
 from tokenizers import AddedToken, Tokenizer, models
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 from let_plugin.demo import TOKENIZER
+from let_plugin.tokens.encoding import TextEncoder, Tokens
 from let_plugin.tokens.token_bytes import token_bytes
 from tests.support import tokenizer_kinds as kinds
 
@@ -26,6 +29,23 @@ def test_tokenizers_of_torchtitan_and_transformers():
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=kinds.demo())
     for tokenizer in (fast, HuggingFaceTokenizer(tokenizer_path=TOKENIZER)):
         assert token_bytes(tokenizer) == token_bytes(kinds.demo())
+
+
+def test_torchtitan_makes_special_tokens_of_all_that_are_listed_and_we_do_not(tmp_path):
+    own = Tokenizer.from_str(kinds.demo().to_str())
+    own.add_tokens([AddedToken("\n\n", normalized=False)])
+    own.add_special_tokens(["<|im_start|>"])
+    own.save(str(tmp_path / "tokenizer.json"))
+    listed = {i: {"content": token.content, "special": token.special} for i, token in _added(own).items()}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": listed}))
+    tokenizer = HuggingFaceTokenizer(tokenizer_path=str(tmp_path))
+    assert all(token.special for token in _added(tokenizer.tokenizer).values())
+    assert token_bytes(tokenizer) == token_bytes(own)
+    assert TextEncoder(tokenizer, Tokens(tokenizer))("a\n\nb", at_start=True)[0] == kinds.ids_of(own, "a\n\nb")
+
+
+def _added(tokenizer):
+    return tokenizer.get_added_tokens_decoder()
 
 
 def test_tokens_that_do_not_say_their_bytes_are_refused():
