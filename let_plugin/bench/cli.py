@@ -84,8 +84,6 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     args, options = parser.parse_known_args(argv)
     if options and "config" not in args:
         parser.error(f"unrecognized arguments: {' '.join(options)}")
-    if args.command == "converge" and args.tuning_seeds is None:
-        args.tuning_seeds = [max(args.seeds) + 1]
     return args, options
 
 
@@ -116,7 +114,7 @@ def _add_converge(parser: argparse.ArgumentParser) -> None:
     add("--methods-file", type=Path, metavar="FILE.toml", help="methods as NAME = [options of let-train]")
     seeds: dict[str, Any] = {"type": _number(int, 0), "nargs": "+", "metavar": "S"}
     add("--seeds", default=[0, 1, 2, 3, 4], help="of the results (0 1 2 3 4)", **seeds)
-    add("--tuning-seeds", help="of the runs that choose (the one after --seeds)", **seeds)
+    add("--tuning-seeds", default=[5], help="of the runs that choose (5)", **seeds)
     help_ = "an option of let-train and values to choose from for each method; several: all combinations"
     add("--grid", nargs="+", action="append", default=[], metavar=("KEY", "VALUE"), help=help_)
     add("--test-dataset", default="", metavar="NAME", help="dataset that the result is read on")

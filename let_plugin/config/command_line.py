@@ -8,6 +8,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import signal
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -76,6 +77,7 @@ def print_help(config: Any, section: str, prog: str) -> NoReturn:
     """Prints the options of one section, or of all if `section` is empty, and exits with code 0."""
     import tyro
 
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` is no error
     from let_plugin.runtime import upstream
 
     sections = {key: value for key, _, value in walk(config) if dataclasses.is_dataclass(value)}

@@ -238,8 +238,8 @@ class Guidance:
 
     def _make_states(self, source: TeacherSource | Features) -> StateProvider:
         trainer, dims = self._trainer, self._trainer.parallel_dims
-        where: Any = {"device": trainer.device, "parallel_dims": self._teacher_dims, "layers": self._layers}
-        states = make_provider(source, config=trainer.config, student_tokenizer=trainer.tokenizer, **where)
+        where = trainer.device, self._teacher_dims, self._layers
+        states = make_provider(source, trainer.config, *where, student_tokenizer=trainer.tokenizer)
         control = trainer.config.let.control
         if control == "random_teacher":
             assert states.teacher is not None

@@ -93,7 +93,8 @@ class AuxiliaryHead:
             if isinstance(parameter, DTensor):
                 gradient = gradient.redistribute(placements=parameter.placements)
             assert parameter.grad is not None
-            parameter.grad.add_(gradient.to(parameter.grad.dtype))  # in place: a captured step writes to this address
+            # In place: a captured step writes to this address. Under CPU offload it is in CPU memory.
+            parameter.grad.add_(gradient.to(parameter.grad.device, parameter.grad.dtype))
 
     def finish_step(self) -> None:
         pass

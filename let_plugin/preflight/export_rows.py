@@ -29,21 +29,17 @@ SHARD_BYTES = 2**26  # what an interruption loses at most, of each process
 
 def export(plan: Plan) -> Manifest:
     """Exports on all ranks of the process group, which is there already; returns the complete manifest."""
-    rank, settings = dist.get_rank(), plan.settings
+    rank, settings, config = dist.get_rank(), plan.settings, plan.config
     if rank == 0:
         plan.folder.mkdir(parents=True, exist_ok=True)
         Manifest(settings=settings).write(plan.folder)
     degrees = {"dp_replicate": 1, "dp_shard": dist.get_world_size(), "cp": 1, "tp": 1, "pp": 1, "ep": 1}
     dims = ParallelDims(**degrees, world_size=dist.get_world_size(), spmd_backend=SPMD_BACKEND)
     dims.build_mesh()
-    provider = make_provider(  # the teacher is sharded over the processes of the export
-        open_source(plan.config.let.teacher),
-        config=plan.config,
-        student_tokenizer=plan.config.tokenizer.build(tokenizer_path=plan.config.hf_assets_path),
-        device=utils.get_local_device(),
-        parallel_dims=dims,
-        layers=settings["layers"],
-    )
+    source, tokenizer = open_source(config.let.teacher), config.tokenizer.build(tokenizer_path=config.hf_assets_path)
+    # The teacher is sharded over the processes of the export.
+    device, layers = utils.get_local_device(), settings["layers"]
+    provider = make_provider(source, config, device, dims, layers, student_tokenizer=tokenizer)
     bar: dict[str, Any] = {"desc": "export", "unit": " tokens", "unit_scale": True, "mininterval": 1}
     progress = tqdm(total=plan.num_rows * settings["seq_len"], disable=rank != 0, **bar)
     for first in range(0, settings["data_parallel_degree"], dist.get_world_size()):

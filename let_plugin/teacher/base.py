@@ -57,7 +57,7 @@ class TeacherInfo:
         return self.num_trunk_params - sum(self.block_params[num_blocks_to(layers) :])
 
     def width(self, layer: int | str, final_norm: bool) -> int:
-        """Width of a layer's state; `final_norm` as in TeacherSource.build."""
+        """Width of a layer's state; `final_norm`: whether that of the last block is taken after the final norm."""
         if self.residual_size is None or (final_norm and layer == self.num_layers - 1):
             return self.hidden_size
         return self.residual_size
@@ -102,28 +102,20 @@ class TeacherSource(ABC):
 
     @abstractmethod
     def build(
-        self,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        config: "Trainer.Config",
-        parallel_dims: "ParallelDims",
-        layers: Sequence[int | str],
-        final_norm: bool,
+        self, config: "Trainer.Config", device: torch.device, parallel_dims: "ParallelDims", layers: Sequence[int | str]
     ) -> Teacher:
         """Loads the teacher onto `device`, sharded with FSDP2 over the "fsdp" axis of its device meshes.
 
         Leaves the random number generators as they were. ConfigError for weights that cannot be read or are not finite.
 
         Args:
-            dtype: Of its weights and maths.
+            config: The student's, for parallelism, compilation, sequence length, and the teacher's dtype. Whether the
+                last block's state is taken after the final norm is `let.teacher.final_norm`.
             device: This rank's.
-            config: The student's, for parallelism, compilation and sequence length.
             parallel_dims: The teacher's device meshes: `sharding.teacher_parallel_dims`.
             layers: Whose states it returns, in this order, distinct, at least one: numbers of blocks (the residual
                 stream behind block 0, 1, ...) or EMBEDDING (what enters block 0). Blocks behind the deepest do not
                 exist in the teacher.
-            final_norm: Whether the last block's state is taken after the final norm.
         """
 
     @abstractmethod

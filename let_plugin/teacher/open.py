@@ -45,12 +45,12 @@ def open_source(config: TeacherConfig) -> TeacherSource | Features:
 
 def make_provider(
     source: TeacherSource | Features,
-    *,
     config: "Trainer.Config",
-    student_tokenizer: Any,
     device: torch.device,
     parallel_dims: "ParallelDims",
     layers: Sequence[int | str],
+    *,
+    student_tokenizer: Any,
 ) -> StateProvider:
     """Loads the teacher, or opens the stored states. Arguments as in TeacherSource.build.
 
@@ -62,12 +62,5 @@ def make_provider(
     if config.let.token_alignment.enable:
         make_batches = retokenizer(config, student_tokenizer, source)
         config = replace(config, training=replace(config.training, seq_len=make_batches.teacher_seq_len))
-    teacher = source.build(
-        dtype=plan.teacher_dtype(config),
-        device=device,
-        config=config,
-        parallel_dims=parallel_dims,
-        layers=layers,
-        final_norm=config.let.teacher.final_norm,
-    )
+    teacher = source.build(config, device, parallel_dims, layers)
     return OnlineStates(teacher) if make_batches is None else RetokenizedStates(teacher, make_batches)

@@ -69,7 +69,7 @@ def unwrapped(tokenizer: Any) -> Encoding | Tokenizer:
         tokenizer = getattr(tokenizer, name, tokenizer)
     if not isinstance(tokenizer, Encoding | Tokenizer):
         raise ValueError(f"no way is known to the bytes of the tokens of a {type(tokenizer).__qualname__}")
-    if ordinary:
+    if ordinary and isinstance(tokenizer, Tokenizer):
         state = json.loads(tokenizer.to_str())
         for token in state["added_tokens"]:
             token["special"] = token["special"] and token["content"] not in ordinary

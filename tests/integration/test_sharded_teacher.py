@@ -59,20 +59,16 @@ def _build(options: dict, degrees: dict[str, int], layers: list[int | str]) -> T
     from torchtitan.trainer import Trainer
 
     from let_plugin.teacher.sharding import teacher_parallel_dims
+    from let_plugin.trainer import with_let
 
     all_degrees = {name: degrees.get(name, 1) for name in ("dp_replicate", "dp_shard", "cp", "tp", "pp", "ep")}
     student = ParallelDims(**all_degrees, world_size=math.prod(all_degrees.values()))
     teacher_dims = teacher_parallel_dims(student)
     if student.world_size > 1:
         teacher_dims.build_mesh()
-    return open_teacher(TeacherConfig(**options)).build(
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        config=Trainer.Config(),
-        parallel_dims=teacher_dims,
-        layers=layers,
-        final_norm=True,
-    )
+    config = with_let(Trainer.Config())
+    config.let.teacher = TeacherConfig(**options, dtype="float32")
+    return open_teacher(config.let.teacher).build(config, torch.device("cpu"), teacher_dims, layers)
 
 
 def _worker(what: str, folder: str) -> None:

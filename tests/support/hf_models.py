@@ -1,15 +1,18 @@
 """Small random models of many families of `transformers`, saved as checkpoints, and teachers made of them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torchtitan.distributed import ParallelDims
+from torchtitan.trainer import Trainer
 
 from let_plugin.config import TeacherConfig
 from let_plugin.teacher.base import Teacher, TeacherSource
 from let_plugin.teacher.open import open_teacher
+from let_plugin.trainer import with_let
 
 FILE = "model.safetensors"
 VOCAB_SIZE = 61
@@ -112,14 +115,11 @@ def source_of(path: Path | str, **fields) -> TeacherSource:
 def build(source, dtype=torch.float32, layers=None, final_norm=True, config=None, parallel_dims=None) -> Teacher:
     """The teacher in this process; of its last layer unless `layers` says otherwise."""
     one_rank = ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=1, ep=1, world_size=1)
-    return source.build(
-        dtype=dtype,
-        device=torch.device("cpu"),
-        config=config,
-        parallel_dims=parallel_dims or one_rank,
-        layers=[source.info.num_layers - 1] if layers is None else layers,
-        final_norm=final_norm,
-    )
+    config = config or with_let(Trainer.Config())
+    teacher = replace(config.let.teacher, dtype=str(dtype).removeprefix("torch."), final_norm=final_norm)
+    config = replace(config, let=replace(config.let, teacher=teacher))
+    layers = [source.info.num_layers - 1] if layers is None else layers
+    return source.build(config, torch.device("cpu"), parallel_dims or one_rank, layers)
 
 
 def language_model(source, dtype=torch.float32):

@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from let_plugin.alignment.layer_mapping import EMBEDDING
+from let_plugin.config import plan
 from let_plugin.teacher.base import LanguageModel, Teacher, TeacherInfo, TeacherSource, freeze, num_blocks_to
 from let_plugin.teacher.hf import checks
 from let_plugin.teacher.hf.attention import ATTENTION, model_inputs
@@ -56,16 +57,10 @@ class HFTeacherSource(TeacherSource):
         return self._checkpoint.tokenizer()
 
     def build(
-        self,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        config: "Trainer.Config",
-        parallel_dims: "ParallelDims",
-        layers: Sequence[int | str],
-        final_norm: bool,
+        self, config: "Trainer.Config", device: torch.device, parallel_dims: "ParallelDims", layers: Sequence[int | str]
     ) -> HFTeacher:
         """See TeacherSource. Each shard group's first rank holds the teacher in CPU memory while it is read."""
+        dtype, final_norm = plan.teacher_dtype(config), config.let.teacher.final_norm
         with quiet_transformers():
             tensors, dtypes = read_once(lambda: tensors_of(self._checkpoint.load(dtype)), parallel_dims)
             trunk = self._checkpoint.on_meta(attention=ATTENTION, dtype=dtype)

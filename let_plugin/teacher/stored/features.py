@@ -44,11 +44,11 @@ class Manifest:
             content = json.loads((folder / MANIFEST).read_text())
             if content["format"] == FORMAT:
                 return Manifest(settings=dict(content["settings"]), result=content["result"])
-            message = f"written in format {content['format']}, this version reads {FORMAT}: export again into another folder"
+            message = f"written in format {content['format']}, this version reads {FORMAT}: export again elsewhere"
         except FileNotFoundError:
             message = f"no {MANIFEST} there; `let-teacher export` makes such a folder"
         except (OSError, ValueError, KeyError, TypeError) as error:
-            message = f"its {MANIFEST} cannot be read ({error}): export again into another folder"
+            message = f"its {MANIFEST} cannot be read ({error}): export again elsewhere"
         raise ConfigError(Problem(FEATURES_KEY, message, str(folder)))
 
 
@@ -73,11 +73,11 @@ class Features:
             info: dict[str, Any] = self.settings["teacher"]["info"]
             self.info = TeacherInfo(**info | {"block_params": tuple(info["block_params"])})
         except (KeyError, TypeError) as error:
-            message = f"its {MANIFEST} lacks {error}: export again into another folder"
+            message = f"its {MANIFEST} lacks {error}: export again elsewhere"
             raise ConfigError(Problem(FEATURES_KEY, message, path)) from error
         if (found := len(shard_paths(self.folder))) != num_shards:
-            message = f"there are {found} files of rows instead of {num_shards}"
-            raise ConfigError(Problem(FEATURES_KEY, f"{message}: run the same let-teacher export again, it writes what is missing", path))
+            message = f"there are {found} files of rows instead of {num_shards}; run the same let-teacher export again"
+            raise ConfigError(Problem(FEATURES_KEY, message, path))
 
     def check(self, config: Trainer.Config, layers: Sequence[int | str], num_data_parallel: int) -> None:
         """ConfigError with every reason why these are not the states that a run needs, which aligns `layers`."""

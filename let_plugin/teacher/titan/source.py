@@ -18,7 +18,7 @@ from torchtitan.tools.utils import set_default_dtype
 from torchtitan.trainer import Trainer
 
 from let_plugin.alignment.registry import Registry
-from let_plugin.config import TeacherConfig
+from let_plugin.config import TeacherConfig, plan
 from let_plugin.config.errors import ConfigError, Problem, lookup, suggest
 from let_plugin.runtime import host, upstream
 from let_plugin.teacher import base
@@ -86,15 +86,9 @@ class TitanTeacherSource(TeacherSource):
         return open_tokenizer(self._config) if self._checkpoint is None else self._checkpoint.tokenizer()
 
     def build(
-        self,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        config: Trainer.Config,
-        parallel_dims: ParallelDims,
-        layers: Sequence[int | str],
-        final_norm: bool,
+        self, config: Trainer.Config, device: torch.device, parallel_dims: ParallelDims, layers: Sequence[int | str]
     ) -> Teacher:
+        dtype = plan.teacher_dtype(config)
         # See sharding.py. A model that only runs forward must give its gathered parameters back after each use, which
         # torchtitan's default does not do everywhere. Its states are whole on each rank: not sequence-parallel.
         parallelism = ParallelismConfig(
@@ -118,7 +112,7 @@ class TitanTeacherSource(TeacherSource):
         with base.keep_rng_state(device):
             with torch.device("meta"), set_default_dtype(dtype):
                 model = _trunk(model_config.build())
-                _cut(model, layers, final_norm)
+                _cut(model, layers, config.let.teacher.final_norm)
             if compile_config.enable:
                 _compile_apart(model)
             model = self._spec.parallelize_fn(

@@ -119,7 +119,7 @@ def test_a_folder_with_something_else_in_it_is_left_alone(config, tmp_path, monk
     Manifest(settings=settings, result={"num_shards": 0}).write(folder)
     assert "it is complete" in refused()
     (folder / "manifest.json").write_text('{"format": 1}')
-    assert "written in format 1, this version reads 2: export again" in refused()
+    assert "written in format 1, this version reads 2: export again elsewhere" in refused()
 
 
 # The rows; `tests/integration/test_features.py` has several processes, and killed ones
