@@ -23,7 +23,8 @@ BRINGS = {
 }
 COSTS = {
     "10 % teacher, 2 CPU cores": ("throughput_10_percent", "active 10%"),
-    "distillation from a 10 % teacher, 2 CPU cores": ("throughput_recipe", "rkd 10%"),
+    "the same, later": ("throughput_recipe", "active 10%"),
+    "distillation from it, then": ("throughput_recipe", "rkd 10%"),
     "10 % teacher, H200, 1.4 B student": ("throughput_h200", "active 10%"),
     "after the stop, 2 CPU cores": ("throughput_after_stop", "stopped"),
 }
