@@ -14,6 +14,8 @@ RUN = ["--let.teacher.dtype", "bfloat16", "--let.stop-step", STOP, "--training.s
 # Two layers, one on each stage of a pipeline: each stage reads its own.
 PAIRS = "\n[[let.pairs]]\nstudent = 0\nteacher = 0\n[[let.pairs]]\nstudent = 3\nteacher = 1\n"
 
+LOGITS = ["--let.signal", "logits", "--let.pairs", "[]"]
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -23,13 +25,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def config(folder, headed_teacher):
     return jobs.tiny(folder, headed_teacher[0], PAIRS)
-
-
-@pytest.fixture(scope="module")
-def logits(folder, config):
-    path = folder / "logits.toml"
-    path.write_text(config.read_text().replace(PAIRS, '\nsignal = "logits"\n'))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -75,15 +70,15 @@ def assert_equal(runs, name, expected):
 
 
 @pytest.fixture(scope="module")
-def runs(folder, config, logits, cross, exported):
+def runs(folder, config, cross, exported):
     features, across = (reading(exported[name]) for name in ("same", "cross"))
     cases = {
         "teacher": (config, []),
         "features": (config, features),
         # A worker reads ahead, beyond the stop step: what is not there then is no error.
         "worker": (config, [*features, "--dataloader.num_workers", "1"]),
-        "logits, teacher": (logits, []),
-        "logits, features": (logits, ["--let.teacher.features", exported["same"]]),  # the head is read all the same
+        "logits, teacher": (config, LOGITS),
+        "logits, features": (config, [*LOGITS, "--let.teacher.features", exported["same"]]),  # the head is read anyway
         "cross, teacher": (cross, []),
         "cross, features": (cross, across),
     }

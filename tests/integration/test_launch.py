@@ -16,14 +16,8 @@ CONFIG = """\
 base = "let_plugin.demo.student"
 dump_folder = "run"
 runtime.device = "cpu"
-
-[let]
-teacher.spec = "demo_teacher"
-
-[training]
-local_batch_size = 2
-seq_len = 32
-steps = 2
+let = { teacher.spec = "demo_teacher" }
+training = { local_batch_size = 2, seq_len = 32, steps = 2 }
 """
 
 

@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
+from torchtitan.distributed import ParallelDims
+from torchtitan.trainer import Trainer
 
 from let_plugin.config import TeacherConfig
 from let_plugin.config.errors import ConfigError
@@ -20,7 +22,9 @@ from let_plugin.runtime import host
 from let_plugin.runtime.models import llama_spec
 from let_plugin.teacher.base import Teacher
 from let_plugin.teacher.open import open_teacher
+from let_plugin.teacher.sharding import teacher_parallel_dims
 from let_plugin.teacher.titan.source import register_teacher_spec
+from let_plugin.trainer import with_let
 from tests.support import hf_models, jobs
 from tests.support.gguf_files import write_llama
 
@@ -55,12 +59,6 @@ def _batch(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _build(options: dict, degrees: dict[str, int], layers: list[int | str]) -> Teacher:
     """The teacher of a `[let.teacher]` table, for a student with these parallel degrees."""
-    from torchtitan.distributed import ParallelDims
-    from torchtitan.trainer import Trainer
-
-    from let_plugin.teacher.sharding import teacher_parallel_dims
-    from let_plugin.trainer import with_let
-
     all_degrees = {name: degrees.get(name, 1) for name in ("dp_replicate", "dp_shard", "cp", "tp", "pp", "ep")}
     student = ParallelDims(**all_degrees, world_size=math.prod(all_degrees.values()))
     teacher_dims = teacher_parallel_dims(student)
