@@ -45,8 +45,10 @@ class LetTrainerMixin(_Base):
     """
 
     def __init__(self, config: Any) -> None:
-        if config.let.enable and not config.let.cuda_graphs and not config.training.disable_cuda_graphs:
-            logger.info("LET: CUDA graphs are off (let.cuda_graphs keeps them)")
+        keeps_them = config.training.disable_cuda_graphs or config.let.cuda_graphs
+        self._waiting_for_graphs = config.let.enable and not keeps_them
+        if self._waiting_for_graphs:
+            logger.info("LET: CUDA graphs are off until the alignment has ended (let.cuda_graphs keeps them)")
             config.training.disable_cuda_graphs = True
         super().__init__(config)
         self.let: LetConfig = config.let
@@ -57,12 +59,9 @@ class LetTrainerMixin(_Base):
         self._disagreements = [AdaptiveStop(threshold=0, smoothing=0, patience=_PATIENCE) for _ in self.terms]
         self._clean_end = CleanEnd(self)
 
-        self.metrics_processor.logger = JsonlLogger(
-            self.metrics_processor.logger,
-            os.path.join(config.dump_folder, "metrics.jsonl") if self._logs else None,
-            self._metrics,
-            self._after_logging,
-        )
+        path = os.path.join(config.dump_folder, "metrics.jsonl") if self._logs else None
+        processor = self.metrics_processor
+        processor.logger = JsonlLogger(processor.logger, path, self._metrics, self._after_logging)
         initialize(self)
 
     def train(self) -> None:
@@ -87,12 +86,13 @@ class LetTrainerMixin(_Base):
             # Here rather than in __init__: only now is a restored step known, and a run that resumes after the stop
             # step needs no teacher.
             self.guidance = Guidance(self, active, steps_taken)
-        if self.guidance is None:
-            return
-        if len(active) < len(self.guidance.signals):
+        if self.guidance is not None and len(active) < len(self.guidance.signals):
             self._end_alignment([signal for signal in self.guidance.signals if signal.progress not in active])
         if self.guidance is not None:
             self.guidance.start_step(measures=self._measures())
+        elif self._waiting_for_graphs:
+            self._waiting_for_graphs = self.config.training.disable_cuda_graphs = False
+            upstream.recapture_cuda_graph(self)
 
     def forward_backward_step(self, *, global_valid_tokens: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         if self.guidance is None:

@@ -45,7 +45,8 @@ def interpolate(hidden_BLE: torch.Tensor, width: int, *, align_corners: bool = F
 class Interpolate(nn.Module):
     """`interpolate` as a dimension match (the paper's).
 
-    Compiled, each channel's place is read from a table: torch.compile would work it out for each token, which is slow.
+    Compiled, or not on the CPU, each channel's place is read from a table: torch.compile would work it out for each
+    token, and CUDA's kernel has one thread for all tokens of a channel, and gradients that are not deterministic.
     """
 
     _lower_D: torch.Tensor
@@ -64,7 +65,8 @@ class Interpolate(nn.Module):
         self.register_buffer("_share_D", place_D.frac(), persistent=False)
 
     def forward(self, hidden_BLE: torch.Tensor) -> torch.Tensor:
-        if not torch.compiler.is_compiling() or hidden_BLE.shape[-1] == self._width:
+        by_table = torch.compiler.is_compiling() or hidden_BLE.device.type != "cpu"
+        if not by_table or hidden_BLE.shape[-1] == self._width:
             return interpolate(hidden_BLE, self._width, align_corners=self._align_corners)
         lower_BLD, upper_BLD = hidden_BLE[..., self._lower_D], hidden_BLE[..., self._upper_D]
         return (lower_BLD + self._share_D * (upper_BLD - lower_BLD)).to(hidden_BLE.dtype)

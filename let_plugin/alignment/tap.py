@@ -159,8 +159,10 @@ class Tap:
 
     @torch.no_grad()
     def _measure(self, grad: torch.Tensor, added: torch.Tensor) -> None:
-        g, a = grad.float().flatten(), added.float().flatten()
-        self.gradient_sums += torch.stack([g.dot(a), g.dot(g), a.dot(a)])
+        # In parts: `dot` takes fewer than 2^31 numbers, and logits may be more.
+        for g, a in zip(grad.flatten(0, 1).split(2048), added.flatten(0, 1).split(2048), strict=True):
+            g, a = g.float().flatten(), a.float().flatten()
+            self.gradient_sums += torch.stack([g.dot(a), g.dot(g), a.dot(a)])
 
 
 class AlignmentTap(Tap):

@@ -249,7 +249,7 @@ class LetConfig(TermConfig):
     """Data type of the maths of the states: resizing, normalizing, the loss and its gradient."""
 
     cuda_graphs: bool = False
-    """Keep torchtitan's CUDA graphs while LET is on. Off: LET sets `training.disable_cuda_graphs`, and says so."""
+    """Keep torchtitan's CUDA graphs from the first step on. Off: they wait until the alignment has ended."""
 
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
 

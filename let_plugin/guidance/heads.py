@@ -53,7 +53,7 @@ class AuxiliaryHead:
             dist.all_reduce(owner, dist.ReduceOp.MAX, group=self._pipeline)
         self._owner = int(owner.item())
         self._sequence_parallel = config.parallelism.enable_sequence_parallel
-        self._dtype: torch.dtype = getattr(torch, config.let.math_dtype)
+        self._dtype: torch.dtype = getattr(torch, config.training.mixed_precision_param)  # of the student's own head
         self._weights = {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
         self._gradients = {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
         # Buffers of the parts: a pipeline's trial run puts them back (see AlignmentTap).

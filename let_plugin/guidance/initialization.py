@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
@@ -38,6 +39,7 @@ def initialize(trainer: Trainer) -> None:
     if config.let.init.parts != "none":
         _set_outer_layers(trainer, open_teacher(config.let.teacher))
         gc.collect()  # torchtitan has switched off the automatic collection
+        utils.device_module.empty_cache()
     if config.let.init.upper_blocks == "zero":
         first = first_upper_block(config)
         for part in trainer.model_parts:
@@ -93,7 +95,8 @@ def _set_rows(parameter: torch.Tensor, new_VD: torch.Tensor, known_V: torch.Tens
     own_VD = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
     own_VD = own_VD.to(new_VD.device)
     if scale is None:
-        scale = float(own_VD[known_V].double().norm() / new_VD[known_V].double().norm())
+        own, new = (torch.linalg.vector_norm(x_VD[known_V], dtype=torch.float64) for x_VD in (own_VD, new_VD))
+        scale = float(own / new)
     new_VD = new_VD * scale
     whole_VD = torch.where(known_V[:, None], new_VD.to(own_VD.dtype), own_VD)
     if isinstance(parameter, DTensor):  # each rank takes its own shard of what it has

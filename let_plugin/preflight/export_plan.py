@@ -89,10 +89,7 @@ class Plan:
         return shutil.disk_usage(preflight.existing_parent(self.folder)).free
 
     def check_folder(self) -> None:
-        """ConfigError if the folder has something else in it, a complete export, or not enough space.
-
-        One that lacks files is not complete: these are written again.
-        """
+        """ConfigError if the folder has something else in it, an export and all of its files, or not enough space."""
         preflight.check_writable("--out", str(self.folder))
         num_stored, message = 0, ""
         if (self.folder / MANIFEST).exists():

@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from let_plugin.alignment.projectors import FittedMatch
+from let_plugin.alignment.projectors import FittedMatch, Orthogonal
 from let_plugin.config import plan
 from let_plugin.guidance.initialization import OUTPUT_PROJECTION, first_upper_block, token_pieces
 from let_plugin.preflight.report import Facts
@@ -28,8 +28,8 @@ def check_dimension_match(facts: Facts) -> None:
         table, key = of_term.term.config, of_term.term.key
         for width in {facts.source.info.width(p.teacher, let.teacher.final_norm) for p in of_term.pairs or ()}:
             match = plan.dimension_match(table, key)(width, spec.model.dim)
-            if isinstance(match, FittedMatch) and let.cuda_graphs:
-                message = f"a captured step cannot refit: not with {table.dimension_match!r}"
+            if isinstance(match, FittedMatch | Orthogonal) and let.cuda_graphs:  # matrix_exp reads on the host
+                message = f"not with {table.dimension_match!r}, whose maths a captured step cannot have; leave this off"
                 facts.refuse("let.cuda_graphs", message, True)
 
 

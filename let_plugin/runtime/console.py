@@ -21,6 +21,7 @@ _LOGGED = (
     ("torch.utils._pytree", "_pytree", r".*register_constant\(\) on Enum subclasses is deprecated"),
     ("torch.utils.cpp_extension", "cpp_extension", "No CUDA runtime is found"),
     ("root", "utils", r"Error running lspci|Peak flops undefined for: CPU|ENV\[TORCH_NCCL_ASYNC"),
+    ("root", "cudagraph", "CUDA graph capture is only supported"),
     ("root", "state_dict_adapter", "model.safetensors.index.json not found at hf_assets_path"),
     ("root", "metrics", ".*Pipeline Parallel loss is not visible"),  # it is: see STEPS
     ("root", "base", "initial_load_model_only=True has no effect"),  # config/load.py says so to those who have set it

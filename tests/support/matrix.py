@@ -73,6 +73,7 @@ def main():
     device = host.set_up(os.environ.get("PROBE_DEVICE", "cpu"))
     # torchtitan keeps a group that is there already.
     dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
+    torch.autograd.set_multithreading_enabled(False)  # as torchtitan does where it makes the group
     logging.getLogger().setLevel(logging.INFO)
     data.register()
     for case in json.loads(Path(cases).read_text()):

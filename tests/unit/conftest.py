@@ -64,7 +64,6 @@ def trainer(config, parallel_dims):
     from torchtitan.observability import structured_logger
 
     structured_logger.init_structured_logger(source="training", output_dir=config.dump_folder, enable=False)
-    config.training.disable_cuda_graphs = True
     host.adapt_model_spec(config.model_spec)
     trainer = config.build()
     yield trainer

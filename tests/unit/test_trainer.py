@@ -13,7 +13,8 @@ from tests.support.leftovers import Leftovers
 @pytest.fixture
 def validated(config):
     """Three steps, of which the last is without a teacher, and a validation of each."""
-    set_all(config, training__steps=3, validator__enable=True, validator__freq=1, validator__steps=1)
+    set_all(config, training__steps=3, training__disable_cuda_graphs=False)
+    set_all(config, validator__enable=True, validator__freq=1, validator__steps=1)
 
 
 def test_at_the_end_of_the_alignment_all_that_it_brought_is_gone(validated, trainer):
@@ -22,6 +23,7 @@ def test_at_the_end_of_the_alignment_all_that_it_brought_is_gone(validated, trai
     trainer.train()
     assert {"guidance", "teacher parameter model.norm.weight", "tap 0"} <= set(leftovers.watched)
     assert leftovers.alive == []
+    assert not trainer.config.training.disable_cuda_graphs  # until then, they were off
 
 
 def test_a_teacher_that_works_against_the_student_is_spoken_of(request, config, monkeypatch, caplog):

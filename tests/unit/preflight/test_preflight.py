@@ -95,6 +95,7 @@ MISTAKES = [
     *(({**cut, **RELATIONAL}, "let.loss = 'relational'", "take a loss per token") for cut in (CUT_SEQUENCE, TP)),
     ({**VALIDATION, "let__signal": "labels"}, "let.adaptive_stop.teacher_loss", "no teacher to measure: give"),
     ({**VALIDATION, "let__token_alignment__enable": True}, "let.adaptive_stop.teacher_loss = None", "must be given"),
+    ({**ORTHOGONAL, "let__cuda_graphs": True}, "let.cuda_graphs = True", "not with 'orthogonal'"),
     ({**ORTHOGONAL, "let__projector__side": "student"}, "let.dimension_match_options", "let.projector.side"),
     ({**PIPELINE, "let__student_block": 1}, "parallelism.module_fqns_per_model_part", "no stage has layers.1"),
     *(({f"parallelism__{key}": degree, "world_size": n}, f"parallelism: {key} = {degree}", f"processes, {n}; start")
