@@ -127,8 +127,10 @@ def test_good_values(text, key, expected):
 
 
 def test_command_line_over_toml_over_base_and_the_next_load_starts_anew():
-    text = f"{OPTIMIZER}.lr = 1.0\n[training]\nsteps = 20\nseq_len = 64\n"
+    text = f"{OPTIMIZER}.lr = 1.0\nruntime.device = 'cpu'\n[training]\nsteps = 20\nseq_len = 64\n"
     config = config_of(text, "--training.steps", "30", "--let.weight", "0.2")
+    assert read(["run.toml"]).runtime.device == "cpu"  # before there is a configuration
+    assert read(["run.toml", "--runtime.device", "auto"]).runtime.device == "auto"
     assert (config.training.steps, config.training.seq_len, config.training.local_batch_size) == (30, 64, 8)
     assert not config.let.enable
     config = config_of()
@@ -241,12 +243,6 @@ def test_unreadable_files(folder):
     for name, message in messages.items():
         with pytest.raises(ConfigError, match=f"{name}.*: {message}"):
             read([name])
-
-
-def test_read_knows_the_device(folder):
-    (folder / "a.toml").write_text('base = "x.y"\n[runtime]\ndevice = "cpu"\n')
-    assert read(["a.toml"]).runtime.device == "cpu"
-    assert read(["a.toml", "--runtime.device", "auto", "--training.steps=3"]).runtime.device == "auto"
 
 
 def test_what_has_no_effect_is_said_to_those_who_have_set_it(folder, caplog):
