@@ -52,9 +52,10 @@ class Student:
             self.num_blocks = len(model.layers)
             self.width = spec.model.dim
             self.vocab_size = model.lm_head.out_features
-            self.is_tied = model.tok_embeddings.weight is model.lm_head.weight
-            self.num_head_params = sum(p.numel() for p in model.lm_head.parameters())
-            self.num_matmul_params = self.num_params - (0 if self.is_tied else model.tok_embeddings.weight.numel())
+            embeddings, head = (list(part.parameters()) for part in (model.tok_embeddings, model.lm_head))
+            self.is_tied = any(p is q for p in embeddings for q in head)
+            self.num_head_params = sum(p.numel() for p in head)
+            self.num_matmul_params = self.num_params - (0 if self.is_tied else sum(p.numel() for p in embeddings))
 
     def __str__(self) -> str:
         blocks = f"{self.num_blocks} blocks of width {self.width}, " if self.is_decoder else ""
@@ -162,10 +163,10 @@ def _teacher_cost(
     num_held = num_tokens // sequence_shards(config, dims)
     num_shards = teacher_parallel_dims(dims).dp_shard
     itemsize = TORCH_DTYPE_MAP[training.mixed_precision_param].itemsize
-    blocks = [pair.student for term, pairs in terms if term.config.signal == "states" for pair in pairs]
+    of_blocks = [(term, pair) for term, pairs in terms if term.config.signal == "states" for pair in pairs]
     num_teacher, ratio, weights = 0, 1.0, {}
     memory = {"target": num_held * sum(widths.values()) * dtype.itemsize}
-    memory["gradient"] = num_held * len(set(blocks)) * student.width * itemsize
+    memory["gradient"] = num_held * len({pair.student for _, pair in of_blocks}) * student.width * itemsize
     if features is None:
         num_kept = teacher.num_params_to(layers)  # blocks above the highest layer that is asked for are not there
         num_teacher = num_kept - teacher.num_embedding_params
@@ -187,12 +188,8 @@ def _teacher_cost(
         memory["gradient"] += num_terms * num_logits * itemsize
         # In fp32: the two models' predictions, their logarithms and the gradient, of some tokens at a time.
         memory["predictions"] = 6 * 4 * min(num_logits, MAX_LOGITS)
-    num_learned = 0
-    for term, pairs in terms:
-        if term.config.signal == "states":
-            matches = [plan.dimension_match(term.config)(widths[pair.teacher], student.width) for pair in pairs]
-            num_learned += sum(p.numel() for match in matches for p in match.parameters() if p.requires_grad)
-    if num_learned:
+    matches = [plan.dimension_match(term.config)(widths[pair.teacher], student.width) for term, pair in of_blocks]
+    if num_learned := sum(p.numel() for match in matches for p in match.parameters() if p.requires_grad):
         # In fp32: the gathered weights and their gradient; the sharded ones, their gradient, the optimizer's state.
         memory["projector"] = num_learned * 4 * 2 + num_learned * 4 * 4 // num_shards
     if features:

@@ -152,6 +152,8 @@ def check_parts(facts: Facts) -> None:
         if settings.enable and (value := getattr(settings, key, None)):
             message = "not together with let.init: the run would start from there; leave one of the two out"
             facts.refuse(f"checkpoint.{key}", message, value)
+    if student is not None and parts in ("embeddings", "both") and "tok_embeddings.weight" not in student.names:
+        facts.refuse("let.init.parts", 'the student\'s embeddings are more than one weight; choose "head"', parts)
     if student is not None and student.is_tied and parts == "both":
         message = "the student's embeddings and head are one tensor, and would be two; choose one of them"
         facts.refuse("let.init.parts", message, parts)

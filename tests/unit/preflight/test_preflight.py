@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torchtitan.models import muse_glimmer
 
 from let_plugin.alignment.adaptive_stop import AdaptiveStop
 from let_plugin.config import AdaptiveStopConfig, LetConfig, PairConfig, TeacherConfig
@@ -167,6 +168,11 @@ def test_what_is_no_mistake_runs(config, files, short_teacher, changes, line):
 def test_stored_states_have_no_predictions_to_measure(config):
     set_all(config, **VALIDATION, let__teacher__features="/nowhere")
     assert "not its predictions" in problems_of(config)["let.adaptive_stop.teacher_loss"].message
+
+
+def test_embeddings_that_are_more_than_a_weight_get_no_start(config):
+    set_all(config, **INIT, model_spec=muse_glimmer.model_registry("debugmodel"))
+    assert "more than one weight" in problems_of(config)["let.init.parts"].message
 
 
 def test_a_teacher_of_transformers_cannot_be_cut_and_one_with_two_widths_gives_no_start(config, tmp_path):
