@@ -34,7 +34,8 @@ def open_teacher(config: TeacherConfig) -> TeacherSource:
     from let_plugin.teacher.titan.spec import obstacle
 
     checkpoint = Checkpoint(config)
-    reason = f"teacher.spec = {TRANSFORMERS!r}" if config.spec else obstacle(checkpoint.model_config)
+    bare = "it was saved without its head" if checkpoint.is_bare else ""
+    reason = f"teacher.spec = {TRANSFORMERS!r}" if config.spec else obstacle(checkpoint.model_config) or bare
     return HFTeacherSource(checkpoint, reason) if reason else TitanTeacherSource(config, checkpoint)
 
 

@@ -37,7 +37,8 @@ class Checkpoint:
     teacher, or its weights are not those that its configuration asks for.
 
     `folder` is where its files are, on this machine, `where` what and where it is, for people; `model_config` is its
-    configuration, `trunk` the model without a head, whole, on the meta device.
+    configuration, `trunk` the model without a head, whole, on the meta device. `is_bare`: saved as a trunk alone, whose
+    tensors have other names.
     """
 
     def __init__(self, config: TeacherConfig) -> None:
@@ -77,10 +78,12 @@ class Checkpoint:
         check_isolates_documents(self.model_config, self.trunk, config.path)
         if is_on_hub:
             self.folder = hub.fetch(config, commit, weights=True)
+        self.is_bare = False
         if self.is_gguf:
             self._check_gguf()
         else:
             headers = read_headers(weight_files(Path(self.folder)))
+            self.is_bare = not any(name.startswith(f"{self.trunk.base_model_prefix}.") for name in headers)
             integers = {name for name, stored in headers.items() if not stored.is_floating}
             self._from_pretrained(AutoModel, integers, device_map="meta", dtype=torch.float32)
 

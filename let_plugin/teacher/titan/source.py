@@ -1,9 +1,9 @@
 """Teachers that are torchtitan models: built, parallelized and compiled by torchtitan's own code."""
 
 import copy
-import dataclasses
 import importlib
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from let_plugin.teacher.hf.checkpoint import Checkpoint
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TeacherSpec:
     """A torchtitan model that can be a teacher."""
 
@@ -80,7 +80,7 @@ class TitanTeacherSource(TeacherSource):
         self._weights.check(_meta_trunk(self._spec), self.info.num_layers)
         # A spec may allow more than what the weights were trained for.
         limits = filter(None, [hf_config.get("max_position_embeddings"), self.info.max_seq_len])
-        self.info = dataclasses.replace(self.info, max_seq_len=min(limits, default=None))
+        self.info = replace(self.info, max_seq_len=min(limits, default=None))
 
     def tokenizer(self) -> Any | None:
         return open_tokenizer(self._config) if self._checkpoint is None else self._checkpoint.tokenizer()
@@ -99,31 +99,19 @@ class TitanTeacherSource(TeacherSource):
             fsdp_reshard_after_forward="always",
             spmd_backend=parallel_dims.spmd_backend,
         )
-        training = dataclasses.replace(
-            config.training,
-            mixed_precision_param=str(dtype).removeprefix("torch."),
-            disable_cuda_graphs=True,
-            enable_cpu_offload=False,
-        )
-        compile_config = CompileConfig(**dataclasses.asdict(config.compile))
-        model_config = _model_config(
-            self._spec, Trainer.Config(training=training, parallelism=parallelism, compile=compile_config)
-        )
+        off = {"disable_cuda_graphs": True, "enable_cpu_offload": False}
+        training = replace(config.training, mixed_precision_param=str(dtype).removeprefix("torch."), **off)
+        compile_config = CompileConfig(**asdict(config.compile))
+        common: Any = {"training": training, "parallelism": parallelism}
+        model_config = _model_config(self._spec, Trainer.Config(**common, compile=compile_config))
         with base.keep_rng_state(device):
             with torch.device("meta"), set_default_dtype(dtype):
                 model = _trunk(model_config.build())
                 _cut(model, layers, config.let.teacher.final_norm)
             if compile_config.enable:
                 _compile_apart(model)
-            model = self._spec.parallelize_fn(
-                model,
-                parallel_dims=parallel_dims,
-                training=training,
-                parallelism=parallelism,
-                compile_config=compile_config,
-                ac_config=None,
-                dump_folder=config.dump_folder,
-            )
+            common |= {"parallel_dims": parallel_dims, "compile_config": compile_config, "ac_config": None}
+            model = self._spec.parallelize_fn(model, **common, dump_folder=config.dump_folder)
             if isinstance(model, FSDPModule):
                 model.set_reshard_after_forward(True)  # torchtitan leaves the root, with the norm, to the default
             _allocate(model, device)
@@ -224,7 +212,7 @@ def with_spec_paths(config: TeacherConfig) -> TeacherConfig:
     """The same table with the paths that its spec brings along, where it has none of its own."""
     spec = _find_spec(config.spec)
     path, tokenizer_path = config.path or spec.path, config.tokenizer_path or spec.tokenizer_path
-    return dataclasses.replace(config, path=path, tokenizer_path=tokenizer_path)
+    return replace(config, path=path, tokenizer_path=tokenizer_path)
 
 
 def is_spec(name: str) -> bool:
@@ -252,7 +240,7 @@ def _find_spec(name: str) -> TeacherSpec:
 def _model_config(spec: ModelSpec, config: Trainer.Config) -> Any:
     """A copy of the model's configuration, into which torchtitan writes what `config` asks for."""
     model_config: Any = copy.deepcopy(spec.model)
-    config.model_spec = dataclasses.replace(spec, model=model_config)
+    config.model_spec = replace(spec, model=model_config)
     model_config.update_from_config(config=config)
     return model_config
 

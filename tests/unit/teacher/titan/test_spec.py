@@ -92,6 +92,8 @@ def test_for_what_the_native_model_lacks_and_where_it_is_asked_for_transformers_
         source = opened(tmp_path, **options)
         assert isinstance(source, HFTeacherSource) and not source.info.is_native
         assert f"run by transformers ({reason}" in source.info.description
+    save(tmp_path, "llama").model.save_pretrained(tmp_path)
+    assert "run by transformers (it was saved without its head)" in opened(tmp_path).info.description
 
 
 @torch.no_grad()
