@@ -53,8 +53,11 @@ CASES = {
 }
 
 
-def case_options(case: Case, teacher: Path | None, args: argparse.Namespace) -> list[str]:
-    """The options of let-train for a case. `teacher`: folder of a random teacher; None: the configured one."""
+def case_options(case: Case, teacher: Path | None, args: argparse.Namespace, num_terms: int = 0) -> list[str]:
+    """The options of let-train for a case. `teacher`: folder of a random teacher; None: the configured one.
+
+    `num_terms`: how many `let.terms` the configuration has.
+    """
     total = WARMUP_STEPS + args.steps
     found = [*QUIET, "--validator.no-enable", "--dump_folder", str(args.work_dir / "dump")]
     # The first step is logged, which nobody measures, and then none.
@@ -63,14 +66,19 @@ def case_options(case: Case, teacher: Path | None, args: argparse.Namespace) -> 
         found += ["--comm.init-timeout-seconds", "86400", "--comm.train-timeout-seconds", "86400"]
     if not case.has_teacher:
         return [*found, "--let.no-enable"]
-    found += ["--let.enable", "--let.warmup-steps", "0", "--let.adaptive-stop.criterion", "none"]
+    found.append("--let.enable")
     if teacher is not None:
         found += ["--let.teacher.path", str(teacher), "--let.teacher.spec", "", "--let.teacher.features", ""]
         found += ["--let.teacher.tokenizer_path", "", "--let.teacher.no-check-vocabulary"]
         found += ["--let.teacher.final-norm", "--let.teacher.no-center", "--let.token-alignment.no-enable"]
-    stop = ["--let.stop-tokens", "None", "--let.stop-fraction", "None"]
-    stop += ["--let.stop-step", str(total if case.is_active else ACTIVE_STEPS)]
-    return [*found, *case.options, *stop]
+    found += case.options
+    keys = [f"--let.terms.{i}" for i in range(num_terms)] or ["--let"]
+    if num_terms and case is CASES["rkd"]:
+        keys, found = ["--let"], [*found, "--let.terms", "[]"]
+    for key in keys:
+        found += [f"{key}.warmup-steps", "0", f"{key}.adaptive-stop.criterion", "none", f"{key}.stop-tokens", "None"]
+        found += [f"{key}.stop-fraction", "None", f"{key}.stop-step", str(total if case.is_active else ACTIVE_STEPS)]
+    return found
 
 
 def run(args: argparse.Namespace, options: Sequence[str], command: str) -> str:
@@ -94,7 +102,7 @@ def plan_runs(args: argparse.Namespace, options: Sequence[str]) -> list[Run]:
         folder = args.work_dir / "teachers"
         teachers[share / 100] = write_teacher(size, base.model_spec.model.vocab_size, folder)
     cells = [
-        (name, share, case_options(CASES[name], teacher, args))
+        (name, share, case_options(CASES[name], teacher, args, len(base.let.terms)))
         for name in dict.fromkeys([PLAIN, *args.cases])
         for share, teacher in ((teachers if CASES[name].has_teacher else {}) or {None: None}).items()
     ]

@@ -5,6 +5,7 @@ import tomli
 
 from let_plugin.bench.throughput import suite
 from let_plugin.bench.throughput.suite import WARMUP_STEPS
+from let_plugin.config import plan
 from let_plugin.config.load import load
 from let_plugin.preflight.report import Student
 from let_plugin.runtime.models import llama_spec
@@ -52,6 +53,14 @@ def test_a_run_is_what_its_line_of_let_train_says(planned, config_file):
     assert configs["active"].let.stop_step == configs["rkd"].let.stop_step == total
     assert configs["stopped"].let.stop_step < WARMUP_STEPS
     assert [configs[name].let.signal for name in ("active", "rkd")] == ["states", "logits"]
+
+
+def test_terms_are_all_there_in_the_measured_steps(planned, config_file):
+    terms = 'terms = [{ stop_step = 4, warmup_steps = 2 }, { signal = "logits", stop_fraction = 0.1 }]'
+    config_file.write_text(config_file.read_text().replace("weight = 0.5\nstop_step = 4", terms))
+    configs = {label: load(config_file, run.argv[1:]).config for label, run in planned("--cases active rkd").items()}
+    stops = [[plan.stop_step(configs[name], t, 1) for t in plan.terms(configs[name].let)] for name in ("active", "rkd")]
+    assert stops == [[WARMUP_STEPS + 8] * 2, [WARMUP_STEPS + 8]]
 
 
 def test_random_teachers_of_a_configuration_without_let(planned):
