@@ -44,7 +44,7 @@ class TeacherConfig:
     """Data type of the teacher's weights and maths. "auto": the student's `training.mixed_precision_param`."""
 
     tensor_parallel: bool = False
-    """Cut the teacher among the tensor-parallel ranks, by the plan of its `spec`. Off: each runs the whole teacher."""
+    """Cut the teacher among the tensor-parallel ranks, by torchtitan's plan for it. Off: each runs all of it."""
 
     rows: Annotated[float, Interval(gt=0, le=1)] = 1.0
     """Share of each microbatch's rows that it runs on, rounded up to a row; other rows in each step. The rest has no
@@ -60,7 +60,7 @@ class TeacherConfig:
     """Weight of the past in that mean."""
 
     features: str = ""
-    """Folder with states made by `let-teacher export`. The run reads them and loads no teacher."""
+    """Folder with states made by `let-teacher export`. The run reads them, and of the teacher a head or start alone."""
 
     trust_remote_code: bool = False
     """Let `transformers` run Python code that comes with the checkpoint. Off: such a teacher is refused."""
@@ -193,7 +193,7 @@ class TermConfig:
     block at one third of its depth. See docs/strategies.md."""
 
     layer_mapping_options: dict[str, Any] = field(default_factory=dict)
-    """Options of the layer mapping, by name: `early`, `middle` and `late`, the depths that the letters stand for."""
+    """Options of the layer mapping, by name: of the letters' the depths `early`, `middle` and `late`."""
 
     student_block: int | None = None
     """0-based index of the student block whose output is aligned, instead of the mapping's choice."""
@@ -226,7 +226,7 @@ class TermConfig:
     """For "logits": how many of the teacher's likeliest tokens are told apart, with ties; the rest are one class."""
 
     alpha: Annotated[float, Interval(ge=0, le=1)] = 0.0
-    """For "logits": the student's own loss counts 1 - alpha at first, and more as lambda falls: 1 at the stop step."""
+    """For "logits": the student's own loss counts 1 - alpha where the schedule is 1, and 1 from the stop step on."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -59,7 +59,7 @@ def find_world_size(facts: Facts) -> None:
     if facts.world_size is not None:
         return
     mode = facts.config.comm.mode
-    num_ranks = os.environ["WORLD_SIZE"] if mode == "default" else os.environ.get("NGPU", "")
+    num_ranks = os.environ.get("NGPU", "") if mode in ("fake_backend", "local_tensor") else os.environ["WORLD_SIZE"]
     if num_ranks.isdecimal() and int(num_ranks) >= 1:
         facts.world_size = int(num_ranks)
     else:
