@@ -32,7 +32,7 @@ TEACHERS = {
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Teacher's name on the hub -> a folder that passes for it where no weights are read."""
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     made = {}
     for name, (num_ids, config) in TEACHERS.items():
@@ -42,9 +42,9 @@ def folders(tmp_path_factory):
         (folder / "config.json").write_text(json.dumps(config))
         # A safetensors file with all tensors that config.json asks for, in bf16; their bytes are a hole in it.
         with torch.device("meta"):
-            trunk = AutoModel.from_config(AutoConfig.from_pretrained(folder))
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
         header, size = {}, 0
-        for key, tensor in trunk.state_dict().items():
+        for key, tensor in model.state_dict().items():
             end = size + 2 * tensor.numel()
             header[key] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [size, end]}
             size = end
