@@ -119,6 +119,8 @@ def _add_converge(parser: argparse.ArgumentParser) -> None:
     add("--grid", nargs="+", action="append", default=[], metavar=("KEY", "VALUE"), help=help_)
     add("--test-dataset", default="", metavar="NAME", help="dataset that the result is read on")
     add("--test-path", default="", metavar="PATH", help="its files, if the name does not say so")
+    help_ = "a checkpoint at each evaluation: a run that was broken off goes on from its last one"
+    add("--resumable", action="store_true", help=help_)
     add("--gstack-blocks", type=_number(int, 1), metavar="N", help="of gstack: blocks of the shallow model")
     add("--gstack-steps", type=_number(int, 1), metavar="N", help="of gstack: steps of the shallow model")
 

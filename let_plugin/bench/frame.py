@@ -56,14 +56,13 @@ def ratio(values: Sequence[float], baselines: Sequence[float]) -> Estimate:
     return Estimate(math.exp(logs.value), low, high, logs.num)
 
 
-def step_at_loss(curve: Sequence[tuple[float, float]], loss: float) -> float | None:
-    """The step at which a curve of (step, loss) first reached `loss`, linearly between points; None if it never did."""
-    steps, losses = np.reshape(curve, (-1, 2)).T
-    reached = np.flatnonzero(losses <= loss)
+def step_at_loss(steps: Sequence[float], losses: Sequence[float], loss: float) -> float | None:
+    """The step at which a curve first reached `loss`, linearly between its points; None if it never did."""
+    reached = np.flatnonzero(np.asarray(losses) <= loss)
     if not len(reached):
         return None
     around = [reached[0], max(reached[0] - 1, 0)]
-    return float(np.interp(loss, losses[around], steps[around]))
+    return float(np.interp(loss, np.take(losses, around), np.take(steps, around)))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -168,7 +167,10 @@ def gains(own: Sequence[Row]) -> Suite | None:
         line = {"label": label, "loss": mean([row["final_test_loss"] for row in runs])}
         line |= {"preparation": runs[0]["preparation"], "difference": _less(losses, label, BASELINE)}
         for axis in AXES:
-            reached = [[_cost_of(row, base["final_test_loss"], axis) for row in (base, run)] for run, base in pairs]
+            reached = [
+                [step_at_loss(c[axis], c["test_loss"], base["final_test_loss"]) for c in (base["curve"], run["curve"])]
+                for run, base in pairs
+            ]
             missed = sum(own is None for _, own in reached)
             speed_up = None if missed else ratio(*zip(*reached, strict=True))
             line |= {f"{axis}_missed": missed, f"{axis}_ratio": speed_up}
@@ -238,7 +240,3 @@ def _step_time_ratio(row: Row, plain: Row) -> float:
     if row.get("interleaved") and plain.get("interleaved"):
         return median([own / base for own, base in zip(row["values"], plain["values"], strict=True)])
     return median(row["values"]) / median(plain["values"])
-
-
-def _cost_of(row: Row, loss: float, axis: str) -> float | None:
-    return step_at_loss(list(zip(row["curve"][axis], row["curve"]["test_loss"], strict=True)), loss)

@@ -28,7 +28,7 @@ def compare(folders: Mapping[str, Path]) -> dict[str, Any]:
         target = next(iter(runs.values()))["held_out_loss"] if runs else None
         runs[name] = {
             "held_out_loss": curve[VALIDATION_LOSS].iloc[-1],
-            "reached_first_at_step": step_at_loss(curve.to_numpy(), target) if target else None,
+            "reached_first_at_step": step_at_loss(curve["step"], curve[VALIDATION_LOSS], target) if target else None,
             "tokens_per_second_with_teacher": speed.get(True),
             "tokens_per_second_without": speed.get(False),
             "peak_memory_gib": steps[PEAK_MEMORY].max(),

@@ -2,6 +2,7 @@
 
 import json
 
+import pandas as pd
 import pytest
 
 from let_plugin.bench import cli, rows, runs
@@ -16,10 +17,18 @@ pytestmark = pytest.mark.slow
 class Forked:
     """A run as let-bench starts it, but forked off with all imported; how it starts them: tests/unit/bench."""
 
+    dies = None  # the name of a run that is broken off, once, when it has done all but hand its result over
+
     def __init__(self, module, args, out, *, what, num_processes):
         out.unlink(missing_ok=True)
         jobs.run(module, *args, processes=num_processes)
-        self.result = lambda: json.loads(out.read_text())
+        self._found, self._what = json.loads(out.read_text()), what
+
+    def result(self):
+        if Forked.dies == self._what:
+            Forked.dies = self._found
+            raise KeyboardInterrupt
+        return self._found
 
 
 @pytest.fixture
@@ -53,19 +62,31 @@ def test_throughput(bench, capsys):
 
 
 def test_converge(bench, tmp_path):
-    """The headline pair of the evidence suite, tiny, and a student that grows out of a shallow one."""
+    """The headline pair of the evidence suite, tiny, and a student that grows out of a shallow one. The recipe's run is
+    broken off, and goes on from its last evaluation.
+    """
     jobs.make_teacher(tmp_path / "teacher", with_head=True)
     own = "--methods gstack recipe_linear@10 --seeds 0 --gstack-blocks 2 --gstack-steps 2 --test-dataset let_demo_test"
-    own += " --training.steps 2 --validator.freq 2 --validator.steps 1"
+    own += " --training.steps 4 --validator.freq 2 --validator.steps 1 --resumable"
     own += f" --methods-file {jobs.ROOT}/train_configs/evidence/methods.toml --let.teacher.path {tmp_path}/teacher"
+    Forked.dies = "recipe_linear-10-seed-0"
+    with pytest.raises(KeyboardInterrupt):
+        bench(converge, "converge", own)
     table, (plain, grown, recipe) = bench(converge, "converge", own)
+    unbroken = pd.DataFrame(Forked.dies["curve"]).to_dict("list")
+    assert all(recipe["curve"][name] == unbroken[name] for name in ("step", "validation_loss", "test_loss"))
+    assert recipe["active_steps"] == unbroken["active_steps"][-1] == 4
+    assert (plain["num_resumptions"], recipe["num_resumptions"]) == (0, 1)
+    assert not list((tmp_path / "work" / "dump").glob("*/*/step-*"))
     labels = ["standard", "gstack [gstack_blocks 2, gstack_steps 2]", "recipe_linear@10"]
     for label, row in zip(labels, (plain, grown, recipe), strict=True):
-        assert row["label"] == label and row["curve"]["step"] == [1, 2] and row["curve"]["tokens"] == [256, 512]
+        assert (
+            row["label"] == label and row["curve"]["step"] == [1, 2, 4] and row["curve"]["tokens"] == [256, 512, 1024]
+        )
         assert row["peak_memory_bytes"]["resident"] > 0 and row["wall_seconds"] > 0
     # Another start, out of the shallow model's checkpoint, and what it took is in the curve.
     assert len({row["curve"]["test_loss"][0] for row in (plain, grown, recipe)}) == 3
     before = grown["preparation"]
     assert before["tokens"] == 512 and 0 < before["seconds"] < grown["curve"]["seconds"][0]
     assert grown["curve"]["flops"][0] == before["flops"] + plain["curve"]["flops"][0]
-    assert "One seed: no difference" in table and not list((tmp_path / "work").glob("*/*-shallow"))
+    assert "One seed: no difference" in table and not list((tmp_path / "work").glob("dump/*/shallow"))

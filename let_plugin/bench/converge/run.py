@@ -17,7 +17,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from let_plugin.bench import rows, runs, tables
-from let_plugin.bench.converge import stacking
+from let_plugin.bench.converge import observe, stacking
 from let_plugin.bench.converge.methods import WEIGHT, Method
 from let_plugin.bench.converge.plan import Planner, Point, settings_text
 from let_plugin.bench.processes import RunFailedError, slug
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace, options: Sequence[str], command: str) -> str:
 
 
 class Suite(runs.Suite):
-    """Runs what is not in the result file yet. A run that was broken off starts from zero.
+    """Runs what is not in the result file yet. A run that was broken off starts from zero, if it is not resumable.
 
     Several processes may do so at the same time: each takes a run that no other one has begun.
     """
@@ -122,33 +122,33 @@ class Suite(runs.Suite):
         """What was observed in a run, and its `preparation`. RunFailedError if it fails."""
         name = f"{slug(own.label)}-seed-{own.details['seed']}"
         dump = (self._args.work_dir / "dump" / name).absolute()
-        scratch = dump.with_name(f"{name}-shallow")
-        for left in (dump, scratch):  # of a run that was broken off
-            shutil.rmtree(left, ignore_errors=True)
+        scratch, saved = dump / "shallow", dump / self._id(own)
         argv, preparation = own.argv, own.details["preparation"]
-        if preparation["what"] == "shallow model":
+        grows = preparation["what"] == "shallow model"
+        if observe.seen_before(saved) is None:  # nothing to go on from is left of a run that was broken off
+            shutil.rmtree(dump, ignore_errors=True)
+        if grows:
             seconds = self._grow(argv, scratch, f"{name}-shallow")
             preparation = preparation | {"seconds": seconds}
             initial = ["--checkpoint.initial-load-path", str(scratch / "initial")]
             argv = [*argv, "--checkpoint.enable", "--checkpoint.load-only", *initial]
-        result = self._observe(argv, name)
-        shutil.rmtree(scratch, ignore_errors=True)
+        result = self._observe(argv, name, saved=str(saved) if self._args.resumable and not grows else None)
+        for folder in (scratch, saved):
+            shutil.rmtree(folder, ignore_errors=True)
         return result | {"preparation": preparation}
 
     def _grow(self, argv: Sequence[str], scratch: Path, name: str) -> float:
         """Trains the shallow model, and makes the first weights of the student out of it; returns the seconds."""
-        steps, blocks = str(self._args.gstack_steps), self._args.gstack_blocks
-        saved = ["--checkpoint.enable", "--checkpoint.async_mode", "disabled", "--checkpoint.folder", "saved"]
-        saved += ["--training.steps", steps, "--validator.freq", steps, "--dump_folder", str(scratch)]
-        observed = self._observe([*argv, *saved], name, blocks)
+        steps, blocks, saved = str(self._args.gstack_steps), self._args.gstack_blocks, scratch / "saved"
+        own = ["--training.steps", steps, "--validator.freq", steps, "--dump_folder", str(scratch)]
+        observed = self._observe([*argv, *own], name, num_blocks=blocks, saved=str(saved))
         started = time.perf_counter()
         config = toml_config.load(self._args.config, list(argv[1:])).config
-        stacking.grow(config, blocks, str(scratch / "saved" / f"step-{steps}"), scratch / "initial")
-        return observed["curve"]["seconds"][-1] + time.perf_counter() - started
+        stacking.grow(config, blocks, str(saved / f"step-{steps}"), scratch / "initial")
+        return observed["curve"][-1]["seconds"] + time.perf_counter() - started
 
-    def _observe(self, argv: Sequence[str], name: str, num_blocks: int | None = None) -> dict[str, Any]:
-        test = self._planner.setup.test
-        return self._start(name, name, argv=argv, settings={}, num_blocks=num_blocks, test=test).result()
+    def _observe(self, argv: Sequence[str], name: str, **adapted: Any) -> dict[str, Any]:
+        return self._start(name, name, argv=argv, settings={}, test=self._planner.setup.test, **adapted).result()
 
     def _note_choice(self, method: Method, points: Sequence[Point], losses: Sequence[float], best: int) -> None:
         # The weight, if that is all that is tuned.

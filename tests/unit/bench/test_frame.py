@@ -25,8 +25,9 @@ def test_the_intervals_are_those_of_a_paired_t_test():
 # At an evaluation; between two; before the first, which is the first that is known; never.
 @pytest.mark.parametrize(("loss", "step"), [(4.0, 20.0), (4.25, 17.5), (9.0, 10.0), (3.4999, None)])
 def test_step_at_loss(loss, step):
-    rising_again = [(10, 5.0), (20, 4.0), (30, 3.5), (40, 5.0), (50, 3.5)]  # the first time counts
-    assert step_at_loss(rising_again, loss) == (step if step is None else pytest.approx(step))
+    rising_again = [5.0, 4.0, 3.5, 5.0, 3.5]  # the first time counts
+    found = step_at_loss([10, 20, 30, 40, 50], rising_again, loss)
+    assert found == (step if step is None else pytest.approx(step))
 
 
 def suite(path):

@@ -2,6 +2,7 @@
 
 import json
 
+import pandas as pd
 import pytest
 from torchtitan.tools import utils
 
@@ -41,7 +42,8 @@ def test_what_is_seen(trainer, tmp_path, monkeypatch):
     trainer.train()
     result = json.loads(out.read_text())
     assert result["peak_memory_bytes"] == {"allocated": 70}
-    curve, seconds = result["curve"], result["curve"]["seconds"]
+    curve = pd.DataFrame(result["curve"]).to_dict("list")
+    seconds = curve["seconds"]
     assert curve["step"] == [1, 2, 4] and curve["active_steps"] == [1, 2, 2]
     assert 0 < seconds[0] < seconds[1] < seconds[2] < result["wall_seconds"]  # which has the evaluations in it
     logged = [line for line in jobs.metrics(tmp_path / "out") if "validation_metrics/loss" in line]
