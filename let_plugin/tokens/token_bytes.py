@@ -64,7 +64,7 @@ def unwrapped(tokenizer: Any) -> Encoding | Tokenizer:
     if isinstance(tokenizer, HuggingFaceTokenizer):
         settings = Path(tokenizer.tokenizer_path, "tokenizer_config.json")
         listed = json.loads(settings.read_text()).get("added_tokens_decoder", {}) if settings.is_file() else {}
-    ordinary = {token["content"] for token in listed.values() if not token.get("special", True)}
+    ordinary = {token.get("content") for token in listed.values() if not token.get("special", True)}
     for name in ("tokenizer", "backend_tokenizer"):
         tokenizer = getattr(tokenizer, name, tokenizer)
     if not isinstance(tokenizer, Encoding | Tokenizer):
