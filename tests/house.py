@@ -8,8 +8,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE, TESTS = ROOT / "let_plugin", ROOT / "tests"
 
 BOUNDS = {
-    "lines of the package": 13_449,
-    "lines of the tests": 11_524,
+    "lines of the package": 13_456,
+    "lines of the tests": 11_525,
     "entries at the top of the package": 12,
     "Python files in one folder of the package": 12,
     "lines of the longest file": 400,

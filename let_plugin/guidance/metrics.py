@@ -34,7 +34,7 @@ class JsonlLogger(BaseLogger):
     A run that resumes continues its file without the lines after its checkpoint; one that begins anew leaves the file
     of the run before it, under another name. What is not finite is null. `extra_metrics`, of a logged training step,
     and `on_logged`, with all metrics of a step or a validation and the step, are called on every rank (they may
-    communicate), also where `path` is None: on the ranks that do not write.
+    communicate), also where `path` is None: on the ranks that do not write. `logged`: the last training step's metrics.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class JsonlLogger(BaseLogger):
         extra_metrics: Callable[[], dict[str, float]],
         on_logged: Callable[[dict[str, Any], int], None] = lambda metrics, step: None,
     ) -> None:
+        self.logged: dict[str, Any] = {}
         self._inner = inner
         self._extra_metrics = extra_metrics
         self._on_logged = on_logged
@@ -52,7 +53,7 @@ class JsonlLogger(BaseLogger):
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
         if LOSS in metrics:
-            metrics = {**metrics, **self._extra_metrics()}
+            self.logged = metrics = {**metrics, **self._extra_metrics()}
         self._inner.log(metrics, step)
         self._on_logged(metrics, step)
         if self._path is None:

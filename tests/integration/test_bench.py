@@ -76,6 +76,7 @@ def test_converge(bench, tmp_path):
     unbroken = pd.DataFrame(Forked.dies["curve"]).to_dict("list")
     assert all(recipe["curve"][name] == unbroken[name] for name in ("step", "validation_loss", "test_loss"))
     assert recipe["active_steps"] == unbroken["active_steps"][-1] == 4
+    assert [(at["step"], at["let/grad_ratio"] > 0) for at in recipe["logged"]] == [(1, True), (2, True), (4, True)]
     assert (plain["num_resumptions"], recipe["num_resumptions"]) == (0, 1)
     assert not list((tmp_path / "work" / "dump").glob("*/*/step-*"))
     labels = ["standard", "gstack [gstack_blocks 2, gstack_steps 2]", "recipe_linear@10"]

@@ -1,6 +1,7 @@
 """What a run of a convergence suite does at each evaluation: its losses, and the time and memory of training."""
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -63,6 +64,7 @@ class Observer:
         self._device_module: Any = utils.device_module
         seen = (seen_before(self._saved) if self._saved else None) or {}
         self._curve: list[dict[str, Any]] = seen.get("curve", [])
+        self._logged: list[dict[str, Any]] = seen.get("logged", [])
         self._peaks: dict[str, int] = seen.get("peaks", {})
         self._wall_seconds, self._num_resumptions = seen.get("wall_seconds", 0.0), seen.get("num_resumptions", -1) + 1
         last = self._curve[-1] if self._curve else {"seconds": 0.0, "active_steps": 0}
@@ -99,8 +101,12 @@ class Observer:
         torch.distributed.all_reduce(losses, torch.distributed.ReduceOp.MAX)
         point = {"step": step, "active_steps": self._active_steps, "seconds": self._seconds}
         self._curve.append(point | dict(zip(("validation_loss", "test_loss"), losses.tolist(), strict=True)))
+        logged = self._trainer.metrics_processor.logger.logged  # of this step, or of the last one before it
+        if own := {name: x for name, x in logged.items() if name.startswith("let") and math.isfinite(x)}:
+            self._logged.append({"step": step, **own})
         wall_seconds = self._wall_seconds + time.perf_counter() - self._created
-        seen = {"curve": self._curve, "wall_seconds": wall_seconds, "num_resumptions": self._num_resumptions}
+        seen = {"curve": self._curve, "logged": self._logged, "num_resumptions": self._num_resumptions}
+        seen |= {"wall_seconds": wall_seconds}
         if step == self._trainer.config.training.steps:
             measure.write(self._out, seen | {"peak_is_of_training": measure.peak_is_resettable()}, self._peaks, device)
         elif self._saved and torch.distributed.get_rank() == 0:
