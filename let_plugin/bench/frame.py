@@ -58,11 +58,11 @@ def ratio(values: Sequence[float], baselines: Sequence[float]) -> Estimate:
 
 def step_at_loss(steps: Sequence[float], losses: Sequence[float], loss: float) -> float | None:
     """The step at which a curve first reached `loss`, linearly between its points; None if it never did."""
-    reached = np.flatnonzero(np.asarray(losses) <= loss)
+    reached = np.flatnonzero((ys := np.asarray(losses)) <= loss)
     if not len(reached):
         return None
     around = [reached[0], max(reached[0] - 1, 0)]
-    return float(np.interp(loss, np.take(losses, around), np.take(steps, around)))
+    return float(np.interp(loss, ys[around], np.asarray(steps)[around]))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -77,7 +77,8 @@ class Observer:
         # torchtitan resets the peak whenever it logs. Here it is that of all steps between two evaluations.
         trainer.metrics_processor.device_memory_monitor.reset_peak_stats = lambda: None
         self._device_module.reset_peak_memory_stats()
-        self._created = self._started = time.perf_counter()
+        self._started = time.perf_counter()
+        self._created = self._started - self._wall_seconds
 
     def _count(self, data_iterator: Iterator[Any]) -> None:
         self._train_step(data_iterator)
@@ -104,9 +105,8 @@ class Observer:
         logged = self._trainer.metrics_processor.logger.logged  # of this step, or of the last one before it
         if own := {name: x for name, x in logged.items() if name.startswith("let") and math.isfinite(x)}:
             self._logged.append({"step": step, **own})
-        wall_seconds = self._wall_seconds + time.perf_counter() - self._created
-        seen = {"curve": self._curve, "logged": self._logged, "num_resumptions": self._num_resumptions}
-        seen |= {"wall_seconds": wall_seconds}
+        seen: dict[str, Any] = {"curve": self._curve, "logged": self._logged}
+        seen |= {"num_resumptions": self._num_resumptions, "wall_seconds": time.perf_counter() - self._created}
         if step == self._trainer.config.training.steps:
             measure.write(self._out, seen | {"peak_is_of_training": measure.peak_is_resettable()}, self._peaks, device)
         elif self._saved and torch.distributed.get_rank() == 0:
